@@ -1,0 +1,223 @@
+"""Every criterion on one trained network at equal FLOPs: accuracy before any fine-tuning and after the same short one.
+
+Method: for each variant, share of FLOPs and seed the network is pruned to the share (at once, or in --steps geometric
+steps with the batch norms measured anew between them), judged as it is and with its batch norms measured anew,
+fine-tuned with the same epochs, order and schedule, and judged again; every accuracy is that of the test images with
+every block run.  The seed decides the Fisher's images and labels, the random criterion and the order of fine-tuning.
+Finished measurements are kept in OUT.jsonl, so a run that is started again with the same arguments goes on; other
+arguments want another --out.
+
+    python -m benchmarks.criteria --checkpoint best.pt --data_dir data/cifar_10 --out results/criteria
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from benchmarks.common import Trained, add_trained_arguments, append_line, load_trained, machine, read_lines
+from gating.supervised import supervised_epoch
+from models import all_on
+from pruning.iteration import prune_once
+from pruning.method import CHANNEL_CRITERIA, Method
+from pruning.selection import Goal, part_of_the_way
+from utils.batch_norms import reestimate_batch_norms
+from utils.data import plain_batches, training_batches
+from utils.device import placed
+from utils.errors import run_command
+from utils.evaluate import evaluate
+from utils.flops import network_cost
+from utils.schedule import scheduled
+from utils.training import sgd
+
+# Channel criteria may only take what lies inside of blocks, so a share of 12 % needs nearly all of it.
+BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency")
+VARIANTS = {
+    "eigendamage": BASE,
+    "eigendamage per FLOP": replace(BASE, objective="flops"),
+    "eigendamage, K-FAC": replace(BASE, correct_eigenvalues=False),
+    "eigendamage, Tucker": replace(BASE, decomposition="tucker"),
+    "eigendamage per FLOP, Tucker": replace(BASE, objective="flops", decomposition="tucker"),
+    **{criterion: replace(BASE, criterion=criterion) for criterion in CHANNEL_CRITERIA},
+    "kron_obs per FLOP": replace(BASE, criterion="kron_obs", objective="flops"),
+}
+MEASURES = ("before", "before, batch norms anew", "after")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Criteria at equal FLOPs.", allow_abbrev=False)
+    add_trained_arguments(parser)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.12], help="of the FLOPs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="iterations of measuring and pruning to the share")
+    parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--fisher_images", type=int, default=4000)
+    parser.add_argument("--train_images", type=int, help="training images of the fine-tuning, all by default")
+    parser.add_argument("--test_images", type=int, help="test images that judge, all by default")
+    parser.add_argument("--round_to", type=int, default=1)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--out", default="criteria", help="path of the results, without .jsonl, .json, .md and .png")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = out.with_suffix(".jsonl")
+    trained = subset(load_trained(args), args.train_images, args.test_images)
+    plan = [(share, seed, variant) for share in args.shares for seed in range(args.seeds) for variant in args.variants]
+    done = {(m["share"], m["seed"], m["variant"]) for m in read_lines(lines)}
+    for share, seed, variant in plan:
+        if (share, seed, variant) not in done:
+            measurement = measure(args, trained, share, seed, variant)
+            append_line(lines, measurement)
+            print(json.dumps(measurement), flush=True)
+    wanted = set(plan)
+    measurements = [m for m in read_lines(lines) if (m["share"], m["seed"], m["variant"]) in wanted]
+    rows = summarise(args, measurements)
+    whole = evaluate(trained.network(), trained.splits.test, trained.normalisation, all_on).accuracy
+    content = {"machine": machine(), "settings": vars(args), "unpruned": whole, "rows": rows}
+    out.with_suffix(".json").write_text(json.dumps(content, indent=2))
+    out.with_suffix(".md").write_text(table(rows, whole))
+    draw(out.with_suffix(".png"), args, rows, whole)
+    print(table(rows, whole))
+
+
+def subset(trained: Trained, train: int | None, test: int | None) -> Trained:
+    """The same network with the first of the images in a fixed order: fewer where the machine is slow."""
+    splits, generator = trained.splits, torch.Generator().manual_seed(0)
+    chosen = [
+        images[torch.randperm(len(images), generator=generator)[:count]]
+        for images, count in ((splits.train, train), (splits.test, test))
+    ]
+    return replace(trained, splits=replace(splits, train=chosen[0], test=chosen[1]))
+
+
+def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int, variant: str) -> dict:
+    start = time.perf_counter()
+    network, splits = trained.network().eval(), trained.splits
+    order = torch.Generator().manual_seed(seed)
+    draws = torch.Generator(trained.device).manual_seed(seed)
+    fisher = splits.train[torch.randperm(len(splits.train), generator=order)[: args.fisher_images]]
+    whole = network_cost(network, trained.image_size)
+
+    def batches():
+        return plain_batches(fisher, args.batch_size, trained.normalisation)
+
+    method = replace(VARIANTS[variant], round_to=args.round_to)
+    smaller, rise = network, 0.0
+    for left in range(args.steps, 0, -1):
+        if left < args.steps:
+            reestimate_batch_norms(smaller, batches(), all_on)
+        flops = network_cost(smaller, trained.image_size).flops
+        goal = Goal(flops=part_of_the_way(flops, share * whole.flops, left))
+        pruned = prune_once(smaller, batches, draws, image_size=trained.image_size, goal=goal, method=method)
+        smaller = placed(pruned.network, trained.device)
+        rise = None if rise is None or pruned.predicted_rise is None else rise + pruned.predicted_rise
+    cost = network_cost(smaller, trained.image_size)
+
+    def judged() -> float:
+        return evaluate(smaller, splits.test, trained.normalisation, all_on).accuracy
+
+    accuracies = [judged()]
+    reestimate_batch_norms(smaller, batches(), all_on)
+    accuracies.append(judged())
+    fine_tune(args, trained, smaller, order, draws)
+    accuracies.append(judged())
+    return {
+        "share": share,
+        "seed": seed,
+        "variant": variant,
+        "flops": cost.flops / whole.flops,
+        "parameters": cost.parameters / whole.parameters,
+        "predicted_rise": rise,
+        **dict(zip(MEASURES, accuracies, strict=True)),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def fine_tune(args: argparse.Namespace, trained: Trained, network, order, draws) -> None:
+    optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
+    train = trained.splits.train
+    for epoch in range(args.epochs):
+
+        def rate(share: float, done: int = epoch) -> float:
+            return scheduled("cosine", args.lr, (done + share) / args.epochs)
+
+        batches = training_batches(
+            train, args.batch_size, order, trained.normalisation, trained.checkpoint.data["flip"]
+        )
+        steps = -(-len(train) // args.batch_size)
+        supervised_epoch(network, batches, steps, optimiser, rate, draws, f"epoch {epoch + 1}/{args.epochs}")
+
+
+def summarise(args: argparse.Namespace, measurements: list[dict]) -> list[dict]:
+    """Mean and deviation over seeds of each variant and share."""
+    rows = []
+    for share in args.shares:
+        for variant in args.variants:
+            found = [m for m in measurements if (m["share"], m["variant"]) == (share, variant)]
+            row = {"share": share, "variant": variant, "seeds": len(found)}
+            for key in ("flops", "parameters", *MEASURES):
+                values = [m[key] for m in found]
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                row[key] = {"mean": statistics.mean(values), "deviation": deviation}
+            rows.append(row)
+    return rows
+
+
+def table(rows: list[dict], whole: float) -> str:
+    def cell(value: dict) -> str:
+        return f"{100 * value['mean']:.2f} ± {100 * value['deviation']:.2f}"
+
+    lines = [
+        f"Test accuracy in %, mean ± deviation over seeds; unpruned {100 * whole:.2f}.",
+        "",
+        "| FLOPs | criterion | parameters | before fine-tuning | with batch norms anew | after fine-tuning |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = " | ".join(cell(row[name]) for name in MEASURES)
+        share, parameters = 100 * row["flops"]["mean"], 100 * row["parameters"]["mean"]
+        lines.append(f"| {share:.1f} % | {row['variant']} | {parameters:.1f} % | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, args: argparse.Namespace, rows: list[dict], whole: float) -> None:
+    figure, axes = plt.subplots(1, len(MEASURES), sharey=True, figsize=(14, 4.6), layout="constrained")
+    colours = matplotlib.colormaps["tab20"]
+    for axis, name in zip(axes, MEASURES, strict=True):
+        for i, variant in enumerate(args.variants):
+            own = [row for row in rows if row["variant"] == variant]
+            axis.errorbar(
+                [100 * row["flops"]["mean"] for row in own],
+                [100 * row[name]["mean"] for row in own],
+                [100 * row[name]["deviation"] for row in own],
+                marker="o" if VARIANTS[variant].criterion == "eigendamage" else "s",
+                color=colours(i % 20),
+                capsize=3,
+                label=variant,
+            )
+        axis.axhline(100 * whole, color="0.5", linestyle=":", linewidth=1)
+        axis.set_title(f"{name} fine-tuning" if "," not in name else name, fontsize=10)
+        axis.set_xlabel("FLOPs, % of the unpruned network")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run_command(main)

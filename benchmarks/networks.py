@@ -1,0 +1,125 @@
+"""The networks that the inference benchmark compares."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+from deploy.folding import without_switches
+from models import ResNet, build_network
+from utils.augment import Normalisation
+from utils.checkpoint import load_checkpoint
+from utils.data import load_data
+from utils.errors import UserError
+from utils.flops import network_cost
+from utils.training import check_data
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Three networks of one architecture as the stages leave them, and images to run them on."""
+
+    dense: ResNet
+    static: ResNet
+    dynamic: ResNet
+    normalisation: Normalisation
+    pixels: Tensor  # uint8 [N, 3, H, W]
+
+    @property
+    def image_size(self) -> int:
+        return self.pixels.shape[-1]
+
+
+def from_checkpoints(dense: Path, static: Path, dynamic: Path, data_dir: str, image_type: str) -> Subject:
+    """The networks of three checkpoints and the test images of their data set.
+
+    Raises:
+        UserError: if a file cannot be read, the data is not what they were trained on, or nothing can be skipped.
+    """
+    checkpoints = [load_checkpoint(path) for path in (dense, static, dynamic)]
+    data = load_data(data_dir, image_type, checkpoints[0].data["image_size"], workers=4)
+    for checkpoint in checkpoints:
+        check_data(checkpoint, data, checkpoints[0].data["image_size"])
+    networks = [checkpoint.network() for checkpoint in checkpoints]
+    if networks[2].switches == 0:
+        raise UserError(f"checkpoint {dynamic} has no switches: give one of stage 3 as --dynamic")
+    return Subject(*networks, checkpoints[2].normaliser(), data.test.pixels)
+
+
+def with_random_weights(
+    depth: int, width: int, image_size: int, kept: float, skipped: float, num_classes: int = 100
+) -> Subject:
+    """Networks of the given size with random weights: the speed depends on their shapes and on what is skipped.
+
+    Args:
+        kept: rank of every side of every 3x3 convolution in the blocks, as a share of its channels; ranks are rounded
+            to multiples of 8 where there are that many.
+        skipped: share of the switches that the dynamic network closes, over the images.
+    """
+    torch.manual_seed(0)
+    dense = build_network("resnet", depth=depth, num_classes=num_classes, width=width).eval()
+    ranks = {
+        f"blocks.{i}.{name}": tuple(_rank(c, kept) for c in (conv.in_channels, conv.out_channels))
+        for i, block in enumerate(dense.blocks)
+        for name, conv in (("conv1", block.conv1), ("conv2", block.conv2))
+    }
+    static = build_network("resnet", depth=depth, num_classes=num_classes, width=width, ranks=ranks).eval()
+    normalisation = Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    pixels = torch.randint(0, 256, (256, 3, image_size, image_size), dtype=torch.uint8)
+    return Subject(dense, static, _closing(static, normalisation.apply(pixels[:32]), skipped), normalisation, pixels)
+
+
+def _rank(channels: int, kept: float) -> int:
+    step = 8 if channels * kept >= 8 else 1
+    return max(step, round(channels * kept / step) * step)
+
+
+@torch.no_grad()
+def _closing(network: ResNet, images: Tensor, skipped: float) -> ResNet:
+    """A copy whose switches close on about ``skipped`` of all occasions; which ones is left to their random weights."""
+    changed = copy.deepcopy(network)
+    probabilities = changed(images, decide=torch.ones_like).probabilities
+    limit = torch.logit(probabilities.double()).quantile(skipped).item()
+    for layer in changed.gate.modules():
+        if isinstance(layer, nn.Linear) and layer.out_features == 1:
+            layer.bias -= limit
+    return changed
+
+
+def channel_pruned(network: ResNet, flops: int, image_size: int) -> ResNet:
+    """Torch-Pruning's network with about ``flops`` FLOPs: the channels of least magnitude removed, coupled layers too.
+
+    Every layer loses the same share, found by bisection; channels stay multiples of 8, which runtimes are fastest on,
+    where the network is wide enough for that.
+
+    Source: DepGraph (arXiv:2301.12900), https://github.com/VainF/Torch-Pruning.
+    """
+    plain = without_switches(network)
+    low, high = 0.0, 0.97
+    tried = []
+    for _ in range(7):
+        ratio = (low + high) / 2
+        pruned = _pruned_by(plain, ratio, image_size)
+        cost = network_cost(pruned, image_size).flops
+        tried.append((abs(cost - flops), pruned))
+        low, high = (ratio, high) if cost > flops else (low, ratio)
+    return min(tried, key=lambda item: item[0])[1]
+
+
+def _pruned_by(network: ResNet, ratio: float, image_size: int) -> ResNet:
+    smaller = copy.deepcopy(network)
+    blank = torch.zeros(1, 3, image_size, image_size)
+    pruner = torch_pruning.pruner.BasePruner(
+        smaller,
+        blank,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=[smaller.classifier],
+        round_to=8 if smaller.classifier.in_features >= 128 else None,
+        forward_fn=lambda model, x: model(x).logits,
+    )
+    pruner.step()
+    return smaller.eval()

@@ -1,0 +1,41 @@
+"""An int8 version of an exported network: static quantisation with ONNX Runtime's own tools."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from deploy.graphs import IMAGES, SWITCH
+
+CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 64
+
+
+def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
+    """Convolutions and additions in int8, weights scaled for each channel; gates and classifier stay in float32.
+
+    Args:
+        model: a graph for batches.
+        pixels: training images to measure the ranges of activations on, uint8 [N, 3, H, W].
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, result = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
+        quant_pre_process(model, str(prepared))
+        gates = [node.name for node in onnx.load(prepared).graph.node if node.name.startswith(SWITCH)]
+        quantize_static(
+            str(prepared), str(result), _Images(pixels[:CALIBRATION_IMAGES]),
+            quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", "Add"], nodes_to_exclude=gates,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
+        )  # fmt: skip
+        return onnx.load(result)
+
+
+class _Images(CalibrationDataReader):
+    def __init__(self, pixels: np.ndarray):
+        self._batches = iter(np.split(pixels, range(CALIBRATION_BATCH, len(pixels), CALIBRATION_BATCH)))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {IMAGES: batch}

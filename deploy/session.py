@@ -1,0 +1,88 @@
+"""ONNX Runtime sessions, and the check of an exported graph against the network it came from."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile
+from torch import Tensor
+
+from deploy.graphs import DECISIONS, IMAGES, LOGITS
+from models import ResNet
+from utils.augment import Normalisation
+from utils.errors import UserError
+
+TOLERANCE = 1e-4
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def open_session(
+    model: onnx.ModelProto | Path, device: str = "cpu", threads: int = 0, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """A session on ``device`` ("cpu" or "cuda"); ``threads`` 0 means ONNX Runtime's choice.
+
+    Args:
+        profile: start of the name of a profile to write, none by default.
+
+    Raises:
+        UserError: if the file is missing or no ONNX model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=[PROVIDERS[device]])
+    except NoSuchFile:
+        raise UserError(f"{model} does not exist: make it with python -m utils.export") from None
+    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(f"{model} cannot be read ({reason}): export it again with python -m utils.export") from None
+
+
+def run_session(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """The outputs by name for uint8 images [N, 3, H, W]; one after the other where the graph takes single images."""
+    names = [output.name for output in session.get_outputs()]
+    single = session.get_inputs()[0].shape[0] == 1
+    parts = [pixels[i : i + 1] for i in range(len(pixels))] if single else [pixels]
+    outputs = [session.run(names, {IMAGES: part}) for part in parts]
+    return {name: np.concatenate(values) for name, values in zip(names, zip(*outputs, strict=True), strict=True)}
+
+
+@torch.no_grad()
+def check_session(
+    session: onnxruntime.InferenceSession, network: ResNet, normalisation: Normalisation, pixels: Tensor, name: str
+) -> float:
+    """The largest deviation of the logits from those of ``network``, relative where logits exceed 1.
+
+    Images on which a switch is undecided (its probability within the tolerance of one half) are left out: there the
+    last bit of a sum decides whether a block runs.
+
+    Args:
+        network: the original, before folding.
+        pixels: uint8 [N, 3, H, W].
+
+    Raises:
+        UserError: if a logit deviates by more than ``TOLERANCE``, a decision differs, or no image is left.
+    """
+    outputs = run_session(session, pixels.numpy())
+    expected = network(normalisation.apply(pixels))
+    decided = ((expected.probabilities - 0.5).abs() > TOLERANCE).all(dim=1)
+    if not decided.any():
+        raise UserError(f"{name} cannot be checked, every image leaves a switch undecided: add --data_dir")
+    logits = expected.logits[decided]
+    deviation = ((torch.from_numpy(outputs[LOGITS])[decided] - logits).abs() / logits.abs().clamp(min=1)).max().item()
+    same = DECISIONS not in outputs or torch.equal(
+        torch.from_numpy(outputs[DECISIONS])[decided], expected.decisions[decided]
+    )
+    if not same or not deviation <= TOLERANCE:
+        raise UserError(
+            f"{name} deviates from the network by {deviation:.2g}{'' if same else ' and decides otherwise'}, more than "
+            f"{TOLERANCE:g}: nothing was written; report it with the versions of torch and onnxruntime"
+        )
+    return deviation

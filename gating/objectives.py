@@ -1,0 +1,76 @@
+"""The reinforcement objective of the switches: rewards, returns and the policy-gradient loss, as pure functions.
+
+N images, K switches.  Source: SkipNet (arXiv:1711.09485), section 3.2, equations (3) to (6).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def skip_rewards(decisions: Tensor, shares: Tensor, alpha: float) -> Tensor:
+    """Reward of each decision: alpha times the block's share of the FLOPs that can be skipped, where it is skipped.
+
+    Args:
+        decisions: [N, K], 1 where the block runs.
+        shares: [K], sums to 1, so that skipping everything earns ``alpha`` nats.
+
+    Returns:
+        [N, K].
+    """
+    return alpha * (1 - decisions) * shares
+
+
+def returns(rewards: Tensor, cross_entropy: Tensor, gamma: float) -> Tensor:
+    """Discounted sums of what follows each decision, R_i = r_i + gamma R_(i+1), with R_(K+1) = -cross-entropy.
+
+    Args:
+        rewards: [N, K].
+        cross_entropy: [N], of each image, in nats.
+
+    Returns:
+        [N, K].
+    """
+    following = -cross_entropy
+    result = []
+    for reward in rewards.flip(1).unbind(1):
+        following = reward + gamma * following
+        result.append(following)
+    return torch.stack(result[::-1], dim=1)
+
+
+def batch_baseline(values: Tensor) -> Tensor:
+    """For each image, the mean return of the *other* images at the same switch, [N, K] -> [N, K].
+
+    Leaving the image itself out keeps the gradient unbiased: the baseline does not depend on the decision it judges.
+    """
+    n = len(values)
+    if n == 1:
+        return torch.zeros_like(values)
+    return (values.sum(dim=0, keepdim=True) - values) / (n - 1)
+
+
+def policy_loss(probabilities: Tensor, decisions: Tensor, advantages: Tensor) -> Tensor:
+    """Minus the mean over images of sum_i advantage_i log pi(a_i), a scalar whose gradient is REINFORCE's estimate.
+
+    The mean over the batch (SkipNet's code sums) makes ``rl_weight`` independent of the batch size: it is the weight
+    of the policy's term beside a mean cross-entropy.
+
+    Args:
+        probabilities: [N, K], that each block runs.
+        decisions: [N, K], drawn from them.
+        advantages: [N, K], returns less a baseline; no gradient flows through them.
+    """
+    # A probability that is nan, where training has diverged, would raise here before the loss can be checked.
+    minus_log_likelihood = F.binary_cross_entropy(probabilities.nan_to_num(0.5), decisions, reduction="none")
+    return (advantages.detach() * minus_log_likelihood).sum(dim=1).mean()
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Mean over images of the summed entropy of their K decisions, in nats; [N, K] -> scalar.
+
+    As a bonus it keeps a switch from becoming certain: policy gradients vanish with p (1 - p), and a switch that is
+    sure would not answer when alpha changes.
+    """
+    p = probabilities.clamp(1e-6, 1 - 1e-6)
+    return -(p * p.log() + (1 - p) * (1 - p).log()).sum(dim=1).mean()

@@ -1,0 +1,82 @@
+"""Pictures of a routed network, as matplotlib figures."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
+
+from gating.statistics import cheapest_and_dearest
+
+MOST_CLASSES = 10  # on the page of images; more do not fit
+
+
+def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
+    """Share of images that each switch lets pass, a row a class; ``passing`` [classes, K]."""
+    figure, axis = plt.subplots(figsize=(2 + 0.5 * passing.shape[1], 1.2 + 0.22 * len(classes)), layout="constrained")
+    image = axis.imshow(passing, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axis.set(xlabel="switch", title="share of test images that pass")
+    axis.set_xticks(range(passing.shape[1]), [str(i + 1) for i in range(passing.shape[1])])
+    axis.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) > 20 else 9)
+    figure.colorbar(image, ax=axis, format=PercentFormatter(1))
+    return figure
+
+
+def draw_executed(executed: Tensor, flops_all: float) -> Figure:
+    """Histogram over the images of the FLOPs spent on each, ``executed`` [N]."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axis.hist(executed.numpy() / flops_all, bins=50, range=(0, 1), color="#1f77b4")
+    axis.axvline(executed.mean().item() / flops_all, color="#d62728", label="mean")
+    axis.set(xlabel="executed FLOPs over the FLOPs of every block", ylabel="test images")
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.legend()
+    return figure
+
+
+def draw_easy_and_hard(
+    pixels: Tensor, labels: Tensor, executed: Tensor, classes: Sequence[str], count: int = 5
+) -> Figure:
+    """The cheapest (left) and dearest (right) images of each class with the MFLOPs spent on them.
+
+    Args:
+        pixels: uint8 [N, 3, H, W].
+        labels: int64 [N].
+        executed: [N], FLOPs.
+    """
+    shown = min(len(classes), MOST_CLASSES)
+    chosen = cheapest_and_dearest(executed, labels, shown, count)
+    figure, axes = plt.subplots(
+        shown, 2 * count + 1, figsize=(1.05 * (2 * count + 1), 1.25 * shown), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (easy, hard) in enumerate(chosen):
+        axes[row][count].text(0.5, 0.5, classes[row], ha="center", va="center", fontsize=9)
+        for start, members in ((0, easy), (count + 1, hard)):
+            for column, i in enumerate(members.tolist(), start):
+                axes[row][column].imshow(pixels[i].permute(1, 2, 0).numpy())
+                axes[row][column].set_title(f"{executed[i].item() / 1e6:.2f}", fontsize=7, pad=2)
+    figure.suptitle("cheapest <- class -> dearest test images (MFLOPs)")
+    return figure
+
+
+def draw_path(accuracies: Sequence[float], executed: Sequence[float], floor: float) -> Figure:
+    """Accuracy against executed FLOPs over the epochs of stage 3."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    mflops = [value / 1e6 for value in executed]
+    axis.plot(mflops, accuracies, color="#999999", linewidth=0.8)
+    points = axis.scatter(mflops, accuracies, c=range(len(mflops)), cmap="viridis", zorder=3, s=18)
+    axis.axhline(floor, color="#d62728", linestyle=":", label="budget")
+    axis.set(xlabel="mean executed MFLOPs of an image", ylabel="accuracy of thresholded switches")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.legend()
+    figure.colorbar(points, ax=axis, label="epoch")
+    return figure
+
+
+def class_averages(executed: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """Mean FLOPs spent on the images of each class that has any."""
+    means = {name: executed[labels == label] for label, name in enumerate(classes)}
+    return {name: torch.mean(values).item() for name, values in means.items() if len(values)}

@@ -1,0 +1,112 @@
+"""Hybrid reinforcement: the switches learn to skip by REINFORCE while the network keeps learning by cross-entropy."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from gating.baselines import Baseline, thresholded_returns
+from gating.batch_norms import freeze_batch_norms
+from gating.objectives import entropy, policy_loss, returns, skip_rewards
+from gating.supervised import CHECK_EVERY, EpochFigures
+from models import ResNet, sampled
+from utils.device import mixed_precision
+from utils.errors import UserError
+from utils.schedule import set_learning_rate
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = mean cross-entropy + rl_weight * (policy loss - entropy_weight * entropy), see ``gating.objectives``."""
+
+    alpha: float
+    gamma: float
+    rl_weight: float
+    entropy_weight: float
+
+
+@dataclass(frozen=True)
+class ReinforceFigures(EpochFigures):
+    """Means over the images of one epoch, under sampled decisions."""
+
+    total_return: float  # of the first switch: skip rewards less cross-entropy
+    return_deviation: float  # its standard deviation over the images
+    advantage_deviation: float  # the same of what the baseline leaves of it
+    entropy: float  # of one decision, in nats
+    executed: float  # share of the skippable FLOPs that ran
+
+
+def reinforce_epoch(
+    network: ResNet,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    optimisers: Sequence[Optimizer],
+    learning_rate: Callable[[float], float],
+    objective: Objective,
+    shares: Tensor,
+    baseline: Baseline,
+    batch_norm: str,
+    draws: torch.Generator,
+    title: str,
+) -> ReinforceFigures:
+    """Train for one epoch, decisions drawn from the switches.
+
+    Args:
+        batches: normalised images [B, 3, H, W] and labels [B] on the network's device.
+        steps: number of batches.
+        optimisers: of the network and of its gates.
+        learning_rate: rate as a function of the share of this epoch that is done.
+        shares: [K], each block's share of the skippable FLOPs.
+        batch_norm: "frozen" uses running statistics; in other modes they follow the drawn paths.
+        draws: generator of the decisions, on the network's device.
+
+    Raises:
+        UserError: if the loss stops being finite.
+    """
+    network.train()
+    if batch_norm == "frozen":
+        freeze_batch_norms(network)
+    device = next(network.parameters()).device
+    shares = shares.to(device)
+    # Drawn decisions carry no gradient, so blocks may really be skipped in training.  A GPU would wait for each gather;
+    # norms that follow the paths see all images, as published.
+    skip = device.type == "cpu" and batch_norm == "frozen"
+    sums = torch.zeros(7, device=device, dtype=torch.float64)
+    seen = 0
+    for step, (x, y) in enumerate(tqdm(batches, title, steps, leave=False, disable=None)):
+        for optimiser in optimisers:
+            set_learning_rate(optimiser, learning_rate(step / steps))
+            optimiser.zero_grad(set_to_none=True)
+        with mixed_precision(device):
+            logits, probabilities, decisions = network(x, decide=sampled(draws), skip=skip)
+        cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")
+        gained = returns(skip_rewards(decisions, shares, objective.alpha), cross_entropy.detach(), objective.gamma)
+
+        def greedy_returns(x: Tensor = x, y: Tensor = y) -> Tensor:
+            with mixed_precision(device):
+                return thresholded_returns(
+                    network, x, y, shares, objective.alpha, objective.gamma, skip=device.type == "cpu"
+                )
+
+        advantages = gained - baseline(gained, probabilities, greedy_returns)
+        uncertainty = entropy(probabilities)
+        policy = policy_loss(probabilities, decisions, advantages) - objective.entropy_weight * uncertainty
+        (cross_entropy.mean() + objective.rl_weight * policy).backward()
+        for optimiser in optimisers:
+            optimiser.step()
+        with torch.no_grad():
+            first, left = gained[:, 0], advantages[:, 0]
+            correct = (logits.argmax(dim=1) == y).float()
+            uncertain = (uncertainty / len(shares)).expand(len(y))
+            figures = [cross_entropy, correct, first, first.square(), left.square(), uncertain, decisions @ shares]
+            sums += torch.stack(figures).double().sum(dim=1)
+        seen += len(y)
+        if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(sums).all():
+            raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
+    loss, accuracy, mean, square, left, uncertain, executed = (sums / seen).tolist()
+    deviation = max(square - mean**2, 0) ** 0.5
+    return ReinforceFigures(loss, accuracy, mean, deviation, left**0.5, uncertain, executed)

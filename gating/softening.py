@@ -1,0 +1,33 @@
+"""Switches that are sure of themselves made to doubt again, without changing what they decide."""
+
+import torch
+from torch import Tensor, nn
+
+from models import ResNet, all_on
+from utils.modes import mode_kept
+
+LOGIT = 2.0  # mean size of a softened switch's logit: it is followed about seven times in eight
+
+
+@torch.no_grad()
+def soften_switches(network: ResNet, images: Tensor) -> None:
+    """Scale the gates' last layers down until the mean size of their logits is at most ``LOGIT``.
+
+    Supervised training leaves switches that let pass with probability near 1.  Sampling then never tries to skip, and
+    the policy gradient, which goes with p (1 - p), vanishes.  A positive factor keeps every logit's sign, so the
+    thresholded decisions stay exactly as they were.
+
+    Args:
+        images: normalised [N, 3, H, W], to measure the logits on.
+    """
+    with mode_kept(network, training=False):
+        p = network(images, decide=all_on).probabilities.double().clamp(1e-7, 1 - 1e-7)
+    sizes = torch.logit(p).abs().mean(dim=0)  # [K]
+    last = [network.gate.decision] if hasattr(network.gate, "decision") else list(network.gate.decisions)
+    for layer, size in zip(last, [sizes.mean()] if len(last) == 1 else sizes, strict=True):
+        _scale(layer, min(1.0, LOGIT / size.item()))
+
+
+def _scale(layer: nn.Linear, factor: float) -> None:
+    layer.weight.mul_(factor)
+    layer.bias.mul_(factor)

@@ -1,0 +1,21 @@
+"""The switched CIFAR ResNet, its gates and its low-rank layers.  Nothing here knows of training or pruning."""
+
+from models.decisions import all_on, held_open, sampled, sampled_straight_through, straight_through, thresholded
+from models.lowrank import LowRankConv2d
+from models.resnet import GATES, NETWORKS, ResNet, RoutedOutput, build_network, check_depth
+
+__all__ = [
+    "GATES",
+    "NETWORKS",
+    "LowRankConv2d",
+    "ResNet",
+    "RoutedOutput",
+    "all_on",
+    "build_network",
+    "check_depth",
+    "held_open",
+    "sampled",
+    "sampled_straight_through",
+    "straight_through",
+    "thresholded",
+]

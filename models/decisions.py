@@ -1,0 +1,69 @@
+"""Decision rules: how the probability that a block runs becomes a decision to run it.
+
+A rule is a function from probabilities to decisions, both of shape [N] (one entry an image, one call a switch).  It is
+an argument of the network's forward pass, so that one network serves every stage.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DecisionRule = Callable[[Tensor], Tensor]
+
+
+def all_on(probabilities: Tensor) -> Tensor:
+    """Every block runs on every image."""
+    return torch.ones_like(probabilities)
+
+
+def thresholded(probabilities: Tensor) -> Tensor:
+    """A block runs where its probability exceeds one half.  This is the rule of evaluation and deployment."""
+    return (probabilities > 0.5).to(probabilities.dtype)
+
+
+def straight_through(probabilities: Tensor) -> Tensor:
+    """Thresholded in the forward pass; in the backward pass the gradient of the probability itself.
+
+    Source: SkipNet (arXiv:1711.09485), section 3.3, the supervised warm-up.
+    """
+    return thresholded(probabilities) + (probabilities - probabilities.detach())
+
+
+def sampled(generator: torch.Generator | None = None) -> DecisionRule:
+    """Rule that draws each decision from Bernoulli(probability), from ``generator`` where one is given.
+
+    Source: SkipNet (arXiv:1711.09485), section 3.2, the stochastic policy.
+    """
+
+    def draw(probabilities: Tensor) -> Tensor:
+        # Where training has diverged a probability may be nan, which bernoulli dies of before the loss can be checked.
+        return torch.bernoulli(probabilities.detach().nan_to_num(0.0), generator=generator)
+
+    return draw
+
+
+def sampled_straight_through(generator: torch.Generator | None = None) -> DecisionRule:
+    """Rule that draws each decision, as ``sampled``, and passes the gradient of the probability on.
+
+    Source: the straight-through estimator of stochastic neurons (arXiv:1308.3432), section 4.
+    """
+    draw = sampled(generator)
+
+    def decide(probabilities: Tensor) -> Tensor:
+        return draw(probabilities) + (probabilities - probabilities.detach())
+
+    return decide
+
+
+def held_open(images: Tensor, rule: DecisionRule) -> DecisionRule:
+    """Rule that runs every block on the marked images and applies ``rule`` to the others.
+
+    Args:
+        images: boolean [N], true where every switch is held open.
+    """
+
+    def decide(probabilities: Tensor) -> Tensor:
+        return torch.where(images, torch.ones_like(probabilities), rule(probabilities))
+
+    return decide

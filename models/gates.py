@@ -1,0 +1,90 @@
+"""Gates: the small networks that look at the features so far and say whether the next block is worth running."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FEATURES = 10
+
+
+class RecurrentGate(nn.Module):
+    """One LSTM for all switches, stepping once a block.
+
+    Global average pool -> projection of the block's input channels to 10 -> LSTM with 10 units -> linear -> sigmoid.
+    About 0.003 % of the FLOPs of the blocks at width 64.
+
+    Source: SkipNet (arXiv:1711.09485), section 3.1 and figure 3 (RNNGate).  The batch norm behind each projection is
+    an addition: pooled features of different images differ by little against their mean, and a gate that sees them
+    unscaled learns to open or close for all images alike.
+
+    Args:
+        channels: input channels of each switched block, in order.
+        opening: initial bias of the last layer; sigmoid(opening) is about the probability that an untrained switch
+            lets an image pass, positive so that training starts from the whole network.
+    """
+
+    def __init__(self, channels: list[int], opening: float = 2.0):
+        super().__init__()
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, FEATURES, bias=False), nn.BatchNorm1d(FEATURES)) for c in channels
+        )
+        self.lstm = nn.LSTMCell(FEATURES, FEATURES)
+        self.decision = nn.Linear(FEATURES, 1)
+        nn.init.constant_(self.decision.bias, opening)
+
+    def forward(
+        self, switch: int, features: Tensor, state: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Probability that the block behind ``switch`` runs.
+
+        Args:
+            switch: index of the switch, 0 for the first switched block.
+            features: [N, C, H, W], the input of that block.
+            state: what the previous switch returned, None at the first.
+
+        Returns:
+            probabilities [N] in float32 and the state for the next switch.
+        """
+        # A probability near one half must not change sides with the precision of the rest of the network.
+        with torch.autocast(features.device.type, enabled=False):
+            pooled = features.mean(dim=(2, 3), dtype=self.decision.weight.dtype)
+            state = self.lstm(self.projections[switch](pooled), state)
+            return torch.sigmoid(self.decision(state[0])).squeeze(1), state
+
+
+class FeedForwardGate(nn.Module):
+    """A small convolutional network of its own for every switch.
+
+    ``ff1``: max pool, 3x3 convolution, 3x3 convolution with stride 2, each with batch norm and relu; then global
+    average pool, linear, sigmoid.  5/32 (16 %) of the FLOPs of an identity block.
+    ``ff2``: one 3x3 convolution with stride 2, batch norm, relu; pool, linear, sigmoid.  1/8 of such a block.
+
+    Source: SkipNet (arXiv:1711.09485), section 3.1 and figure 3 (FFGate-I and FFGate-II).
+
+    Args:
+        channels: input channels of each switched block, in order.
+        kind: "ff1" or "ff2".
+        opening: as in ``RecurrentGate``.
+    """
+
+    def __init__(self, channels: list[int], kind: str, opening: float = 2.0):
+        super().__init__()
+        self.pools = kind == "ff1"
+        strides = (1, 2) if kind == "ff1" else (2,)
+        self.features = nn.ModuleList(nn.Sequential(*(_convolution(c, stride) for stride in strides)) for c in channels)
+        self.decisions = nn.ModuleList(nn.Linear(c, 1) for c in channels)
+        for decision in self.decisions:
+            nn.init.constant_(decision.bias, opening)
+
+    def forward(self, switch: int, features: Tensor, state: None) -> tuple[Tensor, None]:
+        """As ``RecurrentGate.forward``; there is no state to hand on."""
+        if self.pools:
+            features = F.max_pool2d(features, 2, ceil_mode=True)
+        decision = self.decisions[switch]
+        pooled = self.features[switch](features).mean(dim=(2, 3), dtype=decision.weight.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            return torch.sigmoid(decision(pooled)).squeeze(1), None
+
+
+def _convolution(channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())

@@ -1,0 +1,225 @@
+"""The CIFAR ResNet with a switch before every residual block but the first."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.decisions import DecisionRule, thresholded
+from models.gates import FeedForwardGate, RecurrentGate
+from models.lowrank import LowRankConv2d
+from utils.errors import UserError
+
+NETWORKS = ("resnet",)
+GATES = ("rnn", "ff1", "ff2", "none")
+
+Ranks = Mapping[str, Sequence[int | None]]
+
+
+def check_depth(depth: int) -> None:
+    """Refuse a depth that no network has.
+
+    Raises:
+        UserError: unless it is 6n + 2, n >= 1.
+    """
+    if depth < 8 or (depth - 2) % 6 != 0:
+        raise UserError(f"depth {depth} is not of the form 6n+2: use 8, 14, 20, 26, 32, 38, 44, 56 or 110")
+
+
+class RoutedOutput(NamedTuple):
+    """What the network returns for N images and K switches (K = 0 without gates)."""
+
+    logits: Tensor  # [N, classes]
+    probabilities: Tensor  # [N, K], that each switched block runs
+    decisions: Tensor  # [N, K], what was decided: 0 or 1
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm beside a shortcut; the shortcut is a 1x1 projection where shapes change.
+
+    Source: ResNet (arXiv:1512.03385), section 4.2.
+
+    Args:
+        inner: channels between the two convolutions; ``out_channels`` unless channels were pruned there.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, inner: int | None = None):
+        super().__init__()
+        inner = out_channels if inner is None else inner
+        self.conv1 = nn.Conv2d(in_channels, inner, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The part that a switch can save."""
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+    def carried(self, x: Tensor) -> Tensor:
+        """What passes even where the block is skipped."""
+        return x if self.shortcut is None else self.shortcut(x)
+
+    def forward(self, x: Tensor, decisions: Tensor | None = None) -> Tensor:
+        """relu(shortcut(x) + z * residual(x)), computed on all images, z = 1 where no ``decisions`` [N] are given."""
+        residual = self.residual(x)
+        if decisions is not None:
+            residual = decisions.to(residual.dtype).view(-1, 1, 1, 1) * residual
+        return F.relu(self.carried(x) + residual)
+
+    def skipping(self, x: Tensor, decisions: Tensor) -> Tensor:
+        """The same output, the residual computed on the images whose decision is 1 only, and not at all if none is."""
+        selected = decisions.nonzero().squeeze(1)
+        if len(selected) == len(x):
+            return self(x)
+        carried = self.carried(x)
+        if len(selected) == 0:
+            # The input of an identity shortcut comes out of a relu, which a second one would not change.
+            return x if self.shortcut is None else F.relu(carried)
+        residual = self.residual(x.index_select(0, selected))
+        return F.relu(carried.index_add(0, selected, residual.to(carried.dtype)))
+
+
+class ResNet(nn.Module):
+    """ResNet of depth 6n + 2 for small images: a stem, three groups of n basic blocks, a linear classifier.
+
+    The groups have widths (w, 2w, 4w); the second and third halve the resolution.  Without gates, at depth 32, width
+    64 and 100 classes it has 7,451,044 parameters and takes 2,201,405,440 FLOPs for a 32x32 image.
+
+    Args:
+        depth: 6n + 2, n >= 1.
+        num_classes: number of classes.
+        width: channels of the first group.
+        gate: kind of switch, one of ``GATES``.
+        ranks: for every convolution that static pruning has rebuilt, its name and (rank_in, rank_out).
+        inner: for every block whose inner channels were pruned, its name and the channels left between its two
+            convolutions.
+
+    Raises:
+        UserError: for a depth, gate, rank or inner width that does not exist.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        width: int,
+        gate: str,
+        ranks: Ranks | None = None,
+        inner: Mapping[str, int] | None = None,
+    ):
+        super().__init__()
+        check_depth(depth)
+        if gate not in GATES:
+            raise UserError(f"gate {gate!r} is unknown: use one of {', '.join(GATES)}")
+        self.architecture = {
+            "network": "resnet",
+            "depth": depth,
+            "num_classes": num_classes,
+            "width": width,
+            "gate": gate,
+            "ranks": {name: list(pair) for name, pair in (ranks or {}).items()},
+            "inner": dict(inner or {}),
+        }
+        widths = [width * 2**group for group in range(3) for _ in range((depth - 2) // 6)]
+        inputs = [width, *widths[:-1]]
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+        names = [f"blocks.{block}" for block in range(len(widths))]
+        for name, channels in self.architecture["inner"].items():
+            if name not in names or channels < 1:
+                raise UserError(f"inner gives {name!r} {channels} channels: it takes names of blocks and 1 or more")
+        self.blocks = nn.ModuleList(
+            BasicBlock(i, o, 1 if i == o else 2, self.architecture["inner"].get(name))
+            for name, i, o in zip(names, inputs, widths, strict=True)
+        )
+        self.gate = _build_gate(gate, inputs[1:])
+        self.classifier = nn.Linear(widths[-1], num_classes)
+        self._initialise()
+        for name, (rank_in, rank_out) in self.architecture["ranks"].items():
+            self._reduce(name, rank_in, rank_out)
+
+    @property
+    def switches(self) -> int:
+        """K, the number of switches."""
+        return 0 if self.gate is None else len(self.blocks) - 1
+
+    def _initialise(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("gate."):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _reduce(self, name: str, rank_in: int | None, rank_out: int | None) -> None:
+        conv = dict(self.named_modules()).get(name)
+        if not isinstance(conv, nn.Conv2d) or name.startswith("gate."):
+            raise UserError(f"ranks name the layer {name!r}, which is no convolution of this network")
+        replacement = LowRankConv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size[0],
+            conv.stride[0],
+            conv.padding[0],
+            rank_in,
+            rank_out,
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(self.get_submodule(parent), child, replacement)
+
+    def forward(self, images: Tensor, decide: DecisionRule = thresholded, skip: bool | None = None) -> RoutedOutput:
+        """Classify normalised images.
+
+        Args:
+            images: [N, 3, H, W], normalised as the checkpoint says.
+            decide: how probabilities become decisions, see ``models.decisions``.
+            skip: run a block on the images whose switch is on only (true), or on all images and multiply by the
+                decisions (false), which a gradient through the decisions needs.  By default as evaluation mode is on.
+        """
+        skip = not self.training if skip is None else skip
+        x = F.relu(self.stem(images))
+        x = self.blocks[0](x)
+        probabilities, decisions, state = [], [], None
+        for switch, block in enumerate(self.blocks[1:]):
+            if self.gate is None:
+                x = block(x)
+                continue
+            probability, state = self.gate(switch, x, state)
+            decision = decide(probability)
+            x = block.skipping(x, decision) if skip else block(x, decision)
+            probabilities.append(probability)
+            decisions.append(decision)
+        logits = self.classifier(x.mean(dim=(2, 3)))
+        if self.gate is None:
+            none = torch.empty(len(images), 0, device=logits.device)
+            return RoutedOutput(logits, none, none)
+        return RoutedOutput(logits, torch.stack(probabilities, dim=1), torch.stack(decisions, dim=1))
+
+
+def _build_gate(kind: str, channels: list[int]) -> nn.Module | None:
+    if kind == "none":
+        return None
+    return RecurrentGate(channels) if kind == "rnn" else FeedForwardGate(channels, kind)
+
+
+def build_network(
+    network: str,
+    *,
+    depth: int,
+    num_classes: int,
+    width: int = 64,
+    gate: str = "rnn",
+    ranks: Ranks | None = None,
+    inner: Mapping[str, int] | None = None,
+) -> ResNet:
+    """The network that an architecture describes, with fresh weights.
+
+    Raises:
+        UserError: if the network, depth, gate, a rank or an inner width does not exist.
+    """
+    if network not in NETWORKS:
+        raise UserError(f"network {network!r} is unknown: use one of {', '.join(NETWORKS)}")
+    return ResNet(depth=depth, num_classes=num_classes, width=width, gate=gate, ranks=ranks, inner=inner)

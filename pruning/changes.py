@@ -1,0 +1,61 @@
+"""What an iteration did, layer by layer."""
+
+import math
+from dataclasses import dataclass
+
+from models import ResNet
+from pruning.eigenbasis import Eigenbasis
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What one iteration did to one layer."""
+
+    name: str
+    ranks_before: tuple[int, int]  # input and output directions of the core, or channels of a plain convolution
+    ranks_after: tuple[int, int]
+    parameters_before: int
+    parameters_after: int
+    flops_before: int  # for one image
+    flops_after: int
+    predicted_rise: float  # of the loss, in nats; not a number for a criterion that predicts none
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A smaller network and how it came about."""
+
+    network: ResNet
+    bases: dict[str, Eigenbasis]  # empty for criteria that work on whole channels
+    changes: list[LayerChange]
+
+    @property
+    def predicted_rise(self) -> float | None:
+        """Of the loss, in nats, before any fine-tuning: the sum over layers, None where the criterion predicts none."""
+        total = sum(change.predicted_rise for change in self.changes)
+        return None if math.isnan(total) else total
+
+    @property
+    def nothing_changed(self) -> bool:
+        return all(change.ranks_before == change.ranks_after for change in self.changes)
+
+
+def changes_table(changes: list[LayerChange]) -> str:
+    """The changes of one iteration as text, a line a layer and one for the sum."""
+    lines = [f"{'layer':<16} {'ranks in, out':>22} {'parameters':>21} {'MFLOPs':>17} {'predicted rise':>15}"]
+    for c in changes:
+        ranks = f"{c.ranks_before[0]},{c.ranks_before[1]} -> {c.ranks_after[0]},{c.ranks_after[1]}"
+        lines.append(
+            f"{c.name:<16} {ranks:>22} {c.parameters_before:>9} -> {c.parameters_after:>8} "
+            f"{c.flops_before / 1e6:>7.2f} -> {c.flops_after / 1e6:>6.2f} {_rise(c.predicted_rise):>15}"
+        )
+    lines.append(
+        f"{'sum':<16} {'':>22} {sum(c.parameters_before for c in changes):>9} -> "
+        f"{sum(c.parameters_after for c in changes):>8} {sum(c.flops_before for c in changes) / 1e6:>7.2f} -> "
+        f"{sum(c.flops_after for c in changes) / 1e6:>6.2f} {_rise(sum(c.predicted_rise for c in changes)):>15}"
+    )
+    return "\n".join(lines)
+
+
+def _rise(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.5f}"

@@ -1,0 +1,146 @@
+"""An iteration on whole channels: every block loses channels between its two convolutions, which stay plain.
+
+The channels of the residual stream are shared by all blocks of a group, so they could only go together; they are left
+alone.  What a block carries between conv1 and conv2 is its own.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from models import LowRankConv2d, ResNet
+from pruning import channels
+from pruning.changes import LayerChange, Pruned
+from pruning.criteria import share
+from pruning.eigenbasis import gradient_squares
+from pruning.factors import Factors, collect_factors
+from pruning.method import Batches, Method
+from pruning.selection import Goal, Group, least_kept, select
+from pruning.surgery import rebuild_channels
+from utils.errors import UserError
+from utils.flops import NetworkCost
+
+COMPENSATED = ("c_obs", "kron_obs")
+
+
+def prune_channels(
+    network: ResNet, batches: Batches, draws: torch.Generator, cost: NetworkCost, goal: Goal, method: Method
+) -> Pruned:
+    """Measure, choose and rebuild, see ``pruning.iteration.prune_once``."""
+    _refuse_low_rank(network, method)
+    blocks = {f"blocks.{i}": block for i, block in enumerate(network.blocks)}
+    seconds = {f"{name}.conv2": block.conv2 for name, block in blocks.items()}
+    factors: dict[str, Factors] = {}
+    diagonals: dict[str, Tensor] = {}
+    if method.criterion == "c_obd":
+        diagonals = gradient_squares(network, seconds, {}, batches(), **method.fisher(draws))
+    elif method.criterion in ("c_obs", "kron_obd", "kron_obs"):
+        factors = collect_factors(network, seconds, batches(), **method.fisher(draws))
+    saliencies = {}
+    for name, block in blocks.items():
+        values = _saliency(block, factors.get(f"{name}.conv2"), diagonals.get(f"{name}.conv2"), draws, method)
+        saliencies[name] = share(values) if method.normalize else values
+    groups, fixed = channel_groups(network, cost, method, saliencies)
+    kept = {
+        name: side
+        for name, (side,) in select(groups, goal, fixed, method.objective, method.round_to).items()
+        if len(side) < blocks[name].conv1.out_channels
+    }
+    weights = {
+        name: _kept_weight(block.conv2.weight.detach(), factors.get(f"{name}.conv2"), kept[name], method)
+        for name, block in blocks.items()
+        if name in kept
+    }
+    changes = []
+    for name, block in blocks.items():
+        rise = 0.0
+        if name in kept:
+            change = block.conv2.weight.detach().double().neg()
+            change[:, kept[name]] += weights[name].double()
+            rise = _rise(change, factors.get(f"{name}.conv2"), diagonals.get(f"{name}.conv2"), method)
+        before = block.conv1.out_channels
+        after = len(kept.get(name, range(before)))
+        positions = cost.layers[f"{name}.conv2"].positions_out
+        outside = {"conv1": block.conv1.in_channels, "conv2": block.conv2.out_channels}
+        for layer, other in outside.items():
+            ranks = [(other, n) if layer == "conv1" else (n, other) for n in (before, after)]
+            parameters = [other * n * 9 for n in (before, after)]
+            flops = [2 * p * positions for p in parameters]
+            predicted = rise if layer == "conv2" else 0.0
+            changes.append(LayerChange(f"{name}.{layer}", *ranks, *parameters, *flops, predicted))
+    return Pruned(rebuild_channels(network, kept, weights), {}, changes)
+
+
+def channel_groups(
+    network: ResNet, cost: NetworkCost, method: Method, saliencies: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Group], tuple[int, int]]:
+    """The inner channels of every block, and the FLOPs and parameters of everything else.
+
+    Args:
+        saliencies: of each channel, by block; None counts them all as zero.
+
+    Raises:
+        UserError: for a network with low-rank layers.
+    """
+    _refuse_low_rank(network, method)
+    groups, flops, parameters = {}, cost.flops, cost.parameters
+    for i, block in enumerate(network.blocks):
+        name, now = f"blocks.{i}", block.conv1.out_channels
+        positions = cost.layers[f"{name}.conv2"].positions_out
+        block_cost = partial(_block_cost, block.conv1.in_channels, block.conv2.out_channels, positions)
+        least = min(now, least_kept(block.conv2.out_channels, method.prune_ratio_limit))
+        values = torch.zeros(now) if saliencies is None else saliencies[name]
+        groups[name] = Group((values,), (least,), block_cost, channels=(block.conv2.out_channels,))
+        flops, parameters = flops - block_cost(now)[0], parameters - block_cost(now)[1]
+    return groups, (flops, parameters)
+
+
+def _refuse_low_rank(network: ResNet, method: Method) -> None:
+    if any(isinstance(module, LowRankConv2d) for module in network.modules()):
+        raise UserError(
+            f"criterion {method.criterion} removes whole channels, but the network has low-rank layers: prune a "
+            f"network without them, or use criterion eigendamage"
+        )
+
+
+def _block_cost(inputs: int, outputs: int, positions: int, inner):
+    """FLOPs and parameters of two 3x3 convolutions with a batch norm between them, for ``inner`` channels there."""
+    weights = 9 * inner * (inputs + outputs)
+    return 2 * weights * positions, weights + 2 * inner
+
+
+def _saliency(
+    block, factors: Factors | None, diagonal: Tensor | None, draws: torch.Generator, method: Method
+) -> Tensor:
+    weight = block.conv2.weight.detach()
+    match method.criterion:
+        case "c_obd":
+            return channels.c_obd(weight, diagonal, method.regularization)
+        case "c_obs":
+            return channels.c_obs(weight, factors.A, factors.G)
+        case "kron_obd":
+            return channels.kron_obd(weight, factors.A, factors.G, method.regularization)
+        case "kron_obs":
+            return channels.kron_obs(weight, factors.A, factors.G)
+        case "magnitude":
+            return channels.magnitude(block.conv1.weight.detach(), weight)
+        case "random":
+            return torch.rand(weight.shape[1], generator=draws, device=weight.device)
+    raise AssertionError(method.criterion)
+
+
+def _kept_weight(weight: Tensor, factors: Factors | None, kept: Tensor, method: Method) -> Tensor:
+    kept = kept.to(weight.device)
+    if method.criterion not in COMPENSATED:
+        return weight[:, kept]
+    return channels.compensated(weight, factors.A, kept).to(weight.dtype)
+
+
+def _rise(change: Tensor, factors: Factors | None, diagonal: Tensor | None, method: Method) -> float:
+    if factors is not None:
+        return channels.quadratic_rise(change, factors.A, factors.G).item()
+    if diagonal is not None:
+        return 0.5 * (diagonal * change.square()).sum().item()
+    return float("nan")

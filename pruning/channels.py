@@ -1,0 +1,99 @@
+"""Saliencies of whole channels, and the update of the weights that remain when channels go.
+
+A channel j between the two convolutions of a block reaches the rest of the network only through column j of the second
+one, so removing it is exactly zeroing W[:, j]: the first convolution's row and its batch norm do nothing any more.  The
+papers write their formulas for the rows of a weight; here they stand for its columns, with A and G exchanged.
+
+All functions take W [out, in, kh, kw] of the second convolution, its factors A [in, in] and G [out, out] (the Fisher
+being A (x) G for each tap), and return one saliency [in] a channel, in nats unless they say otherwise, in float64.
+"""
+
+import torch
+from torch import Tensor
+
+# Share of the mean eigenvalue that is added before a factor is inverted: channels that never fire have no inverse.
+DAMPING = 1e-6
+
+
+def damped(factor: Tensor) -> Tensor:
+    """The factor with DAMPING times its mean eigenvalue on the diagonal; a factor of zeros becomes the identity's."""
+    size = len(factor)
+    mean = factor.double().trace() / size
+    return factor.double() + torch.eye(size, dtype=torch.float64, device=factor.device) * (
+        DAMPING * mean if mean > 0 else 1.0
+    )
+
+
+def c_obd(weight: Tensor, diagonal: Tensor, regularization: float) -> Tensor:
+    """1/2 sum over the channel of F_qq w_q^2, with the diagonal of the Fisher [out, in, kh, kw].
+
+    Source: C-OBD, EigenDamage (arXiv:1905.05934), section 3.1, from Optimal Brain Damage (LeCun 1989).
+    """
+    return 0.5 * ((diagonal + regularization) * weight.double().square()).sum(dim=(0, 2, 3))
+
+
+def c_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
+    """1/2 sum over the channel of w_q^2 / [F^-1]_qq, with F^-1 = A^-1 (x) G^-1.
+
+    Source: C-OBS, EigenDamage (arXiv:1905.05934), section 3.1, from Optimal Brain Surgeon (Hassibi 1993).  Each weight
+    is priced as if the others of its channel could still make up for it.
+    """
+    inverse = torch.outer(torch.linalg.inv(damped(G)).diagonal(), torch.linalg.inv(damped(A)).diagonal())
+    return 0.5 * (weight.double().square() / inverse[:, :, None, None]).sum(dim=(0, 2, 3))
+
+
+def kron_obd(weight: Tensor, A: Tensor, G: Tensor, regularization: float) -> Tensor:
+    """1/2 A_jj sum over taps of W_j^T G W_j: the channel zeroed, the others left as they are.
+
+    Source: Kron-OBD, EigenDamage (arXiv:1905.05934), algorithm 1.
+    """
+    return 0.5 * (
+        A.double().diagonal() * _through(weight, G) + regularization * weight.double().square().sum((0, 2, 3))
+    )
+
+
+def kron_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
+    """1/2 sum over taps of W_j^T G W_j / [A^-1]_jj: the channel zeroed, the others at their optimum.
+
+    Source: Kron-OBS, EigenDamage (arXiv:1905.05934), algorithm 1.
+    """
+    return 0.5 * _through(weight, G) / torch.linalg.inv(damped(A)).diagonal()
+
+
+def magnitude(row: Tensor, column: Tensor) -> Tensor:
+    """Squared norm of all weights that go with a channel, over its mean in the layer; a control without a loss.
+
+    Source: the group norm of DepGraph (arXiv:2301.12900), equation (5), and its normalisation by the layer's mean.
+
+    Args:
+        row: the first convolution's weight [channels, in, kh, kw].
+        column: the second one's [out, channels, kh, kw].
+    """
+    squares = row.double().square().sum((1, 2, 3)) + column.double().square().sum((0, 2, 3))
+    return squares / squares.mean()
+
+
+def compensated(weight: Tensor, A: Tensor, kept: Tensor) -> Tensor:
+    """The kept columns of W [out, kept, kh, kw], updated to make up for the others as well as they can.
+
+    The optimum of the quadratic model 1/2 tr(G D A D^T), summed over taps, under D = -W on all removed columns P at
+    once: D_K = W_P A_PK A_KK^-1.  It does not depend on G.  For one column it is the update of Kron-OBS, EigenDamage
+    (arXiv:1905.05934), algorithm 1; for more it is never worse than theirs added up.
+    """
+    A = damped(A)
+    gone = torch.ones(len(A), dtype=torch.bool, device=A.device)
+    gone[kept] = False
+    update = torch.linalg.solve(A[kept][:, kept], A[kept][:, gone])  # [kept, gone]
+    return weight[:, kept].double() + torch.einsum("oghw,kg->okhw", weight[:, gone].double(), update)
+
+
+def quadratic_rise(change: Tensor, A: Tensor, G: Tensor) -> Tensor:
+    """1/2 tr(G D A D^T), summed over taps: predicted rise of the loss under the change D [out, in, kh, kw] of W."""
+    change = change.double()
+    return 0.5 * torch.einsum("oihw,op,pjhw,ij->", change, G.double(), change, A.double())
+
+
+def _through(weight: Tensor, G: Tensor) -> Tensor:
+    """[in]: sum over taps of W_j^T G W_j."""
+    weight = weight.double()
+    return (weight * torch.einsum("op,pihw->oihw", G.double(), weight)).sum(dim=(0, 2, 3))

@@ -1,0 +1,54 @@
+"""What a layer costs in each form that surgery can give it, as integer arithmetic that also takes arrays."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Count = Any  # an int, or an integer array that broadcasts
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of a convolution between optional rotations, see ``models.LowRankConv2d``."""
+
+    channels: tuple[int, int]  # in and out, outside
+    ranks: tuple[int, int]  # c and r: in and out of the core as it is
+    rotated: tuple[bool, bool]  # whether there is a rotation before and behind the core
+    taps: int
+    positions: tuple[int, int]  # pixels of input and output
+
+    def cost(self, c: Count, r: Count) -> tuple[Count, Count]:
+        """FLOPs for one image and parameters with a core of c -> r channels.
+
+        A side that keeps its rank goes on as it is; a side that loses directions has a rotation, at the input's
+        resolution before the core and at the output's behind it.
+        """
+        before = self.channels[0] * c * ((c < self.ranks[0]) | self.rotated[0])
+        behind = r * self.channels[1] * ((r < self.ranks[1]) | self.rotated[1])
+        core = c * r * self.taps
+        flops = 2 * (before * self.positions[0] + (core + behind) * self.positions[1])
+        return flops, before + core + behind
+
+
+def cheapest_ranks(shape: LayerShape, c: Count, r: Count) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the cheapest of the forms that keep c and r directions: both sides reduced, one of them, or none.
+
+    A rotation costs something itself, so dropping few directions of a side can cost more than it saves; that side is
+    then left whole.  A form is taken if it has fewer FLOPs than the layer has now without having more parameters.
+    """
+    whole_c, whole_r = shape.ranks
+    c, r = np.broadcast_arrays(np.asarray(c), np.asarray(r))
+    best_c, best_r = np.full_like(c, whole_c), np.full_like(r, whole_r)
+    best_flops, most_parameters = shape.cost(whole_c, whole_r)
+    for form_c, form_r in ((c, r), (c, whole_r), (whole_c, r)):
+        flops, parameters = shape.cost(form_c, form_r)
+        better = (flops < best_flops) & (parameters <= most_parameters)
+        best_c, best_r = np.where(better, form_c, best_c), np.where(better, form_r, best_r)
+        best_flops = np.where(better, flops, best_flops)
+    return best_c, best_r
+
+
+def cheapest_cost(shape: LayerShape, c: Count, r: Count) -> tuple[np.ndarray, np.ndarray]:
+    """FLOPs and parameters of the form that ``cheapest_ranks`` chooses."""
+    return shape.cost(*cheapest_ranks(shape, c, r))

@@ -1,0 +1,47 @@
+"""Fine-tuning that also follows the predictions of the network before pruning."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gating.supervised import Loss
+from models import ResNet, all_on
+from utils.device import mixed_precision
+
+# Softens both predictions so that small probabilities count; for small networks arXiv:1503.02531 found 2.5 to 4 to work
+# best (section 3).
+TEMPERATURE = 4.0
+
+
+def distilled_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """(1 - weight) * cross-entropy + weight * T^2 * KL(teacher || network) at temperature T, means over the images.
+
+    Source: Hinton et al. (arXiv:1503.02531), section 2; T^2 keeps the gradients of both terms of one size.
+
+    Args:
+        logits, teacher: [N, classes] of the network and of the one it follows.
+        weight: in [0, 1].
+    """
+    softened = F.kl_div(
+        (logits / TEMPERATURE).log_softmax(dim=1),
+        (teacher / TEMPERATURE).log_softmax(dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - weight) * F.cross_entropy(logits, labels) + weight * TEMPERATURE**2 * softened
+
+
+def following(teacher: ResNet, weight: float) -> Loss:
+    """``distilled_loss`` as ``gating.supervised.supervised_epoch`` takes it.
+
+    Args:
+        teacher: in evaluation mode; every block of it runs.
+        weight: of the distillation in the loss.
+    """
+
+    def loss_of(x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad(), mixed_precision(x.device):
+            target = teacher(x, decide=all_on).logits
+        return distilled_loss(logits, target.float(), labels, weight)
+
+    return loss_of

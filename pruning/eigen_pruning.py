@@ -1,0 +1,101 @@
+"""An iteration in the eigenbasis: every 3x3 convolution loses directions and becomes a bottleneck.
+
+Source: EigenDamage (arXiv:1905.05934), section 4 and algorithm 2.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from models import ResNet
+from pruning.changes import LayerChange, Pruned
+from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
+from pruning.criteria import eigendamage, share
+from pruning.eigenbasis import curvature, eigenbasis, gradient_squares, rotate
+from pruning.factors import collect_factors
+from pruning.layers import ConvWeights, prunable_layers, read_weights
+from pruning.method import Batches, Method
+from pruning.selection import Goal, Group, least_kept, select
+from pruning.surgery import composed, merged, rebuild, truncated
+from pruning.tucker import tucker
+from utils.flops import NetworkCost
+
+
+def prune_directions(
+    network: ResNet, batches: Batches, draws: torch.Generator, cost: NetworkCost, goal: Goal, method: Method
+) -> Pruned:
+    """Measure, choose and rebuild, see ``pruning.iteration.prune_once``."""
+    layers = prunable_layers(network)
+    factors = collect_factors(network, layers, batches(), **method.fisher(draws))
+    bases = {name: eigenbasis(factors[name]) for name in layers}
+    if method.correct_eigenvalues:
+        spectra = gradient_squares(network, layers, bases, batches(), **method.fisher(draws))
+    else:
+        spectra = {name: curvature(bases[name], layer.weight) for name, layer in layers.items()}
+    weights = {name: read_weights(network, name) for name in layers}
+    saliencies = {}
+    for name in layers:
+        saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name], method.regularization)
+        saliencies[name] = share(saliency.pairs) if method.normalize else saliency.pairs
+    groups, fixed = direction_groups(network, cost, method, saliencies)
+    kept = select(groups, goal, fixed, method.objective, method.round_to)
+
+    reduced_to = {"truncate": truncated, "tucker": tucker}[method.decomposition]
+    replaced, changes = {}, []
+    for name, before in weights.items():
+        shape = layer_shape(before, cost, name)
+        ranks = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept[name])))
+        rise = 0.0
+        if ranks != shape.ranks:
+            keep = (
+                side if rank < whole else None for side, rank, whole in zip(kept[name], ranks, shape.ranks, strict=True)
+            )
+            reduced = reduced_to(before.core, bases[name], *keep)
+            replaced[name] = merged(before, reduced)
+            lost = rotate(before.core.double() - composed(reduced), bases[name])
+            rise = eigendamage(lost, spectra[name], 0.0).entries.sum().item()
+        flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks), strict=True)
+        changes.append(LayerChange(name, shape.ranks, ranks, *parameters, *flops, rise))
+    return Pruned(rebuild(network, replaced), bases, changes)
+
+
+def direction_groups(
+    network: ResNet,
+    cost: NetworkCost,
+    method: Method,
+    saliencies: Mapping[str, Tensor] | None,
+) -> tuple[dict[str, Group], tuple[int, int]]:
+    """The input and output directions of every layer, and the FLOPs and parameters of everything else.
+
+    Args:
+        saliencies: of the pairs of directions [in, out], by layer; None counts them all as zero.
+    """
+    groups, flops, parameters = {}, cost.flops, cost.parameters
+    for name in prunable_layers(network):
+        shape = layer_shape(read_weights(network, name), cost, name)
+        least = (least_kept(channels, method.prune_ratio_limit) for channels in shape.channels)
+        pairs = (torch.zeros(shape.ranks) if saliencies is None else saliencies[name]).cpu()
+        groups[name] = Group(
+            (pairs.sum(dim=1), pairs.sum(dim=0)),
+            tuple(min(pair) for pair in zip(least, shape.ranks, strict=True)),
+            partial(cheapest_cost, shape),
+            pairs,
+            shape.channels,
+        )
+        now = shape.cost(*shape.ranks)
+        flops, parameters = flops - now[0], parameters - now[1]
+    return groups, (flops, parameters)
+
+
+def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:
+    """The sizes of a layer; a core has the input and output resolution of its whole layer."""
+    measured = cost.layers.get(name) or cost.layers[f"{name}.core"]
+    return LayerShape(
+        (weights.in_channels, weights.out_channels),
+        (weights.core.shape[1], weights.core.shape[0]),
+        (weights.rotate_in is not None, weights.rotate_out is not None),
+        weights.core[0, 0].numel(),
+        (measured.positions_in, measured.positions_out),
+    )

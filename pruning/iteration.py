@@ -1,0 +1,40 @@
+"""One iteration of static pruning: measure, choose, rebuild."""
+
+import torch
+
+from models import ResNet
+from pruning.changes import Pruned
+from pruning.channel_pruning import channel_groups, prune_channels
+from pruning.eigen_pruning import direction_groups, prune_directions
+from pruning.method import EIGENBASIS_CRITERIA, Batches, Method
+from pruning.selection import Goal, check_reachable, smallest_cost
+from utils.flops import network_cost
+
+
+def prune_once(
+    network: ResNet, batches: Batches, draws: torch.Generator, *, image_size: int, goal: Goal, method: Method
+) -> Pruned:
+    """Prune every layer, or the channels inside of every block, once and rebuild the network.
+
+    Args:
+        batches: called for each pass over the images that the Fisher is measured on.
+        draws: generator of the labels of the "true" Fisher, on the network's device.
+        goal: where to stop.
+
+    Raises:
+        UserError: for a budget out of reach, or a criterion that the network does not suit.
+    """
+    prune = prune_directions if method.criterion in EIGENBASIS_CRITERIA else prune_channels
+    return prune(network, batches, draws, network_cost(network, image_size), goal, method)
+
+
+def check_goal(network: ResNet, image_size: int, goal: Goal, method: Method) -> None:
+    """Refuse a budget that ``network`` cannot be brought to, before anything is measured.
+
+    Raises:
+        UserError: says what the smallest network would cost.
+    """
+    cost = network_cost(network, image_size)
+    grouped = direction_groups if method.criterion in EIGENBASIS_CRITERIA else channel_groups
+    groups, fixed = grouped(network, cost, method, saliencies=None)
+    check_reachable(goal, smallest_cost(groups, fixed, method.round_to))

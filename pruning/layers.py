@@ -1,0 +1,65 @@
+"""Which layers can be pruned, and the plain tensors that surgery works on."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models import LowRankConv2d, ResNet
+
+
+@dataclass(frozen=True)
+class ConvWeights:
+    """A convolution between optional rotations, as plain matrices.
+
+    The map is rotate_out . core . rotate_in; a rotation that is None is the identity.
+    """
+
+    core: Tensor  # [r, c, kh, kw]
+    rotate_in: Tensor | None = None  # [c, in]
+    rotate_out: Tensor | None = None  # [out, r]
+
+    @property
+    def in_channels(self) -> int:
+        return self.core.shape[1] if self.rotate_in is None else self.rotate_in.shape[1]
+
+    @property
+    def out_channels(self) -> int:
+        return self.core.shape[0] if self.rotate_out is None else self.rotate_out.shape[0]
+
+    @property
+    def ranks(self) -> tuple[int | None, int | None]:
+        """(rank_in, rank_out) as ``models.LowRankConv2d`` takes them."""
+        return (
+            None if self.rotate_in is None else self.rotate_in.shape[0],
+            None if self.rotate_out is None else self.rotate_out.shape[1],
+        )
+
+
+def prunable_layers(network: ResNet) -> dict[str, nn.Conv2d]:
+    """The convolutions whose directions compete, by name: those larger than 1x1, outside of the gates.
+
+    For a layer that was rebuilt before, the convolution is its core; the name is that of the whole layer.  1x1
+    projections and the classifier are left alone: a rank-reduced pair rarely saves anything there, and together they
+    hold under 1 % of the parameters of ResNet-32.
+    """
+    layers: dict[str, nn.Conv2d] = {}
+    for name, module in network.named_modules():
+        if name.startswith("gate"):
+            continue
+        if isinstance(module, LowRankConv2d):
+            layers[name] = module.core
+        elif isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and not name.endswith(".core"):
+            layers[name] = module
+    return layers
+
+
+def read_weights(network: ResNet, name: str) -> ConvWeights:
+    """The weights of a prunable layer, copied."""
+    layer = network.get_submodule(name)
+    if not isinstance(layer, LowRankConv2d):
+        return ConvWeights(layer.weight.detach().clone())
+    return ConvWeights(
+        layer.core.weight.detach().clone(),
+        None if layer.rotate_in is None else layer.rotate_in.weight.detach()[:, :, 0, 0].clone(),
+        None if layer.rotate_out is None else layer.rotate_out.weight.detach()[:, :, 0, 0].clone(),
+    )

@@ -1,0 +1,20 @@
+# Sourced by the other scripts: a virtual environment in .venv with the given requirement files installed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+use_environment() {  # use_environment FILE...: installs only when a file has changed since the last time
+    local wanted
+    wanted=$(cat requirements.txt benchmarks/requirements.txt "$@" | cksum | cut -d" " -f1)
+    if [ ! -x .venv/bin/python ]; then
+        python3 -m venv .venv
+    fi
+    if [ ! -f ".venv/installed-$wanted" ]; then
+        echo "installing $* into .venv (several GB the first time)"
+        local file
+        for file in "$@"; do
+            .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+        done
+        touch ".venv/installed-$wanted"
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+}

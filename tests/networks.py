@@ -1,0 +1,79 @@
+"""Small networks as training and pruning leave them: batch norms that matter, low ranks, undecided switches."""
+
+import copy
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from models import ResNet, build_network
+from utils.augment import Normalisation
+
+# Of every form: both sides, one side, a wide rotation that is worth multiplying out, a strided core, a 1x1 shortcut.
+RANKS = {
+    "stem.0": (None, 4),
+    "blocks.0.conv1": (4, 3),
+    "blocks.0.conv2": (8, None),
+    "blocks.1.conv1": (4, 8),
+    "blocks.1.conv2": (None, 8),
+    "blocks.1.shortcut.0": (7, 9),
+    "blocks.2.conv1": (15, 32),
+    "blocks.2.shortcut.0": (8, 8),
+}
+STAGES = ("sp", "pruned", "rl_pruned")
+NORMALISATION = Normalisation((0.49, 0.48, 0.44), (0.2, 0.25, 0.3))
+
+
+def varied_images(count: int, size: int = 16, seed: int = 1) -> Tensor:
+    """uint8 [count, 3, size, size]: each a colour, a slope and noise of its own strength."""
+    generator = torch.Generator().manual_seed(seed)
+    colour, slope, strength = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(3))
+    ramp = torch.linspace(-1, 1, size)
+    noise = torch.rand(count, 3, size, size, generator=generator) - 0.5
+    return (255 * (colour + slope * ramp + strength * noise)).clamp(0, 255).to(torch.uint8)
+
+
+def lively_network(stage: str, gate: str, seed: int = 0) -> ResNet:
+    """A copy of a network of depth 8 and 10 classes whose batch norms have run on images.
+
+    Args:
+        stage: "sp" has full layers, the others have low-rank ones; the switches of "rl_pruned" skip half of the blocks.
+    """
+    return copy.deepcopy(_lively_network(stage, gate, seed))
+
+
+@functools.cache
+def _lively_network(stage: str, gate: str, seed: int) -> ResNet:
+    width, size = 8, 16
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    ranks = {} if stage == "sp" else RANKS
+    network = build_network("resnet", depth=8, num_classes=10, width=width, gate=gate, ranks=ranks)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.3, generator=generator)
+    network.train()
+    with torch.no_grad():
+        for i in range(20):
+            network(NORMALISATION.apply(varied_images(32, size, seed=100 * seed + i)))
+    network.eval()
+    network.classifier.weight.data *= 10
+    return network if stage != "rl_pruned" or network.gate is None else _undecided(network, size)
+
+
+def _undecided(network: ResNet, size: int) -> ResNet:
+    """Teach the switches to let bright images pass, each from a brightness of its own."""
+    pixels = varied_images(64, size, seed=3)
+    brightness = pixels.float().mean(dim=(1, 2, 3))
+    levels = torch.linspace(0, 1, network.switches + 2)[1:-1]
+    wanted = (brightness[:, None] > brightness.quantile(levels)).float()
+    # The gates alone learn: nothing is propagated through the blocks.
+    network.requires_grad_(False).gate.requires_grad_(True)
+    optimiser = torch.optim.Adam(network.gate.parameters(), lr=0.05)
+    for _ in range(40):
+        optimiser.zero_grad()
+        probabilities = network(NORMALISATION.apply(pixels)).probabilities
+        nn.functional.binary_cross_entropy(probabilities, wanted).backward()
+        optimiser.step()
+    return network.requires_grad_(True)

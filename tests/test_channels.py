@@ -1,0 +1,128 @@
+"""Channel criteria: closed forms, the dense optimum of the quadratic model, and blocks rebuilt narrower."""
+
+import pytest
+import torch
+
+from models import all_on, build_network
+from pruning import channels
+from pruning.surgery import rebuild_channels
+from utils.errors import UserError
+
+IN, OUT = 5, 4
+
+
+@pytest.fixture
+def example():
+    torch.manual_seed(0)
+    a, g = torch.randn(30, IN, dtype=torch.float64), torch.randn(30, OUT, dtype=torch.float64)
+    weight = torch.randn(OUT, IN, 3, 3, dtype=torch.float64)
+    return weight, a.t() @ a / 30, g.t() @ g / 30
+
+
+def dense(weight, A, G):
+    """vec(W) and its dense Fisher A (x) G (x) I, in the order in, out, tap; A is damped as the code does."""
+    fisher = torch.kron(torch.kron(channels.damped(A), G.contiguous()), torch.eye(9, dtype=torch.float64))
+    return weight.flatten(2).transpose(0, 1).flatten(), fisher
+
+
+def dense_optimum(weight, A, G, removed):
+    """Rise and change [out, in, kh, kw] that minimise 1/2 d^T F d under d = -w on the removed columns: KKT, solved."""
+    w, fisher = dense(weight, A, G)
+    gone = torch.zeros(IN, OUT, 9, dtype=torch.bool)
+    gone[removed] = True
+    constraint = torch.eye(len(w), dtype=torch.float64)[gone.flatten()]
+    rows = len(constraint)
+    system = torch.cat(
+        [torch.cat([fisher, constraint.t()], 1), torch.cat([constraint, torch.zeros(rows, rows).double()], 1)]
+    )
+    right = torch.cat([torch.zeros(len(w)).double(), -w[gone.flatten()]])
+    change = torch.linalg.solve(system, right)[: len(w)]
+    rise = (0.5 * change @ fisher @ change).item()
+    return rise, change.unflatten(0, (IN, OUT, 9)).transpose(0, 1).unflatten(2, (3, 3))
+
+
+@pytest.mark.parametrize("removed", [[0], [2], [1, 3], [0, 2, 4], [0, 1, 2, 3]])
+def test_compensation_is_the_dense_optimum_of_the_quadratic_model(example, removed):
+    weight, A, G = example
+    rise, change = dense_optimum(weight, A, G, removed)
+    kept = torch.tensor([j for j in range(IN) if j not in removed])
+    updated = channels.compensated(weight, A, kept)
+    torch.testing.assert_close(updated, (weight + change)[:, kept], rtol=1e-8, atol=1e-8)
+    mine = -weight.clone()
+    mine[:, kept] += updated
+    assert channels.quadratic_rise(mine, channels.damped(A), G).item() == pytest.approx(rise, rel=1e-8)
+    zeroed = -weight.clone()
+    zeroed[:, kept] = 0
+    assert rise < channels.quadratic_rise(zeroed, A, G).item()
+
+
+def test_kron_obs_is_the_rise_at_the_dense_optimum(example):
+    weight, A, G = example
+    expected = [dense_optimum(weight, A, G, [j])[0] for j in range(IN)]
+    assert channels.kron_obs(weight, A, G).tolist() == pytest.approx(expected, rel=1e-8)
+
+
+def test_c_obs_is_the_sum_of_single_weights_at_their_dense_optimum(example):
+    weight, A, G = example
+    w, _ = dense(weight, A, G)
+    inverse = torch.linalg.inv(
+        torch.kron(torch.kron(channels.damped(A), channels.damped(G)), torch.eye(9, dtype=torch.float64))
+    )
+    expected = (0.5 * w.square() / inverse.diagonal()).unflatten(0, (IN, OUT * 9)).sum(1)
+    torch.testing.assert_close(channels.c_obs(weight, A, G), expected, rtol=1e-8, atol=0)
+
+
+def test_kron_obd_is_the_rise_of_zeroing_a_channel(example):
+    weight, A, G = example
+    for j, value in enumerate(channels.kron_obd(weight, A, G, 0.0).tolist()):
+        change = torch.zeros_like(weight)
+        change[:, j] = -weight[:, j]
+        assert value == pytest.approx(channels.quadratic_rise(change, A, G).item(), rel=1e-12)
+
+
+def test_c_obd_is_the_diagonal_quadratic_form(example):
+    weight = example[0]
+    diagonal = torch.rand_like(weight)
+    expected = [0.5 * ((diagonal[:, j] + 0.1) * weight[:, j] ** 2).sum().item() for j in range(IN)]
+    assert channels.c_obd(weight, diagonal, 0.1).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_channel_that_never_fires_costs_nothing_to_remove(example):
+    weight, A, G = example
+    A = A.clone()
+    A[2], A[:, 2] = 0, 0
+    for saliency in (
+        channels.kron_obd(weight, A, G, 0.0),
+        channels.kron_obs(weight, A, G),
+        channels.c_obs(weight, A, G),
+    ):
+        assert saliency.isfinite().all() and saliency[2] < 1e-4 * saliency[[0, 1, 3, 4]].min()
+
+
+def test_removing_a_channel_is_zeroing_its_column_of_the_second_convolution():
+    torch.manual_seed(0)
+    network = build_network("resnet", depth=14, num_classes=3, width=4, gate="rnn").double()
+    for _ in range(2):
+        network(torch.randn(8, 3, 8, 8, dtype=torch.float64))
+    network.eval()
+    kept = {"blocks.0": torch.tensor([0, 3]), "blocks.2": torch.tensor([1, 2, 4, 5, 7])}
+    weights = {name: network.get_submodule(f"{name}.conv2").weight.detach()[:, index] for name, index in kept.items()}
+    smaller = rebuild_channels(network, kept, weights)
+    assert smaller.architecture["inner"] == {"blocks.0": 2, "blocks.2": 5}
+    with torch.no_grad():
+        for name, index in kept.items():
+            weight = network.get_submodule(f"{name}.conv2").weight
+            gone = [j for j in range(weight.shape[1]) if j not in index.tolist()]
+            weight[:, gone] = 0
+        x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+        expected, found = (net(x, decide=all_on).logits for net in (network, smaller))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_inner_widths_are_part_of_the_architecture():
+    network = build_network("resnet", depth=8, num_classes=3, width=4, gate="none", inner={"blocks.1": 3})
+    assert network.blocks[1].conv1.out_channels == network.blocks[1].conv2.in_channels == 3
+    assert build_network(**network.architecture).architecture == network.architecture
+    for wrong in ({"blocks.7": 3}, {"blocks.1": 0}):
+        with pytest.raises(UserError, match="inner gives"):
+            build_network("resnet", depth=8, num_classes=3, width=4, gate="none", inner=wrong)

@@ -1,0 +1,227 @@
+"""Checkpoints: what goes in comes out, a failing write costs nothing, and no file runs code."""
+
+import os
+import pickle
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import ResNet, build_network, sampled
+from utils import checkpoint as module
+from utils.augment import Normalisation
+from utils.checkpoint import FORMAT, Checkpoint, describe, load_checkpoint, load_network, save_atomically
+from utils.checkpoint import save_checkpoint as save
+from utils.errors import UserError
+
+RANKS = {"stem.0": (2, None), "blocks.0.conv2": (3, 2), "blocks.1.shortcut.0": (None, 5), "blocks.2.conv1": (1, 7)}
+
+
+def trained_network(gate: str, ranks: dict) -> ResNet:
+    """A network whose batch norms have seen images and whose switches are of two minds."""
+    torch.manual_seed(0)
+    network = build_network("resnet", depth=8, num_classes=3, width=4, gate=gate, ranks=ranks)
+    if network.gate is not None:
+        torch.nn.init.zeros_(network.gate.decision.bias)
+        torch.nn.init.normal_(network.gate.decision.weight, std=20.0)
+    network.train()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            layer.momentum = 0.9  # so that a few batches are enough
+    for _ in range(3):
+        network(torch.randn(16, 3, 8, 8) * 2 + 1, decide=sampled())
+    return network
+
+
+def checkpoint_of(network: ResNet) -> Checkpoint:
+    optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    network(torch.randn(4, 3, 8, 8)).logits.sum().backward()
+    optimiser.step()
+    return Checkpoint(
+        stage="pruned",
+        architecture=network.architecture,
+        weights=network.state_dict(),
+        normalisation=describe(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6))),
+        classes=["left", "middle", "right"],
+        data={"name": "shapes", "image_size": 8, "flip": True, "val_fraction": 0.1, "split_seed": 3},
+        metrics={"accuracy": 2 / 3, "computation": 0.9},
+        original={"accuracy": 0.7, "parameters": 6146, "flops": 111608},
+        seed=5,
+        progress={"step": 4, "fewest": float("inf")},
+        training={"optimiser": optimiser.state_dict(), "random": {"data": torch.Generator().get_state()}},
+        source="sp/best.pt",
+    )
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, Checkpoint]:
+    path, checkpoint = tmp_path / "best.pt", checkpoint_of(trained_network("rnn", RANKS))
+    save(path, checkpoint)
+    return path, checkpoint
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writes beyond ``size`` bytes fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("gate", ["rnn", "none"])
+@pytest.mark.parametrize("ranks", [{}, RANKS], ids=["dense", "pruned"])
+def test_the_network_comes_back_with_identical_logits(tmp_path: Path, gate: str, ranks: dict):
+    network = trained_network(gate, ranks)
+    save(tmp_path / "best.pt", checkpoint_of(network))
+    again = load_network(tmp_path / "best.pt")
+    assert not again.training
+    images = torch.randn(32, 3, 8, 8) * 2 + 1
+    with torch.no_grad():
+        expected, result = network.eval()(images), again(images)
+    for name, value in expected._asdict().items():
+        assert torch.equal(value, getattr(result, name)), name
+    if gate == "rnn":
+        assert 0 < expected.decisions.mean() < 1, "the switches must not all agree, or the test says little of them"
+    for name, (rank_in, rank_out) in ranks.items():
+        layer = again.get_submodule(name)
+        assert layer.core.in_channels == (rank_in or layer.core.in_channels)
+        assert (layer.rotate_in is None, layer.rotate_out is None) == (rank_in is None, rank_out is None)
+
+
+def test_everything_else_comes_back_too(written: tuple[Path, Checkpoint]):
+    path, before = written
+    after = load_checkpoint(path)
+    for field in fields(Checkpoint):
+        if field.name not in ("weights", "training"):
+            assert getattr(after, field.name) == getattr(before, field.name), field.name
+    assert after.normaliser() == Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6))
+    momentum, expected = (c.training["optimiser"]["state"] for c in (after, before))
+    assert momentum.keys() == expected.keys() and len(momentum) > 10
+    for key, state in expected.items():
+        assert torch.equal(momentum[key]["momentum_buffer"], state["momentum_buffer"])
+
+
+def test_others_may_read_a_checkpoint(written: tuple[Path, Checkpoint]):
+    assert written[0].stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_disk_leaves_the_old_file(written: tuple[Path, Checkpoint]):
+    path, checkpoint = written
+    old = path.read_bytes()
+    assert len(old) > 20_000
+    with files_of_at_most(10_000), pytest.raises(UserError, match=f"checkpoint {path} cannot be written"):
+        save(path, replace(checkpoint, seed=6))
+    assert path.read_bytes() == old
+    assert os.listdir(path.parent) == [path.name], "no temporary file stays behind"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])
+def test_an_interrupted_write_leaves_the_old_file(
+    written: tuple[Path, Checkpoint], monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    path, checkpoint = written
+    old = path.read_bytes()
+
+    def half(content: object, file) -> None:
+        file.write(old[: len(old) // 2])
+        raise error
+
+    monkeypatch.setattr(module.torch, "save", half)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        save(path, checkpoint)
+    assert path.read_bytes() == old
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_missing_folder_is_reported(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot be written"):
+        save_atomically(tmp_path / "none" / "best.pt", {})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.999])
+def test_a_truncated_file_is_refused(written: tuple[Path, Checkpoint], share: float):
+    path, _ = written
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(UserError, match=f"checkpoint {path} cannot be read"):
+        load_network(path)
+
+
+def test_a_missing_file_is_reported(tmp_path: Path):
+    with pytest.raises(UserError, match=f"checkpoint {tmp_path / 'best.pt'} does not exist"):
+        load_network(tmp_path / "best.pt")
+
+
+def plain(checkpoint: Checkpoint) -> dict:
+    return {"format": FORMAT, **{f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["weights"],
+        lambda content: [content],
+        lambda content: {**content, "format": "another-checkpoint-7"},
+        lambda content: {k: v for k, v in content.items() if k != "format"},
+        lambda content: {k: v for k, v in content.items() if k != "classes"},
+        lambda content: {**content, "more": 1},
+        lambda content: {**content, "architecture": "resnet"},
+        lambda content: {**content, "source": 3},
+    ],
+    ids=["weights only", "list", "other format", "no format", "key missing", "key more", "wrong type", "wrong source"],
+)
+def test_a_foreign_file_is_refused(tmp_path: Path, written: tuple[Path, Checkpoint], change):
+    path = tmp_path / "foreign.pt"
+    torch.save(plain(written[1]), path)
+    load_checkpoint(path)
+    torch.save(change(plain(written[1])), path)
+    with pytest.raises(UserError, match=f"{path} is no checkpoint of this program"):
+        load_checkpoint(path)
+
+
+def test_weights_of_another_network_are_refused(written: tuple[Path, Checkpoint]):
+    path, checkpoint = written
+    for architecture in (
+        {**checkpoint.architecture, "width": 8},
+        {**checkpoint.architecture, "ranks": {}},
+        {**checkpoint.architecture, "ranks": 3},
+        {**checkpoint.architecture, "colour": "blue"},
+    ):
+        save(path, replace(checkpoint, architecture=architecture))
+        with pytest.raises(UserError, match="do not fit the architecture"):
+            load_network(path)
+
+
+class _MakesAFolder:
+    """Pickles to a call of ``os.mkdir``."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_file_that_carries_code_is_refused_and_does_not_run(tmp_path: Path, written, write):
+    victim, path = tmp_path / "victim", tmp_path / "hostile.pt"
+    write({**plain(written[1]), "progress": {"step": _MakesAFolder(victim)}}, path)
+    torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
+    assert victim.exists(), "the test's own file must be able to do harm"
+    victim.rmdir()
+
+    with pytest.raises(UserError, match=f"checkpoint {path} cannot be read"):
+        load_network(path)
+    assert not victim.exists()
+
+
+def test_a_normalisation_is_described_in_plain_types():
+    normalisation = Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert describe(normalisation) == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert asdict(normalisation) == {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}

@@ -1,0 +1,320 @@
+"""The scripts as a user meets them: what a whole chain leaves behind, and how each mistake is reported."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import EPOCHS, FINE_TUNING, ROOT, SCRIPTS, arguments, metrics, run, run_folder
+from conftest import write_shapes
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import all_on
+from utils.checkpoint import load_network
+from utils.errors import UserError, run_command
+
+METHODS = ["w/o Pruning", "w/ Static Pruning only", "w/ Static and Dynamic Pruning"]
+PERFORMANCE = {f"Performance/{part}_{figure}" for part in ("train", "val") for figure in ("loss", "acc")}
+INDICATORS = {
+    f"Indicator/{name}"
+    for name in ("computation_percentage", "total_flops", "executed_flops", "total_parameters", "prune_ratio")
+}
+EVERY_EPOCH = PERFORMANCE | INDICATORS | {"Optimiser/learning_rate", "Switches/passing_01", "Switches/passing_02"}
+CONVOLUTIONS = ["stem.0", *(f"blocks.{b}.conv{c}" for b in range(3) for c in (1, 2))]
+CONVOLUTIONS += ["blocks.1.shortcut.0", "blocks.2.shortcut.0"]
+LAYERS = {f"Layers/{what}/{name}" for what in ("parameters", "rank_in", "rank_out") for name in CONVOLUTIONS}
+
+
+def records(results: Path) -> list[dict]:
+    return json.loads((results / "results.json").read_text())
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_files_of_a_run(chain: Path, stage: str):
+    folder = run_folder(chain, stage)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
+    iterations = {f"iteration_{i:02d}.pt" for i in range(1, FINE_TUNING["iterations"] + 1)}
+    expected = {"arguments.json", "log.txt", "metrics.jsonl", "best.pt", "last.pt"}
+    routing = {"accuracy_against_flops.png", "easy_and_hard.png", "executed_flops.png", "passing_by_class.png"}
+    own = {"sp": set(), "pruned": iterations | {"ranks.png"}, "rl_pruned": routing | {"routing.json"}}
+    assert names == expected | own[stage]
+    asked = json.loads((folder / "arguments.json").read_text())
+    assert (asked["depth"], asked["seed"], asked["result_dir"]) == (8, 0, str(chain))
+    assert METHODS[list(SCRIPTS).index(stage)] in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_scalars_in_metrics_and_in_tensorboard(chain: Path, stage: str):
+    folder = run_folder(chain, stage)
+    lines = metrics(folder)
+    epochs = [line for line in lines if "Performance/val_acc" in line]
+    count = FINE_TUNING["iterations"] * FINE_TUNING["epochs"] if stage == "pruned" else EPOCHS[stage]
+    assert len(epochs) == count and all(line.keys() >= EVERY_EPOCH for line in epochs)
+    assert any(line.keys() >= LAYERS for line in lines)
+
+    events = EventAccumulator(str(folder)).Reload()
+    recorded = {key for line in lines for key in line} - {"step", "iteration"}
+    assert set(events.Tags()["scalars"]) == recorded
+    for tag in recorded:
+        expected = [(line["step"], line[tag]) for line in lines if tag in line]
+        read = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in read] == [step for step, _ in expected]
+        assert [v for _, v in read] == pytest.approx([v for _, v in expected], rel=1e-6), tag  # kept in float32
+    histograms = set(events.Tags()["histograms"])
+    pruned = {f"Eigenvalues/log10_d_{side}/{name}" for side in "ag" for name in CONVOLUTIONS if "shortcut" not in name}
+    assert histograms == {"sp": set(), "pruned": pruned, "rl_pruned": {"Routing/executed_mflops"}}[stage]
+    if stage == "rl_pruned":
+        routing = {"accuracy_against_flops", "easy_and_hard", "executed_flops", "passing_by_class"}
+        assert {tag.removeprefix("Pictures/") for tag in events.Tags()["images"]} == routing
+
+
+def test_parameters_of_the_layers_are_those_of_the_network(chain: Path):
+    line = next(line for line in metrics(run_folder(chain, "sp")) if line.keys() >= LAYERS)
+    state = torch.load(run_folder(chain, "sp") / "best.pt", weights_only=True)["weights"]
+    for name in CONVOLUTIONS:
+        weight = state[f"{name}.weight"]
+        assert line[f"Layers/parameters/{name}"] == weight.numel()
+        assert (line[f"Layers/rank_out/{name}"], line[f"Layers/rank_in/{name}"]) == weight.shape[:2]
+
+
+def test_keys_and_types_of_the_results(chain: Path):
+    kinds = {
+        "method": str, "stage": str, "dataset": str, "network": str, "depth": int, "width": int, "num_classes": int,
+        "accuracy": float, "gflops": float, "gflops_all": float, "gflops_executed": float, "parameters": int,
+        "compression": float, "computation": float, "seed": int, "checkpoint": str, "selected_on": str,
+    }  # fmt: skip
+    found = records(chain)
+    assert [(r["method"], r["stage"]) for r in found] == list(zip(METHODS, SCRIPTS, strict=True))
+    for record in found:
+        assert {key: type(record[key]) for key in kinds} == kinds
+        assert record.keys() - kinds.keys() == {
+                "gate", "accuracy_every_block", "source", "points", "latency_ms", "throughput", "within_budget"
+            }  # fmt: skip
+        subject = [record[key] for key in ("dataset", "network", "depth", "width", "num_classes", "seed")]
+        assert subject == ["shapes", "resnet", 8, 4, 3, 0]
+        assert record["selected_on"] == "validation"
+        assert record["checkpoint"] == str((run_folder(chain, record["stage"]) / "best.pt").relative_to(chain))
+    assert [r["source"] for r in found] == [None, found[0]["checkpoint"], found[1]["checkpoint"]]
+    assert [p["iteration"] for p in found[1]["points"]] == [1, 2]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_recorded_figures_come_out_again(chain: Path, shapes: Path, index: int):
+    """Images read by Pillow, normalised by NumPy, FLOPs counted by PyTorch: nothing of the program but its network."""
+    record = records(chain)[index]
+    path = chain / record["checkpoint"]
+    network = load_network(path)
+    normalisation = torch.load(path, weights_only=True)["normalisation"]
+    files = sorted((shapes / "test").glob("*/*.png"))
+    labels = torch.tensor([["left", "middle", "right"].index(file.parent.name) for file in files])
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files]) / 255
+    pixels = (pixels - np.array(normalisation["mean"])) / np.array(normalisation["std"])
+    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float()
+
+    with torch.no_grad(), FlopCounterMode(display=False) as executed:
+        predicted = network(images).logits.argmax(dim=1)
+    with torch.no_grad(), FlopCounterMode(display=False) as everything:
+        with_every_block = network(images, decide=all_on).logits.argmax(dim=1)
+    assert record["accuracy"] == pytest.approx((predicted == labels).double().mean().item(), abs=1e-12)
+    assert record["accuracy_every_block"] == pytest.approx((with_every_block == labels).double().mean().item())
+    gflops, gflops_all = (counter.get_total_flops() / len(files) / 1e9 for counter in (executed, everything))
+    assert record["gflops_executed"] == pytest.approx(gflops, rel=1e-9)
+    assert record["gflops_all"] == pytest.approx(gflops_all, rel=1e-9)
+    assert record["gflops"] == record["gflops_executed" if index == 2 else "gflops_all"]
+    assert record["computation"] == pytest.approx(gflops / gflops_all, rel=1e-9)
+
+    parameters = sum(p.numel() for p in network.parameters())
+    assert record["parameters"] == parameters
+    assert record["compression"] == pytest.approx(1 - parameters / records(chain)[0]["parameters"], rel=1e-9)
+
+
+def test_each_stage_saves_something(chain: Path):
+    first, second, third = records(chain)
+    assert first["compression"] == 0 and second["compression"] > 0.1 and third["parameters"] == second["parameters"]
+    assert first["gflops"] > second["gflops"] > third["gflops"] and third["computation"] < 0.99
+
+
+def test_table_and_picture(chain: Path):
+    rows = [line.split("|")[1:-1] for line in (chain / "results.md").read_text().splitlines() if line.startswith("| w")]
+    for row, record in zip(rows, records(chain), strict=True):
+        method, accuracy, gflops, compression, parameters, computation, *speeds = (cell.strip() for cell in row)
+        assert method == record["method"]
+        shown = [float(share.rstrip("%")) / 100 for share in (accuracy, compression, computation)]
+        assert shown == pytest.approx([record[k] for k in ("accuracy", "compression", "computation")], abs=5.1e-4)
+        assert float(gflops) == pytest.approx(record["gflops"], rel=5.1e-3)  # three digits
+        assert int(parameters.replace(",", "")) == record["parameters"]
+        assert speeds == [f"{record['latency_ms']:.2f} ms", f"{record['throughput']:,.0f}/s"]
+    with Image.open(chain / "results.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20, "the picture is not blank"
+
+
+def command(stage: str, given: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+    """Run a stage in this process, errors reported as the script does; its exit code."""
+    monkeypatch.setattr(sys, "argv", [SCRIPTS[stage], *given])
+    with pytest.raises(SystemExit) as ended:
+        run_command(importlib.import_module(SCRIPTS[stage].removesuffix(".py")).main)
+    return ended.value.code
+
+
+def error_line(stage: str, given: list[str], monkeypatch, capsys) -> str:
+    assert command(stage, given, monkeypatch) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed", "message"),
+    [
+        *((stage, ["--data_dir", "/no/data"], "data folder /no/data does not exist") for stage in ("sp", "rl_pruned")),
+        ("pruned", ["--set=data_dir=/no/data"], "data folder /no/data does not exist"),
+        ("sp", ["--depth", "9"], "depth 9 is not of the form 6n+2"),
+        ("rl_pruned", ["--depth", "9"], "depth 9 is not of the form 6n+2"),
+        ("pruned", ["--set=depth=9"], "depth 9 is not of the form 6n+2"),
+        ("pruned", ["--set=width=8"], "has width 4, the settings say 8"),
+        ("pruned", ["--set=depth=14"], "run main_sp.py with the same data and network first"),
+        ("rl_pruned", ["--depth", "14"], "run main_prune.py with the same data and network first"),
+        ("pruned", ["--set=resize=16"], "was trained on images of 8 pixels, not 16"),
+        ("rl_pruned", ["--resize", "16"], "was trained on images of 8 pixels, not 16"),
+        ("pruned", ["--set=prune_ration=0.3"], "did you mean 'prune_ratio'?"),
+        ("pruned", ["--set=prune_ratio=1.5"], "prune_ratio is 1.5, out of range"),
+        ("pruned", ["--set=max_iter=two"], "max_iter is 'two', a str: it takes a value of type int"),
+        ("pruned", ["--config_path", "/no/config.json"], "settings file /no/config.json does not exist"),
+        ("pruned", ["--set=checkpoint=/no/best.pt"], "checkpoint /no/best.pt does not exist"),
+        ("rl_pruned", ["--checkpoint", "/no/best.pt"], "checkpoint /no/best.pt does not exist"),
+        ("sp", ["--img_type", "bmp"], "holds no .bmp file"),
+    ],
+)
+def test_mistakes_are_reported_in_one_line(
+    stage: str, changed: list[str], message: str, chain: Path, shapes: Path, monkeypatch, capsys
+):
+    line = error_line(stage, [*arguments(stage, shapes, chain), *changed], monkeypatch, capsys)
+    assert message in line
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_result_folder_that_cannot_be_written(
+    stage: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("in the way")  # refuses every user, root included
+    source = {"sp": "", "pruned": records(chain)[0]["checkpoint"], "rl_pruned": records(chain)[1]["checkpoint"]}[stage]
+    given = arguments(stage, shapes, tmp_path / "file", str(chain / source))
+    assert "cannot be written" in error_line(stage, given, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("stage", ["pruned", "rl_pruned"])
+def test_a_checkpoint_of_other_networks_or_classes(
+    stage: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
+):
+    source = chain / records(chain)[0 if stage == "pruned" else 1]["checkpoint"]
+    other = ["--set=depth=14"] if stage == "pruned" else ["--depth", "14"]
+    line = error_line(stage, [*arguments(stage, shapes, chain, str(source)), *other], monkeypatch, capsys)
+    assert "has depth 8" in line and "14" in line
+    data = write_shapes(tmp_path / "shapes", {"train": 4, "test": 2})
+    for part in ("train", "test"):
+        shutil.rmtree(data / part / "right")
+    line = error_line(stage, arguments(stage, data, chain, str(source)), monkeypatch, capsys)
+    assert "trained on 3 classes" in line and "the data has 2" in line
+
+
+def test_a_network_without_switches_cannot_be_taught(chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys):
+    content = torch.load(chain / records(chain)[1]["checkpoint"], weights_only=True)
+    content["architecture"]["gate"] = "none"
+    content["weights"] = {k: v for k, v in content["weights"].items() if not k.startswith("gate.")}
+    torch.save(content, tmp_path / "plain.pt")
+    given = arguments("rl_pruned", shapes, chain, str(tmp_path / "plain.pt"))
+    assert "has no switches to teach" in error_line("rl_pruned", given, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    stage: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
+):
+    source = {"sp": "", "pruned": records(chain)[0]["checkpoint"], "rl_pruned": records(chain)[1]["checkpoint"]}[stage]
+    given = arguments(stage, shapes, tmp_path, str(chain / source))
+    rate = ["--set=lr=1e30"] if stage == "pruned" else ["--lr", "1e30"]
+    assert "the loss is not finite" in error_line(stage, [*given, *rate], monkeypatch, capsys)
+    last = torch.load(run_folder(tmp_path, stage) / "last.pt", weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in last["weights"].values())
+    assert last["progress"].get("epoch", last["progress"]["step"]) == 0, "as it was before the epoch that failed"
+
+
+def test_the_last_step_of_an_epoch_may_ruin_the_network(shapes: Path, tmp_path: Path, monkeypatch, capsys):
+    """One step an epoch: its loss is finite, and only the network that it leaves is not."""
+    given = [*arguments("sp", shapes, tmp_path), "--bs", "500", "--lr", "1e38", "--val_fraction", "0"]
+    assert "the loss is not finite (epoch 1/5)" in error_line("sp", given, monkeypatch, capsys)
+    assert not (run_folder(tmp_path, "sp") / "best.pt").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "3", '[{"method": 1}]'])
+def test_damaged_results_are_named(content: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(chain, results)
+    (results / "results.json").write_text(content)
+    given = [*arguments("sp", shapes, results), "--resume"]
+    assert f"{results / 'results.json'} cannot be read" in error_line("sp", given, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_unknown_and_abbreviated_flags_are_refused(stage: str, shapes: Path, tmp_path: Path, monkeypatch, capsys):
+    long, short = ("--config_path", "--config") if stage == "pruned" else ("--weight_decay", "--weight")
+    for flag in ("--speed", short):
+        assert command(stage, [*arguments(stage, shapes, tmp_path), f"{flag}=0"], monkeypatch) == 2
+        assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+    assert command(stage, ["--help"], monkeypatch) == 0
+    assert long in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--depth=2.5", "--depth=7", "--bs=1", "--epochs=0", "--lr=-1", "--lr=inf", "--lr=nan", "--momentum=1",
+     "--img_type=gif", "--schedule=linear", "--seed=-1", "--seed=99999999999999999999", "--val_fraction=1",
+     "--gate=big", "--num_workers=x", "--resize=4", "--network=vgg"],
+)  # fmt: skip
+def test_wrong_values_of_flags(flag: str, shapes: Path, tmp_path: Path, monkeypatch, capsys):
+    assert command("sp", [*arguments("sp", shapes, tmp_path), flag], monkeypatch) == 2
+    assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_a_real_process(shapes: Path, tmp_path: Path):
+    """Through the interpreter: exit code, one line, no traceback, although all images are read before."""
+    data = tmp_path / "shapes"
+    shutil.copytree(shapes, data)
+    broken = data / "test" / "right" / "009.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    done = run("sp", arguments("sp", data, tmp_path / "results"), code=2)
+    assert done.stderr.startswith(f"error: image {broken} cannot be read") and done.stderr.count("\n") == 1
+    done = run("pruned", arguments("pruned", shapes, tmp_path / "results"), code=2)
+    assert done.stderr.startswith("error: no checkpoint ") and done.stderr.count("\n") == 1
+
+
+def test_an_error_of_many_lines_is_reported_in_one(capsys):
+    def fails() -> None:
+        raise UserError("first\n  second\r\nthird")
+
+    with pytest.raises(SystemExit):
+        run_command(fails)
+    assert capsys.readouterr().err == "error: first second third\n"
+
+
+def test_without_validation_images_the_table_has_its_footnote(shapes: Path, tmp_path: Path, monkeypatch, capsys):
+    """The last epoch of stage 1 counts; stage 2 then chooses on the test images and says so.  "~" is expanded."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for stage, more in (("sp", ["--val_fraction", "0"]), ("pruned", ["--set=max_iter=1"])):
+        monkeypatch.setattr(sys, "argv", [SCRIPTS[stage], *arguments(stage, shapes, Path("~/results")), *more])
+        importlib.import_module(SCRIPTS[stage].removesuffix(".py")).main()
+    results = tmp_path / "results"
+    assert [r["selected_on"] for r in records(results)] == ["last epoch", "test"]
+    assert torch.load(run_folder(results, "sp") / "best.pt", weights_only=True)["progress"]["step"] == EPOCHS["sp"]
+    table = (results / "results.md").read_text()
+    assert "| w/o Pruning |" in table and "| w/ Static Pruning only[^test] |" in table
+    assert "[^test]: chosen on the test images" in table
+    assert not (ROOT / "~").exists()

@@ -1,0 +1,180 @@
+"""The settings of stage 2: config.json, --set, and what is refused."""
+
+import json
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+
+import pytest
+
+from utils.config import PruneSettings, as_dictionary, checked_settings, load_settings
+from utils.errors import UserError
+from utils.schedule import scheduled
+
+CONFIG = Path(__file__).parents[1] / "config.json"
+
+
+def test_config_json_holds_every_key_and_no_other():
+    content = json.loads(CONFIG.read_text())
+    assert list(content) == [field.name for field in fields(PruneSettings)]
+    assert as_dictionary(load_settings(CONFIG, [])) == content
+
+
+def test_config_json_holds_the_defaults_but_for_its_folders():
+    content, defaults = json.loads(CONFIG.read_text()), asdict(PruneSettings())
+    differing = {key for key in content if content[key] != defaults[key]}
+    assert differing == {"data_dir", "result_dir"}
+
+
+def test_keys_that_are_not_given_have_their_defaults(tmp_path: Path):
+    path = tmp_path / "small.json"
+    path.write_text('{"depth": 14, "lr": 1}')
+    settings = load_settings(path, [])
+    assert (settings.depth, settings.lr, settings.width) == (14, 1.0, 64)
+    assert isinstance(settings.lr, float)
+    settings.scheduler_params["name"] = "step"
+    assert PruneSettings().scheduler_params == {"name": "cosine"}, "defaults are not shared"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("depth=14", "depth", 14),
+        ("lr=1e-3", "lr", 0.001),
+        ("normalize=true", "normalize", True),
+        ("data_dir=some/where", "data_dir", "some/where"),
+        ("data_dir=a=b", "data_dir", "a=b"),
+        ('exp_name="first"', "exp_name", "first"),
+        ("exp_name=1", "exp_name", "1"),
+        ("exp_name=null", "exp_name", "null"),
+        ("checkpoint=", "checkpoint", ""),
+        ("img_type=PNG", "img_type", "png"),
+        ("fisher_type=empirical", "fisher_type", "empirical"),
+        ('scheduler_params={"name": "step", "milestones": [0.4]}', "scheduler_params",
+         {"name": "step", "milestones": [0.4]}),
+    ],
+)  # fmt: skip
+def test_overrides(override: str, key: str, value: object):
+    settings = load_settings(CONFIG, ["seed=3", override])
+    assert getattr(settings, key) == value and type(getattr(settings, key)) is type(value)
+    expected = {**json.loads(CONFIG.read_text()), "seed": 3, key: value}
+    assert as_dictionary(settings) == expected, "no other key changes"
+
+
+def test_the_last_override_counts():
+    assert load_settings(CONFIG, ["depth=14", "depth=20"]).depth == 20
+
+
+def test_an_override_without_a_value():
+    with pytest.raises(UserError, match=r"--set 'depth' has no '=': write --set key=value"):
+        load_settings(CONFIG, ["depth"])
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("prune_ration", "prune_ratio"), ("LR", "lr"), ("batchsize", "batch_size"), ("epoch_end", "epochs_end"),
+     ("momentun", "momentum"), ("Prune_Ratio_Limt", "prune_ratio_limit")],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, nearest: str):
+    with pytest.raises(UserError, match=f"^unknown key '{key}' in the settings: did you mean '{nearest}'\\?$"):
+        checked_settings({"depth": 14, key: 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("depth", 14.0, "int"), ("depth", "14", "int"), ("depth", True, "int"), ("depth", None, "int"),
+        ("lr", "0.1", "float"), ("lr", True, "float"), ("lr", [0.1], "float"),
+        ("normalize", 1, "bool"), ("normalize", "false", "bool"),
+        ("data_dir", 3, "str"), ("data_dir", None, "str"),
+        ("scheduler_params", "cosine", "dict"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_refused(key: str, value: object, kind: str):
+    with pytest.raises(UserError, match=f"^{key} is .*it takes a value of type {kind}$"):
+        checked_settings({key: value})
+
+
+def test_every_key_refuses_a_wrong_type():
+    for field in fields(PruneSettings):
+        with pytest.raises(UserError, match=f"^{field.name} is "):
+            checked_settings({field.name: None})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("depth", 7), ("width", 0), ("resize", 7), ("batch_size", 1), ("num_workers", -1), ("lr", -0.1),
+        ("lr", float("inf")), ("lr", float("nan")), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9),
+        ("epochs_start", -1), ("prune_ratio", 1.0), ("prune_ratio", -0.1), ("prune_ratio_limit", 1),
+        ("fisher_images", 0), ("regularization", -1), ("max_iter", 0), ("max_accuracy_drop", 1.1),
+        ("log_interval", 0), ("seed", -1), ("seed", 2**64),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused(key: str, value: float):
+    with pytest.raises(UserError, match=f"^{key} is .*out of range"):
+        checked_settings({key: value})
+
+
+def test_the_ends_of_the_ranges_are_accepted():
+    for field in fields(PruneSettings):
+        for end in ("low", "high"):
+            if (value := field.metadata.get(end)) is not None:
+                assert getattr(checked_settings({field.name: value}), field.name) == value
+        assert field.metadata["help"] and (field.default is not MISSING or field.default_factory is not MISSING)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "nearest"),
+    [("network", "resnt", "resnet"), ("img_type", "jpgg", "jpg"), ("fisher_type", "tru", "true")],
+)
+def test_an_unknown_choice_is_refused_with_the_nearest(key: str, value: str, nearest: str):
+    with pytest.raises(UserError, match=f"^{key} is '{value}', but takes one of .*did you mean '{nearest}'"):
+        checked_settings({key: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"nam": "step"}, "unknown key 'nam' in scheduler_params"),
+        ({"name": "linear"}, "scheduler_params.name is 'linear'"),
+        ({"name": ["step"]}, "scheduler_params.name is"),
+        ({"name": "step", "milestones": 0.5}, "scheduler_params.milestones is 0.5"),
+        ({"name": "step", "milestones": [1.5]}, "scheduler_params.milestones is"),
+        ({"name": "step", "gamma": 0}, "scheduler_params.gamma is 0"),
+        ({"name": "step", "gamma": True}, "scheduler_params.gamma is True"),
+    ],
+)
+def test_a_wrong_schedule_is_refused(given: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        checked_settings({"scheduler_params": given})
+
+
+def test_the_schedule_that_is_set_is_the_one_used():
+    given = {"name": "step", "milestones": [0.25, 0.5], "gamma": 0.5}
+    arguments = checked_settings({"scheduler_params": given}).schedule()
+    rates = [scheduled(base=0.8, progress=p, **arguments) for p in (0.0, 0.24, 0.25, 0.5, 1.0)]
+    assert rates == pytest.approx([0.8, 0.8, 0.4, 0.2, 0.2], rel=1e-12)
+    cosine = PruneSettings().schedule()
+    rates = [scheduled(base=0.8, progress=p, **cosine) for p in (0.0, 1 / 3, 0.5, 1.0)]
+    assert rates == pytest.approx([0.8, 0.6, 0.4, 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"depth": 14,}', "is no valid JSON"),
+        ("", "is no valid JSON"),
+        ("[1, 2]", "holds a list, not an object"),
+        (b"\xff\xfe{", "is no valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_settings(tmp_path: Path, text: str | bytes, message: str):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=f"settings file {path} {message}"):
+        load_settings(path, [])
+
+
+def test_a_missing_file(tmp_path: Path):
+    with pytest.raises(UserError, match=f"settings file {tmp_path / 'none.json'} does not exist"):
+        load_settings(tmp_path / "none.json", [])

@@ -1,0 +1,67 @@
+"""What recovers accuracy after surgery: batch norms measured anew, and distillation."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gating.supervised import supervised_epoch
+from models import all_on, build_network
+from pruning.distillation import TEMPERATURE, distilled_loss, following
+from pruning.picture import layer_ranks, ranks_picture
+from utils.batch_norms import reestimate_batch_norms
+
+
+def small(gate: str = "rnn"):
+    torch.manual_seed(0)
+    return build_network("resnet", depth=8, num_classes=3, width=4, gate=gate)
+
+
+def test_reestimated_statistics_are_those_of_the_images():
+    network = small().eval()
+    x = 3 * torch.randn(32, 3, 8, 8) + 1
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    reestimate_batch_norms(network, [(x, None)], all_on)
+    after = network.state_dict()
+    seen = network.stem[0](x)
+    torch.testing.assert_close(after["stem.1.running_mean"], seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after["stem.1.running_var"], seen.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    for key in before:
+        assert torch.equal(before[key], after[key]) or key.endswith(("mean", "var", "tracked")), key
+    assert not network.training and all(m.momentum == 0.1 for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_distillation_weighs_two_losses_and_vanishes_where_predictions_agree():
+    torch.manual_seed(0)
+    logits, teacher, labels = torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
+    assert distilled_loss(logits, teacher, labels, 0.0).item() == pytest.approx(F.cross_entropy(logits, labels).item())
+    assert distilled_loss(logits, logits, labels, 1.0).item() == pytest.approx(0.0, abs=1e-6)
+    p, q = ((t / TEMPERATURE).softmax(1) for t in (teacher, logits))
+    kl = (p * (p / q).log()).sum(1).mean() * TEMPERATURE**2
+    half = 0.5 * F.cross_entropy(logits, labels) + 0.5 * kl
+    assert distilled_loss(logits, teacher, labels, 0.5).item() == pytest.approx(half.item(), rel=1e-5)
+
+
+def test_a_distilled_epoch_brings_predictions_together():
+    teacher, network = small("none").eval(), small("none")
+    for parameter in network.parameters():
+        parameter.data.mul_(1 + 0.3 * torch.randn_like(parameter))
+    x, y = torch.randn(32, 3, 8, 8), torch.randint(3, (32,))
+    optimiser = torch.optim.SGD(network.parameters(), 0.05)
+    draws = torch.Generator().manual_seed(0)
+
+    def epoch() -> float:
+        batches = [(x, y)] * 4
+        loss_of = following(teacher, weight=1.0)
+        return supervised_epoch(network, batches, 4, optimiser, lambda _: 0.05, draws, "test", loss_of).loss
+
+    first = epoch()
+    assert [epoch() for _ in range(6)][-1] < 0.5 * first
+
+
+def test_the_picture_of_ranks_is_drawn(tmp_path):
+    network = small()
+    ranks = layer_ranks(network)
+    assert ranks["blocks.1.conv1"] == (4, 8) and "blocks.1.shortcut.0" not in ranks
+    ranks_picture(tmp_path / "ranks.png", [("stage 1", ranks), ("iteration 1", {n: (1, 2) for n in ranks})])
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,177 @@
+"""Whole iterations: budgets that are hit, limits that hold, costs by independent counters, every criterion."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import LowRankConv2d, all_on, build_network
+from pruning.channels import quadratic_rise
+from pruning.eigenbasis import eigenbasis
+from pruning.factors import Factors
+from pruning.iteration import check_goal, prune_once
+from pruning.method import CHANNEL_CRITERIA, CRITERIA, Method
+from pruning.selection import OBJECTIVES, Goal, least_kept, step_of
+from pruning.surgery import composed, truncated
+from pruning.tucker import tucker
+from utils.errors import UserError
+from utils.flops import network_cost
+
+SIZE = 8
+METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    network = build_network("resnet", depth=14, num_classes=4, width=12, gate="rnn")
+    for _ in range(3):
+        network(torch.randn(16, 3, SIZE, SIZE))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(24, 3, SIZE, SIZE, generator=generator), torch.randint(4, (24,), generator=generator)
+
+
+def pruned_by(network, images, goal, method):
+    def batches():
+        return zip(images[0].split(8), images[1].split(8), strict=True)
+
+    return prune_once(network, batches, torch.Generator().manual_seed(2), image_size=SIZE, goal=goal, method=method)
+
+
+def counted(network) -> tuple[int, int]:
+    """FLOPs by torch's own counter, parameters by a plain sum."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, SIZE, SIZE), decide=all_on)
+    return counter.get_total_flops(), sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize(("criterion", "objective"), itertools.product(["eigendamage", "kron_obs"], OBJECTIVES))
+@pytest.mark.parametrize("share", [0.7, 0.4])
+@pytest.mark.parametrize("kind", ["flops", "parameters"])
+def test_budgets_are_hit_within_two_per_cent(network, images, criterion, objective, share, kind):
+    index = ("flops", "parameters").index(kind)
+    target = share * counted(network)[index]
+    method = replace(METHOD, criterion=criterion, objective=objective)
+    pruned = pruned_by(network, images, Goal(**{kind: target}), method)
+    assert 0.98 * target <= counted(pruned.network)[index] <= target
+    check_limits(network, pruned.network, 0.95)
+
+
+def check_limits(network, smaller, limit):
+    for name, module in smaller.named_modules():
+        if isinstance(module, LowRankConv2d):
+            whole = network.get_submodule(name)
+            assert module.core.in_channels >= least_kept(whole.in_channels, limit)
+            assert module.core.out_channels >= least_kept(whole.out_channels, limit)
+    for block, inner in smaller.architecture["inner"].items():
+        assert inner >= least_kept(network.get_submodule(block).conv2.out_channels, limit)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_rebuilds_a_smaller_network_whose_table_adds_up(network, images, criterion):
+    method = replace(METHOD, criterion=criterion, prune_ratio_limit=0.5)
+    pruned = pruned_by(network, images, Goal(prune_ratio=0.4), method)
+    flops, parameters = counted(pruned.network)
+    cost = network_cost(pruned.network, SIZE)
+    assert (cost.flops, cost.parameters) == (flops, parameters)
+    before = counted(network)
+    assert before[0] - flops == sum(c.flops_before - c.flops_after for c in pruned.changes) > 0
+    norms = 2 * sum(c.ranks_before[1] - c.ranks_after[1] for c in pruned.changes if criterion in CHANNEL_CRITERIA)
+    assert before[1] - parameters - norms == sum(c.parameters_before - c.parameters_after for c in pruned.changes)
+    check_limits(network, pruned.network, 0.5)
+    assert (pruned.predicted_rise is None) == (criterion in ("magnitude", "random"))
+    assert not any(isinstance(m, LowRankConv2d) for m in pruned.network.modules()) or criterion == "eigendamage"
+    assert build_network(**pruned.network.architecture).architecture == pruned.network.architecture
+
+
+def test_ranks_are_multiples(network, images):
+    pruned = pruned_by(network, images, Goal(prune_ratio=0.5), replace(METHOD, round_to=4))
+    ranks = pruned.network.architecture["ranks"]
+    assert ranks
+    for name, sides in ranks.items():
+        whole = network.get_submodule(name)
+        for rank, channels in zip(sides, (whole.in_channels, whole.out_channels), strict=True):
+            assert rank is None or rank % step_of(channels, 4) == 0
+    assert step_of(48, 4) == 4
+
+
+def test_iterations_go_on_where_the_last_one_stopped(network, images):
+    first = pruned_by(network, images, Goal(flops=0.6 * counted(network)[0]), METHOD).network
+    second = pruned_by(first, images, Goal(flops=0.3 * counted(network)[0]), METHOD).network
+    assert 0.29 * counted(network)[0] <= counted(second)[0] <= 0.3 * counted(network)[0]
+    check_limits(network, second, 0.95)
+    assert pruned_by(second, images, Goal(flops=0.5 * counted(network)[0]), METHOD).nothing_changed
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(network):
+    with pytest.raises(UserError, match="prune_ratio_limit leaves at least"):
+        check_goal(network, SIZE, Goal(flops=1000), METHOD)
+    check_goal(network, SIZE, Goal(flops=0.5 * counted(network)[0]), METHOD)
+
+
+def test_channel_criteria_refuse_a_network_with_low_rank_layers(network, images):
+    low_rank = pruned_by(network, images, Goal(prune_ratio=0.5), METHOD).network
+    with pytest.raises(UserError, match="has low-rank layers"):
+        pruned_by(low_rank, images, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obd"))
+    with pytest.raises(UserError, match="has low-rank layers"):
+        check_goal(low_rank, SIZE, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obd"))
+
+
+def test_eigendamage_prunes_what_channel_pruning_left(network, images):
+    narrow = pruned_by(network, images, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obs")).network
+    pruned = pruned_by(narrow, images, Goal(prune_ratio=0.4), METHOD).network
+    assert pruned.architecture["inner"] == narrow.architecture["inner"] and pruned.architecture["ranks"]
+    assert counted(pruned)[0] < counted(narrow)[0]
+
+
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+def test_tucker_never_loses_more_than_truncation(sides):
+    torch.manual_seed(0)
+    a, g = torch.randn(40, 7).double() ** 3, torch.randn(40, 6).double() ** 3
+    factors = Factors(a.t() @ a / 40, g.t() @ g / 40)
+    basis, core = eigenbasis(factors), torch.randn(6, 7, 3, 3, dtype=torch.float64)
+    keep_in = torch.tensor([3, 4, 5, 6]) if sides[0] else None
+    keep_out = torch.tensor([2, 4, 5]) if sides[1] else None
+    rises = []
+    for form in (truncated, tucker):
+        reduced = form(core, basis, keep_in, keep_out)
+        assert (None if reduced.rotate_in is None else reduced.rotate_in.shape) == ((4, 7) if sides[0] else None)
+        for rotation in (reduced.rotate_in, None if reduced.rotate_out is None else reduced.rotate_out.t()):
+            if rotation is not None:
+                torch.testing.assert_close(rotation @ rotation.t(), torch.eye(len(rotation)).double())
+        rises.append(quadratic_rise(core - composed(reduced), factors.A, factors.G).item())
+    assert rises[1] < 0.999 * rises[0]
+
+
+def test_tucker_with_every_direction_is_the_layer_itself():
+    torch.manual_seed(0)
+    a, g = torch.randn(40, 5).double(), torch.randn(40, 4).double()
+    core = torch.randn(4, 5, 3, 3, dtype=torch.float64)
+    basis = eigenbasis(Factors(a.t() @ a, g.t() @ g))
+    reduced = tucker(core, basis, torch.arange(5), torch.arange(4))
+    torch.testing.assert_close(composed(reduced), core, rtol=1e-9, atol=1e-9)
+
+
+def test_tucker_rebuilds_a_network_with_the_ranks_of_truncation(network, images):
+    method = replace(METHOD, correct_eigenvalues=False)
+    goal = Goal(flops=0.5 * counted(network)[0])
+    cut = pruned_by(network, images, goal, method)
+    found = pruned_by(network, images, goal, replace(method, decomposition="tucker"))
+    assert cut.network.architecture == found.network.architecture
+    assert found.predicted_rise < cut.predicted_rise
+
+
+def test_more_draws_and_float32_sums_measure_the_same_fisher(network, images):
+    goal = Goal(prune_ratio=0.4)
+    plain = pruned_by(network, images, goal, replace(METHOD, fisher_type="empirical"))
+    single = pruned_by(network, images, goal, replace(METHOD, fisher_type="empirical", accumulate="float32"))
+    assert single.predicted_rise == pytest.approx(plain.predicted_rise, rel=1e-3)
+    many = [pruned_by(network, images, goal, replace(METHOD, fisher_draws=n)).predicted_rise for n in (12, 13)]
+    assert many[0] == pytest.approx(many[1], rel=0.3)

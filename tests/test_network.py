@@ -1,0 +1,191 @@
+"""The network: published counts, routing, decision rules."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import (
+    GATES,
+    all_on,
+    build_network,
+    held_open,
+    sampled,
+    sampled_straight_through,
+    straight_through,
+    thresholded,
+)
+from utils.errors import UserError
+from utils.flops import network_cost
+
+SWITCHED = [kind for kind in GATES if kind != "none"]
+
+
+def routed_network(gate: str = "rnn", dtype: torch.dtype = torch.float32, ranks: dict | None = None):
+    """A small network in evaluation mode whose batch norms are not the identity and whose switches disagree."""
+    torch.manual_seed(0)
+    network = build_network("resnet", depth=14, num_classes=5, width=8, gate=gate, ranks=ranks).to(dtype)
+    network.train()
+    for _ in range(3):
+        network(torch.randn(16, 3, 16, 16, dtype=dtype), decide=all_on)
+    return network.eval()
+
+
+def test_published_counts():
+    network = build_network("resnet", depth=32, num_classes=100, width=64, gate="none")
+    assert sum(p.numel() for p in network.parameters()) == 7_451_044
+    assert network_cost(network, 32).parameters == 7_451_044
+    assert network_cost(network, 32).flops == 2_201_405_440
+    assert build_network("resnet", depth=32, num_classes=100).switches == 14
+
+
+@pytest.mark.parametrize("depth", [7, 9, 31, 33, 2])
+def test_depth_must_be_6n_plus_2(depth):
+    with pytest.raises(UserError, match=r"6n\+2"):
+        build_network("resnet", depth=depth, num_classes=10)
+
+
+def test_other_names_are_refused():
+    with pytest.raises(UserError, match="vgg"):
+        build_network("vgg", depth=14, num_classes=10)
+    with pytest.raises(UserError, match="wormhole"):
+        build_network("resnet", depth=14, num_classes=10, gate="wormhole")
+    with pytest.raises(UserError, match=r"no\.such\.layer"):
+        build_network("resnet", depth=14, num_classes=10, ranks={"no.such.layer": [2, 2]})
+
+
+@pytest.mark.parametrize("gate", SWITCHED)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_skipping_equals_masking(gate, layout):
+    network = routed_network(gate).to(memory_format=layout)
+    images = torch.randn(32, 3, 16, 16)
+    torch.manual_seed(1)
+    decisions = (torch.rand(32, network.switches) < 0.5).float()
+    decisions[:, 1], decisions[:, 2] = 0, 1  # a block that no image takes, and one that all take
+
+    def fixed():
+        columns = iter(decisions.unbind(1))
+        return lambda probabilities: next(columns)
+
+    with torch.no_grad():
+        masked = network(images, decide=fixed(), skip=False)
+        skipping = network(images, decide=fixed(), skip=True)
+        torch.testing.assert_close(skipping.logits, masked.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(skipping.probabilities, masked.probabilities, rtol=1e-5, atol=1e-5)
+        assert torch.equal(skipping.decisions, decisions)
+
+
+def test_skipping_equals_masking_in_bf16():
+    network = routed_network().to(torch.bfloat16)
+    images = torch.randn(16, 3, 16, 16, dtype=torch.bfloat16)
+    columns = (torch.rand(16, network.switches, generator=torch.Generator().manual_seed(0)) < 0.5).to(torch.bfloat16)
+    with torch.no_grad():
+        results = []
+        for skip in (False, True):
+            it = iter(columns.unbind(1))
+            results.append(network(images, decide=lambda p, it=it: next(it), skip=skip).logits.float())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0.03)  # three steps of bf16 near 1
+
+
+def test_skipped_training_has_the_gradients_of_masked_training():
+    network = routed_network(dtype=torch.float64)
+    images = torch.randn(12, 3, 16, 16, dtype=torch.float64)
+    gradients = []
+    for skip in (False, True):
+        network.zero_grad()
+        output = network(images, decide=sampled(torch.Generator().manual_seed(5)), skip=skip)
+        output.logits.square().sum().backward()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in network.parameters()])
+    for masked, skipped in zip(*gradients, strict=True):
+        if masked is not None and masked.abs().max() > 0:
+            torch.testing.assert_close(skipped, masked, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("gate", SWITCHED)
+def test_executed_flops_equal_the_flop_counters(gate):
+    network = routed_network(gate, ranks={"blocks.2.conv1": [5, None], "blocks.4.conv2": [6, 7]})
+    cost = network_cost(network, 16)
+    images = torch.randn(10, 3, 16, 16)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as everything:
+            network(images, decide=all_on)
+        with FlopCounterMode(display=False) as routed:
+            output = network(images, decide=sampled(torch.Generator().manual_seed(0)))
+    assert everything.get_total_flops() == 10 * cost.flops
+    assert 0 < output.decisions.mean() < 1
+    assert routed.get_total_flops() == cost.executed(output.decisions).sum().item()
+    assert cost.shares.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_single_image_costs_the_blocks_it_takes():
+    network = routed_network()
+    cost = network_cost(network, 16)
+    image = torch.randn(1, 3, 16, 16)
+    for pattern in ([0, 0, 0, 0, 0], [1, 0, 1, 0, 1]):
+        columns = iter(torch.tensor([pattern], dtype=torch.float32).unbind(1))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(image, decide=lambda p, columns=columns: next(columns))
+        skipped = sum(block for block, on in zip(cost.blocks, pattern, strict=True) if not on)
+        assert counter.get_total_flops() == cost.flops - skipped
+
+
+def test_straight_through_is_hard_forward_and_soft_backward():
+    p = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    z = straight_through(p)
+    assert z.tolist() == [0.0, 0.0, 1.0]
+    (z * weights).sum().backward()
+    assert p.grad.tolist() == [1.0, 2.0, 3.0]  # as if z were p
+
+
+def test_straight_through_gradient_of_a_block_in_closed_form():
+    # One image, relu(x + z r(x)) with all sums positive: d out / d p = r(x) under straight-through.
+    x, r = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.25])
+    logit = torch.tensor([0.3], requires_grad=True)
+    p = torch.sigmoid(logit)
+    torch.relu(x + straight_through(p) * r).sum().backward()
+    expected = (r.sum() * p * (1 - p)).item()
+    assert logit.grad.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_sampled_rules_follow_the_probability():
+    p = torch.full((100_000,), 0.3, requires_grad=True)
+    for rule in (sampled, sampled_straight_through):
+        z = rule(torch.Generator().manual_seed(0))(p)
+        assert set(z.detach().unique().tolist()) == {0.0, 1.0}
+        assert z.mean().item() == pytest.approx(0.3, abs=4 * (0.21 / 100_000) ** 0.5)  # four standard errors
+    z.sum().backward()
+    assert torch.equal(p.grad, torch.ones_like(p))
+
+
+def test_other_rules():
+    p = torch.tensor([0.1, 0.9, 0.4])
+    assert all_on(p).tolist() == [1, 1, 1]
+    assert thresholded(p).tolist() == [0, 1, 0]
+    assert held_open(torch.tensor([True, False, False]), thresholded)(p).tolist() == [1, 1, 0]
+
+
+def test_batches_of_one_decide_as_batches_of_many():
+    network = routed_network()
+    images = torch.randn(8, 3, 16, 16)
+    with torch.no_grad():
+        together = network(images)
+        alone = [network(image[None]) for image in images]
+    torch.testing.assert_close(torch.cat([o.logits for o in alone]), together.logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.cat([o.decisions for o in alone]), together.decisions)
+
+
+def test_what_the_gates_cost():
+    plain = network_cost(build_network("resnet", depth=32, num_classes=100, gate="none"), 32).flops
+
+    def gates(kind):
+        cost = network_cost(build_network("resnet", depth=32, num_classes=100, gate=kind), 32)
+        return cost.flops - plain, sum(cost.blocks)
+
+    channels = [64] * 5 + [128] * 5 + [256] * 4  # inputs of the 14 switched blocks
+    projections, lstm, decisions = 2 * 10 * sum(channels), 14 * 2 * 40 * (10 + 10), 14 * 2 * 10
+    assert gates("rnn")[0] == projections + lstm + decisions
+    # A block of two 3x3 convolutions on C channels and P pixels takes 36 C^2 P FLOPs; the gates work at P/4 and P/16.
+    sizes = [32 * 32] * 5 + [16 * 16] * 5 + [8 * 8] * 4
+    pixels = [(c, p) for c, p in zip(channels, sizes, strict=True)]
+    assert gates("ff2")[0] == sum(18 * c * c * p // 4 + 2 * c for c, p in pixels)
+    assert gates("ff1")[0] == sum(18 * c * c * (p // 4 + p // 16) + 2 * c for c, p in pixels)

@@ -1,0 +1,129 @@
+"""The predict command: answers, images it cannot read, checkpoints that must be refused without running them."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import NORMALISATION, lively_network, varied_images
+from PIL import Image
+from test_export import checkpoint_file, run_main
+
+from utils import export, predict
+from utils.errors import UserError, run_command
+from utils.flops import network_cost
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, its export and six images."""
+    path = tmp_path_factory.mktemp("predict")
+    for i, pixels in enumerate(varied_images(6)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path / f"{i}.png")
+    checkpoint_file(path / "best.pt", lively_network("rl_pruned", "rnn"), [f"class{i}" for i in range(10)])
+    with pytest.MonkeyPatch.context() as patch:
+        run_main(patch, export, "--checkpoint", path / "best.pt", "--output", path / "onnx")
+    return path
+
+
+@pytest.mark.parametrize("source", [("--checkpoint", "best.pt"), ("--onnx", "onnx")])
+def test_answers_are_the_networks(folder, source, monkeypatch, capsys):
+    images = [folder / f"{i}.png" for i in range(6)]
+    run_main(monkeypatch, predict, source[0], folder / source[1], *images)
+    lines = capsys.readouterr().out.splitlines()
+    network = lively_network("rl_pruned", "rnn")
+    with torch.no_grad():
+        output = network(NORMALISATION.apply(varied_images(6)))
+    for line, image, logits, decisions in zip(lines, images, output.logits, output.decisions, strict=True):
+        probability, label = logits.softmax(0).max(0)
+        name, answer, shown, *rest = line.split()
+        assert (name, answer) == (f"{image}:", f"class{label}")
+        assert float(shown[:-1]) == pytest.approx(100 * probability.item(), abs=0.06)
+        assert f"{int(2 - decisions.sum())} of 2 switched blocks skipped" in " ".join(rest)
+        # Merging can only lower what the unfolded network spends.
+        assert 0 < float(rest[0]) * 1e6 <= 1.001 * network_cost(network, 16).executed(decisions[None]).item()
+
+
+def command(*arguments, cwd=ROOT):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "utils.predict", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_image_that_cannot_be_read_is_named_and_the_others_answered(folder, tmp_path):
+    (tmp_path / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    missing = tmp_path / "missing.png"
+    done = command(
+        "--checkpoint", folder / "best.pt", folder / "0.png", tmp_path / "broken.png", missing, folder / "1.png"
+    )
+    assert done.returncode == 1
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [str(folder / "0.png"), str(folder / "1.png")]
+    errors = done.stderr.splitlines()
+    assert len(errors) == 2 and "broken.png" in errors[0] and "missing.png" in errors[1]
+
+
+class _Code:
+    """An object that writes a file when it is unpickled by something that runs what a pickle asks for."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def damaged(kind: str, good: bytes, path: Path) -> Path:
+    victim = path / f"{kind}.pt"
+    if kind == "truncated":
+        victim.write_bytes(good[: len(good) // 2])
+    elif kind == "damaged":
+        content = bytearray(good)
+        content[: len(good) // 2] = np.random.default_rng(0).bytes(len(good) // 2)
+        victim.write_bytes(bytes(content))
+    elif kind == "empty":
+        victim.write_bytes(b"")
+    elif kind == "foreign":
+        torch.save({"state_dict": {"weight": torch.zeros(2)}}, victim)
+    elif kind == "code":
+        torch.save({"format": _Code(path / "ran")}, victim)
+    else:
+        victim.write_bytes(pickle.dumps(_Code(path / "ran")))
+    return victim
+
+
+@pytest.mark.parametrize("kind", ["truncated", "damaged", "empty", "foreign", "code", "pickle"])
+def test_checkpoint_is_refused_in_one_sentence_and_not_executed(kind, folder, tmp_path, monkeypatch, capsys, recwarn):
+    victim = damaged(kind, (folder / "best.pt").read_bytes(), tmp_path)
+    monkeypatch.setattr("sys.argv", ["predict", "--checkpoint", str(victim), str(folder / "0.png")])
+    with pytest.raises(SystemExit) as exit:
+        run_command(predict.main)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert len(printed.err.splitlines()) == 1 and printed.err.startswith("error: ") and str(victim) in printed.err
+    assert printed.out == "" and not recwarn.list and not (tmp_path / "ran").exists()
+
+
+def test_files_of_different_exports_are_refused(folder, tmp_path, monkeypatch):
+    for path in (folder / "onnx").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    labels = json.loads((tmp_path / "labels.json").read_text())
+    (tmp_path / "labels.json").write_text(json.dumps({**labels, "image_size": 32}))
+    with pytest.raises(UserError, match="does not fit"):
+        run_main(monkeypatch, predict, "--onnx", tmp_path, folder / "0.png")
+
+
+@pytest.mark.parametrize("name", ["labels.json", "routed.onnx"])
+@pytest.mark.parametrize("content", [None, b"{}", b"\x00\x01damaged"])
+def test_damaged_export_is_refused_in_one_sentence(name, content, folder, tmp_path, monkeypatch):
+    for path in (folder / "onnx").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        run_main(monkeypatch, predict, "--onnx", tmp_path, folder / "0.png")

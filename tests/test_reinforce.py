@@ -1,0 +1,191 @@
+"""Stage 3's training: a policy that finds the easy images, baselines that agree, batch norms that do not drift."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gating.baselines import BASELINES, Baseline, thresholded_returns
+from gating.batch_norms import freeze_batch_norms
+from gating.objectives import policy_loss, returns, skip_rewards
+from gating.reinforce import Objective, reinforce_epoch
+from gating.softening import LOGIT, soften_switches
+from models import RoutedOutput, all_on, build_network, sampled, thresholded
+from utils.augment import Normalisation
+from utils.batch_norms import batch_norms, reestimate_batch_norms
+from utils.data import ImageSet
+from utils.evaluate import evaluate
+from utils.training import reinforcement_optimisers
+
+CPU = torch.device("cpu")
+
+
+class EasyAndHard(nn.Module):
+    """Two classes, two blocks: easy images are decided by the stem, hard ones only where the second block runs.
+
+    An image is [N, 3, 1, 1]: the sign of its class, 1 where it is hard, noise.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.ModuleList(nn.Linear(3, 1) for _ in range(2))
+        for linear in self.gate:
+            nn.init.zeros_(linear.weight)
+            nn.init.constant_(linear.bias, 1.0)
+        self.scale = nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, images, decide=thresholded, skip=None):
+        features = images[:, :, 0, 0]
+        p = torch.stack([torch.sigmoid(linear(features)).squeeze(1) for linear in self.gate], dim=1)
+        z = torch.stack([decide(column) for column in p.unbind(1)], dim=1)
+        known = 1 - features[:, 1] * (1 - z[:, 1])
+        margin = self.scale * features[:, 0] * known
+        return RoutedOutput(torch.stack([-margin, margin], dim=1), p, z)
+
+
+def easy_and_hard(n, generator):
+    label = torch.randint(0, 2, (n,), generator=generator)
+    hard = (torch.rand(n, generator=generator) < 0.5).float()
+    noise = torch.randn(n, generator=generator)
+    return torch.stack([2.0 * label - 1, hard, noise], dim=1)[:, :, None, None], label, hard
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_policy_finds_what_can_be_skipped(baseline):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    network = EasyAndHard()
+    shares = torch.tensor([0.5, 0.5])
+    optimisers = reinforcement_optimisers(network, 0.003, 0.9, 0.0)
+    judge = Baseline(baseline, 2, CPU)
+    for epoch in range(12):
+        batches = [easy_and_hard(64, generator)[:2] for _ in range(40)]
+        reinforce_epoch(
+            network, batches, 40, optimisers, lambda share: 0.003, Objective(0.5, 1.0, 1.0, 0.0), shares, judge,
+            "frozen", generator, f"epoch {epoch}",
+        )  # fmt: skip
+    images, labels, hard = easy_and_hard(2000, generator)
+    with torch.no_grad():
+        output = network(images)
+    assert (output.logits.argmax(dim=1) == labels).all()  # no accuracy is lost: hard images keep their block
+    skippable = torch.stack([torch.ones_like(hard), 1 - hard], dim=1)  # the first block helps nobody
+    skipped = ((1 - output.decisions) * skippable).sum() / skippable.sum()
+    assert skipped >= 0.95
+
+
+@pytest.mark.parametrize("baseline", ["greedy", "learned", "batch"])
+def test_a_baseline_moves_no_mean_and_lowers_the_variance(baseline):
+    """Gradients with and without a baseline over the same draws: their mean difference is zero within its error."""
+    network = EasyAndHard().double()
+    generator = torch.Generator().manual_seed(1)
+    shares = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    judge = Baseline(baseline, 2, CPU)
+    if judge.learned is not None:
+        judge.learned.double()
+    plain, judged = [], []
+    for _ in range(600):
+        x, y, _ = easy_and_hard(16, generator)
+        hopeless = torch.rand(16, generator=generator) < 0.3  # wrong labels: a large loss whatever is decided
+        x, y = x.double(), torch.where(hopeless, 1 - y, y)
+        logits, p, z = network(x, decide=sampled(generator))
+        gained = returns(skip_rewards(z, shares, 0.5), F.cross_entropy(logits, y, reduction="none").detach(), 1.0)
+        compared = judge(gained, p, lambda x=x, y=y: thresholded_returns(network, x, y, shares, 0.5, 1.0, True))
+        for estimates, advantages in ((plain, gained), (judged, gained - compared)):
+            gradient = torch.autograd.grad(policy_loss(p, z, advantages), network.gate.parameters(), retain_graph=True)
+            estimates.append(torch.cat([g.flatten() for g in gradient]))
+    plain, judged = torch.stack(plain), torch.stack(judged)
+    difference = judged - plain
+    assert (difference.mean(dim=0).abs() <= 4 * difference.std(dim=0) / 600**0.5).all()
+    assert judged[200:].var(dim=0).sum() < 0.9 * plain[200:].var(dim=0).sum()
+
+
+def small_network(gate="rnn"):
+    torch.manual_seed(0)
+    network = build_network("resnet", depth=8, num_classes=4, width=8, gate=gate)
+    for _ in range(5):
+        network(torch.randn(32, 3, 8, 8), decide=all_on)
+    return network
+
+
+def statistics(network):
+    return torch.cat([torch.cat([n.running_mean, n.running_var]) for n in batch_norms(network)])
+
+
+@pytest.mark.parametrize(("mode", "moves"), [("frozen", False), ("follow", True)])
+def test_batch_norms_move_only_where_they_follow(mode, moves):
+    network = small_network()
+    before = statistics(network)
+    batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
+    reinforce_epoch(
+        network, batches, 3, reinforcement_optimisers(network, 0.001, 0.9, 0.0), lambda share: 0.001,
+        Objective(0.1, 1.0, 0.1, 0.0), torch.tensor([0.5, 0.5]), Baseline("greedy", 2, CPU), mode,
+        torch.Generator().manual_seed(0), "epoch",
+    )  # fmt: skip
+    assert torch.equal(statistics(network), before) != moves
+
+
+def test_reestimated_statistics_are_the_means_over_the_batches():
+    network = small_network()
+    network.eval()
+    batches = [(torch.randn(16, 3, 8, 8), None) for _ in range(4)]
+    reestimate_batch_norms(network, batches, thresholded)
+    assert not network.training
+    stem = network.stem[1]
+    with torch.no_grad():
+        outputs = [network.stem[0](x).double() for x, _ in batches]
+    mean = torch.stack([o.mean(dim=(0, 2, 3)) for o in outputs]).mean(dim=0)
+    variance = torch.stack([o.var(dim=(0, 2, 3)) for o in outputs]).mean(dim=0)
+    torch.testing.assert_close(stem.running_mean.double(), mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(stem.running_var.double(), variance, rtol=1e-4, atol=1e-6)
+    assert stem.momentum == 0.1
+
+
+@pytest.mark.parametrize("gate", ["rnn", "ff1"])
+def test_softened_switches_doubt_and_decide_as_before(gate):
+    network = small_network(gate).eval()
+    last = [network.gate.decision] if gate == "rnn" else list(network.gate.decisions)
+    with torch.no_grad():
+        for layer in last:
+            layer.weight.mul_(8)
+            layer.bias.copy_(torch.tensor([6.0]))
+    images = torch.randn(64, 3, 8, 8)
+    before = network(images, decide=all_on).probabilities.detach()
+    soften_switches(network, images)
+    after = network(images, decide=all_on).probabilities.detach()
+    assert torch.equal(after > 0.5, before > 0.5)
+    assert torch.logit(before.double()).abs().mean() > 4
+    assert torch.logit(after.double()).abs().mean().item() == pytest.approx(LOGIT, rel=1e-4)
+    soften_switches(network, images)  # what doubts already is left alone
+    torch.testing.assert_close(network(images, decide=all_on).probabilities.detach(), after, rtol=1e-4, atol=1e-6)
+
+
+def test_freezing_lasts_until_the_next_train():
+    network = small_network()
+    network.train()
+    freeze_batch_norms(network)
+    assert not any(n.training for n in batch_norms(network)) and network.training
+    network.train()
+    assert all(n.training for n in batch_norms(network))
+
+
+@pytest.mark.parametrize("gate", ["rnn", "ff1", "ff2"])
+def test_accuracy_does_not_depend_on_the_batch_size(gate):
+    network = small_network(gate)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # switches that disagree: move the decision's bias to the middle of its inputs
+        images = torch.randint(0, 256, (300, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        normalisation = Normalisation((0.5,) * 3, (0.29,) * 3)
+        network.eval()
+        p = network(normalisation.apply(images), decide=all_on).probabilities
+        shift = torch.logit(p).median(dim=0).values
+        if gate == "rnn":
+            network.gate.decision.bias -= shift.mean()
+        else:
+            for decision, s in zip(network.gate.decisions, shift, strict=True):
+                decision.bias -= s
+    labels = torch.randint(0, 4, (300,), generator=generator)
+    one, many = (evaluate(network, ImageSet(images, labels), normalisation, batch_size=size) for size in (1, 256))
+    assert 0.02 < many.decisions.mean() < 0.98
+    assert one.accuracy == many.accuracy
+    assert torch.equal(one.decisions, many.decisions)
+    assert one.loss == pytest.approx(many.loss, rel=1e-5)

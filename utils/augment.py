@@ -1,0 +1,61 @@
+"""Random crops and flips on whole batches of uint8 images, and normalisation."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PADDING = 4
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of each colour channel, for pixels scaled to [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] of mean 0 and standard deviation 1 over the training images."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+
+def measure_normalisation(pixels: Tensor) -> Normalisation:
+    """Mean and standard deviation of uint8 images [N, 3, H, W], exact over all pixels of each channel."""
+    histogram = torch.stack([torch.bincount(pixels[:, c].reshape(-1).int(), minlength=256) for c in range(3)]).double()
+    levels = torch.arange(256, device=pixels.device, dtype=torch.float64) / 255
+    total = histogram.sum(dim=1)
+    mean = histogram @ levels / total
+    variance = histogram @ levels.square() / total - mean.square()
+    # A channel that never changes carries nothing: leave it at zero instead of dividing by zero.
+    std = torch.where(variance > 1e-12, variance.clamp(min=0).sqrt(), torch.ones_like(variance))
+    return Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def augmented(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """Each image padded by 4 black pixels and cropped back at a random place, then mirrored with probability 1/2.
+
+    Args:
+        pixels: uint8 [N, 3, H, W].
+        generator: CPU generator of the offsets and flips.
+        flip: whether mirroring leaves the class of an image as it is.
+    """
+    n = len(pixels)
+    offsets = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator).to(pixels.device)
+    mirrored = torch.rand(n, generator=generator).to(pixels.device) < 0.5 if flip else None
+    return crop_and_flip(pixels, offsets[0], offsets[1], mirrored)
+
+
+def crop_and_flip(pixels: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None) -> Tensor:
+    """Crop each padded image [3, H, W] at (top, left), both int64 [N] in 0..8, and mirror the marked ones."""
+    n, channels, height, width = pixels.shape
+    padded = F.pad(pixels, (PADDING,) * 4)
+    rows = top[:, None] + torch.arange(height, device=pixels.device)
+    columns = left[:, None] + torch.arange(width, device=pixels.device)
+    if mirrored is not None:
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    image = torch.arange(n, device=pixels.device)[:, None, None, None]
+    channel = torch.arange(channels, device=pixels.device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

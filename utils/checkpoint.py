@@ -1,0 +1,133 @@
+"""Checkpoints that describe themselves: architecture, weights, normalisation, classes, metrics and how to go on.
+
+A checkpoint is a dictionary of plain types and tensors that ``torch.load(weights_only=True)`` accepts, so loading one
+never runs code.  Its keys are the fields of ``Checkpoint``.
+"""
+
+import os
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_origin
+
+import torch
+from torch import Tensor
+
+from models import ResNet, build_network
+from utils.augment import Normalisation
+from utils.errors import UserError
+
+FORMAT = "switched-resnet-checkpoint-1"
+
+
+@dataclass
+class Checkpoint:
+    """One saved network."""
+
+    stage: str  # "sp", "pruned" or "rl_pruned"
+    architecture: dict[str, Any]  # arguments of models.build_network
+    weights: dict[str, Tensor]
+    normalisation: dict[str, list[float]]  # mean and std of the training images
+    classes: list[str]
+    data: dict[
+        str, Any
+    ]  # name, image_size, flip, val_fraction, split_seed: later stages must set aside the same images
+    metrics: dict[str, float]  # measured on the images that choices look at
+    original: dict[str, float]  # parameters, flops and accuracy of stage 1's network
+    seed: int
+    progress: dict[str, Any] = field(default_factory=dict)  # epoch, iteration: where a resumed run goes on
+    training: dict[str, Any] = field(default_factory=dict)  # optimiser and random state, only where a run can resume
+    source: str | None = None  # checkpoint that this network came from
+
+    def network(self) -> ResNet:
+        """The network with its weights, in evaluation mode, on the CPU.
+
+        Raises:
+            UserError: if the weights do not fit the architecture.
+        """
+        try:
+            network = build_network(**self.architecture)
+            network.load_state_dict(self.weights)
+        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+            reason = str(error).strip().split("\n")[-1].strip()[:160]
+            raise UserError(f"the checkpoint's weights do not fit the architecture that it names ({reason})") from error
+        return network.eval()
+
+    def normaliser(self) -> Normalisation:
+        return Normalisation(tuple(self.normalisation["mean"]), tuple(self.normalisation["std"]))
+
+
+def save_atomically(path: Path, content: Any) -> None:
+    """``torch.save`` to a temporary file beside ``path``, then rename: a reader sees the old file or the new one."""
+    path = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be written ({error}): free space or choose another folder"
+        ) from error
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint`` to ``path``, weights on the CPU.
+
+    Raises:
+        UserError: if the file cannot be written; an older file at ``path`` is left as it was.
+    """
+    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+    content["weights"] = {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()}
+    save_atomically(path, {"format": FORMAT, **content})
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint; tensors come back on the CPU.
+
+    Raises:
+        UserError: if the file is missing, damaged, or no checkpoint of this program.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles it did not write; the error below says enough
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist: check the path, or run the stage that makes it") from None
+    except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint or would run code
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(f"checkpoint {path} cannot be read ({reason}): it is damaged or of another program") from error
+    kinds = {f.name: get_origin(f.type) or f.type for f in fields(Checkpoint)}
+    kinds["source"] = str | None
+    if (
+        not isinstance(content, dict)
+        or content.pop("format", None) != FORMAT
+        or set(content) != set(kinds)
+        or not all(isinstance(content[name], kind) for name, kind in kinds.items())
+    ):
+        raise UserError(f"{path} is no checkpoint of this program (format {FORMAT}): give one made by the three stages")
+    return Checkpoint(**content)
+
+
+def load_network(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
+    """Rebuild the network of any stage's checkpoint, ready to evaluate.
+
+    It takes images normalised with the checkpoint's mean and standard deviation, and skips blocks as its switches say.
+
+    Raises:
+        UserError: if the file is missing, damaged, or no checkpoint of this program.
+    """
+    return load_checkpoint(path).network().to(device)
+
+
+def describe(normalisation: Normalisation) -> dict[str, list[float]]:
+    """The normalisation in a checkpoint's plain types."""
+    return {name: list(value) for name, value in asdict(normalisation).items()}

@@ -1,0 +1,122 @@
+"""Turn a checkpoint of any stage into files to deploy: ``python -m utils.export --checkpoint PATH --output FOLDER``.
+
+Writes network.onnx (any number of images), routed.onnx (one image, skipped blocks not executed; only for a network
+with switches), labels.json, and with --int8 network_int8.onnx.  All take uint8 images [N, 3, H, W] in RGB.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from deploy.folding import deployable
+from deploy.graphs import batch_model, routed_model
+from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
+from deploy.session import check_session, open_session, run_session
+from models import ResNet
+from utils.arguments import image_type, number
+from utils.checkpoint import load_checkpoint
+from utils.data import DataSet, ImageSet, load_data
+from utils.errors import UserError, run_command
+from utils.run import write_json
+from utils.training import check_data
+
+CHECKED_IMAGES = 256
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Export a checkpoint to ONNX.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="checkpoint of any stage")
+    add("--output", type=Path, required=True, help="folder to write to")
+    add("--data_dir", help="check the files on its test images instead of random ones; --int8 needs it")
+    add("--img_type", type=image_type, default="png", help="image files to read in --data_dir")
+    add("--num_workers", type=number(int, 0), default=16, help="threads that decode images")
+    add("--int8", action="store_true", help="write an int8 version too, calibrated on training images of --data_dir")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.int8 and not args.data_dir:
+        raise UserError("--int8 is calibrated on training images and none were given: add --data_dir")
+    checkpoint = load_checkpoint(args.checkpoint)
+    network = checkpoint.network()
+    size = checkpoint.data["image_size"]
+    data = None
+    if args.data_dir:
+        data = load_data(args.data_dir, args.img_type, size, args.num_workers)
+        check_data(checkpoint, data, size)
+    pixels = random_pixels(CHECKED_IMAGES, size) if data is None else data.test.pixels[:CHECKED_IMAGES]
+    deployed = deployable(network, checkpoint.normaliser())
+    labels = describe(checkpoint, deployed)
+    models = exported(deployed, size)
+    for name, model in models.items():
+        onnx.checker.check_model(model, full_check=True)
+        deviation = check_session(open_session(model), network, checkpoint.normaliser(), pixels, name)
+        labels["files"][name] = {"deviation": deviation, "images_checked": len(pixels)}
+        print(f"{name}: logits within {deviation:.1e} of PyTorch's on {len(pixels)} images")
+    if args.int8:
+        models[INT8], labels["files"][INT8] = int8_version(models[NETWORK], data)
+        print("{}: accuracy {int8_accuracy:.2%}, {float_accuracy:.2%} in float32".format(INT8, **labels["files"][INT8]))
+    write_folder(args.output, models, labels)
+    print(f"{', '.join(models)} and {LABELS} are in {args.output}")
+
+
+def exported(deployed: ResNet, size: int) -> dict[str, onnx.ModelProto]:
+    """The graphs of a deployable network by file name."""
+    models = {NETWORK: batch_model(deployed, size)}
+    if deployed.switches:
+        models[ROUTED] = routed_model(deployed, size)
+    return models
+
+
+def int8_version(model: onnx.ModelProto, data: DataSet) -> tuple[onnx.ModelProto, dict[str, float]]:
+    """The quantised graph, and its accuracy on the test images beside that of the graph it was made from."""
+    # Imported here: the tools take a second to import, and only this option needs them.
+    from deploy.int8 import CALIBRATION_IMAGES, quantised
+
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    smaller = quantised(model, data.train.pixels[order[:CALIBRATION_IMAGES]].numpy())
+    measured = {"int8_accuracy": accuracy(smaller, data.test), "float_accuracy": accuracy(model, data.test)}
+    return smaller, {**measured, "test_images": len(data.test)}
+
+
+def accuracy(model: onnx.ModelProto, images: ImageSet, batch_size: int = 256) -> float:
+    """Share of ``images`` that the graph classifies as they are labelled."""
+    session = open_session(model)
+    answers = [run_session(session, part.numpy())["logits"].argmax(axis=1) for part in images.pixels.split(batch_size)]
+    return float((np.concatenate(answers) == images.labels.numpy()).mean())
+
+
+def random_pixels(count: int, size: int) -> Tensor:
+    """uint8 images [count, 3, size, size]: noise of many strengths, to reach many decisions."""
+    generator = torch.Generator().manual_seed(0)
+    colour, strength = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
+    noise = torch.randn(count, 3, size, size, generator=generator)
+    return (255 * (colour + strength * noise)).clamp(0, 255).to(torch.uint8)
+
+
+def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[str, Any]) -> None:
+    """Write the graphs, then labels.json; files of an earlier export that are not among them are removed.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (LABELS, NETWORK, ROUTED, INT8):
+            (folder / name).unlink(missing_ok=True)
+        for name, model in models.items():
+            (folder / name).write_bytes(model.SerializeToString())
+        write_json(folder / LABELS, labels)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}): free space or choose another --output") from None
+
+
+if __name__ == "__main__":
+    run_command(main, resumable=False)

@@ -1,0 +1,88 @@
+"""What a network costs: parameters and FLOPs, layer by layer and image by image.
+
+FLOPs are two per multiply-add of convolutions and linear layers (the LSTM's among them), for one image, and equal what
+``torch.utils.flop_counter.FlopCounterMode`` counts.  Batch norms, activations and pooling are free by that convention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models import ResNet, all_on
+from utils.modes import mode_kept
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one convolution, linear layer or LSTM cell for one image."""
+
+    parameters: int
+    flops: int
+    positions_in: int  # H * W of the input
+    positions_out: int  # H' * W' of the output
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """Cost of a network for one image."""
+
+    parameters: int  # all of them, batch norms and gates included
+    flops: int  # with every block run
+    blocks: tuple[int, ...]  # FLOPs that each of the K switches saves when it closes
+    layers: dict[str, LayerCost]
+
+    @property
+    def shares(self) -> Tensor:
+        """[K], share of each switched block in the FLOPs that can be skipped; they sum to 1."""
+        blocks = torch.tensor(self.blocks, dtype=torch.float64)
+        return (blocks / blocks.sum()).float() if len(blocks) else blocks.float()
+
+    def executed(self, decisions: Tensor) -> Tensor:
+        """FLOPs spent on each image, [N] in float64, under decisions [N, K]."""
+        saved = (1 - decisions.double()) @ torch.tensor(self.blocks, dtype=torch.float64, device=decisions.device)
+        return self.flops - saved
+
+
+def network_cost(network: ResNet, image_size: int) -> NetworkCost:
+    """Measure the cost of ``network`` for square images of ``image_size`` pixels, with one pass on a blank image."""
+    layers: dict[str, LayerCost] = {}
+    handles = [
+        module.register_forward_hook(_recorder(name, layers))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.LSTMCell)
+    ]
+    parameter = next(network.parameters())
+    try:
+        with torch.no_grad(), mode_kept(network, training=False):
+            blank = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+            network(blank, decide=all_on)
+    finally:
+        for handle in handles:
+            handle.remove()
+    residual = tuple(
+        sum(c.flops for n, c in layers.items() if n.startswith((f"blocks.{block}.conv1", f"blocks.{block}.conv2")))
+        for block in range(1, len(network.blocks))
+    )
+    return NetworkCost(
+        parameters=sum(p.numel() for p in network.parameters()),
+        flops=sum(cost.flops for cost in layers.values()),
+        blocks=residual if network.switches else (),
+        layers=layers,
+    )
+
+
+def _recorder(name: str, layers: dict[str, LayerCost]):
+    def record(module: nn.Module, inputs: tuple, output) -> None:
+        parameters = sum(p.numel() for p in module.parameters(recurse=False))
+        if isinstance(module, nn.Conv2d):
+            positions_in, positions_out = inputs[0].shape[2:].numel(), output.shape[2:].numel()
+            flops = 2 * module.weight.numel() * positions_out
+        else:
+            positions_in = positions_out = 1
+            weights = [module.weight] if isinstance(module, nn.Linear) else [module.weight_ih, module.weight_hh]
+            flops = 2 * sum(weight.numel() for weight in weights)
+        before = layers.get(name)  # the LSTM runs once a switch: its FLOPs add up, its parameters do not
+        layers[name] = LayerCost(parameters, flops + (before.flops if before else 0), positions_in, positions_out)
+
+    return record

@@ -1,0 +1,101 @@
+"""Classify images: ``python -m utils.predict --checkpoint PATH IMAGE...``, or ``--onnx FOLDER`` for an export.
+
+Prints class, probability, FLOPs spent and blocks skipped for each image.  Exit code 1 if an image could not be read.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deploy.folding import deployable
+from deploy.labels import NETWORK, ROUTED, Labels, describe, read_labels
+from utils.checkpoint import load_checkpoint
+from utils.data import read_image
+from utils.errors import UserError, run_command
+
+# uint8 [1, 3, H, W] to logits [classes] and decisions [K]; K is 0 for a network without switches.
+Classifier = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Classify images.", allow_abbrev=False)
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument("--checkpoint", type=Path, help="checkpoint of any stage")
+    network.add_argument("--onnx", type=Path, help="folder written by python -m utils.export")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files of any size")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    classify, labels = from_checkpoint(args.checkpoint) if args.checkpoint else from_folder(args.onnx)
+    unread = 0
+    for path in args.images:
+        try:
+            pixels = torch.from_numpy(read_image(path, labels.image_size).copy()).permute(2, 0, 1)[None]
+        except UserError as error:
+            unread += 1
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        print(f"{path}: {answer(*classify(pixels.contiguous()), labels)}", flush=True)
+    if unread:
+        sys.exit(1)
+
+
+def from_checkpoint(path: Path) -> tuple[Classifier, Labels]:
+    """The folded network of a checkpoint, run by PyTorch; skipped blocks are not computed."""
+    checkpoint = load_checkpoint(path)
+    network = deployable(checkpoint.network(), checkpoint.normaliser())
+    content = describe(checkpoint, network)
+
+    @torch.no_grad()
+    def classify(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        output = network(pixels)
+        return output.logits[0], output.decisions[0]
+
+    return classify, Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
+
+
+def from_folder(folder: Path) -> tuple[Classifier, Labels]:
+    """An exported network, run by ONNX Runtime; skipped blocks are not computed where there is a routed graph.
+
+    Raises:
+        UserError: if a file is missing, damaged or of another export.
+    """
+    # Imported here: predicting from a checkpoint does not need ONNX Runtime.
+    from deploy.session import open_session, run_session
+
+    labels = read_labels(folder)
+    path = folder / (ROUTED if labels.flops_of_switched_blocks else NETWORK)
+    session = open_session(path)
+    takes, gives = session.get_inputs()[0], session.get_outputs()[0]
+    if (takes.name, takes.shape[1:], gives.name, gives.shape[1:]) != (
+        "images", [3, labels.image_size, labels.image_size], "logits", [len(labels.classes)],
+    ):  # fmt: skip
+        raise UserError(f"{path} does not fit the labels.json beside it: export the network again")
+
+    def classify(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = {name: torch.from_numpy(value) for name, value in run_session(session, pixels.numpy()).items()}
+        return outputs["logits"][0], outputs.get("decisions", torch.empty(1, 0))[0]
+
+    return classify, labels
+
+
+def answer(logits: Tensor, decisions: Tensor, labels: Labels) -> str:
+    """One image's line: class, probability, FLOPs, and the blocks skipped, counted from 1 as the network runs them."""
+    probability, label = logits.softmax(dim=0).max(dim=0)
+    # The first block has no switch: switch 1 is block 2's.
+    skipped = [switch + 2 for switch, taken in enumerate(decisions.tolist()) if not taken]
+    flops = labels.flops - sum(labels.flops_of_switched_blocks[block - 2] for block in skipped)
+    blocks = "no switches" if len(decisions) == 0 else f"{len(skipped)} of {len(decisions)} switched blocks skipped"
+    if skipped:
+        blocks += f" ({', '.join(map(str, skipped))})"
+    return f"{labels.classes[label]}  {probability:.1%}  {flops / 1e6:.4g} MFLOPs  {blocks}"
+
+
+if __name__ == "__main__":
+    run_command(main, resumable=False)

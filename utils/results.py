@@ -1,0 +1,229 @@
+"""The results of all stages: one list of records, a table and a picture made from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from models import all_on
+from utils.checkpoint import Checkpoint
+from utils.data import ImageSet
+from utils.device import placed
+from utils.errors import UserError
+from utils.evaluate import evaluate
+from utils.latency import BATCH, measured_speeds
+from utils.run import BEST, Run, relative_to_results, write_json
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+METHODS = {
+    "sp": "w/o Pruning",
+    "pruned": "w/ Static Pruning only",
+    "rl_pruned": "w/ Static and Dynamic Pruning",
+}
+NOT_MEASURED = {"latency_ms": None, "throughput": None}
+Record = dict[str, Any]
+
+
+def report(
+    result_dir: Path,
+    run: Run,
+    best: Checkpoint,
+    test: ImageSet,
+    selected_on: str,
+    device: torch.device,
+    points: list[dict[str, float]] | None = None,
+    within_budget: bool = True,
+) -> Record:
+    """Measure a finished run's best network on the test images; add it to the results, draw them, print the table.
+
+    Args:
+        best: the checkpoint the run chose.
+        selected_on: what it was chosen on: "validation", "test" or "last epoch".
+        points: gflops and accuracy of other networks of the run, for the picture.
+        within_budget: whether it kept the accuracy (or the computation) that the run was asked for.
+    """
+    result_dir = result_dir.expanduser()
+    network = placed(best.network(), device)
+    test = test.to(device)
+    measured = evaluate(network, test, best.normaliser())
+    parameters = sum(p.numel() for p in network.parameters())
+    counted = measured.flops_executed if best.stage == "rl_pruned" else measured.flops_all
+    record = {
+        "method": METHODS[best.stage],
+        "stage": best.stage,
+        "dataset": best.data["name"],
+        **{key: best.architecture[key] for key in ("network", "depth", "width", "num_classes", "gate")},
+        "accuracy": measured.accuracy,
+        "accuracy_every_block": evaluate(network, test, best.normaliser(), all_on).accuracy,
+        "gflops": counted / 1e9,
+        "gflops_all": measured.flops_all / 1e9,
+        "gflops_executed": measured.flops_executed / 1e9,
+        "parameters": parameters,
+        "compression": 1 - parameters / best.original["parameters"],
+        "computation": measured.computation,
+        "seed": best.seed,
+        "checkpoint": relative_to_results(run.path / BEST, result_dir),
+        "source": best.source,
+        "selected_on": selected_on,
+        "within_budget": within_budget,
+        "points": points or [],
+        **NOT_MEASURED,
+    }
+    records = [r for r in read_records(result_dir) if r["checkpoint"] != record["checkpoint"]] + [record]
+    write_results(result_dir, records)  # first without the speeds, so that nothing can keep a finished run from it
+    run.say("measuring the exported networks")
+    measure_speeds(latest_chain(records, record), result_dir, test.pixels.cpu())
+    write_results(result_dir, records)
+    run.say(f"\n{results_table(latest_chain(records, record))}")
+    run.say(f"table    {result_dir / 'results.md'}")
+    run.say(f"picture  {result_dir / 'results.png'}")
+    run.say(f"watch    tensorboard --logdir {result_dir}")
+    return record
+
+
+def write_results(result_dir: Path, records: list[Record]) -> None:
+    """Write results.json, results.md and results.png.
+
+    Raises:
+        UserError: if they cannot be written.
+    """
+    try:
+        write_json(result_dir / "results.json", records)
+        (result_dir / "results.md").write_text(results_table(records))
+        draw_results(records, result_dir / "results.png")
+    except OSError as error:
+        raise UserError(f"results cannot be written to {result_dir} ({error}): free space or mend its rights") from None
+
+
+def measure_speeds(chain: list[Record], result_dir: Path, pixels: Tensor) -> None:
+    """Fill in ``latency_ms`` and ``throughput`` of a chain of records, all measured in one run, None where they cannot.
+
+    Args:
+        pixels: test images, uint8 [N, 3, H, W].
+    """
+    speeds = measured_speeds({r["checkpoint"]: result_dir / r["checkpoint"] for r in chain}, pixels)
+    for record in chain:
+        record.update(speeds.get(record["checkpoint"], NOT_MEASURED))
+
+
+def read_records(result_dir: Path) -> list[Record]:
+    """The records of ``results.json``, oldest first; an empty list where there is none yet."""
+    path = result_dir / "results.json"
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text())
+        if not isinstance(records, list) or not all(isinstance(r, dict) and "checkpoint" in r for r in records):
+            raise ValueError("it is no list of records")
+        return records
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): move it away, and the next stage starts a new one") from None
+
+
+def _subject(record: Record) -> tuple:
+    return tuple(record[key] for key in ("dataset", "network", "depth", "width"))
+
+
+def latest_chain(records: list[Record], last: Record | None = None) -> list[Record]:
+    """The newest record of one network and those of the stages it was made from, first stage first."""
+    by_run = {Path(record["checkpoint"]).parent: record for record in records}
+    chain = [last or records[-1]]
+    while chain[0]["source"] is not None and Path(chain[0]["source"]).parent in by_run:
+        chain.insert(0, by_run[Path(chain[0]["source"]).parent])
+    return chain
+
+
+def results_table(records: list[Record]) -> str:
+    """The table in Markdown: for each data set and network the newest chain of stages, with footnotes."""
+    sections = []
+    for subject in dict.fromkeys(_subject(r) for r in records):
+        chain = latest_chain([r for r in records if _subject(r) == subject])
+        dataset, network, depth, width = subject
+        lines = [
+            f"## {dataset}, {network}{depth}, width {width}",
+            "",
+            f"| Methods | Accuracy | FLOPS (in GFLOPS) | Compression | Parameters | Computation "
+            f"| Latency (batch 1) | Throughput (batch {BATCH}) |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for r in chain:
+            note = "[^test]" if r["selected_on"] == "test" else ""
+            note += "" if r.get("within_budget", True) else "[^budget]"
+            lines.append(
+                f"| {r['method']}{note} | {r['accuracy']:.2%} | {_three_digits(r['gflops'])} "
+                f"| {r['compression']:.1%} | {r['parameters']:,} | {r['computation']:.1%} "
+                f"| {_or_dash(r, 'latency_ms', '{:.2f} ms')} | {_or_dash(r, 'throughput', '{:,.0f}/s')} |"
+            )
+        lines += [
+            "",
+            "Accuracy on the test images, switches thresholded. FLOPS: two per multiply-add, one image; every block "
+            "counted in the first two rows, the mean of what is executed in the third. Computation: executed share. "
+            "Latency and throughput: exported networks with ONNX Runtime on the CPU, all rows in one run, every block "
+            "run in the first two rows; in the third, blocks are skipped on single images and masked in batches.",
+        ]
+        if any(r.get("latency_ms") is None for r in chain):
+            lines += ["", "–: not measured; it needs the packages onnx and onnxruntime and the row's checkpoint."]
+        if any(r["selected_on"] == "test" for r in chain):
+            lines += ["", "[^test]: chosen on the test images, for want of validation images: its accuracy flatters."]
+        if not all(r.get("within_budget", True) for r in chain):
+            lines += [
+                "",
+                "[^budget]: no network met the budget; this is the nearest to it, or the one it started from.",
+            ]
+        sections.append("\n".join(lines) + "\n")
+    return "\n".join(sections)
+
+
+def _or_dash(record: Record, key: str, form: str) -> str:
+    """The value, or a dash where it was not measured (or the record is older than the measurement)."""
+    value = record.get(key)
+    return "–" if value is None else form.format(value)
+
+
+def _three_digits(gflops: float) -> str:
+    return f"{gflops:.3g}" if gflops < 1 else f"{gflops:.2f}"
+
+
+def draw_results(records: list[Record], path: Path) -> None:
+    """A column for each data set and network: accuracy against GFLOPs and, where measured, against latency.
+
+    Every iteration of static pruning is a point of the first.
+    """
+    subjects = list(dict.fromkeys(_subject(r) for r in records))
+    chains = [latest_chain([r for r in records if _subject(r) == subject]) for subject in subjects]
+    rows = 2 if any(r.get("latency_ms") for chain in chains for r in chain) else 1
+    figure, axes = plt.subplots(
+        rows, len(subjects), figsize=(6 * len(subjects), 4.2 * rows), squeeze=False, layout="constrained"
+    )
+    for column, (subject, chain) in enumerate(zip(subjects, chains, strict=True)):
+        title = f"{subject[0]}, {subject[1]}{subject[2]}, width {subject[3]}"
+        _draw_panel(axes[0][column], chain, "gflops", "GFLOPs for one image")
+        axes[0][column].set_title(title)
+        if rows == 2:
+            measured = [r for r in chain if r.get("latency_ms")]
+            _draw_panel(axes[1][column], measured, "latency_ms", "measured milliseconds for one image")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_panel(axis: plt.Axes, chain: list[Record], key: str, label: str) -> None:
+    """Accuracy of the records of one chain against ``key``."""
+    styles = {"sp": ("o", "#333333"), "pruned": ("s", "#1f77b4"), "rl_pruned": ("^", "#d62728")}
+    for record in chain:
+        marker, colour = styles[record["stage"]]
+        points = sorted((p[key], p["accuracy"]) for p in record["points"] if key in p)
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=".", color=colour, alpha=0.4, linewidth=1)
+        axis.plot(record[key], record["accuracy"], marker, color=colour, markersize=9, label=record["method"])
+    axis.set(xlabel=label, ylabel="accuracy on the test images")
+    axis.set_xlim(left=0)
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
+    axis.grid(alpha=0.3)
+    if chain:
+        axis.axhline(chain[0]["accuracy"] - 0.01, color="#999999", linestyle=":", label="one point below the first")
+        axis.legend(loc="best", fontsize=8)
