@@ -28,15 +28,16 @@ def test_times_are_averages_over_items_that_differ():
 def chain(tmp_path):
     records, source = [], None
     for stage in ("sp", "pruned", "rl_pruned"):
-        checkpoint_file(tmp_path / f"{stage}.pt", lively_network(stage, "rnn"), list("abcdefghij"), stage)
+        (tmp_path / stage).mkdir()
+        checkpoint_file(tmp_path / stage / "best.pt", lively_network(stage, "rnn"), list("abcdefghij"), stage)
         records.append(
             {
                 "method": results.METHODS[stage], "stage": stage, "dataset": "shapes", "network": "resnet", "depth": 8,
                 "width": 8, "accuracy": 0.9, "gflops": 0.1, "compression": 0.5, "parameters": 10, "computation": 0.5,
-                "checkpoint": f"{stage}.pt", "source": source, "selected_on": "validation", "points": [],
+                "checkpoint": f"{stage}/best.pt", "source": source, "selected_on": "validation", "points": [],
             }
         )  # fmt: skip
-        source = f"{stage}.pt"
+        source = f"{stage}/best.pt"
     return records
 
 
@@ -54,7 +55,7 @@ def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):
 
 def test_checkpoint_that_is_gone_has_a_dash(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "SECONDS", 0.1)
-    (tmp_path / "sp.pt").unlink()
+    (tmp_path / "sp" / "best.pt").unlink()
     results.measure_speeds(chain, tmp_path, varied_images(20))
     assert [record["latency_ms"] is None for record in chain] == [True, False, False]
     assert "| – | – |" in results.results_table(chain) and "not measured" in results.results_table(chain)
@@ -67,6 +68,13 @@ def test_without_onnx_runtime_the_columns_have_a_dash(chain, tmp_path, monkeypat
     table = results.results_table(chain)
     assert table.count("| – | – |") == 3 and "onnxruntime" in table
     results.draw_results(chain, tmp_path / "results.png")
+
+
+def test_a_chain_that_leads_back_to_itself_ends(chain):
+    chain[0]["source"] = chain[-1]["checkpoint"]
+    assert results.latest_chain(chain) == chain
+    chain[-1]["source"] = chain[-1]["checkpoint"]
+    assert results.latest_chain(chain) == chain[-1:]
 
 
 def test_records_of_older_runs_have_a_dash(chain):

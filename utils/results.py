@@ -133,8 +133,12 @@ def latest_chain(records: list[Record], last: Record | None = None) -> list[Reco
     """The newest record of one network and those of the stages it was made from, first stage first."""
     by_run = {Path(record["checkpoint"]).parent: record for record in records}
     chain = [last or records[-1]]
-    while chain[0]["source"] is not None and Path(chain[0]["source"]).parent in by_run:
-        chain.insert(0, by_run[Path(chain[0]["source"]).parent])
+    by_run.pop(Path(chain[0]["checkpoint"]).parent, None)
+    while chain[0]["source"] is not None:
+        earlier = by_run.pop(Path(chain[0]["source"]).parent, None)  # popped: no record leads back to itself
+        if earlier is None:
+            break
+        chain.insert(0, earlier)
     return chain
 
 
