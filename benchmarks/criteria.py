@@ -2,10 +2,10 @@
 
 Method: for each variant, share of FLOPs and seed the network is pruned to the share (at once, or in --steps geometric
 steps with the batch norms measured anew between them), judged as it is and with its batch norms measured anew,
-fine-tuned with the same epochs, order and schedule, and judged again; every accuracy is that of the test images with
-every block run.  The seed decides the Fisher's images and labels, the random criterion and the order of fine-tuning.
-Finished measurements are kept in OUT.jsonl, so a run that is started again with the same arguments goes on; other
-arguments want another --out.
+fine-tuned with the same epochs, order and schedule, and judged again.  Every accuracy is that of the validation images
+with every block run: defaults are chosen by it.  The seed decides the Fisher's images and labels, the random criterion
+and the order of fine-tuning.  Finished measurements are kept in OUT.jsonl, so a run that is started again with the same
+arguments goes on; other arguments want another --out.
 
     python -m benchmarks.criteria --checkpoint best.pt --data_dir data/cifar_10 --out results/criteria
 """
@@ -46,6 +46,7 @@ VARIANTS = {
     "eigendamage, K-FAC": replace(BASE, correct_eigenvalues=False),
     "eigendamage, Tucker": replace(BASE, decomposition="tucker"),
     "eigendamage per FLOP, Tucker": replace(BASE, objective="flops", decomposition="tucker"),
+    "eigendamage per FLOP, depthwise": replace(BASE, objective="flops", decomposition="depthwise"),
     **{criterion: replace(BASE, criterion=criterion) for criterion in CHANNEL_CRITERIA},
     "kron_obs per FLOP": replace(BASE, criterion="kron_obs", objective="flops"),
 }
@@ -63,7 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--fisher_images", type=int, default=4000)
     parser.add_argument("--train_images", type=int, help="training images of the fine-tuning, all by default")
-    parser.add_argument("--test_images", type=int, help="test images that judge, all by default")
     parser.add_argument("--round_to", type=int, default=1)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--out", default="criteria", help="path of the results, without .jsonl, .json, .md and .png")
@@ -75,7 +75,7 @@ def main() -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = out.with_suffix(".jsonl")
-    trained = subset(load_trained(args), args.train_images, args.test_images)
+    trained = subset(load_trained(args), args.train_images)
     plan = [(share, seed, variant) for share in args.shares for seed in range(args.seeds) for variant in args.variants]
     done = {(m["share"], m["seed"], m["variant"]) for m in read_lines(lines)}
     for share, seed, variant in plan:
@@ -86,7 +86,7 @@ def main() -> None:
     wanted = set(plan)
     measurements = [m for m in read_lines(lines) if (m["share"], m["seed"], m["variant"]) in wanted]
     rows = summarise(args, measurements)
-    whole = evaluate(trained.network(), trained.splits.test, trained.normalisation, all_on).accuracy
+    whole = evaluate(trained.network(), trained.splits.choose, trained.normalisation, all_on).accuracy
     content = {"machine": machine(), "settings": vars(args), "unpruned": whole, "rows": rows}
     out.with_suffix(".json").write_text(json.dumps(content, indent=2))
     out.with_suffix(".md").write_text(table(rows, whole))
@@ -94,14 +94,11 @@ def main() -> None:
     print(table(rows, whole))
 
 
-def subset(trained: Trained, train: int | None, test: int | None) -> Trained:
-    """The same network with the first of the images in a fixed order: fewer where the machine is slow."""
-    splits, generator = trained.splits, torch.Generator().manual_seed(0)
-    chosen = [
-        images[torch.randperm(len(images), generator=generator)[:count]]
-        for images, count in ((splits.train, train), (splits.test, test))
-    ]
-    return replace(trained, splits=replace(splits, train=chosen[0], test=chosen[1]))
+def subset(trained: Trained, count: int | None) -> Trained:
+    """The same network with the first training images in a fixed order: fewer where the machine is slow."""
+    train = trained.splits.train
+    chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:count]]
+    return replace(trained, splits=replace(trained.splits, train=chosen))
 
 
 def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int, variant: str) -> dict:
@@ -128,7 +125,7 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
     cost = network_cost(smaller, trained.image_size)
 
     def judged() -> float:
-        return evaluate(smaller, splits.test, trained.normalisation, all_on).accuracy
+        return evaluate(smaller, splits.choose, trained.normalisation, all_on).accuracy
 
     accuracies = [judged()]
     reestimate_batch_norms(smaller, batches(), all_on)
@@ -182,7 +179,7 @@ def table(rows: list[dict], whole: float) -> str:
         return f"{100 * value['mean']:.2f} ± {100 * value['deviation']:.2f}"
 
     lines = [
-        f"Test accuracy in %, mean ± deviation over seeds; unpruned {100 * whole:.2f}.",
+        f"Validation accuracy in %, mean ± deviation over seeds; unpruned {100 * whole:.2f}.",
         "",
         "| FLOPs | criterion | parameters | before fine-tuning | with batch norms anew | after fine-tuning |",
         "|---|---|---|---|---|---|",
@@ -213,7 +210,7 @@ def draw(path: Path, args: argparse.Namespace, rows: list[dict], whole: float) -
         axis.set_title(f"{name} fine-tuning" if "," not in name else name, fontsize=10)
         axis.set_xlabel("FLOPs, % of the unpruned network")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_ylabel("validation accuracy, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

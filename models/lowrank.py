@@ -14,6 +14,7 @@ class LowRankConv2d(nn.Module):
         kernel_size, stride, padding: of the core; the rotations are 1x1 with stride 1.
         rank_in: c, or None for a core that reads the input as it is.
         rank_out: r, or None for a core that writes the output as it is.
+        depthwise: whether every channel of the core is filtered on its own, c = r: the depthwise separable form.
 
     There is no bias, as in every convolution of the network: a batch norm follows.
     """
@@ -27,12 +28,15 @@ class LowRankConv2d(nn.Module):
         padding: int,
         rank_in: int | None,
         rank_out: int | None,
+        depthwise: bool = False,
     ):
         super().__init__()
         core_in = in_channels if rank_in is None else rank_in
         core_out = out_channels if rank_out is None else rank_out
         self.rotate_in = None if rank_in is None else nn.Conv2d(in_channels, core_in, 1, bias=False)
-        self.core = nn.Conv2d(core_in, core_out, kernel_size, stride, padding, bias=False)
+        self.core = nn.Conv2d(
+            core_in, core_out, kernel_size, stride, padding, bias=False, groups=core_in if depthwise else 1
+        )
         self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ class ResNet(nn.Module):
         width: channels of the first group.
         gate: kind of switch, one of ``GATES``.
         ranks: for every convolution that static pruning has rebuilt, its name and (rank_in, rank_out).
+        depthwise: names of those among them whose core is depthwise.
         inner: for every block whose inner channels were pruned, its name and the channels left between its two
             convolutions.
 
@@ -113,6 +114,7 @@ class ResNet(nn.Module):
         gate: str,
         ranks: Ranks | None = None,
         inner: Mapping[str, int] | None = None,
+        depthwise: Sequence[str] = (),
     ):
         super().__init__()
         check_depth(depth)
@@ -126,6 +128,7 @@ class ResNet(nn.Module):
             "gate": gate,
             "ranks": {name: list(pair) for name, pair in (ranks or {}).items()},
             "inner": dict(inner or {}),
+            "depthwise": list(depthwise),
         }
         widths = [width * 2**group for group in range(3) for _ in range((depth - 2) // 6)]
         inputs = [width, *widths[:-1]]
@@ -141,6 +144,10 @@ class ResNet(nn.Module):
         self.gate = _build_gate(gate, inputs[1:])
         self.classifier = nn.Linear(widths[-1], num_classes)
         self._initialise()
+        for name in self.architecture["depthwise"]:
+            rank_in, rank_out = self.architecture["ranks"].get(name, (None, None))
+            if rank_in is None or rank_in != rank_out:
+                raise UserError(f"depthwise names the layer {name!r}, which has no two equal ranks")
         for name, (rank_in, rank_out) in self.architecture["ranks"].items():
             self._reduce(name, rank_in, rank_out)
 
@@ -166,6 +173,7 @@ class ResNet(nn.Module):
             conv.padding[0],
             rank_in,
             rank_out,
+            name in self.architecture["depthwise"],
         )
         parent, _, child = name.rpartition(".")
         setattr(self.get_submodule(parent), child, replacement)
@@ -214,6 +222,7 @@ def build_network(
     gate: str = "rnn",
     ranks: Ranks | None = None,
     inner: Mapping[str, int] | None = None,
+    depthwise: Sequence[str] = (),
 ) -> ResNet:
     """The network that an architecture describes, with fresh weights.
 
@@ -222,4 +231,4 @@ def build_network(
     """
     if network not in NETWORKS:
         raise UserError(f"network {network!r} is unknown: use one of {', '.join(NETWORKS)}")
-    return ResNet(depth=depth, num_classes=num_classes, width=width, gate=gate, ranks=ranks, inner=inner)
+    return ResNet(depth, num_classes, width, gate, ranks, inner, depthwise)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import ResNet, all_on
+from utils.modes import mode_kept
 
 FISHER_TYPES = ("true", "empirical")
 
@@ -40,26 +41,25 @@ def visit_gradients(
     """
     handles = [layer.register_forward_hook(_show(name, visit)) for name, layer in layers.items()]
     trainable = [p for p in network.parameters() if p.requires_grad]
-    training = network.training
     repeats = fisher_draws if fisher_type == "true" else 1
     images = 0
     try:
-        network.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)  # weight gradients are not needed: a third of the pass is saved
-        for x, y in batches:
-            x = x.detach().requires_grad_()
-            logits = network(x, decide=all_on, skip=False).logits
-            if fisher_type == "true":
-                labels = torch.multinomial(logits.detach().softmax(dim=1), repeats, replacement=True, generator=draws)
-            else:
-                labels = y[:, None]
-            for draw in range(repeats):
-                loss = F.cross_entropy(logits, labels[:, draw], reduction="sum")
-                torch.autograd.grad(loss, x, retain_graph=draw < repeats - 1)
-            images += len(x) * repeats
+        with mode_kept(network, training=False):
+            for x, y in batches:
+                x = x.detach().requires_grad_()
+                logits = network(x, decide=all_on, skip=False).logits
+                if fisher_type == "true":
+                    p = logits.detach().softmax(dim=1)
+                    labels = torch.multinomial(p, repeats, replacement=True, generator=draws)
+                else:
+                    labels = y[:, None]
+                for draw in range(repeats):
+                    loss = F.cross_entropy(logits, labels[:, draw], reduction="sum")
+                    torch.autograd.grad(loss, x, retain_graph=draw < repeats - 1)
+                images += len(x) * repeats
     finally:
-        network.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
         for handle in handles:

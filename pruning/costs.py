@@ -17,6 +17,7 @@ class LayerShape:
     rotated: tuple[bool, bool]  # whether there is a rotation before and behind the core
     taps: int
     positions: tuple[int, int]  # pixels of input and output
+    depthwise: bool = False  # every channel of the core is filtered on its own; then c = r
 
     def cost(self, c: Count, r: Count) -> tuple[Count, Count]:
         """FLOPs for one image and parameters with a core of c -> r channels.
@@ -26,9 +27,22 @@ class LayerShape:
         """
         before = self.channels[0] * c * ((c < self.ranks[0]) | self.rotated[0])
         behind = r * self.channels[1] * ((r < self.ranks[1]) | self.rotated[1])
-        core = c * r * self.taps
+        core = r * self.taps if self.depthwise else c * r * self.taps
         flops = 2 * (before * self.positions[0] + (core + behind) * self.positions[1])
         return flops, before + core + behind
+
+
+def separable_cost(shape: LayerShape, c: Count) -> tuple[Count, Count]:
+    """FLOPs and parameters of the depthwise separable form with c channels, for one image.
+
+    A layer that keeps all its ranks goes on as it is, and so does one that the form would make dearer.
+    """
+    before, behind, core = shape.channels[0] * c, c * shape.channels[1], c * shape.taps
+    flops = 2 * (before * shape.positions[0] + (core + behind) * shape.positions[1])
+    parameters = before + core + behind
+    whole_flops, whole_parameters = shape.cost(*shape.ranks)
+    worth = (np.asarray(c) < shape.ranks[0]) & (flops < whole_flops) & (parameters <= whole_parameters)
+    return np.where(worth, flops, whole_flops), np.where(worth, parameters, whole_parameters)
 
 
 def cheapest_ranks(shape: LayerShape, c: Count, r: Count) -> tuple[np.ndarray, np.ndarray]:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import ResNet
 from pruning.changes import LayerChange, Pruned
 from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
 from pruning.criteria import eigendamage, share
-from pruning.eigenbasis import curvature, eigenbasis, gradient_squares, rotate
+from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, gradient_squares, rotate
 from pruning.factors import collect_factors
 from pruning.layers import ConvWeights, prunable_layers, read_weights
 from pruning.method import Batches, Method
@@ -28,12 +28,7 @@ def prune_directions(
 ) -> Pruned:
     """Measure, choose and rebuild, see ``pruning.iteration.prune_once``."""
     layers = prunable_layers(network)
-    factors = collect_factors(network, layers, batches(), **method.fisher(draws))
-    bases = {name: eigenbasis(factors[name]) for name in layers}
-    if method.correct_eigenvalues:
-        spectra = gradient_squares(network, layers, bases, batches(), **method.fisher(draws))
-    else:
-        spectra = {name: curvature(bases[name], layer.weight) for name, layer in layers.items()}
+    bases, spectra = measured(network, layers, batches, draws, method)
     weights = {name: read_weights(network, name) for name in layers}
     saliencies = {}
     for name in layers:
@@ -59,6 +54,19 @@ def prune_directions(
         flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks), strict=True)
         changes.append(LayerChange(name, shape.ranks, ranks, *parameters, *flops, rise))
     return Pruned(rebuild(network, replaced), bases, changes)
+
+
+def measured(
+    network: ResNet, layers: Mapping[str, nn.Conv2d], batches: Batches, draws: torch.Generator, method: Method
+) -> tuple[dict[str, Eigenbasis], dict[str, Tensor]]:
+    """The eigenbasis of every layer, and the curvature of every entry of its rotated weight [out, in, kh, kw]."""
+    if not layers:
+        return {}, {}
+    factors = collect_factors(network, layers, batches(), **method.fisher(draws))
+    bases = {name: eigenbasis(factors[name]) for name in layers}
+    if method.correct_eigenvalues:
+        return bases, gradient_squares(network, layers, bases, batches(), **method.fisher(draws))
+    return bases, {name: curvature(bases[name], layer.weight) for name, layer in layers.items()}
 
 
 def direction_groups(
@@ -91,11 +99,12 @@ def direction_groups(
 
 def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:
     """The sizes of a layer; a core has the input and output resolution of its whole layer."""
-    measured = cost.layers.get(name) or cost.layers[f"{name}.core"]
+    counted = cost.layers.get(name) or cost.layers[f"{name}.core"]
     return LayerShape(
         (weights.in_channels, weights.out_channels),
-        (weights.core.shape[1], weights.core.shape[0]),
+        (weights.core.shape[0] if weights.depthwise else weights.core.shape[1], weights.core.shape[0]),
         (weights.rotate_in is not None, weights.rotate_out is not None),
         weights.core[0, 0].numel(),
-        (measured.positions_in, measured.positions_out),
+        (counted.positions_in, counted.positions_out),
+        weights.depthwise,
     )

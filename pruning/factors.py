@@ -103,6 +103,16 @@ def collect_factors(
     return {name: Factors(A / images, G / images) for name, (A, G) in sums.items()}
 
 
+def channel_effects(core: nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
+    """Sum over images of (sum over positions of g_k y_k)^2 for each channel y_k of a depthwise core, [channels].
+
+    Half of its mean is the second-order rise of the loss when the channel is removed, y_k -> 0, without any
+    approximation of the Fisher.
+    """
+    y = F.conv2d(a, core.weight.detach(), None, core.stride, core.padding, groups=core.groups)
+    return (g * y).sum(dim=(2, 3)).square().sum(dim=0)
+
+
 def rotated_gradient_squares(
     layer: nn.Conv2d, a: Tensor, g: Tensor, Q_a: Tensor | None = None, Q_g: Tensor | None = None
 ) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from models import ResNet
 from pruning.changes import Pruned
 from pruning.channel_pruning import channel_groups, prune_channels
+from pruning.depthwise_pruning import prune_to_depthwise, separable_groups
 from pruning.eigen_pruning import direction_groups, prune_directions
 from pruning.method import EIGENBASIS_CRITERIA, Batches, Method
 from pruning.selection import Goal, check_reachable, smallest_cost
@@ -24,7 +25,7 @@ def prune_once(
     Raises:
         UserError: for a budget out of reach, or a criterion that the network does not suit.
     """
-    prune = prune_directions if method.criterion in EIGENBASIS_CRITERIA else prune_channels
+    prune, _ = _family(method)
     return prune(network, batches, draws, network_cost(network, image_size), goal, method)
 
 
@@ -35,6 +36,15 @@ def check_goal(network: ResNet, image_size: int, goal: Goal, method: Method) -> 
         UserError: says what the smallest network would cost.
     """
     cost = network_cost(network, image_size)
-    grouped = direction_groups if method.criterion in EIGENBASIS_CRITERIA else channel_groups
+    _, grouped = _family(method)
     groups, fixed = grouped(network, cost, method, saliencies=None)
     check_reachable(goal, smallest_cost(groups, fixed, method.round_to))
+
+
+def _family(method: Method):
+    """What prunes a network by this method, and what tells which of its parts compete."""
+    if method.criterion not in EIGENBASIS_CRITERIA:
+        return prune_channels, channel_groups
+    if method.decomposition == "depthwise":
+        return prune_to_depthwise, separable_groups
+    return prune_directions, direction_groups

@@ -14,9 +14,10 @@ class ConvWeights:
     The map is rotate_out . core . rotate_in; a rotation that is None is the identity.
     """
 
-    core: Tensor  # [r, c, kh, kw]
+    core: Tensor  # [r, c, kh, kw], or [c, 1, kh, kw] where it is depthwise
     rotate_in: Tensor | None = None  # [c, in]
     rotate_out: Tensor | None = None  # [out, r]
+    depthwise: bool = False  # every channel of the core is filtered on its own; then it has both rotations
 
     @property
     def in_channels(self) -> int:
@@ -40,17 +41,25 @@ def prunable_layers(network: ResNet) -> dict[str, nn.Conv2d]:
 
     For a layer that was rebuilt before, the convolution is its core; the name is that of the whole layer.  1x1
     projections and the classifier are left alone: a rank-reduced pair rarely saves anything there, and together they
-    hold under 1 % of the parameters of ResNet-32.
+    hold under 1 % of the parameters of ResNet-32.  Depthwise cores have no directions to rotate, see
+    ``separable_layers``.
     """
     layers: dict[str, nn.Conv2d] = {}
     for name, module in network.named_modules():
         if name.startswith("gate"):
             continue
         if isinstance(module, LowRankConv2d):
-            layers[name] = module.core
+            if module.core.groups == 1:
+                layers[name] = module.core
         elif isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and not name.endswith(".core"):
             layers[name] = module
     return layers
+
+
+def separable_layers(network: ResNet) -> dict[str, nn.Conv2d]:
+    """The depthwise cores of the layers that were rebuilt depthwise separable, by name of the layer."""
+    modules = network.named_modules()
+    return {name: m.core for name, m in modules if isinstance(m, LowRankConv2d) and m.core.groups > 1}
 
 
 def read_weights(network: ResNet, name: str) -> ConvWeights:
@@ -62,4 +71,5 @@ def read_weights(network: ResNet, name: str) -> ConvWeights:
         layer.core.weight.detach().clone(),
         None if layer.rotate_in is None else layer.rotate_in.weight.detach()[:, :, 0, 0].clone(),
         None if layer.rotate_out is None else layer.rotate_out.weight.detach()[:, :, 0, 0].clone(),
+        layer.core.groups > 1,
     )

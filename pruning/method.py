@@ -10,7 +10,7 @@ from torch import Tensor
 EIGENBASIS_CRITERIA = ("eigendamage",)
 CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
 CRITERIA = EIGENBASIS_CRITERIA + CHANNEL_CRITERIA
-DECOMPOSITIONS = ("truncate", "tucker")
+DECOMPOSITIONS = ("truncate", "tucker", "depthwise")
 ACCUMULATORS = ("float64", "float32")
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # makes a new pass over the same images

@@ -9,12 +9,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from models import ResNet
-from pruning.layers import prunable_layers
+from pruning.layers import prunable_layers, separable_layers
 
 
 def layer_ranks(network: ResNet) -> dict[str, tuple[int, int]]:
-    """Input and output directions of every prunable convolution (channels where it is a plain one)."""
-    return {name: (conv.in_channels, conv.out_channels) for name, conv in prunable_layers(network).items()}
+    """Input and output directions of every convolution that can be or was pruned (channels where it is a plain one)."""
+    layers = {**prunable_layers(network), **separable_layers(network)}
+    return {name: (conv.in_channels, conv.out_channels) for name, conv in layers.items()}
 
 
 def ranks_picture(path: Path, iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]]) -> None:

@@ -23,6 +23,7 @@ class Group:
     # Of two sides: the saliency of every pair [first side, second side], which sums to those of both sides.
     pairs: Tensor | None = None
     channels: tuple[int, ...] | None = None  # of each side in the unpruned network, where they are more than now
+    entry: float = 0.0  # saliency lost with the first direction besides its own: that of leaving the present form
 
 
 @dataclass(frozen=True)
@@ -199,11 +200,13 @@ class _Walk:
 
     def by_saliency(self) -> Iterator[tuple[tuple[str, int], int]]:
         """Direction by direction, in ascending saliency."""
-        candidates = [
-            (value, position, side)
-            for position, (side, values) in enumerate(self.values.items())
-            for value in values[: max(0, len(values) - self.groups[side[0]].least[side[1]])]
-        ]
+        candidates = []
+        for position, (side, values) in enumerate(self.values.items()):
+            group = self.groups[side[0]]
+            going = values[: max(0, len(values) - group.least[side[1]])].copy()
+            going[:1] += group.entry
+            # Nothing goes before the form is given up, so the entry holds back what would follow it.
+            candidates += [(value, position, side) for value in np.maximum.accumulate(going)]
         for _, _, side in sorted(candidates, key=lambda candidate: candidate[:2]):
             yield side, 1
 
@@ -235,7 +238,7 @@ class _Walk:
             self._recount(name, i)
             values = self.values[name, i]
             gone = len(values) - kept
-            regret = values[gone : len(values) - least].cumsum()
+            regret = values[gone : len(values) - least].cumsum() + (group.entry if gone == 0 else 0.0)
             counts = [self.rounded(name, j) for j in range(len(group.least))]
             counts[i] = rounded_up(np.arange(kept - 1, least - 1, -1), len(values), self.steps[name, i])
             saved = self._costs[name][unit] - np.asarray(group.cost(*counts)[unit])

@@ -45,12 +45,15 @@ def merged(weights: ConvWeights, reduced: ConvWeights) -> ConvWeights:
         reduced.core.to(dtype),
         None if rotate_in is None else rotate_in.to(dtype),
         None if rotate_out is None else rotate_out.to(dtype),
+        reduced.depthwise,
     )
 
 
 def composed(weights: ConvWeights) -> Tensor:
     """The kernel [out, in, kh, kw] that rotations and core multiply out to, in float64."""
     kernel = weights.core.double()
+    if weights.depthwise:
+        kernel = torch.diag_embed(kernel[:, 0].movedim(0, -1)).movedim((-2, -1), (0, 1))
     if weights.rotate_in is not None:
         kernel = torch.einsum("rchw,ci->rihw", kernel, weights.rotate_in.double())
     if weights.rotate_out is not None:
@@ -65,6 +68,8 @@ def rebuild(network: ResNet, replaced: Mapping[str, ConvWeights]) -> ResNet:
         replaced: new weights by layer name (as in ``pruning.layers.prunable_layers``).
     """
     architecture = {**network.architecture, "ranks": dict(network.architecture["ranks"])}
+    separable = set(architecture["depthwise"]) - set(replaced)
+    architecture["depthwise"] = sorted(separable | {name for name, layer in replaced.items() if layer.depthwise})
     weights = network.state_dict()
     for name, layer in replaced.items():
         rank_in, rank_out = layer.ranks

@@ -13,15 +13,16 @@ SWEEPS = 20
 def tucker(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Tensor | None) -> ConvWeights:
     """A convolution with the ranks of the kept directions, in the subspaces that lose least.
 
-    Truncation keeps eigendirections as they are; among all forms of the same ranks the quadratic model
+    Truncation keeps eigendirections as they are; among all forms of the same ranks K-FAC's quadratic model
     1/2 tr(G D A D^T) has its minimum at the Tucker decomposition of G^1/2 W A^1/2.  (That of W' itself would be that
     of W: a rotation does not change it.)  It is found by higher-order orthogonal iteration from the truncated
-    directions, so it never falls behind them.  Source: HOOI, De Lathauwer et al. 2000; Tucker convolutions,
+    directions, so in that
+    model it never falls behind them.  Source: HOOI, De Lathauwer et al. 2000; Tucker convolutions,
     arXiv:1511.06530.
 
     Arguments as in ``pruning.surgery.truncated``.
     """
-    root_in, root_out = _root(basis.Q_a, basis.d_a), _root(basis.Q_g, basis.d_g)
+    root_in, root_out = root(basis.Q_a, basis.d_a), root(basis.Q_g, basis.d_g)
     scaled = torch.einsum("op,pihw,ij->ojhw", root_out, core.double(), root_in)
     U_in = None if keep_in is None else _first(basis.Q_a, keep_in)
     U_out = None if keep_out is None else _first(basis.Q_g, keep_out)
@@ -49,8 +50,8 @@ def tucker(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Te
     return ConvWeights(core, rotate_in, rotate_out)
 
 
-def _root(Q: Tensor, d: Tensor) -> Tensor:
-    """Symmetric square root of the damped factor."""
+def root(Q: Tensor, d: Tensor) -> Tensor:
+    """Symmetric square root of the damped factor Q diag(d) Q^T."""
     return Q @ torch.diag(damped(torch.diag(d)).diagonal().sqrt()) @ Q.t()
 
 

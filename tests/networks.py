@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from models import ResNet, build_network
 from utils.augment import Normalisation
 
-# Of every form: both sides, one side, a wide rotation that is worth multiplying out, a strided core, a 1x1 shortcut.
+# Of every form: both sides, one side, a wide rotation that is worth multiplying out, a strided core, a 1x1 shortcut, a
+# depthwise core.
 RANKS = {
     "stem.0": (None, 4),
     "blocks.0.conv1": (4, 3),
@@ -18,8 +19,10 @@ RANKS = {
     "blocks.1.conv2": (None, 8),
     "blocks.1.shortcut.0": (7, 9),
     "blocks.2.conv1": (15, 32),
+    "blocks.2.conv2": (12, 12),
     "blocks.2.shortcut.0": (8, 8),
 }
+DEPTHWISE = ["blocks.2.conv2"]
 STAGES = ("sp", "pruned", "rl_pruned")
 NORMALISATION = Normalisation((0.49, 0.48, 0.44), (0.2, 0.25, 0.3))
 
@@ -47,8 +50,8 @@ def _lively_network(stage: str, gate: str, seed: int) -> ResNet:
     width, size = 8, 16
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    ranks = {} if stage == "sp" else RANKS
-    network = build_network("resnet", depth=8, num_classes=10, width=width, gate=gate, ranks=ranks)
+    ranks, depthwise = ({}, []) if stage == "sp" else (RANKS, DEPTHWISE)
+    network = build_network("resnet", depth=8, num_classes=10, width=width, gate=gate, ranks=ranks, depthwise=depthwise)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)

@@ -5,51 +5,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from pruning_case import METHOD, SIZE, check_limits, counted, labelled_images, pruned_by, switched_network
 
-from models import LowRankConv2d, all_on, build_network
+from models import LowRankConv2d, build_network
 from pruning.channels import quadratic_rise
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors
-from pruning.iteration import check_goal, prune_once
-from pruning.method import CHANNEL_CRITERIA, CRITERIA, Method
-from pruning.selection import OBJECTIVES, Goal, least_kept, step_of
+from pruning.iteration import check_goal
+from pruning.method import CHANNEL_CRITERIA, CRITERIA
+from pruning.selection import OBJECTIVES, Goal, step_of
 from pruning.surgery import composed, truncated
 from pruning.tucker import tucker
 from utils.errors import UserError
 from utils.flops import network_cost
 
-SIZE = 8
-METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency")
-
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    network = build_network("resnet", depth=14, num_classes=4, width=12, gate="rnn")
-    for _ in range(3):
-        network(torch.randn(16, 3, SIZE, SIZE))
-    return network.eval()
+    return switched_network()
 
 
 @pytest.fixture(scope="module")
 def images():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(24, 3, SIZE, SIZE, generator=generator), torch.randint(4, (24,), generator=generator)
-
-
-def pruned_by(network, images, goal, method):
-    def batches():
-        return zip(images[0].split(8), images[1].split(8), strict=True)
-
-    return prune_once(network, batches, torch.Generator().manual_seed(2), image_size=SIZE, goal=goal, method=method)
-
-
-def counted(network) -> tuple[int, int]:
-    """FLOPs by torch's own counter, parameters by a plain sum."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, SIZE, SIZE), decide=all_on)
-    return counter.get_total_flops(), sum(p.numel() for p in network.parameters())
+    return labelled_images()
 
 
 @pytest.mark.parametrize(("criterion", "objective"), itertools.product(["eigendamage", "kron_obs"], OBJECTIVES))
@@ -62,16 +40,6 @@ def test_budgets_are_hit_within_two_per_cent(network, images, criterion, objecti
     pruned = pruned_by(network, images, Goal(**{kind: target}), method)
     assert 0.98 * target <= counted(pruned.network)[index] <= target
     check_limits(network, pruned.network, 0.95)
-
-
-def check_limits(network, smaller, limit):
-    for name, module in smaller.named_modules():
-        if isinstance(module, LowRankConv2d):
-            whole = network.get_submodule(name)
-            assert module.core.in_channels >= least_kept(whole.in_channels, limit)
-            assert module.core.out_channels >= least_kept(whole.out_channels, limit)
-    for block, inner in smaller.architecture["inner"].items():
-        assert inner >= least_kept(network.get_submodule(block).conv2.out_channels, limit)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -52,7 +52,10 @@ class PruneSettings:
         choices=CRITERIA,
     )
     decomposition: str = _key(
-        "tucker", "how eigendamage rebuilds a layer with the ranks it chose", choices=DECOMPOSITIONS
+        "tucker",
+        "what eigendamage makes of a layer: 1x1 - core - 1x1 of the kept directions (truncate) or of the best "
+        "subspaces of their number (tucker), or a depthwise separable layer (depthwise)",
+        choices=DECOMPOSITIONS,
     )
     prune_ratio: float = _key(
         0.3, "share of all directions that one iteration drops, where there is no target", low=0, below=1

@@ -1,0 +1,123 @@
+"""An iteration towards depthwise separable layers: every 3x3 convolution loses input directions and changes its form.
+
+Source: EigenDamage (arXiv:1905.05934), the depthwise separable form of its appendix.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models import ResNet
+from pruning.capture import visit_gradients
+from pruning.changes import LayerChange, Pruned
+from pruning.costs import separable_cost
+from pruning.criteria import eigendamage, share
+from pruning.depthwise import captured_shares, separable, without_channels
+from pruning.eigen_pruning import layer_shape, measured
+from pruning.eigenbasis import rotate
+from pruning.factors import channel_effects
+from pruning.layers import prunable_layers, read_weights, separable_layers
+from pruning.method import Batches, Method
+from pruning.selection import Goal, Group, least_kept, select
+from pruning.surgery import composed, merged, rebuild
+from utils.flops import NetworkCost
+
+
+def prune_to_depthwise(
+    network: ResNet, batches: Batches, draws: torch.Generator, cost: NetworkCost, goal: Goal, method: Method
+) -> Pruned:
+    """Measure, choose and rebuild, see ``pruning.iteration.prune_once``.
+
+    A layer changes its form with the first directions it loses.  What that costs beside them counts for these first
+    ones, so a layer whose filters are far from separable stays as it is for longer.  Layers that are separable already
+    lose channels of their core.
+    """
+    layers, separated = prunable_layers(network), separable_layers(network)
+    bases, spectra = measured(network, layers, batches, draws, method)
+    saliencies = _channel_rises(network, separated, batches, draws, method)
+    entries = {}
+    for name, layer in layers.items():
+        core = layer.weight.detach()
+        whole = eigendamage(rotate(core, bases[name]), spectra[name], method.regularization).columns
+        scale = 1 / whole.sum().clamp(min=torch.finfo(torch.float64).tiny) if method.normalize else 1.0
+        saliencies[name] = whole * captured_shares(core, bases[name]) * scale
+        entries[name] = (whole.sum() * scale - saliencies[name].sum()).item()
+    groups, fixed = separable_groups(network, cost, method, saliencies, entries)
+    kept = {name: side for name, (side,) in select(groups, goal, fixed, method.objective, method.round_to).items()}
+
+    replaced, changes = {}, []
+    for name, keep in kept.items():
+        before = read_weights(network, name)
+        shape = layer_shape(before, cost, name)
+        ranks, rise = shape.ranks, 0.0
+        # A form that saves nothing costs what the layer costs now.
+        if len(keep) < shape.ranks[0] and separable_cost(shape, len(keep))[0] < shape.cost(*shape.ranks)[0]:
+            ranks = (len(keep), len(keep))
+            if name in separated:
+                replaced[name] = without_channels(before, keep)
+                gone = torch.ones(shape.ranks[0], dtype=torch.bool)
+                gone[keep] = False
+                rise = saliencies[name].cpu()[gone].sum().item()
+            else:
+                reduced = separable(before.core, bases[name], keep)
+                replaced[name] = merged(before, reduced)
+                lost = rotate(before.core.double() - composed(reduced), bases[name])
+                rise = eigendamage(lost, spectra[name], 0.0).entries.sum().item()
+        flops, parameters = zip(shape.cost(*shape.ranks), separable_cost(shape, len(keep)), strict=True)
+        changes.append(
+            LayerChange(name, shape.ranks, ranks, *(int(p) for p in parameters), *(int(f) for f in flops), rise)
+        )
+    return Pruned(rebuild(network, replaced), bases, changes)
+
+
+def separable_groups(
+    network: ResNet,
+    cost: NetworkCost,
+    method: Method,
+    saliencies: Mapping[str, Tensor] | None,
+    entries: Mapping[str, float] | None = None,
+) -> tuple[dict[str, Group], tuple[int, int]]:
+    """The input directions, or channels of the core, of every layer, and the FLOPs and parameters of everything else.
+
+    Args:
+        saliencies: of each direction or channel, by layer; None counts them all as zero.
+        entries: what changing the form costs besides, by layer; zero for those left out.
+    """
+    groups, flops, parameters = {}, cost.flops, cost.parameters
+    for name in [*prunable_layers(network), *separable_layers(network)]:
+        shape = layer_shape(read_weights(network, name), cost, name)
+        groups[name] = Group(
+            (torch.zeros(shape.ranks[0]) if saliencies is None else saliencies[name].cpu(),),
+            (min(least_kept(shape.channels[0], method.prune_ratio_limit), shape.ranks[0]),),
+            partial(separable_cost, shape),
+            entry=(entries or {}).get(name, 0.0),
+            channels=(shape.channels[0],),
+        )
+        now = shape.cost(*shape.ranks)
+        flops, parameters = flops - now[0], parameters - now[1]
+    return groups, (flops, parameters)
+
+
+def _channel_rises(
+    network: ResNet, separated: Mapping[str, nn.Conv2d], batches: Batches, draws: torch.Generator, method: Method
+) -> dict[str, Tensor]:
+    """Predicted rise of the loss, in nats, when a channel of a depthwise core is removed, [c] for each layer."""
+    if not separated:
+        return {}
+    sums = {name: core.weight.new_zeros(len(core.weight), dtype=torch.float64) for name, core in separated.items()}
+
+    def add(name: str, core: nn.Conv2d, a: Tensor, g: Tensor) -> None:
+        sums[name] += channel_effects(core, a, g).double()
+
+    images = visit_gradients(
+        network, separated, batches(), method.fisher_type, draws, add, fisher_draws=method.fisher_draws
+    )
+    rises = {}
+    for name, core in separated.items():
+        norms = core.weight.detach().double().square().sum(dim=(1, 2, 3))
+        rises[name] = 0.5 * (sums[name] / images + method.regularization * norms)
+        if method.normalize:
+            rises[name] = share(rises[name])
+    return rises

@@ -1,0 +1,50 @@
+"""A small switched network, images for it, and one iteration of pruning."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import LowRankConv2d, all_on, build_network
+from pruning.iteration import prune_once
+from pruning.method import Method
+from pruning.selection import least_kept
+
+SIZE = 8
+METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency")
+
+
+def switched_network():
+    torch.manual_seed(0)
+    network = build_network("resnet", depth=14, num_classes=4, width=12, gate="rnn")
+    for _ in range(3):
+        network(torch.randn(16, 3, SIZE, SIZE))
+    return network.eval()
+
+
+def labelled_images():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(24, 3, SIZE, SIZE, generator=generator), torch.randint(4, (24,), generator=generator)
+
+
+def pruned_by(network, images, goal, method):
+    def batches():
+        return zip(images[0].split(8), images[1].split(8), strict=True)
+
+    return prune_once(network, batches, torch.Generator().manual_seed(2), image_size=SIZE, goal=goal, method=method)
+
+
+def counted(network) -> tuple[int, int]:
+    """FLOPs by torch's own counter, parameters by a plain sum."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, SIZE, SIZE), decide=all_on)
+    return counter.get_total_flops(), sum(p.numel() for p in network.parameters())
+
+
+def check_limits(network, smaller, limit):
+    for name, module in smaller.named_modules():
+        if isinstance(module, LowRankConv2d):
+            whole = network.get_submodule(name)
+            assert module.core.in_channels >= least_kept(whole.in_channels, limit)
+            if name not in smaller.architecture["depthwise"]:  # there the one rank is that of the input
+                assert module.core.out_channels >= least_kept(whole.out_channels, limit)
+    for block, inner in smaller.architecture["inner"].items():
+        assert inner >= least_kept(network.get_submodule(block).conv2.out_channels, limit)

@@ -1,0 +1,187 @@
+"""The depthwise separable form: its terms, what it costs, and whole iterations towards it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pruning_case import METHOD, SIZE, check_limits, counted, labelled_images, pruned_by, switched_network
+from torch.nn import functional as F
+
+from deploy.folding import folded
+from models import all_on, build_network
+from pruning import depthwise
+from pruning.channels import quadratic_rise
+from pruning.depthwise import captured_shares, separable, without_channels
+from pruning.depthwise_pruning import _channel_rises
+from pruning.eigenbasis import eigenbasis, rotate
+from pruning.factors import Factors
+from pruning.layers import ConvWeights, read_weights, separable_layers
+from pruning.selection import Goal, Group, select
+from pruning.surgery import composed
+from utils.errors import UserError
+from utils.flops import network_cost
+
+TO_DEPTHWISE = replace(METHOD, decomposition="depthwise", objective="flops")
+
+
+@pytest.fixture(scope="module")
+def network():
+    return switched_network()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return labelled_images()
+
+
+def random_factors(inputs: int, outputs: int) -> Factors:
+    a, g = (torch.randn(50, n, dtype=torch.float64) ** 3 for n in (inputs, outputs))
+    return Factors(a.t() @ a / 50, g.t() @ g / 50)
+
+
+def test_a_sum_of_separable_terms_along_eigendirections_is_found_exactly():
+    torch.manual_seed(0)
+    basis = eigenbasis(random_factors(6, 5))
+    keep = torch.tensor([1, 3, 4])
+    U, D = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, 3, 3, dtype=torch.float64)
+    core = torch.einsum("ok,khw,ik->oihw", U, D, basis.Q_a[:, keep])
+    torch.testing.assert_close(composed(separable(core, basis, keep)), core, rtol=1e-6, atol=1e-7)
+
+
+def test_terms_lose_what_the_singular_values_say_and_least_squares_lose_no_more(monkeypatch):
+    torch.manual_seed(0)
+    factors = random_factors(6, 5)
+    basis, core = eigenbasis(factors), torch.randn(5, 6, 3, 3, dtype=torch.float64)
+    keep = torch.tensor([2, 4, 5])
+    rises = {}
+    for sweeps in (0, 1, 20):
+        monkeypatch.setattr(depthwise, "SWEEPS", sweeps)
+        rises[sweeps] = quadratic_rise(core - composed(separable(core, basis, keep)), factors.A, factors.G).item()
+    squares = 0.5 * basis.d_g[:, None] * basis.d_a * rotate(core, basis).square().sum(dim=(2, 3))
+    columns = squares.sum(dim=0)
+    expected = columns.sum() - (columns * captured_shares(core, basis))[keep].sum()
+    assert rises[0] == pytest.approx(expected.item(), rel=1e-4)  # but for the damping of the factors
+    assert rises[20] < rises[1] < rises[0]
+
+
+def test_captured_shares_against_the_best_term_found_by_gradient_descent():
+    torch.manual_seed(0)
+    factors = random_factors(3, 4)
+    basis, core = eigenbasis(factors), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    j = 1
+    target = rotate(core, basis)[:, j].flatten(1) * basis.d_g.sqrt()[:, None]
+    u, d = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in target.shape)
+    optimiser = torch.optim.LBFGS([u, d], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+
+    def loss():
+        optimiser.zero_grad()
+        value = (target - torch.outer(u, d)).square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    left = loss().item() / target.square().sum().item()
+    assert captured_shares(core, basis)[j].item() == pytest.approx(1 - left, rel=1e-6)
+
+
+def test_composed_kernel_equals_the_three_convolutions():
+    torch.manual_seed(0)
+    mix_in, core, mix_out = torch.randn(3, 6), torch.randn(3, 1, 3, 3), torch.randn(5, 3)
+    weights = ConvWeights(core.double(), mix_in.double(), mix_out.double(), depthwise=True)
+    x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
+    chained = F.conv2d(x, weights.rotate_in[:, :, None, None])
+    chained = F.conv2d(chained, weights.core, stride=2, padding=1, groups=3)
+    chained = F.conv2d(chained, weights.rotate_out[:, :, None, None])
+    torch.testing.assert_close(F.conv2d(x, composed(weights), stride=2, padding=1), chained, rtol=1e-10, atol=1e-10)
+    fewer = composed(without_channels(weights, torch.tensor([0, 2])))
+    gone = torch.einsum("o,hw,i->oihw", weights.rotate_out[:, 1], weights.core[1, 0], weights.rotate_in[1])
+    torch.testing.assert_close(composed(weights) - gone, fewer)
+
+
+@pytest.fixture(scope="module")
+def separated(network, images):
+    return pruned_by(network, images, Goal(flops=0.4 * counted(network)[0]), TO_DEPTHWISE)
+
+
+def test_an_iteration_lands_on_the_budget_and_its_table_adds_up(network, separated):
+    smaller, before = separated.network, counted(network)
+    flops, parameters = counted(smaller)
+    assert 0.98 * 0.4 * before[0] <= flops <= 0.4 * before[0]
+    cost = network_cost(smaller, SIZE)
+    assert (cost.flops, cost.parameters) == (flops, parameters)
+    assert before[0] - flops == sum(c.flops_before - c.flops_after for c in separated.changes)
+    assert before[1] - parameters == sum(c.parameters_before - c.parameters_after for c in separated.changes)
+    assert separated.predicted_rise > 0
+    assert separable_layers(smaller) and set(smaller.architecture["depthwise"]) == set(smaller.architecture["ranks"])
+    check_limits(network, smaller, 0.95)
+    again = build_network(**smaller.architecture)
+    again.load_state_dict(smaller.state_dict())
+    x = torch.randn(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(again.eval()(x).logits, smaller(x).logits)
+
+
+@torch.no_grad()
+def test_the_rebuilt_network_equals_one_with_the_composed_kernels(network, separated):
+    plain = build_network(**network.architecture).eval()
+    weights = network.state_dict()
+    for name in separable_layers(separated.network):
+        weights[f"{name}.weight"] = composed(read_weights(separated.network, name)).float()
+    plain.load_state_dict(weights)
+    x = torch.randn(4, 3, SIZE, SIZE)
+    expected = plain(x, decide=all_on).logits
+    for other in (separated.network, folded(separated.network)):
+        torch.testing.assert_close(other(x, decide=all_on).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_iteration_takes_channels_from_separable_layers(network, images, separated):
+    second = pruned_by(separated.network, images, Goal(flops=0.2 * counted(network)[0]), TO_DEPTHWISE).network
+    assert 0.98 * 0.2 * counted(network)[0] <= counted(second)[0] <= 0.2 * counted(network)[0]
+    ranks, before = second.architecture["ranks"], separated.network.architecture["ranks"]
+    assert any(ranks[name] != pair for name, pair in before.items())
+    check_limits(network, second, 0.95)
+
+
+def test_other_decompositions_leave_separable_layers_alone(network, images, separated):
+    other = pruned_by(separated.network, images, Goal(prune_ratio=0.3), METHOD).network
+    assert other.architecture["depthwise"] == separated.network.architecture["depthwise"]
+    assert len(other.architecture["ranks"]) > len(separated.network.architecture["ranks"])
+
+
+def test_channel_rises_against_gradients_image_by_image(images, separated):
+    """Half of E[(d loss / d scale of the channel)^2], the scales being parameters of a brute-force forward pass."""
+    network, (x, y) = separated.network.double(), images
+    x = x.double()[:8]
+    method = replace(TO_DEPTHWISE, fisher_type="empirical")
+    layers = separable_layers(network)
+    rises = _channel_rises(network, layers, lambda: [(x, y[:8])], torch.Generator(), method)
+    name, core = next(iter(layers.items()))
+    scales = torch.ones(1, core.out_channels, 1, 1, dtype=torch.float64, requires_grad=True)
+    handle = core.register_forward_hook(lambda module, inputs, output: output * scales)
+    try:
+        squares = torch.zeros(core.out_channels, dtype=torch.float64)
+        for i in range(8):
+            loss = F.cross_entropy(network(x[i : i + 1], decide=all_on, skip=False).logits, y[i : i + 1])
+            squares += torch.autograd.grad(loss, scales)[0].flatten().square()
+    finally:
+        handle.remove()
+        network.float()
+    torch.testing.assert_close(rises[name], squares / 16, rtol=1e-8, atol=1e-16)
+
+
+@pytest.mark.parametrize("objective", ["saliency", "flops"])
+def test_what_changing_the_form_costs_counts_with_the_first_direction(objective):
+    def cost(kept):
+        return 10 * kept, 10 * kept
+
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    groups = {"dear": Group((values,), (1,), cost, entry=5.0), "free": Group((values,), (1,), cost)}
+    first = select(groups, Goal(flops=60), (0, 0), objective)
+    assert [len(first[name][0]) for name in groups] == [4, 2]  # 1 + 2 < 5 + 1
+    last = select(groups, Goal(flops=20), (0, 0), objective)
+    assert [len(last[name][0]) for name in groups] == [1, 1]
+
+
+@pytest.mark.parametrize("ranks", [{}, {"blocks.1.conv1": [4, None]}, {"blocks.1.conv1": [4, 5]}])
+def test_a_depthwise_layer_without_equal_ranks_is_refused(ranks):
+    with pytest.raises(UserError, match="no two equal ranks"):
+        build_network("resnet", depth=8, num_classes=3, width=8, ranks=ranks, depthwise=["blocks.1.conv1"])
