@@ -17,7 +17,7 @@ from gating.pictures import class_averages, draw_easy_and_hard, draw_executed, d
 from gating.reinforce import Objective, ReinforceFigures, reinforce_epoch
 from gating.softening import soften_switches
 from gating.statistics import passing_by_class
-from gating.steering import Budget, steered_alpha
+from gating.steering import Aim, Budget, FixedAlpha, SteeredAlpha, first_aim, next_aim
 from models import all_on, check_depth, thresholded
 from utils.arguments import NOT_COMPARED, number, training_parser
 from utils.augment import Normalisation
@@ -27,7 +27,7 @@ from utils.data import Splits, batch_ends, load_data, split_data, training_batch
 from utils.device import Randomness, pick_device, placed
 from utils.errors import UserError, run_command
 from utils.evaluate import Evaluation, evaluate
-from utils.flops import network_cost
+from utils.flops import NetworkCost, network_cost
 from utils.results import report
 from utils.run import (
     BEST,
@@ -75,7 +75,7 @@ def main() -> None:
         state = dataclasses.replace(
             pruned, stage="rl_pruned", source=relative_to_results(path, args.result_dir), seed=args.seed, training={}
         )
-        state.progress = {"step": 0, "alpha": args.alpha, "retreats": 0, "best": None}
+        state.progress = {"step": 0, "alpha": args.alpha, "best": None}
     check_data(state, data, args.resize)
     splits = split_data(data, state.data["val_fraction"], state.data["split_seed"]).to(device)
     normalisation = state.normaliser()
@@ -123,6 +123,8 @@ def main() -> None:
         if state.progress["step"] == 0 and not args.resume:  # the network as it came is the first candidate
             soften_switches(network, normalisation.apply(splits.train.pixels[:SOFTENING_IMAGES]))
             run.record(0, layer_scalars(network, cost))
+            aim = first_aim(start.computation, args.epochs)
+            state.progress |= {"computation": start.computation, "from": start.computation, "aim": list(aim)}
             save_if_best(start)
             save_to_resume()
 
@@ -131,14 +133,16 @@ def main() -> None:
             def rate(share: float, done: int = epoch - 1) -> float:
                 return scheduled(args.schedule, args.lr, (done + share) / args.epochs)
 
-            alpha = state.progress["alpha"]
+            aim = Aim(*state.progress["aim"])
+            alpha = steering(args, state.progress, cost, steps, device)
             train = reinforce_epoch(
                 network,
                 training_batches(splits.train, args.bs, randomness.data, normalisation, state.data["flip"]),
                 steps,
                 optimisers,
                 rate,
-                Objective(alpha, args.gamma, args.rl_weight, args.entropy_weight),
+                Objective(args.gamma, args.rl_weight, args.entropy_weight),
+                alpha,
                 cost.shares,
                 baseline,
                 args.batch_norm,
@@ -152,22 +156,25 @@ def main() -> None:
             check_finite(network, chosen, f"epoch {epoch}/{args.epochs}")
             whole = evaluate(network, splits.choose, normalisation, all_on)
             scalars = epoch_scalars(train, chosen, whole, cost.parameters, compression, rate(0.0))
-            run.record(epoch, scalars | policy_scalars(train, alpha))
+            run.record(epoch, scalars | policy_scalars(train, aim))
             run.say(
-                f"epoch {epoch:3d}/{args.epochs}  alpha {alpha:.3g}  loss {train.loss:.4f}  return "
+                f"epoch {epoch:3d}/{args.epochs}  alpha {train.alpha:.3g}  loss {train.loss:.4f}  return "
                 f"{train.total_return:.4f}  entropy {train.entropy:.3f}  {splits.chosen_on}: accuracy "
                 f"{chosen.accuracy:.2%} (every block {whole.accuracy:.2%})  computation {chosen.computation:.1%}"
             )
-            state.progress["step"] = epoch
+            state.progress |= {"step": epoch, "computation": chosen.computation, **alpha.state()}
             save_if_best(chosen)
             if not args.fixed_alpha:
-                push, retreats = budget.push(chosen.accuracy, chosen.computation), state.progress["retreats"]
-                state.progress["alpha"] = steered_alpha(alpha, push, args.epochs, retreats)
+                following = next_aim(aim, budget, chosen.accuracy, chosen.computation, epoch / args.epochs)
+                state.progress |= {"from": aim.computation, "aim": list(following)}
                 if state.progress["best"][0] and budget.overshot(chosen.accuracy, args.max_accuracy_drop):
-                    run.say(f"accuracy is far below {budget.floor:.2%}: back to the best network, with smaller steps")
-                    network.load_state_dict(load_checkpoint(run.path / BEST).weights)
+                    run.say(f"accuracy is far below {budget.floor:.2%}: back to the best network")
+                    best = load_checkpoint(run.path / BEST)
+                    network.load_state_dict(best.weights)
                     optimisers = reinforcement_optimisers(network, args.lr, args.momentum, args.weight_decay)
-                    state.progress |= {"alpha": state.progress["best_alpha"] / 2, "retreats": retreats + 1}
+                    again = best.metrics["computation"]
+                    state.progress |= {"alpha": state.progress["best_alpha"], "computation": again, "from": again}
+                    state.progress["aim"] = [again - following.stride, following.stride]
             save_to_resume()
 
         best = load_checkpoint(run.path / BEST)
@@ -178,10 +185,23 @@ def main() -> None:
         report(Path(args.result_dir), run, best, splits.test, splits.chosen_on, device, within_budget=within_budget)
 
 
-def policy_scalars(train: ReinforceFigures, alpha: float) -> dict[str, float]:
+def steering(
+    args: argparse.Namespace, progress: dict, cost: NetworkCost, steps: int, device: torch.device
+) -> FixedAlpha | SteeredAlpha:
+    """What gives each step of the next epoch its alpha."""
+    if args.fixed_alpha:
+        return FixedAlpha(args.alpha)
+    # From shares of all FLOPs to shares of those that can be skipped.
+    computations = (progress["computation"], progress["from"], progress["aim"][0])
+    shares = [max(0.0, 1 - (1 - computation) / cost.skippable) for computation in computations]
+    return SteeredAlpha(progress["alpha"], *shares, steps, device)
+
+
+def policy_scalars(train: ReinforceFigures, aim: Aim) -> dict[str, float]:
     """What the policy did in an epoch, by TensorBoard tag."""
     return {
-        "Policy/alpha": alpha,
+        "Policy/alpha": train.alpha,
+        "Policy/aim_computation_percentage": 100 * aim.computation,
         "Policy/return": train.total_return,
         "Policy/return_deviation": train.return_deviation,
         "Policy/advantage_deviation": train.advantage_deviation,

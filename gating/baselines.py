@@ -76,7 +76,7 @@ class Baseline:
 
 @torch.no_grad()
 def thresholded_returns(
-    network: ResNet, x: Tensor, y: Tensor, shares: Tensor, alpha: float, gamma: float, skip: bool
+    network: ResNet, x: Tensor, y: Tensor, shares: Tensor, alpha: float | Tensor, gamma: float, skip: bool
 ) -> Tensor:
     """Returns [N, K] that thresholded decisions earn on normalised images ``x`` with labels ``y``, in evaluation.
 

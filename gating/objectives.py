@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def skip_rewards(decisions: Tensor, shares: Tensor, alpha: float) -> Tensor:
+def skip_rewards(decisions: Tensor, shares: Tensor, alpha: float | Tensor) -> Tensor:
     """Reward of each decision: alpha times the block's share of the FLOPs that can be skipped, where it is skipped.
 
     Args:

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from gating.baselines import Baseline, thresholded_returns
 from gating.batch_norms import freeze_batch_norms
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
+from gating.steering import FixedAlpha, SteeredAlpha
 from gating.supervised import CHECK_EVERY, EpochFigures
-from models import ResNet, sampled
+from models import ResNet, sampled, thresholded
 from utils.device import mixed_precision
 from utils.errors import UserError
 from utils.schedule import set_learning_rate
@@ -23,7 +24,6 @@ from utils.schedule import set_learning_rate
 class Objective:
     """loss = mean cross-entropy + rl_weight * (policy loss - entropy_weight * entropy), see ``gating.objectives``."""
 
-    alpha: float
     gamma: float
     rl_weight: float
     entropy_weight: float
@@ -38,6 +38,7 @@ class ReinforceFigures(EpochFigures):
     advantage_deviation: float  # the same of what the baseline leaves of it
     entropy: float  # of one decision, in nats
     executed: float  # share of the skippable FLOPs that ran
+    alpha: float  # mean over the steps
 
 
 def reinforce_epoch(
@@ -47,6 +48,7 @@ def reinforce_epoch(
     optimisers: Sequence[Optimizer],
     learning_rate: Callable[[float], float],
     objective: Objective,
+    alpha: FixedAlpha | SteeredAlpha,
     shares: Tensor,
     baseline: Baseline,
     batch_norm: str,
@@ -60,6 +62,7 @@ def reinforce_epoch(
         steps: number of batches.
         optimisers: of the network and of its gates.
         learning_rate: rate as a function of the share of this epoch that is done.
+        alpha: the reward of skipping everything, in nats, which may be steered from step to step.
         shares: [K], each block's share of the skippable FLOPs.
         batch_norm: "frozen" uses running statistics; in other modes they follow the drawn paths.
         draws: generator of the decisions, on the network's device.
@@ -75,7 +78,7 @@ def reinforce_epoch(
     # Drawn decisions carry no gradient, so blocks may really be skipped in training.  A GPU would wait for each gather;
     # norms that follow the paths see all images, as published.
     skip = device.type == "cpu" and batch_norm == "frozen"
-    sums = torch.zeros(7, device=device, dtype=torch.float64)
+    sums = torch.zeros(8, device=device, dtype=torch.float64)
     seen = 0
     for step, (x, y) in enumerate(tqdm(batches, title, steps, leave=False, disable=None)):
         for optimiser in optimisers:
@@ -84,13 +87,12 @@ def reinforce_epoch(
         with mixed_precision(device):
             logits, probabilities, decisions = network(x, decide=sampled(draws), skip=skip)
         cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")
-        gained = returns(skip_rewards(decisions, shares, objective.alpha), cross_entropy.detach(), objective.gamma)
+        reward = alpha.value()
+        gained = returns(skip_rewards(decisions, shares, reward), cross_entropy.detach(), objective.gamma)
 
-        def greedy_returns(x: Tensor = x, y: Tensor = y) -> Tensor:
+        def greedy_returns(x: Tensor = x, y: Tensor = y, reward: float | Tensor = reward) -> Tensor:
             with mixed_precision(device):
-                return thresholded_returns(
-                    network, x, y, shares, objective.alpha, objective.gamma, skip=device.type == "cpu"
-                )
+                return thresholded_returns(network, x, y, shares, reward, objective.gamma, skip=device.type == "cpu")
 
         advantages = gained - baseline(gained, probabilities, greedy_returns)
         uncertainty = entropy(probabilities)
@@ -99,14 +101,16 @@ def reinforce_epoch(
         for optimiser in optimisers:
             optimiser.step()
         with torch.no_grad():
+            alpha.observe((thresholded(probabilities) @ shares).mean())
             first, left = gained[:, 0], advantages[:, 0]
             correct = (logits.argmax(dim=1) == y).float()
             uncertain = (uncertainty / len(shares)).expand(len(y))
             figures = [cross_entropy, correct, first, first.square(), left.square(), uncertain, decisions @ shares]
+            figures.append(torch.as_tensor(reward, device=device).expand(len(y)))
             sums += torch.stack(figures).double().sum(dim=1)
         seen += len(y)
         if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(sums).all():
             raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
-    loss, accuracy, mean, square, left, uncertain, executed = (sums / seen).tolist()
+    loss, accuracy, mean, square, left, uncertain, executed, mean_alpha = (sums / seen).tolist()
     deviation = max(square - mean**2, 0) ** 0.5
-    return ReinforceFigures(loss, accuracy, mean, deviation, left**0.5, uncertain, executed)
+    return ReinforceFigures(loss, accuracy, mean, deviation, left**0.5, uncertain, executed, mean_alpha)

@@ -1,6 +1,15 @@
-"""Steering alpha towards a budget, and which epoch of stage 3 is the best under it."""
+"""Steering stage 3 to its budget: how much computation an epoch aims at, the alpha that leads there, the best epoch."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SMOOTHING = 0.9  # of the batches' computation, which a controller sees
+PROPORTIONAL = 5.0  # change of log alpha for the whole computation too much
+INTEGRAL = 0.1  # the same, added up step by step
+LARGEST_ERROR = 0.1  # that adds up, so that alpha does not run away while switches have yet to answer
 
 
 @dataclass(frozen=True)
@@ -18,10 +27,8 @@ class Budget:
     noise: float = 0.0
     target_computation: float | None = None
 
-    def push(self, accuracy: float, computation: float) -> bool:
-        """Whether skipping should be rewarded more from now on."""
-        if self.target_computation is not None:
-            return computation > self.target_computation
+    def keeps(self, accuracy: float) -> bool:
+        """Whether the accuracy leaves room for more skipping."""
         return accuracy >= self.floor - self.noise - 1e-9
 
     def overshot(self, accuracy: float, drop: float) -> bool:
@@ -40,12 +47,82 @@ class Budget:
         return within, accuracy if within else -computation
 
 
-def steered_alpha(alpha: float, push: bool, epochs: int, retreats: int = 0) -> float:
-    """Alpha for the next epoch: raised while there is room for more skipping, lowered twice as fast while there is not.
+class Aim(NamedTuple):
+    """The computation that an epoch is to end with, a share of all FLOPs, and how far the next one may go on."""
 
-    A multiplicative form of dual ascent on the constraint.  A step is 1.3, in short runs up to 2, so that alpha can
-    rise a thousandfold over ten epochs or more: the value it starts from need not be a good guess.  Every retreat from
-    an overshoot makes the steps smaller.
+    computation: float
+    stride: float
+
+
+def first_aim(computation: float, epochs: int) -> Aim:
+    """The aim of the first epoch of so many, starting from a network of this computation."""
+    stride = min(0.1, max(0.01, 1.2 / epochs))
+    return Aim(computation - stride, stride)
+
+
+def next_aim(aim: Aim, budget: Budget, accuracy: float, computation: float, share_done: float) -> Aim:
+    """The aim after an epoch that came out with this accuracy and computation on the images that choose.
+
+    A target is approached in a straight line until half of the training is done.  Towards an accuracy's floor the aim
+    goes on in strides, goes back by one where the floor is broken, and takes shorter ones from there: it closes in on
+    the least computation that the accuracy bears.  It never runs ahead of switches that have not answered yet.
     """
-    step = min(max(1.3, 1000 ** (1 / epochs)), 2.0) ** (1 / (1 + retreats))
-    return alpha * step if push else alpha / step**2
+    if budget.target_computation is not None:
+        left = max(0.0, 1 - 2 * share_done)
+        return Aim(budget.target_computation + (1 - budget.target_computation) * left, aim.stride)
+    if budget.keeps(accuracy):
+        return Aim(max(aim.computation - aim.stride, computation - 2 * aim.stride, 0.0), aim.stride)
+    return Aim(min(max(aim.computation, computation) + aim.stride, 1.0), 0.7 * aim.stride)
+
+
+class FixedAlpha:
+    """The published behaviour: one alpha for all of training."""
+
+    def __init__(self, alpha: float):
+        self.alpha = alpha
+
+    def value(self) -> float:
+        return self.alpha
+
+    def observe(self, executed: Tensor) -> None:
+        pass
+
+    def state(self) -> dict[str, float]:
+        return {"alpha": self.alpha}
+
+
+class SteeredAlpha:
+    """Alpha that leads the thresholded decisions' computation along a straight line, from step to step.
+
+    Proportional-integral control of the dual variable of the constraint (arXiv:2007.03964, section 4: the proportional
+    term damps the oscillation of plain dual ascent).  All of it stays on the device: nothing makes a GPU wait.
+
+    Args:
+        alpha: where the integral starts.
+        now: computation of the network as it is.  All computations here are shares of the skippable FLOPs.
+        start, end: computation to lead through at the first and the last step.
+        steps: batches that lead from one to the other; ``end`` holds after them.
+    """
+
+    def __init__(self, alpha: float, now: float, start: float, end: float, steps: int, device: torch.device):
+        self.log_alpha = torch.tensor(alpha, dtype=torch.float64, device=device).log()
+        self.smooth = torch.tensor(now, dtype=torch.float64, device=device)
+        self.start, self.end, self.steps, self.step = start, end, steps, 0
+
+    def value(self) -> Tensor:
+        return (self.log_alpha + PROPORTIONAL * self._error()).exp().float()
+
+    def observe(self, executed: Tensor) -> None:
+        """Take note of the share of the skippable FLOPs that a batch's thresholded decisions execute, a scalar."""
+        self.step += 1
+        self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * executed.double()
+        bounded = self._error().clamp(-LARGEST_ERROR, LARGEST_ERROR)
+        self.log_alpha = (self.log_alpha + INTEGRAL * bounded).clamp(-10, 10)
+
+    def state(self) -> dict[str, float]:
+        """Where the next epoch's steering goes on."""
+        return {"alpha": self.log_alpha.exp().item()}
+
+    def _error(self) -> Tensor:
+        way = min(1.0, self.step / max(1, self.steps))
+        return self.smooth - (self.start + (self.end - self.start) * way)

@@ -10,6 +10,7 @@ from gating.batch_norms import freeze_batch_norms
 from gating.objectives import policy_loss, returns, skip_rewards
 from gating.reinforce import Objective, reinforce_epoch
 from gating.softening import LOGIT, soften_switches
+from gating.steering import FixedAlpha
 from models import RoutedOutput, all_on, build_network, sampled, thresholded
 from utils.augment import Normalisation
 from utils.batch_norms import batch_norms, reestimate_batch_norms
@@ -61,8 +62,8 @@ def test_policy_finds_what_can_be_skipped(baseline):
     for epoch in range(12):
         batches = [easy_and_hard(64, generator)[:2] for _ in range(40)]
         reinforce_epoch(
-            network, batches, 40, optimisers, lambda share: 0.003, Objective(0.5, 1.0, 1.0, 0.0), shares, judge,
-            "frozen", generator, f"epoch {epoch}",
+            network, batches, 40, optimisers, lambda share: 0.003, Objective(1.0, 1.0, 0.0), FixedAlpha(0.5), shares,
+            judge, "frozen", generator, f"epoch {epoch}",
         )  # fmt: skip
     images, labels, hard = easy_and_hard(2000, generator)
     with torch.no_grad():
@@ -118,7 +119,7 @@ def test_batch_norms_move_only_where_they_follow(mode, moves):
     batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
     reinforce_epoch(
         network, batches, 3, reinforcement_optimisers(network, 0.001, 0.9, 0.0), lambda share: 0.001,
-        Objective(0.1, 1.0, 0.1, 0.0), torch.tensor([0.5, 0.5]), Baseline("greedy", 2, CPU), mode,
+        Objective(1.0, 0.1, 0.0), FixedAlpha(0.1), torch.tensor([0.5, 0.5]), Baseline("greedy", 2, CPU), mode,
         torch.Generator().manual_seed(0), "epoch",
     )  # fmt: skip
     assert torch.equal(statistics(network), before) != moves

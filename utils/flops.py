@@ -38,6 +38,11 @@ class NetworkCost:
         blocks = torch.tensor(self.blocks, dtype=torch.float64)
         return (blocks / blocks.sum()).float() if len(blocks) else blocks.float()
 
+    @property
+    def skippable(self) -> float:
+        """Share of all FLOPs that closing every switch saves."""
+        return sum(self.blocks) / self.flops
+
     def executed(self, decisions: Tensor) -> Tensor:
         """FLOPs spent on each image, [N] in float64, under decisions [N, K]."""
         saved = (1 - decisions.double()) @ torch.tensor(self.blocks, dtype=torch.float64, device=decisions.device)
