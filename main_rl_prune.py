@@ -13,7 +13,7 @@ import torch
 
 from gating.baselines import BASELINES, Baseline
 from gating.batch_norms import BATCH_NORM_MODES
-from gating.pictures import class_averages, draw_easy_and_hard, draw_executed, draw_passing, draw_path
+from gating.pictures import CLASSES_A_PAGE, class_averages, draw_easy_and_hard, draw_executed, draw_passing, draw_path
 from gating.reinforce import Objective, ReinforceFigures, reinforce_epoch
 from gating.softening import soften_switches
 from gating.statistics import passing_by_class
@@ -220,7 +220,8 @@ def record_routing(
     passing = passing_by_class(measured.decisions, labels, len(classes))
     run.picture("passing_by_class", draw_passing(passing, classes), step)
     run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all), step)
-    run.picture("easy_and_hard", draw_easy_and_hard(pixels, labels, measured.executed, classes), step)
+    for page, figure in enumerate(draw_easy_and_hard(pixels, labels, measured.executed, classes), start=1):
+        run.picture("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}", figure, step)
     run.histogram("Routing/executed_mflops", measured.executed / 1e6, step)
     epochs = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     epochs = [values for values in epochs if "Performance/val_acc" in values]

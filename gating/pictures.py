@@ -1,6 +1,6 @@
 """Pictures of a routed network, as matplotlib figures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib.pyplot as plt
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gating.statistics import cheapest_and_dearest
 
-MOST_CLASSES = 10  # on the page of images; more do not fit
+CLASSES_A_PAGE = 10  # of images
 
 
 def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
@@ -37,29 +37,29 @@ def draw_executed(executed: Tensor, flops_all: float) -> Figure:
 
 def draw_easy_and_hard(
     pixels: Tensor, labels: Tensor, executed: Tensor, classes: Sequence[str], count: int = 5
-) -> Figure:
-    """The cheapest (left) and dearest (right) images of each class with the MFLOPs spent on them.
+) -> Iterator[Figure]:
+    """The cheapest (left) and dearest (right) images of each class with the MFLOPs spent on them, page by page.
 
     Args:
         pixels: uint8 [N, 3, H, W].
         labels: int64 [N].
         executed: [N], FLOPs.
     """
-    shown = min(len(classes), MOST_CLASSES)
-    chosen = cheapest_and_dearest(executed, labels, shown, count)
-    figure, axes = plt.subplots(
-        shown, 2 * count + 1, figsize=(1.05 * (2 * count + 1), 1.25 * shown), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, (easy, hard) in enumerate(chosen):
-        axes[row][count].text(0.5, 0.5, classes[row], ha="center", va="center", fontsize=9)
-        for start, members in ((0, easy), (count + 1, hard)):
-            for column, i in enumerate(members.tolist(), start):
-                axes[row][column].imshow(pixels[i].permute(1, 2, 0).numpy())
-                axes[row][column].set_title(f"{executed[i].item() / 1e6:.2f}", fontsize=7, pad=2)
-    figure.suptitle("cheapest <- class -> dearest test images (MFLOPs)")
-    return figure
+    chosen = list(zip(classes, cheapest_and_dearest(executed, labels, len(classes), count), strict=True))
+    for first in range(0, len(classes), CLASSES_A_PAGE):
+        page = chosen[first : first + CLASSES_A_PAGE]
+        size = (1.05 * (2 * count + 1), 1.25 * len(page))
+        figure, axes = plt.subplots(len(page), 2 * count + 1, figsize=size, squeeze=False, layout="constrained")
+        for axis in axes.flat:
+            axis.axis("off")
+        for row, (name, (easy, hard)) in zip(axes, page, strict=True):
+            row[count].text(0.5, 0.5, name, ha="center", va="center", fontsize=9)
+            for start, members in ((0, easy), (count + 1, hard)):
+                for column, i in enumerate(members.tolist(), start):
+                    row[column].imshow(pixels[i].permute(1, 2, 0).numpy())
+                    row[column].set_title(f"{executed[i].item() / 1e6:.2f}", fontsize=7, pad=2)
+        figure.suptitle("cheapest <- class -> dearest test images (MFLOPs)")
+        yield figure
 
 
 def draw_path(accuracies: Sequence[float], executed: Sequence[float], floor: float) -> Figure:

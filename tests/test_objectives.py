@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from gating.baselines import BASELINES, Baseline
 from gating.objectives import batch_baseline, entropy, policy_loss, returns, skip_rewards
 
 
@@ -84,16 +85,26 @@ def exact_gradient(net):
     return torch.autograd.grad(-(likelihood * total).sum(), net.weight)[0]
 
 
-@pytest.mark.parametrize("baseline", [torch.zeros_like, batch_baseline], ids=["none", "batch"])
-def test_policy_gradient_agrees_with_enumeration(baseline):
+def greedy_returns_of(net, n):
+    a = torch.zeros(1, 0, dtype=torch.float64)
+    for switch in range(3):
+        a = torch.cat([a, (net.probability(switch, a) > 0.5).double()[:, None]], dim=1)
+    return returns(skip_rewards(a, SHARES, ALPHA), net.cross_entropy(a), 1.0).expand(n, 3)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_policy_gradient_agrees_with_enumeration(kind):
     net = ThreeSwitches()
     exact = exact_gradient(net)
     generator = torch.Generator().manual_seed(0)
+    baseline = Baseline(kind, 3, torch.device("cpu"))
+    if baseline.learned is not None:
+        baseline.learned.double()
     estimates = []
     for _ in range(2000):
         p, a = net.sample(32, generator)
         gained = returns(skip_rewards(a, SHARES, ALPHA), net.cross_entropy(a), 1.0)
-        loss = policy_loss(p, a, gained - baseline(gained))
+        loss = policy_loss(p, a, gained - baseline(gained, p, lambda: greedy_returns_of(net, 32).detach()))
         estimates.append(torch.autograd.grad(loss, net.weight)[0])
     estimates = torch.stack(estimates)
     error = (estimates.mean(dim=0) - exact).abs()
