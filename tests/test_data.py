@@ -17,11 +17,11 @@ from utils.data import (
     batch_ends,
     load_data,
     plain_batches,
-    read_image,
     split_data,
     stratified_split,
     training_batches,
 )
+from utils.decoding import read_image
 from utils.errors import UserError
 
 UNCHANGED = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -1,5 +1,6 @@
 """Random crops and flips on whole batches of uint8 images, and normalisation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,28 @@ class Normalisation:
 
     def apply(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] of mean 0 and standard deviation 1 over the training images."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return (pixels.float() / 255 - mean) / std
+        return self.on(pixels.device)(pixels)
+
+    def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """``apply`` for many batches on one device, with what it needs brought there once."""
+        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return lambda pixels: (pixels.float() / 255 - mean) / std
 
 
 def measure_normalisation(pixels: Tensor) -> Normalisation:
     """Mean and standard deviation of uint8 images [N, 3, H, W], exact over all pixels of each channel."""
-    histogram = torch.stack([torch.bincount(pixels[:, c].reshape(-1).int(), minlength=256) for c in range(3)]).double()
-    levels = torch.arange(256, device=pixels.device, dtype=torch.float64) / 255
+    return normalisation_of(colour_histogram(pixels))
+
+
+def colour_histogram(pixels: Tensor) -> Tensor:
+    """How often each channel has each of the 256 values, int64 [3, 256], of uint8 images [N, 3, H, W]."""
+    return torch.stack([torch.bincount(pixels[:, c].reshape(-1).int(), minlength=256) for c in range(3)])
+
+
+def normalisation_of(histogram: Tensor) -> Normalisation:
+    """Mean and standard deviation of the images that were counted, see ``colour_histogram``."""
+    histogram = histogram.double()
+    levels = torch.arange(256, device=histogram.device, dtype=torch.float64) / 255
     total = histogram.sum(dim=1)
     mean = histogram @ levels / total
     variance = histogram @ levels.square() / total - mean.square()
@@ -42,20 +57,24 @@ def augmented(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
         generator: CPU generator of the offsets and flips.
         flip: whether mirroring leaves the class of an image as it is.
     """
-    n = len(pixels)
-    offsets = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator).to(pixels.device)
-    mirrored = torch.rand(n, generator=generator).to(pixels.device) < 0.5 if flip else None
-    return crop_and_flip(pixels, offsets[0], offsets[1], mirrored)
+    return crop_and_flip(pixels, *draw_crops(len(pixels), generator, flip).to(pixels.device).unbind(1))
+
+
+def draw_crops(images: int, generator: torch.Generator, flip: bool) -> Tensor:
+    """For each image top and left offset of its crop, 0 to 8, and whether it is mirrored, int64 [N, 3] on the CPU."""
+    offsets = torch.randint(0, 2 * PADDING + 1, (2, images), generator=generator)
+    mirrored = torch.rand(images, generator=generator) < 0.5 if flip else torch.zeros(images)
+    return torch.stack([*offsets, mirrored.long()], dim=1)
 
 
 def crop_and_flip(pixels: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Crop each padded image [3, H, W] at (top, left), both int64 [N] in 0..8, and mirror the marked ones."""
+    """Crop each padded image [3, H, W] at (top, left), int64 [N] in 0..8, and mirror those marked by true or 1."""
     n, channels, height, width = pixels.shape
     padded = F.pad(pixels, (PADDING,) * 4)
     rows = top[:, None] + torch.arange(height, device=pixels.device)
     columns = left[:, None] + torch.arange(width, device=pixels.device)
     if mirrored is not None:
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        columns = torch.where(mirrored.bool()[:, None], columns.flip(1), columns)
     image = torch.arange(n, device=pixels.device)[:, None, None, None]
     channel = torch.arange(channels, device=pixels.device)[None, :, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,7 +1,8 @@
 """Labelled images: found on disk, decoded once into memory, split, and served in batches.
 
 A data folder is either image files (``train/`` and ``test/``, one folder a class) or the files that torchvision
-downloads (``cifar-100-python`` or ``cifar-10-batches-py``).
+downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that are too many for the memory are decoded
+batch by batch instead; the batches are the same.
 """
 
 from collections.abc import Iterator
@@ -15,9 +16,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.augment import Normalisation, augmented
+from utils import memory, parallel
+from utils.augment import Normalisation, colour_histogram, crop_and_flip, draw_crops, normalisation_of
+from utils.cache import cache_files, content_key, read_cache, write_cache
 from utils.cifar import CIFAR_FOLDERS, download_cifar, read_cifar
+from utils.decoding import in_rgb, read_image
 from utils.errors import UserError
+from utils.images import FetchedSet, ImageFiles, Images, ImageSet
 
 IMAGE_TYPES = {
     "png": (".png",),
@@ -29,40 +34,23 @@ IMAGE_TYPES = {
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """N labelled images in memory."""
-
-    pixels: Tensor  # uint8 [N, 3, H, W]
-    labels: Tensor  # int64 [N]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor) -> "ImageSet":
-        return ImageSet(self.pixels[index], self.labels[index])
-
-    def to(self, device: torch.device) -> "ImageSet":
-        return ImageSet(self.pixels.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
 class DataSet:
     """A data set as found on disk, before any split of the training images."""
 
     name: str
     classes: tuple[str, ...]
-    train: ImageSet
-    val: ImageSet | None  # only where the data has validation images of its own
-    test: ImageSet
+    train: Images
+    val: Images | None  # only where the data has validation images of its own
+    test: Images
 
 
 @dataclass(frozen=True)
 class Splits:
     """What a stage works on.  ``chosen_on`` says which images its choices of epochs and budgets look at."""
 
-    train: ImageSet
-    choose: ImageSet
-    test: ImageSet
+    train: Images
+    choose: Images
+    test: Images
     chosen_on: str  # "validation", or "test" where no image was set aside
 
     def to(self, device: torch.device) -> "Splits":
@@ -79,9 +67,18 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
         workers: threads that decode.
         download: fetch CIFAR-100 or CIFAR-10 (by the folder's name) through torchvision if it is not there.
 
+    Image files are decoded into memory, or taken from the cache that an earlier run has left (``utils.cache``).  Where
+    all of them would take more than a third of the available memory (``utils.memory``) they are only listed, and
+    decoded whenever a batch needs them.
+
     Raises:
         UserError: for anything that is missing, empty, unreadable or inconsistent.
     """
+    with parallel.writer_first():  # the others find what it has downloaded and cached
+        return _load(folder, image_type, size, workers, download)
+
+
+def _load(folder: str, image_type: str, size: int, workers: int, download: bool) -> DataSet:
     root = Path(folder).expanduser()
     if download:
         download_cifar(root)
@@ -107,7 +104,14 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
             odd = sorted(set(classes) ^ set(others))
             raise UserError(f"classes differ between {parts['train']} and {part}: {', '.join(odd[:5])} in one only")
     suffixes = IMAGE_TYPES[image_type.lower()]
-    sets = {part: _read_folder(path, classes, suffixes, size, workers) for part, path in parts.items()}
+    found = {part: _files(path, classes, suffixes) for part, path in parts.items()}
+    needed = sum(len(files) for files, _ in found.values()) * 3 * size * size
+    limit = memory.HOST_SHARE * memory.available_memory() / parallel.processes_of_this_machine()
+    if needed > limit:
+        sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
+    else:
+        caches = {part: cache_files(root, part, suffixes[0][1:], size) for part in parts}
+        sets = {p: _decoded(parts[p], *listed, size, workers, caches[p]) for p, listed in found.items()}
     return DataSet(_name(root), tuple(classes), sets["train"], sets.get("val"), sets["test"])
 
 
@@ -122,7 +126,8 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _read_folder(folder: Path, classes: list[str], suffixes: tuple[str, ...], size: int, workers: int) -> ImageSet:
+def _files(folder: Path, classes: list[str], suffixes: tuple[str, ...]) -> tuple[list[Path], Tensor]:
+    """The image files in the order of their names, class by class, and their labels, int64 [N]."""
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -135,45 +140,42 @@ def _read_folder(folder: Path, classes: list[str], suffixes: tuple[str, ...], si
             )
         files += found
         labels += [label] * len(found)
-    pixels = np.empty((len(files), size, size, 3), dtype=np.uint8)
+    return files, torch.tensor(labels)
+
+
+def _streamed(files: list[Path], labels: Tensor, size: int, workers: int) -> FetchedSet:
+    paths = np.empty(len(files), dtype=object)
+    paths[:] = files
+    return FetchedSet(ImageFiles(paths, size, workers), torch.arange(len(files)), labels, torch.device("cpu"))
+
+
+def _decoded(folder: Path, files: list[Path], labels: Tensor, size: int, workers: int, caches: list[Path]) -> ImageSet:
+    key = content_key(folder, files, size)
+    pixels = read_cache(caches, key, len(files), size)
+    if pixels is None:
+        pixels = _decode(folder, files, size, workers)
+        write_cache(caches, key, pixels)
+    return ImageSet(torch.from_numpy(pixels), labels)
+
+
+def _decode(folder: Path, files: list[Path], size: int, workers: int) -> np.ndarray:
+    """uint8 [N, 3, size, size]."""
+    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         decoded = pool.map(lambda path: read_image(path, size), files)
         try:
-            bar = tqdm(decoded, f"reading {folder}", len(files), leave=False, disable=None, unit="image")
+            bar = tqdm(decoded, f"reading {folder}", len(files), leave=False, disable=parallel.no_bar(), unit="image")
             for i, image in enumerate(bar):
-                pixels[i] = image
+                pixels[i] = image.transpose(2, 0, 1)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
-
-
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The image as uint8 [size, size, 3] in RGB.
-
-    Raises:
-        UserError: if the file cannot be decoded to its end.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return np.asarray(_rgb(image, size))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read ({error}): replace or remove it") from error
-
-
-def _rgb(image: Image.Image, size: int) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: converting would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    image = image.convert("RGB")
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+    return pixels
 
 
 def _resized(pixels: np.ndarray, size: int) -> Tensor:
     if pixels.shape[1] != size:
-        pixels = np.stack([np.asarray(_rgb(Image.fromarray(image), size)) for image in pixels])
+        pixels = np.stack([np.asarray(in_rgb(Image.fromarray(image), size)) for image in pixels])
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
@@ -222,28 +224,92 @@ def _split(data: DataSet, val_fraction: float, seed: int) -> Splits:
 def batch_ends(images: int, batch_size: int) -> list[int]:
     """Where each training batch of an epoch ends; a single image that is left over joins the batch before it.
 
-    In training mode a batch norm over vectors, such as the gates have, cannot work on one image.
+    In training mode a batch norm over vectors, such as the gates have, cannot work on one image.  Nor can a process on
+    none: with more than two processes, fewer images than processes that are left over join the batch before them, too.
     """
+    least = max(2, parallel.processes())
     ends = [*range(batch_size, images, batch_size), images]
-    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
+    if len(ends) > 1 and ends[-1] - ends[-2] < least:
         del ends[-2]
     return ends
 
 
+def check_batches(images: int, batch_size: int) -> None:
+    """Refuse batches that do not go round.
+
+    Raises:
+        UserError: if a batch has fewer images than there are processes.
+    """
+    if min(images, batch_size) < parallel.processes():
+        raise UserError(
+            f"{parallel.processes()} processes cannot share batches of {min(images, batch_size)} images: start fewer "
+            f"processes or choose larger batches"
+        )
+
+
+def training_normalisation(images: Images, batch_size: int = 1024) -> Normalisation:
+    """``utils.augment.measure_normalisation`` of all images, each process counting its part of them."""
+    own = torch.arange(len(images))[parallel.own_slice(len(images))]
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for batch in images.batches(own.split(batch_size)):
+        counts += colour_histogram(batch.pixels).cpu()
+    return normalisation_of(parallel.summed(counts))
+
+
 def training_batches(
-    images: ImageSet, batch_size: int, generator: torch.Generator, normalisation: Normalisation, flip: bool
+    images: Images,
+    batch_size: int,
+    generator: torch.Generator,
+    normalisation: Normalisation,
+    flip: bool,
+    whole: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled, augmented batches: images [B, 3, H, W] in float32, normalised, and labels [B].
 
-    Every random number comes from ``generator`` (a CPU generator), so that its state resumes the sequence.
+    Where several processes share the batches, each gets the images of its part (``utils.parallel.part``), and the
+    labels of the whole batch.
+
+    Every random number comes from ``generator`` (a CPU generator), so that its state resumes the sequence.  All are
+    drawn when the epoch begins, and for whole batches, whatever part of them this process gets.
+
+    Args:
+        whole: give this process the images of the whole batch.
     """
+    part = (lambda tensor: tensor) if whole else parallel.part
     order = torch.randperm(len(images), generator=generator)
-    for members in order.tensor_split(batch_ends(len(images), batch_size)[:-1]):
-        batch = images[members.to(images.labels.device)]
-        yield normalisation.apply(augmented(batch.pixels, generator, flip)), batch.labels
+    groups = order.tensor_split(batch_ends(len(images), batch_size)[:-1])
+    crops = [draw_crops(len(group), generator, flip) for group in groups]
+    own = [part(group) for group in groups]
+    # What an epoch needs on a GPU goes there at once, since the GPU is waited for each time.
+    labels = images.labels.to(images.device)[order.to(images.device)].split([len(group) for group in groups])
+    own_crops = torch.cat([part(crop) for crop in crops]).to(images.device).split([len(group) for group in own])
+    normalise = normalisation.on(images.device)
+    for batch, crop, whole_labels in zip(images.batches(own), own_crops, labels, strict=True):
+        yield normalise(crop_and_flip(batch.pixels, *crop.unbind(1))), whole_labels
 
 
-def plain_batches(images: ImageSet, batch_size: int, normalisation: Normalisation) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in their order, normalised and not augmented, with their labels."""
-    for start in range(0, len(images), batch_size):
-        yield normalisation.apply(images.pixels[start : start + batch_size]), images.labels[start : start + batch_size]
+def plain_batches(
+    images: Images, batch_size: int, normalisation: Normalisation, every: int = 1, first: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in their order, normalised and not augmented, with their labels.
+
+    Args:
+        first, every: of the batches, this one and every so-maniest after it.
+    """
+    groups = torch.arange(len(images)).split(batch_size)[first::every]
+    normalise = normalisation.on(images.device)
+    for batch in images.batches(groups):
+        yield normalise(batch.pixels), batch.labels
+
+
+def dealt_batches(images: Images, batch_size: int, normalisation: Normalisation) -> Iterator[tuple[Tensor, Tensor]]:
+    """``plain_batches`` dealt out to the processes, whole batches in turn."""
+    return plain_batches(images, batch_size, normalisation, parallel.processes(), parallel.rank())
+
+
+def shared_batches(images: Images, batch_size: int, normalisation: Normalisation) -> Iterator[tuple[Tensor, Tensor]]:
+    """``plain_batches`` shared as ``training_batches`` are: images of this process's part, labels of the whole."""
+    groups = torch.arange(len(images)).split(batch_size)
+    normalise = normalisation.on(images.device)
+    for group, batch in zip(groups, images.batches([parallel.part(group) for group in groups]), strict=True):
+        yield normalise(batch.pixels), images.labels[group.to(images.labels.device)].to(images.device)

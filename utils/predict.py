@@ -14,7 +14,7 @@ from torch import Tensor
 from deploy.folding import deployable
 from deploy.labels import NETWORK, ROUTED, Labels, describe, read_labels
 from utils.checkpoint import load_checkpoint
-from utils.data import read_image
+from utils.decoding import read_image
 from utils.errors import UserError, run_command
 
 # uint8 [1, 3, H, W] to logits [classes] and decisions [K]; K is 0 for a network without switches.

@@ -1,0 +1,156 @@
+"""Sets of labelled images: in the memory of the device that needs them, or fetched for it batch by batch.
+
+Both kinds are used alike: ``len``, ``labels``, subsets by index or slice, ``pixels`` and ``batches``.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.decoding import read_image
+from utils.memory import fits_on
+
+AHEAD = 3  # batches that are fetched while one is trained on
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N labelled images in the memory of one device."""
+
+    pixels: Tensor  # uint8 [N, 3, H, W]
+    labels: Tensor  # int64 [N]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "ImageSet":
+        return ImageSet(self.pixels[index], self.labels[index])
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.pixels.device
+
+    @property
+    def image_size(self) -> int:
+        return self.pixels.shape[-1]
+
+    def batches(self, groups: Sequence[Tensor]) -> Iterator["ImageSet"]:
+        """The images of each group of indices, int64 on the CPU."""
+        if not groups:
+            return
+        index = torch.cat(list(groups)).to(self.device)  # all at once: a GPU waits for each transfer
+        for group in index.split([len(group) for group in groups]):
+            yield self[group]
+
+    def to(self, device: torch.device) -> "Images":
+        """The images on ``device``, or fetched for it batch by batch where they do not fit into its free memory."""
+        if fits_on(device, self.pixels.numel()):
+            return ImageSet(self.pixels.to(device), self.labels.to(device))
+        return FetchedSet(HostPixels(self.pixels), torch.arange(len(self)), self.labels, device)
+
+
+class Source(Protocol):
+    """Where the pixels of a ``FetchedSet`` come from."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def workers(self) -> int: ...
+
+    def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
+        """Begin to fetch the images of these indices; the function returned waits for them, uint8 [n, 3, H, W]."""
+
+
+@dataclass(frozen=True)
+class HostPixels:
+    """Images in main memory, where they do not fit into that of the GPU."""
+
+    pixels: Tensor
+    workers = AHEAD
+
+    @property
+    def image_size(self) -> int:
+        return self.pixels.shape[-1]
+
+    def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
+        return pool.submit(self.pixels.__getitem__, members).result
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images in files, where they do not fit into memory at all."""
+
+    paths: np.ndarray  # of Path, [all images]
+    image_size: int
+    workers: int
+
+    def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
+        waiting = [pool.submit(read_image, path, self.image_size) for path in self.paths[members.numpy()]]
+        return lambda: torch.from_numpy(np.stack([future.result() for future in waiting]).transpose(0, 3, 1, 2).copy())
+
+
+@dataclass(frozen=True)
+class FetchedSet:
+    """N labelled images that threads fetch, a few batches ahead, for the device that needs them.
+
+    On their way to a GPU they pass through pinned memory, so that it does not wait for the copy.
+    """
+
+    source: Source
+    members: Tensor  # int64 [N], indices into the source
+    labels: Tensor  # int64 [N] on the CPU
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "FetchedSet":
+        return replace(self, members=self.members[index], labels=self.labels[index])
+
+    @property
+    def image_size(self) -> int:
+        return self.source.image_size
+
+    @property
+    def pixels(self) -> Tensor:
+        """uint8 [N, 3, H, W] on the device: of subsets that are known to be small."""
+        return next(self.batches([torch.arange(len(self))])).pixels
+
+    def batches(self, groups: Sequence[Tensor]) -> Iterator[ImageSet]:
+        """The images of each group of indices, int64 on the CPU.
+
+        Raises:
+            UserError: for a file that cannot be read.
+        """
+        waiting: deque[tuple[Callable[[], Tensor], Tensor]] = deque()
+        with ThreadPoolExecutor(max(1, self.source.workers)) as pool:
+            try:
+                for group in groups:
+                    waiting.append((self.source.start(pool, self.members[group]), self.labels[group]))
+                    if len(waiting) > AHEAD:
+                        yield self._arrived(*waiting.popleft())
+                while waiting:
+                    yield self._arrived(*waiting.popleft())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _arrived(self, fetched: Callable[[], Tensor], labels: Tensor) -> ImageSet:
+        pixels = fetched()
+        if self.device.type == "cuda":
+            pixels, labels = pixels.pin_memory(), labels.pin_memory()
+        return ImageSet(*(tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels)))
+
+    def to(self, device: torch.device) -> "FetchedSet":
+        return replace(self, device=device)
+
+
+Images = ImageSet | FetchedSet

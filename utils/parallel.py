@@ -1,0 +1,189 @@
+"""Several processes that train one network together, as ``torchrun`` starts them.
+
+Every process holds the whole network and takes its part of every batch.  What one process would sum over a batch is
+summed over the processes, and random numbers are drawn for whole batches by each of them, so that N processes do what
+one does.  Here a single process has rank 0 of 1 and every function below leaves its argument as it is.
+
+Tensors on GPUs travel through NCCL, those on the CPU through gloo.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+# A process that dies is noticed at once by its closed connections.  This bounds how long processes wait for one that
+# is busy: with reading images, say, or with measuring the exported networks.
+PATIENCE = timedelta(hours=2)
+
+
+class ProcessLostError(UserError):
+    """The others cannot go on without a process that has ended."""
+
+    def __init__(self):
+        super().__init__(
+            f"a process of this run has ended, so process {rank()} of {processes()} ends too; what was saved is kept: "
+            f"the same command with --resume continues from there"
+        )
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+def no_bar() -> bool | None:
+    """``disable`` of tqdm: one process shows a bar, where standard error is a terminal."""
+    return None if is_writer() else True
+
+
+def processes_of_this_machine() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+
+
+def joined(main: Callable[[], None]) -> Callable[[], None]:
+    """``main`` as one of the processes that torchrun started, or alone where it did not.
+
+    The first process that fails tells why; the others, which fail because of it, end without a word.
+    """
+
+    def run() -> None:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            main()
+            return
+        _join()
+        try:
+            main()
+        except (UserError, KeyboardInterrupt):
+            if not _first_to_fail():
+                sys.exit(1)
+            raise
+        dist.destroy_process_group()
+
+    return run
+
+
+def _join() -> None:
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus:
+        if local >= gpus:
+            raise UserError(f"there is no GPU for process {local + 1} of this machine, which has {gpus}: start fewer")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot reach each other ({error}): start them with torchrun") from error
+    signal.signal(signal.SIGTERM, _told_to_end)  # which torchrun sends to the others when one has died
+
+
+def _told_to_end(*_: Any) -> None:
+    raise ProcessLostError
+
+
+def _first_to_fail() -> bool:
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # torchrun itself is gone
+        return True
+
+
+@contextmanager
+def _lost_if_it_fails() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLostError from error
+
+
+def part(values: Tensor) -> Tensor:
+    """This process's part of what belongs to the images of a whole batch, along the first axis."""
+    return values.tensor_split(processes())[rank()]
+
+
+def own_slice(images: int) -> slice:
+    """``part`` of so many images as a slice."""
+    own = part(torch.arange(images))
+    return slice(own[0].item(), own[-1].item() + 1) if len(own) else slice(0, 0)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes; no gradient flows through it."""
+    if processes() == 1:
+        return values
+    total = values.detach().clone()
+    with _lost_if_it_fails():
+        dist.all_reduce(total)
+    return total
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the gradients of all processes, each of its own part of the batch's mean loss.
+
+    A parameter that no process used, in a block that every image skipped, is left without a gradient, as one process
+    would leave it: momentum and weight decay do not move it.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    if processes() == 1 or not parameters:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    used = gradients[0].new_tensor([p.grad is not None for p in parameters])
+    total = summed(torch.cat([*(g.flatten() for g in gradients), used]))
+    *parts, used = total.split([*(p.numel() for p in parameters), len(parameters)])
+    for i, (p, gradient) in enumerate(zip(parameters, parts, strict=True)):
+        if p.grad is not None:  # only one that is unused here makes a GPU wait for the answer
+            p.grad.copy_(gradient.view_as(p))
+        elif used[i] > 0:
+            p.grad = gradient.view_as(p).clone(memory_format=torch.preserve_format)
+
+
+def same_everywhere(network: nn.Module) -> None:
+    """Give every process the parameters and buffers of the first, whatever rounding has made of its own."""
+    if processes() == 1:
+        return
+    with torch.no_grad(), _lost_if_it_fails():
+        for tensor in network.state_dict().values():
+            sent = tensor.contiguous()
+            dist.broadcast(sent, 0)
+            tensor.copy_(sent)
+
+
+def from_writer(value: Any) -> Any:
+    """The writer's value in every process."""
+    if processes() == 1:
+        return value
+    values = [value]
+    with _lost_if_it_fails():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    summed(torch.zeros(1))
+
+
+@contextmanager
+def writer_first() -> Iterator[None]:
+    """The writer goes first and the others follow when it is done: with a file that it leaves for them, say."""
+    if not is_writer():
+        wait()
+    yield
+    if is_writer():
+        wait()
