@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from gating.forward import training_forward
 from gating.supervised import supervised_epoch
 from models import ResNet, all_on, check_depth
 from pruning.changes import Pruned, changes_table
@@ -18,12 +19,22 @@ from pruning.iteration import check_goal, prune_once
 from pruning.method import Method
 from pruning.picture import layer_ranks, ranks_picture
 from pruning.selection import Goal, part_of_the_way
+from utils import parallel
 from utils.arguments import NOT_COMPARED
 from utils.augment import Normalisation
 from utils.batch_norms import reestimate_batch_norms
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.config import PruneSettings, as_dictionary, load_settings
-from utils.data import Splits, batch_ends, load_data, plain_batches, split_data, training_batches
+from utils.data import (
+    Splits,
+    batch_ends,
+    check_batches,
+    dealt_batches,
+    load_data,
+    shared_batches,
+    split_data,
+    training_batches,
+)
 from utils.device import Randomness, pick_device, placed
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
@@ -31,7 +42,7 @@ from utils.flops import network_cost
 from utils.results import report
 from utils.run import BEST, LAST, Run, finished_checkpoints, relative_to_results, source_path, stage_folder
 from utils.schedule import scheduled
-from utils.training import check_data, check_finite, epoch_scalars, layer_scalars, sgd
+from utils.training import check_data, check_finite, epoch_scalars, layer_scalars, restore_optimiser, sgd
 
 
 def parse_arguments() -> tuple[PruneSettings, bool]:
@@ -66,6 +77,7 @@ def main() -> None:
     check_data(state, data, settings.resize)
     check_goal(state.network(), settings.resize, last_goal(settings, state.original), method(settings))
     splits = split_data(data, state.data["val_fraction"], state.data["split_seed"]).to(device)
+    check_batches(min(len(splits.train), settings.fisher_images), settings.batch_size)
     if not resume:
         run = Run.new(parent, as_dictionary(settings), settings.exp_name)
 
@@ -153,18 +165,19 @@ def prune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet | None:
     fisher = splits.train[order[: settings.fisher_images]]
     pruned = prune_once(
         network,
-        lambda: plain_batches(fisher, settings.batch_size, stage.normalisation),
+        lambda: shared_batches(fisher, settings.batch_size, stage.normalisation),
         stage.randomness.draws,
         image_size=settings.resize,
         goal=next_goal(settings, state, network),
         method=method(settings),
     )
+    pruned = parallel.from_writer(pruned)  # rounding must not choose another network in another process
     if pruned.nothing_changed:
         return None
     smaller = placed(pruned.network, stage.device)
     old, cut = (evaluate(net, splits.choose, stage.normalisation, all_on) for net in (network, smaller))
     if settings.reestimate_batch_norm:
-        reestimate_batch_norms(smaller, plain_batches(fisher, settings.batch_size, stage.normalisation), all_on)
+        reestimate_batch_norms(smaller, dealt_batches(fisher, settings.batch_size, stage.normalisation), all_on)
     compression = 1 - network_cost(smaller, settings.resize).parameters / state.original["parameters"]
     state.progress = {
         "step": state.progress["step"] + 1,
@@ -207,8 +220,9 @@ def fine_tune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet:
     compression = 1 - parameters / state.original["parameters"]
     loss_of = None if stage.teacher is None else following(stage.teacher, settings.distill)
     optimiser = sgd(network, settings.lr, settings.momentum, settings.weight_decay)
+    forward = training_forward(network, settings.compile)
     if state.training:
-        optimiser.load_state_dict(state.training["optimiser"])
+        restore_optimiser(optimiser, state.training["optimiser"])
 
     def save(path: Path, training: dict) -> None:
         weights = network.state_dict()
@@ -241,6 +255,7 @@ def fine_tune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet:
             stage.randomness.draws,
             f"iteration {iteration}, epoch {epoch}/{epochs}",
             loss_of,
+            forward,
         )
         chosen = evaluate(network, splits.choose, stage.normalisation)
         check_finite(network, chosen, f"iteration {iteration}, epoch {epoch}/{epochs}")
@@ -311,6 +326,8 @@ def smallest_within_budget(
 
 def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> None:
     """``ranks.png`` in the run's folder: the ranks by layer, of stage 1's network and after every iteration."""
+    if not parallel.is_writer():
+        return
     networks = [("stage 1", unpruned)]
     networks += [(f"iteration {c.progress['iteration']}", c) for c in iterations]
     ranks_picture(run.path / "ranks.png", [(label, layer_ranks(c.network())) for label, c in networks])
@@ -327,4 +344,4 @@ def test_point(checkpoint: Checkpoint, splits: Splits, device) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(parallel.joined(main))

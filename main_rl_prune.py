@@ -13,17 +13,19 @@ import torch
 
 from gating.baselines import BASELINES, Baseline
 from gating.batch_norms import BATCH_NORM_MODES
+from gating.forward import training_forward
 from gating.pictures import CLASSES_A_PAGE, class_averages, draw_easy_and_hard, draw_executed, draw_passing, draw_path
 from gating.reinforce import Objective, ReinforceFigures, reinforce_epoch
 from gating.softening import soften_switches
 from gating.statistics import passing_by_class
 from gating.steering import Aim, Budget, FixedAlpha, SteeredAlpha, first_aim, next_aim
 from models import all_on, check_depth, thresholded
+from utils import parallel
 from utils.arguments import NOT_COMPARED, number, training_parser
 from utils.augment import Normalisation
 from utils.batch_norms import reestimate_batch_norms
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.data import Splits, batch_ends, load_data, split_data, training_batches
+from utils.data import Splits, batch_ends, check_batches, load_data, split_data, training_batches
 from utils.device import Randomness, pick_device, placed
 from utils.errors import UserError, run_command
 from utils.evaluate import Evaluation, evaluate
@@ -40,7 +42,14 @@ from utils.run import (
     write_json,
 )
 from utils.schedule import scheduled
-from utils.training import check_data, check_finite, epoch_scalars, layer_scalars, reinforcement_optimisers
+from utils.training import (
+    check_data,
+    check_finite,
+    epoch_scalars,
+    layer_scalars,
+    reinforcement_optimisers,
+    restore_optimiser,
+)
 
 SOFTENING_IMAGES = 512  # training images that the switches' certainty is measured on
 REESTIMATION_BATCHES = 40  # training batches that batch norms are re-estimated on
@@ -78,6 +87,7 @@ def main() -> None:
         state.progress = {"step": 0, "alpha": args.alpha, "best": None}
     check_data(state, data, args.resize)
     splits = split_data(data, state.data["val_fraction"], state.data["split_seed"]).to(device)
+    check_batches(len(splits.train), args.bs)
     normalisation = state.normaliser()
     randomness = Randomness(args.seed, device)
     network = placed(state.network(), device)
@@ -86,7 +96,7 @@ def main() -> None:
     baseline = Baseline(args.baseline, network.switches, device)
     if state.training:
         for optimiser, saved in zip(optimisers, state.training["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+            restore_optimiser(optimiser, saved)
         baseline.restore(state.training["baseline"])
         randomness.restore(state.training["random"])
     if not args.resume:
@@ -96,6 +106,7 @@ def main() -> None:
     budget = Budget(accuracy - args.max_accuracy_drop, noise, args.target_computation)
     compression = 1 - cost.parameters / state.original["parameters"]
     steps = len(batch_ends(len(splits.train), args.bs))
+    forward = training_forward(network, args.compile)
 
     def save_if_best(chosen: Evaluation) -> None:
         score = [*budget.score(chosen.accuracy, chosen.computation)]
@@ -121,7 +132,7 @@ def main() -> None:
             f"{state.original['accuracy']:.2%}); computation {start.computation:.1%}"
         )
         if state.progress["step"] == 0 and not args.resume:  # the network as it came is the first candidate
-            soften_switches(network, normalisation.apply(splits.train.pixels[:SOFTENING_IMAGES]))
+            soften_switches(network, normalisation.apply(splits.train[:SOFTENING_IMAGES].pixels))
             run.record(0, layer_scalars(network, cost))
             aim = first_aim(start.computation, args.epochs)
             state.progress |= {"computation": start.computation, "from": start.computation, "aim": list(aim)}
@@ -148,10 +159,14 @@ def main() -> None:
                 args.batch_norm,
                 randomness.draws,
                 f"epoch {epoch}/{args.epochs}",
+                forward,
             )
             if args.batch_norm == "reestimate":
-                batches = training_batches(splits.train, args.bs, randomness.data, normalisation, state.data["flip"])
-                reestimate_batch_norms(network, islice(batches, REESTIMATION_BATCHES), thresholded)
+                batches = training_batches(
+                    splits.train, args.bs, randomness.data, normalisation, state.data["flip"], whole=True
+                )
+                dealt = islice(batches, parallel.rank(), REESTIMATION_BATCHES, parallel.processes())
+                reestimate_batch_norms(network, dealt, thresholded)
             chosen = evaluate(network, splits.choose, normalisation)
             check_finite(network, chosen, f"epoch {epoch}/{args.epochs}")
             whole = evaluate(network, splits.choose, normalisation, all_on)
@@ -216,11 +231,13 @@ def record_routing(
     """Pictures and figures of what the best network's switches do with the test images."""
     step, classes = best.progress["step"], best.classes
     measured = evaluate(placed(best.network(), device), splits.test, normalisation)
-    labels, pixels = splits.test.labels.cpu(), splits.test.pixels.cpu()
+    if not parallel.is_writer():
+        return
+    labels = splits.test.labels.cpu()
     passing = passing_by_class(measured.decisions, labels, len(classes))
     run.picture("passing_by_class", draw_passing(passing, classes), step)
     run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all), step)
-    for page, figure in enumerate(draw_easy_and_hard(pixels, labels, measured.executed, classes), start=1):
+    for page, figure in enumerate(draw_easy_and_hard(splits.test, measured.executed, classes), start=1):
         run.picture("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}", figure, step)
     run.histogram("Routing/executed_mflops", measured.executed / 1e6, step)
     epochs = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -281,4 +298,4 @@ def fitting(found: list[tuple[Path, Checkpoint]], newest: Checkpoint, drop: floa
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(parallel.joined(main))

@@ -9,12 +9,20 @@ from pathlib import Path
 
 import torch
 
+from gating.forward import training_forward
 from gating.supervised import supervised_epoch
 from models import GATES, all_on, build_network, check_depth
+from utils import parallel
 from utils.arguments import NOT_COMPARED, number, training_parser
-from utils.augment import measure_normalisation
 from utils.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
-from utils.data import batch_ends, load_data, split_data, training_batches
+from utils.data import (
+    batch_ends,
+    check_batches,
+    load_data,
+    split_data,
+    training_batches,
+    training_normalisation,
+)
 from utils.device import Randomness, pick_device, placed
 from utils.errors import run_command
 from utils.evaluate import Evaluation, evaluate
@@ -22,7 +30,7 @@ from utils.flops import network_cost
 from utils.results import report
 from utils.run import BEST, LAST, Run, stage_folder
 from utils.schedule import scheduled
-from utils.training import check_data, check_finite, epoch_scalars, layer_scalars, sgd
+from utils.training import check_data, check_finite, epoch_scalars, layer_scalars, restore_optimiser, sgd
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +51,8 @@ def main() -> None:
     randomness = Randomness(args.seed, device)
     data = load_data(args.data_dir, args.img_type, args.resize, args.num_workers, args.download)
     splits = split_data(data, args.val_fraction, args.seed)
-    normalisation = measure_normalisation(splits.train.pixels)
+    check_batches(len(splits.train), args.bs)
+    normalisation = training_normalisation(splits.train)
     network = build_network(
         args.network, depth=args.depth, num_classes=len(data.classes), width=args.width, gate=args.gate
     )
@@ -57,7 +66,7 @@ def main() -> None:
         run, last = Run.resume(parent, vars(args), NOT_COMPARED)
         check_data(last, data, args.resize)
         network.load_state_dict(last.weights)
-        optimiser.load_state_dict(last.training["optimiser"])
+        restore_optimiser(optimiser, last.training["optimiser"])
         randomness.restore(last.training["random"])
         first_epoch, best_accuracy = last.progress["step"] + 1, last.progress["best_accuracy"]
     else:
@@ -92,6 +101,7 @@ def main() -> None:
         run.say(f"{args.network}{args.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
         splits = splits.to(device)
         steps = len(batch_ends(len(splits.train), args.bs))
+        forward = training_forward(network, args.compile)
         if not args.resume:  # an interruption in the first epoch leaves a run to resume, too
             save_checkpoint(run.path / LAST, keep(0, evaluate(network, splits.choose, normalisation), resumable()))
 
@@ -104,6 +114,7 @@ def main() -> None:
                 lambda share, done=epoch - 1: scheduled(args.schedule, args.lr, (done + share) / args.epochs),
                 randomness.draws,
                 f"epoch {epoch}/{args.epochs}",
+                forward=forward,
             )
             chosen = evaluate(network, splits.choose, normalisation)
             check_finite(network, chosen, f"epoch {epoch}/{args.epochs}")
@@ -128,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(parallel.joined(main))

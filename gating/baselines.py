@@ -13,6 +13,7 @@ from torch.optim import Adam
 
 from gating.objectives import batch_baseline, returns, skip_rewards
 from models import ResNet, thresholded
+from utils import parallel
 from utils.modes import mode_kept
 
 BASELINES = ("greedy", "batch", "learned", "none")
@@ -59,17 +60,25 @@ class Baseline:
             self.learned.load_state_dict(state["weights"])
             self.optimiser.load_state_dict(state["optimiser"])
 
-    def __call__(self, gained: Tensor, probabilities: Tensor, greedy_returns: Callable[[], Tensor]) -> Tensor:
-        """Baselines [N, K] for the returns ``gained`` [N, K]; ``greedy_returns`` is called only where needed."""
+    def __call__(
+        self, gained: Tensor, probabilities: Tensor, greedy_returns: Callable[[], Tensor], images: int | None = None
+    ) -> Tensor:
+        """Baselines [N, K] for the returns ``gained`` [N, K]; ``greedy_returns`` is called only where needed.
+
+        Args:
+            images: of the whole batch, where several processes share it.
+        """
+        images = len(gained) if images is None else images
         if self.kind == "none":
             return torch.zeros_like(gained)
         if self.kind == "batch":
-            return batch_baseline(gained)
+            return batch_baseline(gained, parallel.summed(gained.sum(dim=0)), images)
         if self.kind == "greedy":
             return greedy_returns()
         predicted = self.learned(probabilities)
         self.optimiser.zero_grad()
-        F.mse_loss(predicted, gained).backward()
+        (F.mse_loss(predicted, gained) * (len(gained) / images)).backward()
+        parallel.sum_gradients(self.learned.parameters())
         self.optimiser.step()
         return predicted.detach()
 

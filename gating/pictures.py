@@ -9,6 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from gating.statistics import cheapest_and_dearest
+from utils.images import Images
 
 CLASSES_A_PAGE = 10  # of images
 
@@ -35,17 +36,13 @@ def draw_executed(executed: Tensor, flops_all: float) -> Figure:
     return figure
 
 
-def draw_easy_and_hard(
-    pixels: Tensor, labels: Tensor, executed: Tensor, classes: Sequence[str], count: int = 5
-) -> Iterator[Figure]:
+def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str], count: int = 5) -> Iterator[Figure]:
     """The cheapest (left) and dearest (right) images of each class with the MFLOPs spent on them, page by page.
 
     Args:
-        pixels: uint8 [N, 3, H, W].
-        labels: int64 [N].
         executed: [N], FLOPs.
     """
-    chosen = list(zip(classes, cheapest_and_dearest(executed, labels, len(classes), count), strict=True))
+    chosen = list(zip(classes, cheapest_and_dearest(executed, images.labels.cpu(), len(classes), count), strict=True))
     for first in range(0, len(classes), CLASSES_A_PAGE):
         page = chosen[first : first + CLASSES_A_PAGE]
         size = (1.05 * (2 * count + 1), 1.25 * len(page))
@@ -56,7 +53,7 @@ def draw_easy_and_hard(
             row[count].text(0.5, 0.5, name, ha="center", va="center", fontsize=9)
             for start, members in ((0, easy), (count + 1, hard)):
                 for column, i in enumerate(members.tolist(), start):
-                    row[column].imshow(pixels[i].permute(1, 2, 0).numpy())
+                    row[column].imshow(images[i : i + 1].pixels[0].cpu().permute(1, 2, 0).numpy())
                     row[column].set_title(f"{executed[i].item() / 1e6:.2f}", fontsize=7, pad=2)
         figure.suptitle("cheapest <- class -> dearest test images (MFLOPs)")
         yield figure

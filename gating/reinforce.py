@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from gating.baselines import Baseline, thresholded_returns
 from gating.batch_norms import freeze_batch_norms
+from gating.forward import Forward, training_forward
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
 from gating.supervised import CHECK_EVERY, EpochFigures
 from models import ResNet, sampled, thresholded
+from utils import parallel
 from utils.device import mixed_precision
 from utils.errors import UserError
 from utils.schedule import set_learning_rate
@@ -54,11 +56,13 @@ def reinforce_epoch(
     batch_norm: str,
     draws: torch.Generator,
     title: str,
+    forward: Forward | None = None,
 ) -> ReinforceFigures:
     """Train for one epoch, decisions drawn from the switches.
 
     Args:
-        batches: normalised images [B, 3, H, W] and labels [B] on the network's device.
+        batches: normalised images [B, 3, H, W] and labels [B] on the network's device; where several processes share
+            the batches, the images of this process's part and the labels of the whole (``utils.parallel``).
         steps: number of batches.
         optimisers: of the network and of its gates.
         learning_rate: rate as a function of the share of this epoch that is done.
@@ -66,11 +70,14 @@ def reinforce_epoch(
         shares: [K], each block's share of the skippable FLOPs.
         batch_norm: "frozen" uses running statistics; in other modes they follow the drawn paths.
         draws: generator of the decisions, on the network's device.
+        forward: the network's forward pass, from ``gating.forward.training_forward``; not compiled by default.
 
     Raises:
         UserError: if the loss stops being finite.
     """
+    parallel.same_everywhere(network)
     network.train()
+    forward = training_forward(network) if forward is None else forward
     if batch_norm == "frozen":
         freeze_batch_norms(network)
     device = next(network.parameters()).device
@@ -80,12 +87,15 @@ def reinforce_epoch(
     skip = device.type == "cpu" and batch_norm == "frozen"
     sums = torch.zeros(8, device=device, dtype=torch.float64)
     seen = 0
-    for step, (x, y) in enumerate(tqdm(batches, title, steps, leave=False, disable=None)):
+    for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.no_bar())):
+        images, y = len(labels), parallel.part(labels)
+        weight = len(y) / images  # of this process's means in those of the batch
         for optimiser in optimisers:
             set_learning_rate(optimiser, learning_rate(step / steps))
             optimiser.zero_grad(set_to_none=True)
+        drawn = torch.rand(images, len(shares), generator=draws, device=device)
         with mixed_precision(device):
-            logits, probabilities, decisions = network(x, decide=sampled(draws), skip=skip)
+            logits, probabilities, decisions = forward(x, sampled, (parallel.part(drawn),), skip)
         cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")
         reward = alpha.value()
         gained = returns(skip_rewards(decisions, shares, reward), cross_entropy.detach(), objective.gamma)
@@ -94,23 +104,24 @@ def reinforce_epoch(
             with mixed_precision(device):
                 return thresholded_returns(network, x, y, shares, reward, objective.gamma, skip=device.type == "cpu")
 
-        advantages = gained - baseline(gained, probabilities, greedy_returns)
+        advantages = gained - baseline(gained, probabilities, greedy_returns, images)
         uncertainty = entropy(probabilities)
         policy = policy_loss(probabilities, decisions, advantages) - objective.entropy_weight * uncertainty
-        (cross_entropy.mean() + objective.rl_weight * policy).backward()
+        (weight * (cross_entropy.mean() + objective.rl_weight * policy)).backward()
+        parallel.sum_gradients(network.parameters())
         for optimiser in optimisers:
             optimiser.step()
         with torch.no_grad():
-            alpha.observe((thresholded(probabilities) @ shares).mean())
+            alpha.observe(parallel.summed(weight * (thresholded(probabilities) @ shares).mean()))
             first, left = gained[:, 0], advantages[:, 0]
             correct = (logits.argmax(dim=1) == y).float()
             uncertain = (uncertainty / len(shares)).expand(len(y))
             figures = [cross_entropy, correct, first, first.square(), left.square(), uncertain, decisions @ shares]
-            figures.append(torch.as_tensor(reward, device=device).expand(len(y)))
+            figures.append(reward * torch.ones_like(first))
             sums += torch.stack(figures).double().sum(dim=1)
-        seen += len(y)
+        seen += images
         if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(sums).all():
             raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
-    loss, accuracy, mean, square, left, uncertain, executed, mean_alpha = (sums / seen).tolist()
+    loss, accuracy, mean, square, left, uncertain, executed, mean_alpha = (parallel.summed(sums) / seen).tolist()
     deviation = max(square - mean**2, 0) ** 0.5
     return ReinforceFigures(loss, accuracy, mean, deviation, left**0.5, uncertain, executed, mean_alpha)

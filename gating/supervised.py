@@ -9,7 +9,10 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from gating.forward import Forward, training_forward
 from models import ResNet, held_open, sampled_straight_through
+from models.decisions import DecisionRule
+from utils import parallel
 from utils.device import mixed_precision
 from utils.errors import UserError
 from utils.schedule import set_learning_rate
@@ -41,37 +44,54 @@ def supervised_epoch(
     draws: torch.Generator,
     title: str,
     loss_of: Loss | None = None,
+    forward: Forward | None = None,
 ) -> EpochFigures:
     """Train for one epoch.
 
     Args:
-        batches: normalised images [B, 3, H, W] and labels [B] on the network's device.
+        batches: normalised images [B, 3, H, W] and labels [B] on the network's device; where several processes share
+            the batches, the images of this process's part and the labels of the whole (``utils.parallel``).
         steps: number of batches.
         learning_rate: rate as a function of the share of this epoch that is done.
         draws: generator, on the network's device, of decisions and of the images whose switches are held open.
         title: what the progress bar says.
         loss_of: what is minimised and reported; the cross-entropy by default.
+        forward: the network's forward pass, from ``gating.forward.training_forward``; not compiled by default.
 
     Raises:
         UserError: if the loss stops being finite.
     """
+    parallel.same_everywhere(network)
     network.train()
+    forward = training_forward(network) if forward is None else forward
     device = next(network.parameters()).device
     loss_sum = correct = torch.zeros((), device=device)
     seen = 0
-    for step, (x, y) in enumerate(tqdm(batches, title, steps, leave=False, disable=None)):
+    for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.no_bar())):
         set_learning_rate(optimiser, learning_rate(step / steps))
-        held = torch.rand(len(y), generator=draws, device=device) < OPEN_SHARE
+        images, y = len(labels), parallel.part(labels)
+        drawn = torch.rand(images, 1 + network.switches, generator=draws, device=device)
         with mixed_precision(device):
-            output = network(x, decide=held_open(held, sampled_straight_through(draws)))
+            output = forward(x, half_held_open, (parallel.part(drawn),), False)
         logits = output.logits.float()
         loss = F.cross_entropy(logits, y) if loss_of is None else loss_of(x, logits, y)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * (len(y) / images)).backward()
+        parallel.sum_gradients(network.parameters())
         optimiser.step()
         loss_sum = loss_sum + loss.detach() * len(y)
         correct = correct + (output.logits.detach().argmax(dim=1) == y).sum()
-        seen += len(y)
+        seen += images
         if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(loss_sum):
             raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
-    return EpochFigures(loss_sum.item() / seen, correct.item() / seen)
+    loss, accuracy = (parallel.summed(torch.stack([loss_sum, correct.float()])) / seen).tolist()
+    return EpochFigures(loss, accuracy)
+
+
+def half_held_open(drawn: Tensor) -> DecisionRule:
+    """Stage 1's rule: some images pass with every switch held open, on the others decisions are drawn.
+
+    Args:
+        drawn: [N, 1 + K], uniform in [0, 1): which images are held, and the decisions of K switches.
+    """
+    return held_open(drawn[:, 0] < OPEN_SHARE, sampled_straight_through(drawn[:, 1:]))

@@ -30,25 +30,32 @@ def straight_through(probabilities: Tensor) -> Tensor:
     return thresholded(probabilities) + (probabilities - probabilities.detach())
 
 
-def sampled(generator: torch.Generator | None = None) -> DecisionRule:
-    """Rule that draws each decision from Bernoulli(probability), from ``generator`` where one is given.
+def sampled(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
+    """Rule that draws each decision from Bernoulli(probability).
 
     Source: SkipNet (arXiv:1711.09485), section 3.2, the stochastic policy.
+
+    Args:
+        draws: numbers [N, K] drawn uniformly from [0, 1) before, a column for each of the K switches, for one forward
+            pass; or a generator to draw from.
     """
+    if isinstance(draws, Tensor):
+        columns = iter(draws.unbind(1))
+        return lambda probabilities: (next(columns) < probabilities.detach()).to(probabilities.dtype)
 
     def draw(probabilities: Tensor) -> Tensor:
         # Where training has diverged a probability may be nan, which bernoulli dies of before the loss can be checked.
-        return torch.bernoulli(probabilities.detach().nan_to_num(0.0), generator=generator)
+        return torch.bernoulli(probabilities.detach().nan_to_num(0.0), generator=draws)
 
     return draw
 
 
-def sampled_straight_through(generator: torch.Generator | None = None) -> DecisionRule:
+def sampled_straight_through(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
     """Rule that draws each decision, as ``sampled``, and passes the gradient of the probability on.
 
     Source: the straight-through estimator of stochastic neurons (arXiv:1308.3432), section 4.
     """
-    draw = sampled(generator)
+    draw = sampled(draws)
 
     def decide(probabilities: Tensor) -> Tensor:
         return draw(probabilities) + (probabilities - probabilities.detach())

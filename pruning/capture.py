@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import ResNet, all_on
+from utils import parallel
 from utils.modes import mode_kept
 
 FISHER_TYPES = ("true", "empirical")
@@ -30,6 +31,8 @@ def visit_gradients(
     (batch norms do not mix images), in its own precision, with every switch on: static pruning judges every block by
     what it does when it runs.
 
+    Where several processes share the batches (``utils.parallel``), each visits the images of its part.
+
     Args:
         fisher_type: "true" draws each label from the network's own prediction, "empirical" takes it from the data.
         draws: generator of the labels, on the network's device.
@@ -37,7 +40,7 @@ def visit_gradients(
             empirical Fisher has one label an image.
 
     Returns:
-        the number of images seen, each counted once a draw.
+        the number of images seen, by all processes together, each counted once a draw.
     """
     handles = [layer.register_forward_hook(_show(name, visit)) for name, layer in layers.items()]
     trainable = [p for p in network.parameters() if p.requires_grad]
@@ -47,24 +50,33 @@ def visit_gradients(
         for parameter in trainable:
             parameter.requires_grad_(False)  # weight gradients are not needed: a third of the pass is saved
         with mode_kept(network, training=False):
-            for x, y in batches:
+            for x, given in batches:
                 x = x.detach().requires_grad_()
                 logits = network(x, decide=all_on, skip=False).logits
                 if fisher_type == "true":
-                    p = logits.detach().softmax(dim=1)
-                    labels = torch.multinomial(p, repeats, replacement=True, generator=draws)
+                    labels = parallel.part(_drawn_labels(logits.detach(), len(given), repeats, draws))
                 else:
-                    labels = y[:, None]
+                    labels = parallel.part(given)[:, None]
                 for draw in range(repeats):
                     loss = F.cross_entropy(logits, labels[:, draw], reduction="sum")
                     torch.autograd.grad(loss, x, retain_graph=draw < repeats - 1)
-                images += len(x) * repeats
+                images += len(given) * repeats
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
     return images
+
+
+def _drawn_labels(logits: Tensor, images: int, repeats: int, draws: torch.Generator) -> Tensor:
+    """Labels [images, repeats] of a whole batch, of which only those of this process's part mean anything.
+
+    So a process's labels are those that one process alone would draw for these images.
+    """
+    p = logits.new_ones(images, logits.shape[1])
+    parallel.part(p).copy_(logits.softmax(dim=1))
+    return torch.multinomial(p, repeats, replacement=True, generator=draws)
 
 
 def _show(name: str, visit: Visit):

@@ -22,6 +22,7 @@ from pruning.layers import prunable_layers, read_weights, separable_layers
 from pruning.method import Batches, Method
 from pruning.selection import Goal, Group, least_kept, select
 from pruning.surgery import composed, merged, rebuild
+from utils import parallel
 from utils.flops import NetworkCost
 
 
@@ -117,7 +118,7 @@ def _channel_rises(
     rises = {}
     for name, core in separated.items():
         norms = core.weight.detach().double().square().sum(dim=(1, 2, 3))
-        rises[name] = 0.5 * (sums[name] / images + method.regularization * norms)
+        rises[name] = 0.5 * (parallel.summed(sums[name]) / images + method.regularization * norms)
         if method.normalize:
             rises[name] = share(rises[name])
     return rises

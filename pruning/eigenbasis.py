@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models import ResNet
 from pruning.capture import visit_gradients
 from pruning.factors import Factors, rotated_gradient_squares
+from utils import parallel
 
 CHUNK = 32  # images whose unfolded windows are held in memory at once
 
@@ -63,4 +64,4 @@ def gradient_squares(
             sums[name] += rotated_gradient_squares(layer, part_a, part_g, *rotations).to(accumulate)
 
     images = visit_gradients(network, layers, batches, fisher_type, draws, add, fisher_draws)
-    return {name: total.double() / images for name, total in sums.items()}
+    return {name: parallel.summed(total).double() / images for name, total in sums.items()}

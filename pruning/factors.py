@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from models import ResNet
 from pruning.capture import visit_gradients
+from utils import parallel
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def collect_factors(
             sums[name] = [A, G]
 
     images = visit_gradients(network, layers, batches, fisher_type, draws, add, fisher_draws)
-    return {name: Factors(A / images, G / images) for name, (A, G) in sums.items()}
+    return {name: Factors(parallel.summed(A) / images, parallel.summed(G) / images) for name, (A, G) in sums.items()}
 
 
 def channel_effects(core: nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:

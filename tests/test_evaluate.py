@@ -29,7 +29,9 @@ def test_executed_flops_equal_the_counters_over_an_evaluation(stage, gate):
 def test_every_class_has_its_row_on_a_page():
     classes = [f"class {i}" for i in range(23)]
     labels = torch.arange(46) % 23
-    pages = list(draw_easy_and_hard(varied_images(46), labels, torch.rand(46).double() * 1e6, classes, count=2))
+    pages = list(
+        draw_easy_and_hard(ImageSet(varied_images(46), labels), torch.rand(46).double() * 1e6, classes, count=2)
+    )
     assert [len(page.axes) // 5 for page in pages] == [CLASSES_A_PAGE, CLASSES_A_PAGE, 3]
     shown = [text.get_text() for page in pages for axis in page.axes for text in axis.texts]
     assert shown == classes

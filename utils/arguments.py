@@ -8,8 +8,8 @@ from models import NETWORKS
 from utils.data import IMAGE_TYPES
 from utils.schedule import SCHEDULES
 
-# What may change between the start of a run and its resumption without changing its outcome.
-NOT_COMPARED = ("resume", "download", "num_workers", "data_dir", "result_dir")
+# What may change between the start of a run and its resumption without changing its outcome but for rounding.
+NOT_COMPARED = ("resume", "download", "num_workers", "data_dir", "result_dir", "compile")
 
 
 def number(kind: type, low: float | None = None, high: float | None = None, below: float | None = None) -> Callable:
@@ -60,4 +60,5 @@ def training_parser(description: str, epochs: int, lr: float, batch_size: int) -
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, order, augmentation and decisions")
     add("--resume", action="store_true", help="continue the newest run of this stage")
     add("--download", action="store_true", help="fetch CIFAR-100 (CIFAR-10 by the folder's name) if missing")
+    add("--compile", action="store_true", help="compile the training step; pays from some minutes of training on a GPU")
     return parser

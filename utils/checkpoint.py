@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models import ResNet, build_network
+from utils import parallel
 from utils.augment import Normalisation
 from utils.errors import UserError
 
@@ -80,14 +81,17 @@ def save_atomically(path: Path, content: Any) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to ``path``, weights on the CPU.
+    """Write ``checkpoint`` to ``path``, weights on the CPU.  Of several processes one writes and the others wait.
 
     Raises:
         UserError: if the file cannot be written; an older file at ``path`` is left as it was.
     """
-    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
-    content["weights"] = {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()}
-    save_atomically(path, {"format": FORMAT, **content})
+    with parallel.writer_first():
+        if not parallel.is_writer():
+            return
+        content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+        content["weights"] = {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()}
+        save_atomically(path, {"format": FORMAT, **content})
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

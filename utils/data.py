@@ -294,7 +294,7 @@ def plain_batches(
     """The images in their order, normalised and not augmented, with their labels.
 
     Args:
-        first, every: of the batches, this one and every so-maniest after it.
+        every, first: give each ``every``-th batch only, beginning with the batch of index ``first``.
     """
     groups = torch.arange(len(images)).split(batch_size)[first::every]
     normalise = normalisation.on(images.device)

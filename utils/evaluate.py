@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 from models import ResNet, thresholded
 from models.decisions import DecisionRule
+from utils import parallel
 from utils.augment import Normalisation
-from utils.data import ImageSet, plain_batches
+from utils.data import plain_batches
 from utils.flops import network_cost
+from utils.images import Images
 from utils.modes import mode_kept
 
 
@@ -43,25 +45,32 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     network: ResNet,
-    images: ImageSet,
+    images: Images,
     normalisation: Normalisation,
     decide: DecisionRule = thresholded,
     batch_size: int = 256,
 ) -> Evaluation:
-    """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards."""
-    loss = correct = torch.zeros((), device=images.labels.device, dtype=torch.float64)
-    decisions = []
+    """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards.
+
+    Each of several processes runs it on its part of the images, and all get the figures of all images.
+    """
+    loss = correct = torch.zeros((), device=images.device, dtype=torch.float64)
+    own = parallel.own_slice(len(images))
+    taken = torch.zeros(len(images), network.switches)
+    decisions = [taken.new_empty(0, network.switches, device=images.device)]
     with mode_kept(network, training=False):
-        for x, y in plain_batches(images, batch_size, normalisation):
+        for x, y in plain_batches(images[own], batch_size, normalisation):
             output = network(x, decide=decide)
             loss = loss + F.cross_entropy(output.logits.float(), y, reduction="sum")
             correct = correct + (output.logits.argmax(dim=1) == y).sum()
-            decisions.append(output.decisions.cpu())
-    cost = network_cost(network, images.pixels.shape[-1])
-    taken = torch.cat(decisions)
+            decisions.append(output.decisions)
+    loss, correct = parallel.summed(torch.stack([loss, correct])).tolist()
+    taken[own] = torch.cat(decisions).float().cpu()
+    taken = parallel.summed(taken)
+    cost = network_cost(network, images.image_size)
     return Evaluation(
-        loss=loss.item() / len(images),
-        accuracy=correct.item() / len(images),
+        loss=loss / len(images),
+        accuracy=correct / len(images),
         flops_all=float(cost.flops),
         executed=cost.executed(taken) if network.switches else torch.full((len(images),), float(cost.flops)).double(),
         decisions=taken,

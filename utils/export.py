@@ -20,8 +20,9 @@ from deploy.session import check_session, open_session, run_session
 from models import ResNet
 from utils.arguments import image_type, number
 from utils.checkpoint import load_checkpoint
-from utils.data import DataSet, ImageSet, load_data
+from utils.data import DataSet, load_data
 from utils.errors import UserError, run_command
+from utils.images import Images
 from utils.run import write_json
 from utils.training import check_data
 
@@ -51,7 +52,7 @@ def main() -> None:
     if args.data_dir:
         data = load_data(args.data_dir, args.img_type, size, args.num_workers)
         check_data(checkpoint, data, size)
-    pixels = random_pixels(CHECKED_IMAGES, size) if data is None else data.test.pixels[:CHECKED_IMAGES]
+    pixels = random_pixels(CHECKED_IMAGES, size) if data is None else data.test[:CHECKED_IMAGES].pixels
     deployed = deployable(network, checkpoint.normaliser())
     labels = describe(checkpoint, deployed)
     models = exported(deployed, size)
@@ -81,15 +82,16 @@ def int8_version(model: onnx.ModelProto, data: DataSet) -> tuple[onnx.ModelProto
     from deploy.int8 import CALIBRATION_IMAGES, quantised
 
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    smaller = quantised(model, data.train.pixels[order[:CALIBRATION_IMAGES]].numpy())
+    smaller = quantised(model, data.train[order[:CALIBRATION_IMAGES]].pixels.numpy())
     measured = {"int8_accuracy": accuracy(smaller, data.test), "float_accuracy": accuracy(model, data.test)}
     return smaller, {**measured, "test_images": len(data.test)}
 
 
-def accuracy(model: onnx.ModelProto, images: ImageSet, batch_size: int = 256) -> float:
+def accuracy(model: onnx.ModelProto, images: Images, batch_size: int = 256) -> float:
     """Share of ``images`` that the graph classifies as they are labelled."""
     session = open_session(model)
-    answers = [run_session(session, part.numpy())["logits"].argmax(axis=1) for part in images.pixels.split(batch_size)]
+    batches = images.batches(torch.arange(len(images)).split(batch_size))
+    answers = [run_session(session, batch.pixels.numpy())["logits"].argmax(axis=1) for batch in batches]
     return float((np.concatenate(answers) == images.labels.numpy()).mean())
 
 

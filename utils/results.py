@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from models import all_on
+from utils import parallel
 from utils.checkpoint import Checkpoint
-from utils.data import ImageSet
 from utils.device import placed
 from utils.errors import UserError
 from utils.evaluate import evaluate
+from utils.images import Images
 from utils.latency import BATCH, measured_speeds
 from utils.run import BEST, Run, relative_to_results, write_json
 
@@ -25,6 +26,7 @@ METHODS = {
     "pruned": "w/ Static Pruning only",
     "rl_pruned": "w/ Static and Dynamic Pruning",
 }
+TIMED_IMAGES = 1000  # test images at most that speeds are measured on
 NOT_MEASURED = {"latency_ms": None, "throughput": None}
 Record = dict[str, Any]
 
@@ -33,13 +35,15 @@ def report(
     result_dir: Path,
     run: Run,
     best: Checkpoint,
-    test: ImageSet,
+    test: Images,
     selected_on: str,
     device: torch.device,
     points: list[dict[str, float]] | None = None,
     within_budget: bool = True,
 ) -> Record:
     """Measure a finished run's best network on the test images; add it to the results, draw them, print the table.
+
+    Several processes share the test images; one does the rest.
 
     Args:
         best: the checkpoint the run chose.
@@ -74,10 +78,12 @@ def report(
         "points": points or [],
         **NOT_MEASURED,
     }
+    if not parallel.is_writer():
+        return record
     records = [r for r in read_records(result_dir) if r["checkpoint"] != record["checkpoint"]] + [record]
     write_results(result_dir, records)  # first without the speeds, so that nothing can keep a finished run from it
     run.say("measuring the exported networks")
-    measure_speeds(latest_chain(records, record), result_dir, test.pixels.cpu())
+    measure_speeds(latest_chain(records, record), result_dir, test[:: -(-len(test) // TIMED_IMAGES)].pixels.cpu())
     write_results(result_dir, records)
     run.say(f"\n{results_table(latest_chain(records, record))}")
     run.say(f"table    {result_dir / 'results.md'}")

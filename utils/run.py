@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils import parallel
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 
@@ -32,10 +33,14 @@ class Run:
 
     ``arguments.json`` what the run was asked for; ``log.txt`` what it said; ``metrics.jsonl`` one line a step;
     TensorBoard events; ``last.pt`` to resume from; ``best.pt`` the network it chose.
+
+    Of several processes one writes; in the others nothing that is said or recorded goes anywhere.
     """
 
     def __init__(self, path: Path, purge_after: int | None = None):
-        self.path = path
+        self.path, self._log, self._handlers, self._writer = path, None, [], None
+        if not parallel.is_writer():
+            return
         self._trim_metrics(purge_after)
         self._log = logging.getLogger(f"run.{path}")
         self._log.setLevel(logging.INFO)
@@ -54,6 +59,15 @@ class Run:
         Raises:
             UserError: if the folder cannot be written.
         """
+        made = None
+        with parallel.writer_first():
+            if parallel.is_writer():
+                made = cls._made(parent, arguments, name)
+        path = parallel.from_writer(made and made.path)
+        return made or cls(path)
+
+    @classmethod
+    def _made(cls, parent: Path, arguments: Mapping[str, Any], name: str) -> "Run":
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S") + (f"-{name}" if name else "")
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +115,13 @@ class Run:
 
     def say(self, message: str) -> None:
         """Print a line and keep it in ``log.txt``."""
-        self._log.info(message)
+        if self._log is not None:
+            self._log.info(message)
 
     def record(self, step: int, values: Mapping[str, float], **notes: Any) -> None:
         """Append one line to ``metrics.jsonl``; ``values`` go to TensorBoard too, under their names."""
+        if self._writer is None:
+            return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **notes, **values}) + "\n")
         for tag, value in values.items():
@@ -112,15 +129,19 @@ class Run:
         self._writer.flush()
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        self._writer.add_histogram(tag, values.detach().float().cpu(), step)
+        if self._writer is not None:
+            self._writer.add_histogram(tag, values.detach().float().cpu(), step)
 
     def picture(self, name: str, figure: Figure, step: int) -> None:
         """Keep a figure as ``name``.png in the folder and under Pictures in TensorBoard."""
+        if self._writer is None:
+            return
         figure.savefig(self.path / f"{name}.png", dpi=110)
         self._writer.add_figure(f"Pictures/{name}", figure, step)  # closes the figure
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
         for handler in self._handlers:
             self._log.removeHandler(handler)
             handler.close()

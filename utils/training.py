@@ -1,10 +1,11 @@
 """What the three training loops share: the optimiser and the figures that are recorded each epoch."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, Optimizer
 
 from gating.supervised import EpochFigures
 from models import LowRankConv2d, ResNet
@@ -24,7 +25,8 @@ def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD
     """
     gates, others = split_parameters(network)
     groups = [{"params": others}, {"params": gates, "weight_decay": 0.0}]
-    return SGD([g for g in groups if g["params"]], lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    groups = [g for g in groups if g["params"]]
+    return SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=_on_gpu(network))
 
 
 def reinforcement_optimisers(network: ResNet, lr: float, momentum: float, weight_decay: float) -> tuple[SGD, Adam]:
@@ -34,9 +36,23 @@ def reinforcement_optimisers(network: ResNet, lr: float, momentum: float, weight
     the FLOPs; Adam's steps do not depend on that size.
     """
     gates, others = split_parameters(network)
-    optimiser = SGD(others, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
-    gate_optimiser = Adam([{"params": gates, "scale": GATE_RATE}], lr)
+    fused = _on_gpu(network)
+    optimiser = SGD(others, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
+    gate_optimiser = Adam([{"params": gates, "scale": GATE_RATE}], lr, fused=fused)
     return optimiser, gate_optimiser
+
+
+def _on_gpu(network: ResNet) -> bool | None:
+    """``fused`` of an optimiser: one kernel updates all weights on a GPU; on the CPU PyTorch chooses."""
+    return next(network.parameters()).is_cuda or None
+
+
+def restore_optimiser(optimiser: Optimizer, state: dict[str, Any]) -> None:
+    """Give the optimiser the state of one that was saved, which may have run on another kind of device."""
+    fused = [group["fused"] for group in optimiser.param_groups]
+    optimiser.load_state_dict(state)
+    for group, own in zip(optimiser.param_groups, fused, strict=True):
+        group["fused"] = own
 
 
 def split_parameters(network: ResNet) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
