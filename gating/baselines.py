@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
+from gating.forward import Forward, training_forward
 from gating.objectives import batch_baseline, returns, skip_rewards
 from models import ResNet, thresholded
+from models.decisions import DecisionRule
 from utils import parallel
 from utils.modes import mode_kept
 
@@ -85,14 +87,27 @@ class Baseline:
 
 @torch.no_grad()
 def thresholded_returns(
-    network: ResNet, x: Tensor, y: Tensor, shares: Tensor, alpha: float | Tensor, gamma: float, skip: bool
+    network: ResNet,
+    x: Tensor,
+    y: Tensor,
+    shares: Tensor,
+    alpha: float | Tensor,
+    gamma: float,
+    skip: bool,
+    forward: Forward | None = None,
 ) -> Tensor:
     """Returns [N, K] that thresholded decisions earn on normalised images ``x`` with labels ``y``, in evaluation.
 
     Args:
         skip: as in the network's forward pass.
+        forward: that forward pass, from ``gating.forward.training_forward``; not compiled by default.
     """
+    forward = training_forward(network) if forward is None else forward
     with mode_kept(network, training=False):
-        output = network(x, decide=thresholded, skip=skip)
+        output = forward(x, _thresholded, (), skip)
     cross_entropy = F.cross_entropy(output.logits.float(), y, reduction="none")
     return returns(skip_rewards(output.decisions, shares, alpha), cross_entropy, gamma)
+
+
+def _thresholded() -> DecisionRule:
+    return thresholded

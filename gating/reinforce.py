@@ -77,7 +77,6 @@ def reinforce_epoch(
     """
     parallel.same_everywhere(network)
     network.train()
-    forward = training_forward(network) if forward is None else forward
     if batch_norm == "frozen":
         freeze_batch_norms(network)
     device = next(network.parameters()).device
@@ -85,6 +84,8 @@ def reinforce_epoch(
     # Drawn decisions carry no gradient, so blocks may really be skipped in training.  A GPU would wait for each gather;
     # norms that follow the paths see all images, as published.
     skip = device.type == "cpu" and batch_norm == "frozen"
+    # How many images a block sees differs from batch to batch where blocks are skipped: no compiled code keeps up.
+    forward = training_forward(network) if forward is None or device.type == "cpu" else forward
     sums = torch.zeros(8, device=device, dtype=torch.float64)
     seen = 0
     for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.no_bar())):
@@ -102,7 +103,9 @@ def reinforce_epoch(
 
         def greedy_returns(x: Tensor = x, y: Tensor = y, reward: float | Tensor = reward) -> Tensor:
             with mixed_precision(device):
-                return thresholded_returns(network, x, y, shares, reward, objective.gamma, skip=device.type == "cpu")
+                return thresholded_returns(
+                    network, x, y, shares, reward, objective.gamma, skip=device.type == "cpu", forward=forward
+                )
 
         advantages = gained - baseline(gained, probabilities, greedy_returns, images)
         uncertainty = entropy(probabilities)

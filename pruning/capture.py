@@ -57,10 +57,12 @@ def visit_gradients(
                     labels = parallel.part(_drawn_labels(logits.detach(), len(given), repeats, draws))
                 else:
                     labels = parallel.part(given)[:, None]
+                images += len(given) * repeats
+                if len(x) == 0:  # the last batch may be too small for all processes
+                    continue
                 for draw in range(repeats):
                     loss = F.cross_entropy(logits, labels[:, draw], reduction="sum")
                     torch.autograd.grad(loss, x, retain_graph=draw < repeats - 1)
-                images += len(given) * repeats
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

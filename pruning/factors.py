@@ -101,7 +101,8 @@ def collect_factors(
             sums[name] = [A, G]
 
     images = visit_gradients(network, layers, batches, fisher_type, draws, add, fisher_draws)
-    return {name: Factors(parallel.summed(A) / images, parallel.summed(G) / images) for name, (A, G) in sums.items()}
+    # In one order in all processes.
+    return {name: Factors(*(parallel.summed(total) / images for total in sums[name])) for name in layers}
 
 
 def channel_effects(core: nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:

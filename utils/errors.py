@@ -16,14 +16,17 @@ def run_command(main: Callable[[], None], resumable: bool = True) -> None:
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
+        sys.exit(told(error, resumable))
+
+
+def told(error: UserError | KeyboardInterrupt, resumable: bool = True) -> int:
+    """Report an error in one line on standard error; the exit code that goes with it."""
+    if isinstance(error, UserError):
         # What a library says of a damaged file may run over many lines.
-        sys.exit(_fail(f"error: {' '.join(str(error).split())}", 2))
-    except KeyboardInterrupt:
+        line, code = f"error: {' '.join(str(error).split())}", 2
+    else:
         kept = "; what was saved is kept: the same command with --resume continues from there" if resumable else ""
-        sys.exit(_fail(f"interrupted{kept}", 130))
-
-
-def _fail(line: str, code: int) -> int:
+        line, code = f"interrupted{kept}", 130
     print(line, file=sys.stderr, flush=True)
     return code

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, told
 
 # A process that dies is noticed at once by its closed connections.  This bounds how long processes wait for one that
 # is busy: with reading images, say, or with measuring the exported networks.
@@ -71,10 +71,11 @@ def joined(main: Callable[[], None]) -> Callable[[], None]:
         _join()
         try:
             main()
-        except (UserError, KeyboardInterrupt):
-            if not _first_to_fail():
-                sys.exit(1)
-            raise
+        except (UserError, KeyboardInterrupt) as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
+            code = told(error) if _first_to_fail() else 1
+            sys.stdout.flush()
+            os._exit(code)  # at once: PyTorch's own way out may wait for processes that are gone
         dist.destroy_process_group()
 
     return run

@@ -1,0 +1,173 @@
+"""What several processes do together, and one alone: ``python processes.py TASK OUTPUT ARGUMENT...``, RANK etc. given.
+
+Tasks: ``figures`` trains, measures and prunes small networks and saves everything that comes of it; ``chain`` runs the
+three stages; ``lose`` runs stage 1, in which one process is killed after the second epoch; ``refuse`` runs into errors.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from commands import SCRIPTS, arguments  # noqa: E402
+
+from gating.baselines import Baseline  # noqa: E402
+from gating.reinforce import Objective, reinforce_epoch  # noqa: E402
+from gating.steering import SteeredAlpha  # noqa: E402
+from gating.supervised import supervised_epoch  # noqa: E402
+from models import ResNet, all_on, build_network, thresholded  # noqa: E402
+from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
+from pruning.factors import collect_factors  # noqa: E402
+from pruning.layers import prunable_layers  # noqa: E402
+from utils import latency, parallel  # noqa: E402
+from utils.augment import Normalisation  # noqa: E402
+from utils.batch_norms import reestimate_batch_norms  # noqa: E402
+from utils.data import batch_ends, dealt_batches, shared_batches, training_batches, training_normalisation  # noqa: E402
+from utils.device import placed  # noqa: E402
+from utils.errors import UserError, run_command  # noqa: E402
+from utils.evaluate import evaluate  # noqa: E402
+from utils.images import ImageSet  # noqa: E402
+from utils.run import Run  # noqa: E402
+from utils.training import reinforcement_optimisers, sgd  # noqa: E402
+
+CPU = torch.device("cpu")
+NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.3, 0.3, 0.3))
+BATCH = 13  # of 41 images: parts that are not equal, and a last batch of two
+
+
+def images() -> ImageSet:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(41) % 3
+    pixels = torch.randint(0, 120, (41, 3, 8, 8), generator=generator) + 60 * labels.view(-1, 1, 1, 1)
+    return ImageSet(pixels.to(torch.uint8), labels)
+
+
+def network(gate: str = "rnn") -> ResNet:
+    torch.manual_seed(0)
+    return placed(build_network("resnet", depth=8, num_classes=3, width=4, gate=gate), CPU)
+
+
+def batches(epoch: int):
+    return training_batches(images(), BATCH, torch.Generator().manual_seed(epoch), NORMALISATION, True)
+
+
+def supervised() -> dict:
+    net, draws = network(), torch.Generator().manual_seed(3)
+    optimiser = sgd(net, 0.05, 0.9, 5e-4)
+    steps = len(batch_ends(41, BATCH))
+    figures = [supervised_epoch(net, batches(e), steps, optimiser, lambda _: 0.05, draws, "") for e in range(2)]
+    return {"weights": net.state_dict(), "figures": [vars(f) for f in figures], "draws": draws.get_state()}
+
+
+def reinforced(baseline: str, batch_norm: str, gate: str) -> dict:
+    net, draws = network(gate), torch.Generator().manual_seed(3)
+    optimisers = reinforcement_optimisers(net, 0.02, 0.9, 5e-4)
+    judge, alpha = Baseline(baseline, 2, CPU), SteeredAlpha(0.5, 1.0, 0.9, 0.2, 6, CPU)
+    shares, objective = torch.tensor([0.4, 0.6]), Objective(1.0, 1.0, 0.02)
+    # The first block is often skipped by all images of a batch, and its weights then have no gradient.
+    for layer in [net.gate.decision] if gate == "rnn" else net.gate.decisions:
+        torch.nn.init.constant_(layer.bias, -2.0)
+    figures = [
+        reinforce_epoch(
+            net, batches(e), len(batch_ends(41, BATCH)), optimisers, lambda _: 0.02, objective, alpha, shares, judge,
+            batch_norm, draws, "",
+        )
+        for e in range(2)
+    ]  # fmt: skip
+    return {
+        "weights": net.state_dict(), "figures": [vars(f) for f in figures], "alpha": alpha.state(),
+        "baseline": judge.state(),
+    }  # fmt: skip
+
+
+def measured() -> dict:
+    """Factors, EK-FAC's squares, re-estimated norms and an evaluation of a network whose switches differ by image."""
+    net, found = network(), {}
+    layers = prunable_layers(net)
+    for kind, repeats in (("true", 2), ("empirical", 1)):
+        draws = torch.Generator().manual_seed(5)
+        pass_ = lambda: shared_batches(images(), 8, NORMALISATION)  # noqa: E731 - the last batch holds one image
+        factors = collect_factors(net, layers, pass_(), kind, draws, repeats)
+        bases = {name: eigenbasis(factor) for name, factor in factors.items()}
+        # Signs of eigenvectors are no concern of the processes: squares in the layers' own coordinates, too.
+        found[kind] = {
+            "A": {name: f.A for name, f in factors.items()}, "G": {name: f.G for name, f in factors.items()},
+            "squares": gradient_squares(net, layers, {}, pass_(), kind, draws, repeats),
+            "rotated": gradient_squares(net, layers, bases, pass_(), kind, draws, repeats),
+        }  # fmt: skip
+    net.gate.decision.weight.data.mul_(30)
+    net.gate.decision.bias.data.zero_()
+    for rule in (all_on, thresholded):
+        reestimate_batch_norms(net, dealt_batches(images(), 8, NORMALISATION), rule)
+        found[rule.__name__] = {key: value.clone() for key, value in net.state_dict().items()}
+    evaluation = evaluate(net, images(), NORMALISATION, batch_size=6)
+    found["evaluation"] = vars(evaluation)
+    found["normalisation"] = list(training_normalisation(images(), 4).mean)
+    return found
+
+
+def all_figures() -> dict:
+    return {
+        "supervised": supervised(),
+        "greedy, frozen": reinforced("greedy", "frozen", "rnn"),
+        "batch, frozen, ff2": reinforced("batch", "frozen", "ff2"),
+        "learned, follow": reinforced("learned", "follow", "rnn"),
+        "measured": measured(),
+    }
+
+
+def run_stage(stage: str, given: list[str]) -> None:
+    sys.argv = [SCRIPTS[stage], *given]
+    importlib.import_module(SCRIPTS[stage].removesuffix(".py")).main()
+
+
+# Few steps: rounding grows from step to step.
+SHORT = {
+    "sp": ["--epochs", "2"],
+    "pruned": ["--set=max_iter=1", "--set=epochs_start=1", "--set=epochs_end=1"],
+    "rl_pruned": ["--epochs", "2"],
+}
+
+
+def chain(data: Path, results: Path) -> None:
+    for stage in SCRIPTS:
+        run_stage(stage, [*arguments(stage, data, results), *SHORT[stage]])
+
+
+def lose(given: list[str]) -> None:
+    record = Run.record
+
+    def dying(self: Run, step: int, *args, **kwargs) -> None:
+        record(self, step, *args, **kwargs)
+        if step == 3 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.record = dying
+    run_stage("sp", given)
+
+
+def main() -> None:
+    task, output, *given = sys.argv[1:]
+    torch.set_num_threads(1)
+    latency.SECONDS = 0.0
+    if task == "figures":
+        found = all_figures()
+        torch.save(found, f"{output}.{parallel.rank()}")
+    elif task == "chain":
+        chain(Path(given[0]), Path(output))
+    elif task == "lose":
+        lose(given)
+    elif task == "refuse":
+        if parallel.rank() == 1:
+            raise UserError("process 1 has found a mistake")
+        parallel.wait()
+
+
+if __name__ == "__main__":
+    run_command(parallel.joined(main))

@@ -1,0 +1,178 @@
+"""The cache of decoded images: used when nothing has changed, made anew when something has, never in the way."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_shapes
+from PIL import Image
+
+from utils import cache, data
+from utils.cache import cache_files, content_key, read_cache, write_cache
+from utils.data import DataSet, load_data
+
+PARTS = {"train": 4, "test": 2}
+FILES = 3 * sum(PARTS.values())
+
+
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that have been decoded since."""
+    seen: list[Path] = []
+    original = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path, size: (seen.append(path), original(path, size))[1])
+    return seen
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return write_shapes(tmp_path / "data", PARTS)
+
+
+def load(root: Path, size: int = 8) -> DataSet:
+    return load_data(str(root), "png", size, 2)
+
+
+def assert_same(a: DataSet, b: DataSet) -> None:
+    for one, other in ((a.train, b.train), (a.test, b.test)):
+        assert torch.equal(one.pixels, other.pixels) and torch.equal(one.labels, other.labels)
+
+
+def test_the_second_start_does_not_decode(root: Path, decodes: list[Path]):
+    first = load(root)
+    assert len(decodes) == FILES
+    decodes.clear()
+    assert_same(load(root), first)
+    assert decodes == []
+    assert sorted(path.name for path in (root / ".decoded").iterdir()) == ["test-png-8.images", "train-png-8.images"]
+
+
+def test_each_size_has_its_own(root: Path, decodes: list[Path]):
+    load(root), load(root, 16)
+    decodes.clear()
+    assert load(root).train.image_size == 8 and load(root, 16).train.image_size == 16
+    assert decodes == []
+
+
+def add(folder: Path) -> None:
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "new.png")
+
+
+def remove(folder: Path) -> None:
+    (folder / "001.png").unlink()
+
+
+def rename(folder: Path) -> None:
+    (folder / "001.png").rename(folder / "zzz.png")
+
+
+def change_content(folder: Path) -> None:
+    """Another image of the same length under the same name: the time of change tells."""
+    before = (folder / "001.png").stat()
+    (folder / "001.png").write_bytes((folder / "002.png").read_bytes())
+    os.utime(folder / "001.png", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("change", [add, remove, rename, change_content])
+def test_it_is_made_anew_when_a_file_changes(root: Path, decodes: list[Path], change):
+    load(root)
+    change(root / "train" / "middle")
+    decodes.clear()
+    changed = load(root)
+    files = sorted((root / "train").glob("*/*.png"))
+    assert sorted(decodes) == files, "the part that changed, and no other"
+    expected = np.stack([np.asarray(Image.open(file)) for file in files]).transpose(0, 3, 1, 2)
+    assert np.array_equal(changed.train.pixels.numpy(), expected)
+    decodes.clear()
+    load(root)
+    assert decodes == []
+
+
+def half_written(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def one_bit_of_a_pixel(content: bytes) -> bytes:
+    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        half_written,
+        one_bit_of_a_pixel,
+        lambda content: content + b"\0",
+        lambda content: content[:10],
+        lambda content: b"",
+        lambda content: b"x" + content[1:],
+        lambda content: content[:-500] + bytes(500),  # what a crash leaves of a file that was not synchronised
+    ],
+    ids=["half", "bit", "longer", "header", "empty", "magic", "zeros"],
+)
+def test_damage_is_noticed(root: Path, decodes: list[Path], damage):
+    first = load(root)
+    file = root / ".decoded" / "train-png-8.images"
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    decodes.clear()
+    assert_same(load(root), first)
+    assert len(decodes) == 3 * PARTS["train"]
+    assert file.read_bytes() == whole, "it is mended"
+
+
+def test_a_copy_of_the_folder_keeps_its_cache(root: Path, decodes: list[Path], tmp_path: Path):
+    """Paths in the key are relative: the same data is found under another mount point."""
+    load(root)
+    shutil.copytree(root, tmp_path / "elsewhere")  # with times of change
+    decodes.clear()
+    load(tmp_path / "elsewhere")
+    assert decodes == []
+
+
+def test_a_folder_that_cannot_be_written_has_its_cache_in_the_users(root: Path, decodes: list[Path], tmp_path: Path):
+    (root / ".decoded").write_text("in the way: a file, where even root can make no folder")
+    first = load(root)
+    assert len(list((tmp_path / "user" / "decoded-images").glob("data-*/*.images"))) == 2
+    decodes.clear()
+    assert_same(load(root), first)
+    assert decodes == []
+
+
+def test_where_nothing_can_be_written_nobody_is_bothered(root: Path, decodes: list[Path], tmp_path: Path, capfd):
+    (root / ".decoded").write_text("")
+    (tmp_path / "user").write_text("")
+    assert_same(load(root), load(root))
+    assert len(decodes) == 2 * FILES and capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_left_alone(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    load(root)
+    assert not list(tmp_path.rglob("*.images"))
+
+
+def test_an_interrupted_write_leaves_the_old_file(root: Path, monkeypatch: pytest.MonkeyPatch):
+    pixels = np.zeros((2, 3, 4, 4), np.uint8)
+    files = cache_files(root, "train", "png", 4)[:1]
+    write_cache(files, bytes(32), pixels)
+
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(files, bytes(32), pixels + 1)
+    assert np.array_equal(read_cache(files, bytes(32), 2, 4), pixels)
+    assert [path.name for path in files[0].parent.iterdir()] == [files[0].name], "no temporary file stays"
+
+
+def test_the_key_depends_on_everything_that_decides_the_pixels(root: Path):
+    files = sorted((root / "train").glob("*/*.png"))
+    key = content_key(root / "train", files, 8)
+    assert key == content_key(root / "train", files, 8) and len(key) == 32
+    assert key != content_key(root / "train", files, 9) != content_key(root / "train", files[:-1], 9)

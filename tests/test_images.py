@@ -1,0 +1,147 @@
+"""Images that do not fit: fetched batch by batch, they are the same batches."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import arguments, run_folder
+from conftest import write_shapes
+from test_data import UNCHANGED, numbered
+from test_fine_tuning import small
+
+import main_sp
+from utils import images, memory, parallel
+from utils.augment import measure_normalisation
+from utils.data import load_data, plain_batches, split_data, training_batches, training_normalisation
+from utils.errors import UserError
+from utils.evaluate import evaluate
+from utils.images import FetchedSet, HostPixels, ImageSet
+from utils.run import BEST, LAST, Run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def streamed(shapes: Path, monkeypatch: pytest.MonkeyPatch):
+    """The data set as it is where it does not fit into memory."""
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000.0)
+    return load_data(str(shapes), "png", 8, 2)
+
+
+def test_the_rule_is_a_third_of_the_available_memory(shapes: Path, monkeypatch: pytest.MonkeyPatch):
+    needed = (120 + 30) * 3 * 8 * 8
+    for available, kind in ((3 * needed, ImageSet), (3 * needed - 3, FetchedSet)):
+        monkeypatch.setattr(memory, "available_memory", lambda available=available: float(available))
+        data = load_data(str(shapes), "png", 8, 2)
+        assert type(data.train) is type(data.test) is kind
+    monkeypatch.setattr(memory, "available_memory", lambda: 3.0 * needed)
+    monkeypatch.setattr(parallel, "processes_of_this_machine", lambda: 2)
+    assert type(load_data(str(shapes), "png", 8, 2).train) is FetchedSet
+
+
+def test_memory_is_measured():
+    assert 2**20 < memory.available_memory() < 2**50
+
+
+def test_streamed_batches_equal_those_in_memory(shapes: Path, streamed):
+    assert type(streamed.train) is FetchedSet
+    assert torch.equal(streamed.train.pixels, loaded(shapes).train.pixels)
+    splits, expected = (split_data(d, 0.2, 3) for d in (streamed, loaded(shapes)))
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    for _ in range(2):  # epochs
+        a, b = (
+            list(training_batches(s.train, 16, g, UNCHANGED, flip=True))
+            for s, g in zip((splits, expected), generators, strict=True)
+        )
+        assert len(a) == 6
+        for (x, y), (x_held, y_held) in zip(a, b, strict=True):
+            assert torch.equal(x, x_held) and torch.equal(y, y_held)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    for a, b in zip(
+        plain_batches(splits.choose, 7, UNCHANGED), plain_batches(expected.choose, 7, UNCHANGED), strict=True
+    ):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert training_normalisation(splits.train, 10) == measure_normalisation(expected.train.pixels)
+
+
+def loaded(shapes: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "available_memory", lambda: float("inf"))
+        return load_data(str(shapes), "png", 8, 2)
+
+
+def test_subsets_and_evaluations_are_those_of_images_in_memory():
+    held = numbered(30)
+    fetched = FetchedSet(HostPixels(held.pixels), torch.arange(30), held.labels, CPU)
+    for index in (slice(3, 20), slice(None, None, 4), torch.tensor([5, 1, 28])):
+        assert torch.equal(fetched[index].pixels, held[index].pixels)
+        assert torch.equal(fetched[index][1:].labels, held[index][1:].labels)
+    assert (len(fetched), fetched.image_size) == (30, 8)
+    a, b = (evaluate(small(), s, UNCHANGED, batch_size=8) for s in (fetched, held))
+    assert (a.loss, a.accuracy) == (b.loss, b.accuracy) and torch.equal(a.decisions, b.decisions)
+
+
+def test_only_a_few_batches_are_fetched_ahead(monkeypatch: pytest.MonkeyPatch, streamed):
+    seen = []
+    original = images.read_image
+    monkeypatch.setattr(images, "read_image", lambda path, size: (seen.append(path), original(path, size))[1])
+    batches = streamed.train.batches(torch.arange(120).split(10))
+    next(batches)
+    batches.close()
+    assert 10 <= len(seen) <= 10 * (images.AHEAD + 1)
+
+
+def test_a_file_that_cannot_be_read_is_named_when_its_batch_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = write_shapes(tmp_path / "data", {"train": 4, "test": 2})
+    broken = root / "train" / "middle" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    monkeypatch.setattr(memory, "available_memory", lambda: 0.0)
+    train = load_data(str(root), "png", 8, 2).train
+    with pytest.raises(UserError, match=f"image {broken} cannot be read"):
+        list(train.batches(torch.arange(12).split(4)))
+
+
+def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(
+    chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stage 1 to the last bit: weights, optimiser, random state and metrics."""
+    monkeypatch.setattr(memory, "available_memory", lambda: 0.0)
+    given = arguments("sp", shapes, tmp_path)
+    record = Run.record
+
+    def interrupted(self: Run, step: int, *args, **kwargs) -> None:
+        record(self, step, *args, **kwargs)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["main_sp.py", *given])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "record", interrupted)
+        main_sp.main()
+    monkeypatch.setattr(sys, "argv", ["main_sp.py", *given, "--resume"])
+    main_sp.main()
+    streamed, whole = run_folder(tmp_path, "sp"), run_folder(chain, "sp")
+    for name in (BEST, LAST):
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (streamed, whole))
+        assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in b["weights"])
+        assert a["metrics"] == b["metrics"] and a["normalisation"] == b["normalisation"]
+    assert torch.equal(a["training"]["random"]["data"], b["training"]["random"]["data"])
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (streamed, whole)]
+    assert [json.loads(line) for line in lines[0]] == [json.loads(line) for line in lines[1]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_images_that_do_not_fit_on_the_gpu_come_there_batch_by_batch(monkeypatch: pytest.MonkeyPatch):
+    device, held = torch.device("cuda"), numbered(30)
+    resident = held.to(device)
+    monkeypatch.setattr(images, "fits_on", lambda device, size: False)
+    fetched = held.to(device)
+    assert (type(resident), type(fetched)) == (ImageSet, FetchedSet)
+    epochs = [
+        list(training_batches(s, 8, torch.Generator().manual_seed(0), UNCHANGED, flip=True))
+        for s in (resident, fetched)
+    ]
+    for (x, y), (x_fetched, y_fetched) in zip(*epochs, strict=True):
+        assert x.is_cuda and x_fetched.is_cuda and torch.equal(x, x_fetched) and torch.equal(y, y_fetched)

@@ -1,0 +1,166 @@
+"""Two processes on the CPU give the result of one, and end together with one clear sentence.
+
+Sums are the same up to the order of their terms, so figures agree to float32's rounding, grown over some steps.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from commands import ENVIRONMENT, EPOCHS, ROOT, SCRIPTS, arguments, metrics, run, run_folder
+from torch import nn
+
+from utils import latency, parallel
+from utils.data import batch_ends, check_batches
+from utils.errors import UserError
+from utils.run import BEST, LAST
+from utils.shared_norms import SharedBatchNorm, with_shared_norms
+
+TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
+HELPER = str(ROOT / "tests" / "processes.py")
+
+
+def together(*given: str, count: int = 2) -> list[subprocess.CompletedProcess[str]]:
+    """The helper in several processes as torchrun starts them, without the seconds that torchrun takes itself."""
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {**ENVIRONMENT, **shared, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, HELPER, *given], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=150) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [subprocess.CompletedProcess(given, p.returncode, *o) for p, o in zip(started, outputs, strict=True)]
+
+
+def assert_close(a: object, b: object, where: str, **tolerance: float) -> None:
+    tolerance = tolerance or TOLERANCE
+    if isinstance(b, dict):
+        assert a.keys() == b.keys(), where
+        for key in b:
+            assert_close(a[key], b[key], f"{where}.{key}", **tolerance)
+    elif isinstance(b, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_close(x, y, f"{where}[{i}]", **tolerance)
+    elif isinstance(b, torch.Tensor):
+        torch.testing.assert_close(a, b, msg=lambda text: f"{where}: {text}", **tolerance)
+    elif b is None or isinstance(b, str):
+        assert a == b, where
+    else:
+        assert a == pytest.approx(b, rel=tolerance["rtol"], abs=tolerance["atol"]), where
+
+
+def test_training_measuring_and_evaluating(tmp_path: Path):
+    """Every baseline and mode of batch norms, uneven parts, blocks that a process or all of them skip."""
+    for done in together("figures", str(tmp_path / "found")):
+        assert done.returncode == 0, done.stderr
+    found, other = (torch.load(tmp_path / f"found.{rank}", weights_only=False) for rank in range(2))
+    alone = processes.all_figures()
+    for name, expected in alone.items():
+        assert_close(found[name], expected, name)
+    # Weights after the same sums are the same to the last bit in both processes, or they would drift apart.
+    for name in set(alone) - {"measured"}:
+        for key, weight in found[name]["weights"].items():
+            assert torch.equal(weight, other[name]["weights"][key]), (name, key)
+    # Nothing grows over steps here: rounding alone.
+    assert_close(found["measured"], alone["measured"], "measured", rtol=1e-4, atol=1e-6)
+
+
+def test_the_three_stages(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, second = together("chain", str(tmp_path / "two"), str(shapes))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stderr == second.stderr == second.stdout == "", "one process speaks"
+    assert first.stdout.count("w/ Static and Dynamic Pruning") == 1
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    monkeypatch.setattr(sys, "argv", [])
+    processes.chain(shapes, tmp_path / "one")
+    for stage in SCRIPTS:
+        folder, alone = (run_folder(tmp_path / count, stage) for count in ("two", "one"))
+        names = {path.name for path in alone.iterdir() if not path.name.startswith("events.")}
+        assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} == names
+        assert len(list(folder.glob("events.*"))) == 1, "one process writes"
+        assert_close(metrics(folder), metrics(alone), stage)
+        for name in (BEST, LAST):
+            a, b = (torch.load(path / name, weights_only=True) for path in (folder, alone))
+            assert a["architecture"] == b["architecture"], f"{stage}: the same ranks"
+            assert_close(a["weights"], b["weights"], f"{stage}.{name}")
+            assert_close(a["progress"], b["progress"], f"{stage}.{name}")
+            if name == LAST:
+                assert_close(a["training"], b["training"], f"{stage}.{name}")
+
+
+def test_a_process_that_dies_ends_the_run_which_can_be_resumed(chain: Path, shapes: Path, tmp_path: Path):
+    """By torchrun itself; what it leaves is gone on with by one process and ends where that alone would have ended."""
+    given = arguments("sp", shapes, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HELPER, "lose"]
+    done = subprocess.run([*command, "-", *given], env=ENVIRONMENT, capture_output=True, text=True, timeout=150)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == [
+        "error: a process of this run has ended, so process 0 of 2 ends too; what was saved is kept: the same command "
+        "with --resume continues from there"
+    ]
+    last = torch.load(run_folder(tmp_path, "sp") / LAST, weights_only=True)
+    assert last["progress"]["step"] in (2, 3)
+    run("sp", [*given, "--resume"])
+    resumed, whole = metrics(run_folder(tmp_path, "sp")), metrics(run_folder(chain, "sp"))
+    assert [line["step"] for line in resumed] == list(range(1, EPOCHS["sp"] + 1))
+    assert_close(resumed, whole, "metrics", rtol=0.02, atol=2e-3)
+
+
+def test_the_first_process_that_fails_says_why_and_the_others_nothing():
+    done = together("refuse", "-", count=3)
+    assert [process.returncode for process in done] == [1, 2, 1]
+    assert [process.stderr for process in done] == ["", "error: process 1 has found a mistake\n", ""]
+
+
+def test_batches_must_go_round(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parallel, "processes", lambda: 4)
+    check_batches(100, 4)
+    with pytest.raises(UserError, match="4 processes cannot share batches of 3 images"):
+        check_batches(100, 3)
+    assert batch_ends(11, 4) == [4, 11] and batch_ends(12, 4) == [4, 8, 12]
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (7, 4, 3, 3)])
+def test_a_shared_norm_alone_is_a_plain_one(shape: tuple[int, ...]):
+    """In float64, so that a wrong term could not hide: outputs, statistics and all gradients."""
+    torch.manual_seed(0)
+    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1]).double()
+    nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
+    holder = nn.Sequential(type(plain)(shape[1]).double())
+    holder.load_state_dict({f"0.{key}": value.clone() for key, value in plain.state_dict().items()})
+    shared = with_shared_norms(holder)[0]
+    assert type(shared) is SharedBatchNorm
+    for _ in range(2):
+        x = torch.randn(shape, dtype=torch.float64) * 2 + 3
+        g, results = torch.randn(shape, dtype=torch.float64), []
+        for norm in (plain, shared):
+            own = x.clone().requires_grad_()
+            y = norm(own)
+            gradients = torch.autograd.grad(y, [own, norm.weight, norm.bias], g)
+            results.append([y.detach(), *gradients, *norm.state_dict().values()])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    plain.eval(), shared.eval()
+    torch.testing.assert_close(shared(x), plain(x), rtol=1e-12, atol=0)
+
+
+def test_one_process_needs_no_torchrun():
+    assert (parallel.processes(), parallel.rank(), parallel.is_writer()) == (1, 0, True)
+    tensor = torch.arange(5.0)
+    assert parallel.summed(tensor) is tensor and torch.equal(parallel.part(tensor), tensor)
+    assert parallel.own_slice(7) == slice(0, 7) and parallel.own_slice(0) == slice(0, 0)
+    assert parallel.from_writer(tensor) is tensor and "RANK" not in os.environ
