@@ -1,0 +1,193 @@
+"""The training step made faster in other ways does what the plain one does, within the precision of each."""
+
+import copy
+import functools
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from commands import arguments, metrics, run_folder
+from torch.nn import functional as F
+
+import main_sp
+from gating.baselines import Baseline
+from gating.forward import training_forward
+from gating.reinforce import Objective, reinforce_epoch
+from gating.steering import SteeredAlpha
+from gating.supervised import half_held_open, supervised_epoch
+from models import ResNet, build_network, sampled, sampled_straight_through
+from utils import latency
+from utils.augment import Normalisation
+from utils.data import training_batches
+from utils.device import placed
+from utils.images import ImageSet
+from utils.training import reinforcement_optimisers, restore_optimiser, sgd
+
+CPU = torch.device("cpu")
+RULES = {"sp": (half_held_open, 1), "rl": (sampled, 0), "straight-through": (sampled_straight_through, 0)}
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch):
+    """torch.compile without its code generator, which takes a minute here: traced, differentiated, run op by op.
+
+    ``fullgraph`` refuses any part that a compiler would leave to Python.
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+
+
+def network(gate: str = "rnn") -> ResNet:
+    torch.manual_seed(0)
+    return build_network("resnet", depth=8, num_classes=5, width=8, gate=gate).train()
+
+
+def drawn(rule: str, gate: str = "rnn") -> tuple:
+    torch.manual_seed(1)
+    function, extra = RULES[rule]
+    return torch.randn(24, 3, 8, 8), torch.randint(0, 5, (24,)), function, (torch.rand(24, extra + 2),)
+
+
+def step(net: ResNet, forward, x, y, rule, numbers) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss, to which the switches' certainty adds, and the gradients of all parameters."""
+    output = forward(x, rule, numbers, False)
+    loss = F.cross_entropy(output.logits.float(), y) + output.probabilities.square().mean()
+    return loss.detach(), list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+@pytest.mark.parametrize(("gate", "rule"), [("rnn", "sp"), ("rnn", "rl"), ("ff1", "straight-through")])
+def test_compiled(gate: str, rule: str, traced):
+    plain = network(gate)
+    other = copy.deepcopy(plain)
+    keys = list(other.state_dict())
+    given = drawn(rule, gate)
+    forward = training_forward(other, compiled=True)
+    for part in (slice(None), slice(0, 15)):  # the last batch of an epoch has another size
+        x, y, function, (numbers,) = given
+        batch = (x[part], y[part], function, (numbers[part],))
+        loss, gradients = step(plain, training_forward(plain), *batch)
+        loss_compiled, gradients_compiled = step(other, forward, *batch)
+        torch.testing.assert_close(loss_compiled, loss, rtol=1e-5, atol=0)
+        for a, b in zip(gradients_compiled, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert list(other.state_dict()) == keys
+    for key, value in plain.state_dict().items():  # batch norms' statistics
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_channels_last(rule: str):
+    plain = network()
+    other = placed(copy.deepcopy(plain), CPU)
+    assert other.blocks[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    (loss, gradients), (loss_other, gradients_other) = (
+        step(net, training_forward(net), *drawn(rule)) for net in (plain, other)
+    )
+    torch.testing.assert_close(loss_other, loss, rtol=1e-5, atol=0)
+    for a, b in zip(gradients_other, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_autocast(compiled: bool, traced):
+    """bf16 keeps 8 bits: a relative error of 2^-9 an operation, here over some twenty in a row."""
+    plain = network()
+    other = copy.deepcopy(plain)
+    loss, _ = step(plain, training_forward(plain), *drawn("sp"))
+    forward = training_forward(other, compiled)
+
+    def autocast(*given):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return forward(*given)
+
+    loss_bf16, _ = step(other, autocast, *drawn("sp"))
+    torch.testing.assert_close(loss_bf16, loss, rtol=0.02, atol=0)
+    assert loss_bf16 != loss, "it does run in bf16"
+
+
+def test_stage_1_with_compile(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced):
+    """The flag, and a checkpoint that anyone can load."""
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        given = [*arguments("sp", shapes, tmp_path / name), "--epochs", "1", *more]
+        monkeypatch.setattr(sys, "argv", ["main_sp.py", *given])
+        main_sp.main()
+    folders = [run_folder(tmp_path / name, "sp") for name in ("plain", "compiled")]
+    plain, compiled = (metrics(folder)[0] for folder in folders)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    a, b = (torch.load(folder / "best.pt", weights_only=True)["weights"] for folder in folders)
+    assert list(a) == list(b)
+
+
+def test_drawn_numbers_decide_and_each_switch_has_its_own():
+    numbers = torch.tensor([[0.2, 0.9], [0.6, 0.1]])
+    p = torch.tensor([0.5, 0.5])
+    for rule in (sampled(numbers), sampled_straight_through(numbers)):
+        assert rule(p).tolist() == [1, 0] and rule(p).tolist() == [0, 1]
+    held = half_held_open(torch.tensor([[0.4, 0.9], [0.6, 0.9], [0.9, 0.1]]))
+    assert held(torch.full((3,), 0.5)).tolist() == [1, 0, 1]
+    assert sampled(torch.zeros(1, 1))(torch.tensor([float("nan")])).item() == 0
+
+
+def test_an_optimiser_keeps_its_own_kernels_when_its_state_comes_from_another_device():
+    net = network()
+    optimiser = sgd(net, 0.1, 0.9, 0.0)
+    state = optimiser.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = True  # as a GPU saves it
+        group["lr"] = 0.3
+    restore_optimiser(optimiser, state)
+    assert all(group["fused"] is None and group["lr"] == 0.3 for group in optimiser.param_groups)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("stage", ["sp", "rl"])
+def test_a_step_does_not_wait_for_the_gpu(stage: str):
+    """As many synchronisations in an epoch of twenty steps as in one of ten."""
+    device = torch.device("cuda")
+    net, draws = placed(network(), device), torch.Generator(device).manual_seed(0)
+    normalisation = Normalisation((0.5,) * 3, (0.2,) * 3)
+
+    def epoch(steps: int) -> int:
+        images = ImageSet(torch.zeros(16 * steps, 3, 8, 8, dtype=torch.uint8), torch.arange(16 * steps) % 5).to(device)
+        batches = training_batches(images, 16, torch.Generator().manual_seed(0), normalisation, True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                if stage == "sp":
+                    supervised_epoch(net, batches, steps, sgd(net, 0.1, 0.9, 0.0), lambda _: 0.1, draws, "")
+                else:
+                    reinforce_epoch(
+                        net, batches, steps, reinforcement_optimisers(net, 0.1, 0.9, 0.0), lambda _: 0.1,
+                        Objective(1.0, 1.0, 0.0), SteeredAlpha(0.1, 1.0, 1.0, 0.5, steps, device),
+                        torch.tensor([0.5, 0.5]), Baseline("greedy", 2, device), "frozen", draws, "",
+                    )  # fmt: skip
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    epoch(10)
+    assert epoch(20) == epoch(10)
+
+
+@needs_gpu
+def test_the_fused_optimiser_takes_the_same_step():
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 5, (16,))
+    results = []
+    for device in (CPU, torch.device("cuda")):
+        net = placed(network(), device)
+        optimiser = sgd(net, 0.1, 0.9, 5e-4)
+        assert all(bool(group["fused"]) == (device.type == "cuda") for group in optimiser.param_groups)
+        for _ in range(2):
+            optimiser.zero_grad()
+            F.cross_entropy(net(x.to(device)).logits, y.to(device)).backward()
+            optimiser.step()
+        results.append({key: value.cpu() for key, value in net.state_dict().items()})
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-2, atol=1e-3)
