@@ -108,6 +108,7 @@ def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(
 ):
     """Stage 1 to the last bit: weights, optimiser, random state and metrics."""
     monkeypatch.setattr(memory, "available_memory", lambda: 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = arguments("sp", shapes, tmp_path)
     record = Run.record
 

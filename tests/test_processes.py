@@ -85,6 +85,7 @@ def test_the_three_stages(shapes: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert first.stdout.count("w/ Static and Dynamic Pruning") == 1
     monkeypatch.setattr(latency, "SECONDS", 0.0)
     monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     processes.chain(shapes, tmp_path / "one")
     for stage in SCRIPTS:
         folder, alone = (run_folder(tmp_path / count, stage) for count in ("two", "one"))

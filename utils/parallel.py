@@ -140,18 +140,18 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     A parameter that no process used, in a block that every image skipped, is left without a gradient, as one process
     would leave it: momentum and weight decay do not move it.
     """
-    parameters = [p for p in parameters if p.requires_grad]
-    if processes() == 1 or not parameters:
+    if processes() == 1:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    used = gradients[0].new_tensor([p.grad is not None for p in parameters])
-    total = summed(torch.cat([*(g.flatten() for g in gradients), used]))
-    *parts, used = total.split([*(p.numel() for p in parameters), len(parameters)])
-    for i, (p, gradient) in enumerate(zip(parameters, parts, strict=True)):
-        if p.grad is not None:  # only one that is unused here makes a GPU wait for the answer
-            p.grad.copy_(gradient.view_as(p))
-        elif used[i] > 0:
-            p.grad = gradient.view_as(p).clone(memory_format=torch.preserve_format)
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters[0].is_cuda:  # on a GPU no block is skipped in training, and asking would make it wait
+        used = summed(torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32))
+        for p, by in zip(parameters, used.tolist(), strict=True):
+            if by and p.grad is None:
+                p.grad = torch.zeros_like(p)
+    parameters = [p for p in parameters if p.grad is not None]
+    total = summed(torch.cat([p.grad.flatten() for p in parameters]))
+    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(gradient.view_as(p))
 
 
 def same_everywhere(network: nn.Module) -> None:
