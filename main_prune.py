@@ -86,7 +86,7 @@ def main() -> None:
     if state.training:
         randomness.restore(state.training["random"])
     with run:
-        run.say(f"{run.path} on {device}: pruning {state.source}")
+        run.say(f"{run.path} on {device}, {splits.place}: pruning {state.source}")
         run.say(f"{splits.chosen_on} accuracy of stage 1 {state.original['accuracy']:.2%}")
         if not resume:  # an interruption in the first iteration leaves a run to resume, too
             state.training = {"random": randomness.state()}

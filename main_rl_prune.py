@@ -125,7 +125,7 @@ def main() -> None:
         save_checkpoint(run.path / LAST, dataclasses.replace(state, weights=network.state_dict(), training=training))
 
     with run:
-        run.say(f"{run.path} on {device}: starting from {state.source}")
+        run.say(f"{run.path} on {device}, {splits.place}: starting from {state.source}")
         start = evaluate(network, splits.choose, normalisation)
         run.say(
             f"{splits.chosen_on} accuracy {start.accuracy:.2%}, to stay above {budget.floor:.2%} (stage 1 had "

@@ -97,9 +97,11 @@ def main() -> None:
         return {"optimiser": optimiser.state_dict(), "random": randomness.state()}
 
     with run:
-        run.say(f"{run.path} on {device}: {len(splits.train)} images to train, {len(splits.choose)} to choose by")
-        run.say(f"{args.network}{args.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
         splits = splits.to(device)
+        run.say(
+            f"{run.path} on {device}, {splits.place}: {len(splits.train)} to train, {len(splits.choose)} to choose by"
+        )
+        run.say(f"{args.network}{args.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
         steps = len(batch_ends(len(splits.train), args.bs))
         forward = training_forward(network, args.compile)
         if not args.resume:  # an interruption in the first epoch leaves a run to resume, too

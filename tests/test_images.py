@@ -124,6 +124,7 @@ def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(
     monkeypatch.setattr(sys, "argv", ["main_sp.py", *given, "--resume"])
     main_sp.main()
     streamed, whole = run_folder(tmp_path, "sp"), run_folder(chain, "sp")
+    assert "images decoded batch by batch" in (streamed / "log.txt").read_text()
     for name in (BEST, LAST):
         a, b = (torch.load(folder / name, weights_only=True) for folder in (streamed, whole))
         assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in b["weights"])

@@ -62,11 +62,24 @@ def assert_close(a: object, b: object, where: str, **tolerance: float) -> None:
         assert a == pytest.approx(b, rel=tolerance["rtol"], abs=tolerance["atol"]), where
 
 
-def test_training_measuring_and_evaluating(tmp_path: Path):
+@pytest.fixture(scope="module")
+def two(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
+    """What two processes have left behind, and how they ended."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, together("all", str(folder), str(shapes))
+
+
+def test_the_first_process_that_fails_says_why_and_the_others_nothing(two):
+    """Nothing else has been said on standard error, and by one process alone on the other."""
+    first, second = two[1]
+    assert (second.returncode, second.stderr) == (2, "error: process 1 has found a mistake\n")
+    assert (first.returncode, first.stderr, second.stdout) == (1, "", "")
+    assert first.stdout.count("| w/ Static and Dynamic Pruning |") == 1
+
+
+def test_training_measuring_and_evaluating(two):
     """Every baseline and mode of batch norms, uneven parts, blocks that a process or all of them skip."""
-    for done in together("figures", str(tmp_path / "found")):
-        assert done.returncode == 0, done.stderr
-    found, other = (torch.load(tmp_path / f"found.{rank}", weights_only=False) for rank in range(2))
+    found, other = (torch.load(two[0] / f"figures.{rank}", weights_only=False) for rank in range(2))
     alone = processes.all_figures()
     for name, expected in alone.items():
         assert_close(found[name], expected, name)
@@ -78,17 +91,13 @@ def test_training_measuring_and_evaluating(tmp_path: Path):
     assert_close(found["measured"], alone["measured"], "measured", rtol=1e-4, atol=1e-6)
 
 
-def test_the_three_stages(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    first, second = together("chain", str(tmp_path / "two"), str(shapes))
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert first.stderr == second.stderr == second.stdout == "", "one process speaks"
-    assert first.stdout.count("w/ Static and Dynamic Pruning") == 1
+def test_the_three_stages(two, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(latency, "SECONDS", 0.0)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     processes.chain(shapes, tmp_path / "one")
     for stage in SCRIPTS:
-        folder, alone = (run_folder(tmp_path / count, stage) for count in ("two", "one"))
+        folder, alone = (run_folder(results, stage) for results in (two[0] / "two", tmp_path / "one"))
         names = {path.name for path in alone.iterdir() if not path.name.startswith("events.")}
         assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} == names
         assert len(list(folder.glob("events.*"))) == 1, "one process writes"
@@ -119,12 +128,6 @@ def test_a_process_that_dies_ends_the_run_which_can_be_resumed(chain: Path, shap
     resumed, whole = metrics(run_folder(tmp_path, "sp")), metrics(run_folder(chain, "sp"))
     assert [line["step"] for line in resumed] == list(range(1, EPOCHS["sp"] + 1))
     assert_close(resumed, whole, "metrics", rtol=0.02, atol=2e-3)
-
-
-def test_the_first_process_that_fails_says_why_and_the_others_nothing():
-    done = together("refuse", "-", count=3)
-    assert [process.returncode for process in done] == [1, 2, 1]
-    assert [process.stderr for process in done] == ["", "error: process 1 has found a mistake\n", ""]
 
 
 def test_batches_must_go_round(monkeypatch: pytest.MonkeyPatch):

@@ -53,6 +53,12 @@ class Splits:
     test: Images
     chosen_on: str  # "validation", or "test" where no image was set aside
 
+    @property
+    def place(self) -> str:
+        """Where the training images are, as a run says it."""
+        place = f"images {self.train.place}"
+        return place if parallel.processes() == 1 else f"{place}, {parallel.processes()} processes"
+
     def to(self, device: torch.device) -> "Splits":
         return Splits(self.train.to(device), self.choose.to(device), self.test.to(device), self.chosen_on)
 

@@ -41,6 +41,10 @@ class ImageSet:
     def image_size(self) -> int:
         return self.pixels.shape[-1]
 
+    @property
+    def place(self) -> str:
+        return "in memory" if self.device.type == "cpu" else "in the GPU's memory"
+
     def batches(self, groups: Sequence[Tensor]) -> Iterator["ImageSet"]:
         """The images of each group of indices, int64 on the CPU."""
         if not groups:
@@ -65,6 +69,9 @@ class Source(Protocol):
     @property
     def workers(self) -> int: ...
 
+    @property
+    def place(self) -> str: ...
+
     def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
         """Begin to fetch the images of these indices; the function returned waits for them, uint8 [n, 3, H, W]."""
 
@@ -75,6 +82,7 @@ class HostPixels:
 
     pixels: Tensor
     workers = AHEAD
+    place = "in main memory"
 
     @property
     def image_size(self) -> int:
@@ -91,6 +99,7 @@ class ImageFiles:
     paths: np.ndarray  # of Path, [all images]
     image_size: int
     workers: int
+    place = "decoded batch by batch"
 
     def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
         waiting = [pool.submit(read_image, path, self.image_size) for path in self.paths[members.numpy()]]
@@ -118,6 +127,10 @@ class FetchedSet:
     @property
     def image_size(self) -> int:
         return self.source.image_size
+
+    @property
+    def place(self) -> str:
+        return self.source.place
 
     @property
     def pixels(self) -> Tensor:
