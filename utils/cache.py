@@ -24,13 +24,14 @@ MAGIC = b"decoded-images-1"
 def content_key(folder: Path, files: Sequence[Path], size: int) -> bytes:
     """Digest of the files' paths below ``folder``, lengths and times of change, of ``size`` and of Pillow's version."""
     digest = hashlib.sha256(f"{size} {PIL.__version__}\n".encode())
-    for path in files:
+    below = len(str(folder)) + 1
+    for path in map(str, files):
         try:
-            found = path.stat()
+            found = os.stat(path)
             state = f"{found.st_size} {found.st_mtime_ns}"
         except OSError:  # whoever reads it will say so
             state = "missing"
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{state}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{path[below:]}\0{state}\n".encode("utf-8", "surrogateescape"))
     return digest.digest()
 
 

@@ -5,6 +5,7 @@ downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that a
 batch by batch instead; the batches are the same.
 """
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -137,14 +138,13 @@ def _files(folder: Path, classes: list[str], suffixes: tuple[str, ...]) -> tuple
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(
-            p for p in (folder / name).iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")
-        )
+        inside = folder / name
+        found = sorted(p for p in os.listdir(inside) if p.lower().endswith(suffixes) and not p.startswith("."))
         if not found:
             raise UserError(
-                f"class folder {folder / name} holds no {' or '.join(suffixes)} file: add images or change --img_type"
+                f"class folder {inside} holds no {' or '.join(suffixes)} file: add images or change --img_type"
             )
-        files += found
+        files += [inside / p for p in found]
         labels += [label] * len(found)
     return files, torch.tensor(labels)
 

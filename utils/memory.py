@@ -52,4 +52,4 @@ def fits_on(device: torch.device, size: int) -> bool:
     """Whether ``size`` bytes of images should be kept on ``device``."""
     if device.type != "cuda":
         return True
-    return size <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+    return size <= GPU_SHARE * torch.cuda.mem_get_info()[0]
