@@ -6,6 +6,7 @@ network.  Writes result_dir/pruned/<data set>/<network><depth>/<run>/ and the re
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -151,14 +152,16 @@ def prune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet | None:
     settings, splits = stage.settings, stage.splits
     order = torch.randperm(len(splits.train), generator=stage.randomness.data)
     fisher = splits.train[order[: settings.fisher_images]]
+    how, keep_times = measuring_times(method(settings), stage.run)
     pruned = prune_once(
         network,
         lambda: plain_batches(fisher, settings.batch_size, stage.normalisation),
         stage.randomness.draws,
         image_size=settings.resize,
         goal=next_goal(settings, state, network),
-        method=method(settings),
+        method=how,
     )
+    keep_times()
     if pruned.nothing_changed:
         return None
     smaller = placed(pruned.network, stage.device)
@@ -178,7 +181,20 @@ def prune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet | None:
 
 
 def method(settings: PruneSettings) -> Method:
-    return Method(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Method)})
+    keys = {field.name for field in dataclasses.fields(Method)} & set(as_dictionary(settings))
+    return Method(**{key: getattr(settings, key) for key in keys})
+
+
+def measuring_times(method: Method, run: Run) -> tuple[Method, Callable[[], None]]:
+    """The method with measured times of layers where its objective asks for them, and what keeps their table."""
+    if method.objective != "latency":
+        return method, lambda: None
+    try:
+        from deploy.layer_times import LayerTimes
+    except ImportError:
+        raise UserError("objective latency measures layers with onnx and onnxruntime: install both") from None
+    times = LayerTimes(run.path / "layer_times.json")
+    return dataclasses.replace(method, seconds=times.seconds), times.save
 
 
 def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:

@@ -49,6 +49,7 @@ def prune(trained: Path, data: Path, *settings: str) -> subprocess.CompletedProc
     ("kind", "settings"),
     [
         ("flops", ["objective=flops", "decomposition=tucker", "distill=0.5"]),
+        ("flops", ["objective=latency", "decomposition=depthwise", "round_to=1"]),
         ("parameters", ["criterion=kron_obs", "reestimate_batch_norm=false", "prune_ratio_limit=0.95", "round_to=1"]),
     ],
 )
@@ -62,6 +63,7 @@ def test_the_last_iteration_lands_on_the_target(trained, shapes, kind, settings)
     assert 0.98 * 0.5**0.5 <= shares[0] <= 0.5**0.5
     assert 0.98 * 0.5 <= shares[1] <= 0.5
     assert (run / "ranks.png").exists()
+    assert (run / "layer_times.json").exists() == ("objective=latency" in settings)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     pruned = [line for line in lines if "Pruning/measured_rise" in line]
     assert len(pruned) == 2 and all("Pruning/predicted_rise" in line for line in pruned)
