@@ -1,6 +1,6 @@
 """An iteration in the eigenbasis: every 3x3 convolution loses directions and becomes a bottleneck.
 
-Source: EigenDamage (arXiv:1905.05934), section 4 and algorithm 2.
+Source: EigenDamage (arXiv:1905.05934), section 4.
 """
 
 from collections.abc import Mapping

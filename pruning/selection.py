@@ -79,7 +79,7 @@ def select(
     """Drop directions from the least regretted on until the goal is met.
 
     With the objective "saliency" all directions compete under one threshold, as in EigenDamage (arXiv:1905.05934),
-    algorithm 1.  With "flops", "parameters" or "latency" they compete by saliency over what the rebuilt layer really
+    section 4.  With "flops", "parameters" or "latency" they compete by saliency over what the rebuilt layer really
     saves, in batches: a first direction alone often saves nothing, since its rotation has to be paid for; and what goes
     with a direction of one side is no longer counted on the other.  A budget is met from below, and what fits into it
     again is then given back, the most salient first.
