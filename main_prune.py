@@ -30,7 +30,16 @@ from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.flops import network_cost
 from utils.results import report
-from utils.run import BEST, LAST, Run, finished_checkpoints, relative_to_results, source_path, stage_folder
+from utils.run import (
+    BEST,
+    LAST,
+    Run,
+    epochs_missing,
+    finished_checkpoints,
+    relative_to_results,
+    source_path,
+    stage_folder,
+)
 from utils.schedule import scheduled
 from utils.training import check_data, check_finite, epoch_scalars, layer_scalars, sgd
 
@@ -76,6 +85,9 @@ def main() -> None:
         randomness.restore(state.training["random"])
     with run:
         run.say(f"{run.path} on {device}: pruning {state.source}")
+        missing = epochs_missing(source_path(state.source, settings.result_dir))
+        if missing:
+            run.say(f"{state.source} is of a run that still has {missing} epochs to go: main_sp.py --resume ends it")
         run.say(f"{splits.chosen_on} accuracy of stage 1 {state.original['accuracy']:.2%}")
         if not resume:  # an interruption in the first iteration leaves a run to resume, too
             state.training = {"random": randomness.state()}
