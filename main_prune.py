@@ -6,6 +6,7 @@ network.  Writes result_dir/pruned/<data set>/<network><depth>/<run>/ and the re
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,7 +41,16 @@ from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.flops import network_cost
 from utils.results import report
-from utils.run import BEST, LAST, Run, finished_checkpoints, relative_to_results, source_path, stage_folder
+from utils.run import (
+    BEST,
+    LAST,
+    Run,
+    epochs_missing,
+    finished_checkpoints,
+    relative_to_results,
+    source_path,
+    stage_folder,
+)
 from utils.schedule import scheduled
 from utils.training import check_data, check_finite, epoch_scalars, layer_scalars, restore_optimiser, sgd
 
@@ -87,6 +97,9 @@ def main() -> None:
         randomness.restore(state.training["random"])
     with run:
         run.say(f"{run.path} on {device}, {splits.place}: pruning {state.source}")
+        missing = epochs_missing(source_path(state.source, settings.result_dir))
+        if missing:
+            run.say(f"{state.source} is of a run that still has {missing} epochs to go: main_sp.py --resume ends it")
         run.say(f"{splits.chosen_on} accuracy of stage 1 {state.original['accuracy']:.2%}")
         if not resume:  # an interruption in the first iteration leaves a run to resume, too
             state.training = {"random": randomness.state()}
@@ -163,15 +176,19 @@ def prune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet | None:
     settings, splits = stage.settings, stage.splits
     order = torch.randperm(len(splits.train), generator=stage.randomness.data)
     fisher = splits.train[order[: settings.fisher_images]]
+    how, keep_times = measuring_times(method(settings), stage.run)
     pruned = prune_once(
         network,
         lambda: shared_batches(fisher, settings.batch_size, stage.normalisation),
         stage.randomness.draws,
         image_size=settings.resize,
         goal=next_goal(settings, state, network),
-        method=method(settings),
+        method=how,
     )
-    pruned = parallel.from_writer(pruned)  # rounding must not choose another network in another process
+    if parallel.is_writer():
+        keep_times()
+    # Neither rounding nor measured times may choose another network in another process.
+    pruned = parallel.from_writer(pruned)
     if pruned.nothing_changed:
         return None
     smaller = placed(pruned.network, stage.device)
@@ -191,7 +208,20 @@ def prune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet | None:
 
 
 def method(settings: PruneSettings) -> Method:
-    return Method(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Method)})
+    keys = {field.name for field in dataclasses.fields(Method)} & set(as_dictionary(settings))
+    return Method(**{key: getattr(settings, key) for key in keys})
+
+
+def measuring_times(method: Method, run: Run) -> tuple[Method, Callable[[], None]]:
+    """The method with measured times of layers where its objective asks for them, and what keeps their table."""
+    if method.objective != "latency":
+        return method, lambda: None
+    try:
+        from deploy.layer_times import LayerTimes
+    except ImportError:
+        raise UserError("objective latency measures layers with onnx and onnxruntime: install both") from None
+    times = LayerTimes(run.path / "layer_times.json")
+    return dataclasses.replace(method, seconds=times.seconds), times.save
 
 
 def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:

@@ -48,7 +48,10 @@ VARIANTS = {
     "eigendamage per FLOP, Tucker": replace(BASE, objective="flops", decomposition="tucker"),
     "eigendamage per FLOP, depthwise": replace(BASE, objective="flops", decomposition="depthwise"),
     **{criterion: replace(BASE, criterion=criterion) for criterion in CHANNEL_CRITERIA},
-    "kron_obs per FLOP": replace(BASE, criterion="kron_obs", objective="flops"),
+    **{
+        f"{criterion} per FLOP": replace(BASE, criterion=criterion, objective="flops")
+        for criterion in ("kron_obs", "magnitude")
+    },
 }
 MEASURES = ("before", "before, batch norms anew", "after")
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 class LowRankConv2d(nn.Module):
     """Convolution in a reduced basis: 1x1 (in -> c), the core k x k (c -> r), 1x1 (r -> out).
 
-    Source: EigenDamage (arXiv:1905.05934), section 4.2 and figure 1.  A side that keeps all its directions may go
+    Source: EigenDamage (arXiv:1905.05934), section 4 and figure 1.  A side that keeps all its directions may go
     without its rotation, since an orthogonal rotation that drops nothing can be merged into the core.
 
     Args:

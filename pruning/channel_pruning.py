@@ -7,12 +7,14 @@ alone.  What a block carries between conv1 and conv2 is its own.
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models import LowRankConv2d, ResNet
 from pruning import channels
 from pruning.changes import LayerChange, Pruned
+from pruning.costs import Convolution, Seconds
 from pruning.criteria import share
 from pruning.eigenbasis import gradient_squares
 from pruning.factors import Factors, collect_factors
@@ -89,7 +91,8 @@ def channel_groups(
     for i, block in enumerate(network.blocks):
         name, now = f"blocks.{i}", block.conv1.out_channels
         positions = cost.layers[f"{name}.conv2"].positions_out
-        block_cost = partial(_block_cost, block.conv1.in_channels, block.conv2.out_channels, positions)
+        outside = (block.conv1.in_channels, block.conv2.out_channels)
+        block_cost = partial(_block_cost, *outside, positions, block.conv1.stride[0], method.seconds)
         least = min(now, least_kept(block.conv2.out_channels, method.prune_ratio_limit))
         values = torch.zeros(now) if saliencies is None else saliencies[name]
         groups[name] = Group((values,), (least,), block_cost, channels=(block.conv2.out_channels,))
@@ -105,10 +108,18 @@ def _refuse_low_rank(network: ResNet, method: Method) -> None:
         )
 
 
-def _block_cost(inputs: int, outputs: int, positions: int, inner):
-    """FLOPs and parameters of two 3x3 convolutions with a batch norm between them, for ``inner`` channels there."""
+def _block_cost(inputs: int, outputs: int, positions: int, stride: int, seconds: Seconds | None, inner):
+    """Of two 3x3 convolutions with a batch norm between them, for ``inner`` channels there, as ``cheapest_cost``."""
     weights = 9 * inner * (inputs + outputs)
-    return 2 * weights * positions, weights + 2 * inner
+    costs = (2 * weights * positions, weights + 2 * inner)
+    if seconds is None:
+        return costs
+
+    def time(inner: int) -> float:
+        chain = (Convolution(inputs, int(inner), 3, stride), Convolution(int(inner), outputs, 3))
+        return seconds(chain, stride * round(positions**0.5))
+
+    return *costs, np.vectorize(time, otypes=[float])(inner)
 
 
 def _saliency(

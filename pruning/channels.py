@@ -27,7 +27,7 @@ def damped(factor: Tensor) -> Tensor:
 def c_obd(weight: Tensor, diagonal: Tensor, regularization: float) -> Tensor:
     """1/2 sum over the channel of F_qq w_q^2, with the diagonal of the Fisher [out, in, kh, kw].
 
-    Source: C-OBD, EigenDamage (arXiv:1905.05934), section 3.1, from Optimal Brain Damage (LeCun 1989).
+    Source: C-OBD, EigenDamage (arXiv:1905.05934), section 3, from Optimal Brain Damage (LeCun 1989).
     """
     return 0.5 * ((diagonal + regularization) * weight.double().square()).sum(dim=(0, 2, 3))
 
@@ -35,7 +35,7 @@ def c_obd(weight: Tensor, diagonal: Tensor, regularization: float) -> Tensor:
 def c_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
     """1/2 sum over the channel of w_q^2 / [F^-1]_qq, with F^-1 = A^-1 (x) G^-1.
 
-    Source: C-OBS, EigenDamage (arXiv:1905.05934), section 3.1, from Optimal Brain Surgeon (Hassibi 1993).  Each weight
+    Source: C-OBS, EigenDamage (arXiv:1905.05934), section 3, from Optimal Brain Surgeon (Hassibi 1993).  Each weight
     is priced as if the others of its channel could still make up for it.
     """
     inverse = torch.outer(torch.linalg.inv(damped(G)).diagonal(), torch.linalg.inv(damped(A)).diagonal())
@@ -45,7 +45,7 @@ def c_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
 def kron_obd(weight: Tensor, A: Tensor, G: Tensor, regularization: float) -> Tensor:
     """1/2 A_jj sum over taps of W_j^T G W_j: the channel zeroed, the others left as they are.
 
-    Source: Kron-OBD, EigenDamage (arXiv:1905.05934), algorithm 1.
+    Source: Kron-OBD, EigenDamage (arXiv:1905.05934), section 3.
     """
     return 0.5 * (
         A.double().diagonal() * _through(weight, G) + regularization * weight.double().square().sum((0, 2, 3))
@@ -55,7 +55,7 @@ def kron_obd(weight: Tensor, A: Tensor, G: Tensor, regularization: float) -> Ten
 def kron_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
     """1/2 sum over taps of W_j^T G W_j / [A^-1]_jj: the channel zeroed, the others at their optimum.
 
-    Source: Kron-OBS, EigenDamage (arXiv:1905.05934), algorithm 1.
+    Source: Kron-OBS, EigenDamage (arXiv:1905.05934), section 3.
     """
     return 0.5 * _through(weight, G) / torch.linalg.inv(damped(A)).diagonal()
 
@@ -78,7 +78,7 @@ def compensated(weight: Tensor, A: Tensor, kept: Tensor) -> Tensor:
 
     The optimum of the quadratic model 1/2 tr(G D A D^T), summed over taps, under D = -W on all removed columns P at
     once: D_K = W_P A_PK A_KK^-1.  It does not depend on G.  For one column it is the update of Kron-OBS, EigenDamage
-    (arXiv:1905.05934), algorithm 1; for more it is never worse than theirs added up.
+    (arXiv:1905.05934), section 3; for more it is never worse than theirs added up.
     """
     A = damped(A)
     gone = torch.ones(len(A), dtype=torch.bool, device=A.device)

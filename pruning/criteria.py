@@ -31,7 +31,7 @@ def eigendamage(rotated: Tensor, curvature: Tensor, regularization: float) -> Sa
     """1/2 (s_ijt + regularization) W'_ijt^2 for every entry of the rotated weight.
 
     Given the part of a weight that surgery takes away instead of the weight, the sum of the entries is the predicted
-    rise of the loss.  Source: EigenDamage (arXiv:1905.05934), equation (11); with s from the eigenvalue correction,
+    rise of the loss.  Source: EigenDamage (arXiv:1905.05934), section 4; with s from the eigenvalue correction,
     EK-FAC.
 
     Args:

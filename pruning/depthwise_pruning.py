@@ -51,10 +51,11 @@ def prune_to_depthwise(
     replaced, changes = {}, []
     for name, keep in kept.items():
         before = read_weights(network, name)
-        shape = layer_shape(before, cost, name)
+        shape = layer_shape(before, cost, name, method)
         ranks, rise = shape.ranks, 0.0
         # A form that saves nothing costs what the layer costs now.
-        if len(keep) < shape.ranks[0] and separable_cost(shape, len(keep))[0] < shape.cost(*shape.ranks)[0]:
+        after = [int(value) for value in separable_cost(shape, len(keep))[:2]]
+        if after[0] < shape.cost(*shape.ranks)[0]:
             ranks = (len(keep), len(keep))
             if name in separated:
                 replaced[name] = without_channels(before, keep)
@@ -66,10 +67,8 @@ def prune_to_depthwise(
                 replaced[name] = merged(before, reduced)
                 lost = rotate(before.core.double() - composed(reduced), bases[name])
                 rise = eigendamage(lost, spectra[name], 0.0).entries.sum().item()
-        flops, parameters = zip(shape.cost(*shape.ranks), separable_cost(shape, len(keep)), strict=True)
-        changes.append(
-            LayerChange(name, shape.ranks, ranks, *(int(p) for p in parameters), *(int(f) for f in flops), rise)
-        )
+        flops, parameters = zip(shape.cost(*shape.ranks), after, strict=True)
+        changes.append(LayerChange(name, shape.ranks, ranks, *parameters, *flops, rise))
     return Pruned(rebuild(network, replaced), bases, changes)
 
 
@@ -88,7 +87,7 @@ def separable_groups(
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in [*prunable_layers(network), *separable_layers(network)]:
-        shape = layer_shape(read_weights(network, name), cost, name)
+        shape = layer_shape(read_weights(network, name), cost, name, method)
         groups[name] = Group(
             (torch.zeros(shape.ranks[0]) if saliencies is None else saliencies[name].cpu(),),
             (min(least_kept(shape.channels[0], method.prune_ratio_limit), shape.ranks[0]),),

@@ -1,6 +1,6 @@
 """An iteration in the eigenbasis: every 3x3 convolution loses directions and becomes a bottleneck.
 
-Source: EigenDamage (arXiv:1905.05934), section 4 and algorithm 2.
+Source: EigenDamage (arXiv:1905.05934), section 4.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def prune_directions(
     reduced_to = {"truncate": truncated, "tucker": tucker}[method.decomposition]
     replaced, changes = {}, []
     for name, before in weights.items():
-        shape = layer_shape(before, cost, name)
+        shape = layer_shape(before, cost, name, method)
         ranks = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept[name])))
         rise = 0.0
         if ranks != shape.ranks:
@@ -82,7 +82,7 @@ def direction_groups(
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in prunable_layers(network):
-        shape = layer_shape(read_weights(network, name), cost, name)
+        shape = layer_shape(read_weights(network, name), cost, name, method)
         least = (least_kept(channels, method.prune_ratio_limit) for channels in shape.channels)
         pairs = (torch.zeros(shape.ranks) if saliencies is None else saliencies[name]).cpu()
         groups[name] = Group(
@@ -97,7 +97,7 @@ def direction_groups(
     return groups, (flops, parameters)
 
 
-def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:
+def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str, method: Method) -> LayerShape:
     """The sizes of a layer; a core has the input and output resolution of its whole layer."""
     counted = cost.layers.get(name) or cost.layers[f"{name}.core"]
     return LayerShape(
@@ -107,4 +107,5 @@ def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShap
         weights.core[0, 0].numel(),
         (counted.positions_in, counted.positions_out),
         weights.depthwise,
+        method.seconds,
     )

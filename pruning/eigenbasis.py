@@ -32,7 +32,7 @@ def eigenbasis(factors: Factors) -> Eigenbasis:
 
 
 def rotate(weight: Tensor, basis: Eigenbasis) -> Tensor:
-    """W' = Q_g^T W Q_a, tap by tap, in float64; weight [out, in, kh, kw].  Source: EigenDamage, equation (10)."""
+    """W' = Q_g^T W Q_a, tap by tap, in float64; weight [out, in, kh, kw].  Source: EigenDamage, section 4."""
     return torch.einsum("oihw,op,ij->pjhw", weight.double(), basis.Q_g, basis.Q_a)
 
 

@@ -2,7 +2,7 @@
 
 For a layer with T = kh * kw taps and S output positions, the Fisher block F = E[vec(grad W) vec(grad W)^T] is
 approximated by A (x) G.  Sources: KFC (arXiv:1602.01407), section 3, for convolutions; EigenDamage
-(arXiv:1905.05934), section 4.1, for factors of the size of the channels.
+(arXiv:1905.05934), section 4, for factors of the size of the channels.
 """
 
 from collections.abc import Iterable, Mapping

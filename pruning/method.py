@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruning.costs import Seconds
+
 EIGENBASIS_CRITERIA = ("eigendamage",)
 CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
 CRITERIA = EIGENBASIS_CRITERIA + CHANNEL_CRITERIA
@@ -23,7 +25,7 @@ class Method:
     criterion: str = "eigendamage"
     decomposition: str = "tucker"  # of the eigenbasis criteria only: removed channels leave nothing to decompose
     objective: str = "flops"
-    round_to: int = 8
+    round_to: int = 16
     prune_ratio_limit: float = 0.9
     normalize: bool = False
     regularization: float = 0.0
@@ -31,6 +33,8 @@ class Method:
     fisher_type: str = "true"
     fisher_draws: int = 1
     accumulate: str = "float64"
+    # Not a key: what measures the time of a layer's form, for the objective "latency" only.
+    seconds: Seconds | None = None
 
     def fisher(self, draws: torch.Generator) -> dict[str, Any]:
         """The arguments of a pass that measures the Fisher, with labels from the generator ``draws``."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-OBJECTIVES = ("saliency", "flops", "parameters")
+OBJECTIVES = ("saliency", "flops", "parameters", "latency")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,9 @@ class Group:
 
     saliencies: tuple[Tensor, ...]  # of each direction, one vector a side
     least: tuple[int, ...]  # directions that each side keeps in any case, see ``least_kept``
-    cost: Callable  # directions kept on each side -> (FLOPs, parameters) of the rebuilt layer; takes arrays too
+    # Directions kept on each side -> (FLOPs, parameters) of the rebuilt layer, and seconds for the objective "latency";
+    # takes arrays too.
+    cost: Callable
     # Of two sides: the saliency of every pair [first side, second side], which sums to those of both sides.
     pairs: Tensor | None = None
     channels: tuple[int, ...] | None = None  # of each side in the unpruned network, where they are more than now
@@ -53,11 +55,11 @@ def least_kept(channels: int, prune_ratio_limit: float) -> int:
 
 
 def step_of(channels: int, round_to: int) -> int:
-    """The multiple for a side of so many channels: ``round_to``, halved until eight steps or more lead through it.
+    """The multiple for a side of so many channels: ``round_to``, halved until four steps or more lead through it.
 
     Small layers would otherwise have no ranks to choose from.
     """
-    while round_to > 1 and 8 * round_to > channels:
+    while round_to > 1 and 4 * round_to > channels:
         round_to //= 2
     return round_to
 
@@ -77,10 +79,10 @@ def select(
     """Drop directions from the least regretted on until the goal is met.
 
     With the objective "saliency" all directions compete under one threshold, as in EigenDamage (arXiv:1905.05934),
-    algorithm 1.  With "flops" or "parameters" they compete by saliency over what the rebuilt layer really saves, in
-    batches: a first direction alone often saves nothing, since its rotation has to be paid for; and what goes with a
-    direction of one side is no longer counted on the other.  A budget is met from below, and what fits into it again is
-    then given back, the most salient first.
+    section 4.  With "flops", "parameters" or "latency" they compete by saliency over what the rebuilt layer really
+    saves, in batches: a first direction alone often saves nothing, since its rotation has to be paid for; and what goes
+    with a direction of one side is no longer counted on the other.  A budget is met from below, and what fits into it
+    again is then given back, the most salient first.
 
     Args:
         groups: what can be dropped, by layer or block.
@@ -195,7 +197,7 @@ class _Walk:
         self.kept[side] -= count
         self.dropped += count
         cost = self._cost(name)
-        self._total = [t + new - old for t, new, old in zip(self._total, cost, self._costs[name], strict=True)]
+        self._total = [self._total[k] + cost[k] - self._costs[name][k] for k in range(2)]
         self._costs[name] = cost
 
     def by_saliency(self) -> Iterator[tuple[tuple[str, int], int]]:
@@ -211,7 +213,7 @@ class _Walk:
             yield side, 1
 
     def by_saving(self, unit: int) -> Iterator[tuple[tuple[str, int], int]]:
-        """Batch by batch, by saliency per unit saved (0: FLOPs, 1: parameters), from where the walk stands."""
+        """Batch by batch from where the walk stands, by saliency per FLOP (0), parameter (1) or second (2) saved."""
         offers = {name: self._offer(name, unit) for name in self.groups}
         while True:
             name = min(offers, key=lambda n: offers[n][0])
@@ -221,11 +223,9 @@ class _Walk:
             yield side, count
             offers[name] = self._offer(name, unit)
 
-    def _cost(self, name: str) -> tuple[int, int]:
-        flops, parameters = self.groups[name].cost(
-            *(self.rounded(name, i) for i in range(len(self.groups[name].least)))
-        )
-        return int(flops), int(parameters)
+    def _cost(self, name: str) -> tuple[float, ...]:
+        cost = self.groups[name].cost(*(self.rounded(name, i) for i in range(len(self.groups[name].least))))
+        return tuple(value.item() if isinstance(value, np.generic | np.ndarray) else value for value in cost)
 
     def _offer(self, name: str, unit: int) -> tuple[float, tuple[str, int], int]:
         """The batch of one of a group's sides with the least saliency per unit saved."""
@@ -242,7 +242,7 @@ class _Walk:
             counts = [self.rounded(name, j) for j in range(len(group.least))]
             counts[i] = rounded_up(np.arange(kept - 1, least - 1, -1), len(values), self.steps[name, i])
             saved = self._costs[name][unit] - np.asarray(group.cost(*counts)[unit])
-            ratios = np.where(saved > 0, regret / np.maximum(saved, 1), math.inf)
+            ratios = np.where(saved > 0, regret / np.where(saved > 0, saved, 1), math.inf)
             count = int(ratios.argmin())
             if ratios[count] < best[0]:
                 best = (float(ratios[count]), (name, i), count + 1)

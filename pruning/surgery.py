@@ -18,7 +18,7 @@ def truncated(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out:
         keep_in: indices of the input directions to keep; None leaves the input side alone, unrotated.
         keep_out: the same for the output side.
 
-    Source: EigenDamage (arXiv:1905.05934), section 4.2 and algorithm 1.  Everything in float64.
+    Source: EigenDamage (arXiv:1905.05934), section 4.  Everything in float64.
     """
     core, rotate_in, rotate_out = core.double(), None, None
     if keep_in is not None:

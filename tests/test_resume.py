@@ -64,6 +64,7 @@ def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes:
     resumed, whole = run_folder(tmp_path, stage), run_folder(chain, stage)
     names = sorted(path.name for path in whole.glob("*.pt"))
     assert sorted(path.name for path in resumed.glob("*.pt")) == names and {BEST, LAST} <= set(names)
+    assert not list(resumed.glob(".*")), "what a killed save left behind is removed"
     for name in names:
         a, b = (torch.load(folder / name, weights_only=True) for folder in (resumed, whole))
         # The interrupted run was given its source by path, from another results folder; the other found it in its own.

@@ -144,7 +144,7 @@ def test_kept_directions_are_raised_to_multiples(objective):
 
 
 def test_small_sides_are_rounded_in_smaller_steps():
-    assert [step_of(channels, 8) for channels in (3, 8, 16, 24, 32, 64, 256)] == [1, 1, 2, 2, 4, 8, 8]
+    assert [step_of(channels, 8) for channels in (3, 8, 16, 24, 32, 64, 256)] == [1, 2, 4, 4, 8, 8, 8]
     assert step_of(256, 1) == 1
 
 

@@ -164,17 +164,18 @@ def results_table(records: list[Record]) -> str:
         for r in chain:
             note = "[^test]" if r["selected_on"] == "test" else ""
             note += "" if r.get("within_budget", True) else "[^budget]"
+            computation = r["computation"] if r["stage"] == "rl_pruned" else 1.0
             lines.append(
-                f"| {r['method']}{note} | {r['accuracy']:.2%} | {_three_digits(r['gflops'])} "
-                f"| {r['compression']:.1%} | {r['parameters']:,} | {r['computation']:.1%} "
+                f"| {r['method']}{note} | {_accuracy(r):.2%} | {_three_digits(r['gflops'])} "
+                f"| {r['compression']:.1%} | {r['parameters']:,} | {computation:.1%} "
                 f"| {_or_dash(r, 'latency_ms', '{:.2f} ms')} | {_or_dash(r, 'throughput', '{:,.0f}/s')} |"
             )
         lines += [
             "",
-            "Accuracy on the test images, switches thresholded. FLOPS: two per multiply-add, one image; every block "
-            "counted in the first two rows, the mean of what is executed in the third. Computation: executed share. "
-            "Latency and throughput: exported networks with ONNX Runtime on the CPU, all rows in one run, every block "
-            "run in the first two rows; in the third, blocks are skipped on single images and masked in batches.",
+            "Accuracy on the test images. FLOPS: two per multiply-add, one image. Every block is run and counted in "
+            "the first two rows; in the third the switches decide, and FLOPS are the mean of what is executed. "
+            "Computation: executed share. Latency and throughput: exported networks with ONNX Runtime on the CPU, all "
+            "rows in one run; in the third, blocks are skipped on single images and masked in batches.",
         ]
         if any(r.get("latency_ms") is None for r in chain):
             lines += ["", "–: not measured; it needs the packages onnx and onnxruntime and the row's checkpoint."]
@@ -187,6 +188,12 @@ def results_table(records: list[Record]) -> str:
             ]
         sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)
+
+
+def _accuracy(record: Record) -> float:
+    """Of the same network that the row's FLOPs are counted for; older records have only the switches' accuracy."""
+    switched = record["stage"] == "rl_pruned" or "accuracy_every_block" not in record
+    return record["accuracy"] if switched else record["accuracy_every_block"]
 
 
 def _or_dash(record: Record, key: str, form: str) -> str:
@@ -229,11 +236,11 @@ def _draw_panel(axis: plt.Axes, chain: list[Record], key: str, label: str) -> No
         points = sorted((p[key], p["accuracy"]) for p in record["points"] if key in p)
         if points:
             axis.plot(*zip(*points, strict=True), marker=".", color=colour, alpha=0.4, linewidth=1)
-        axis.plot(record[key], record["accuracy"], marker, color=colour, markersize=9, label=record["method"])
+        axis.plot(record[key], _accuracy(record), marker, color=colour, markersize=9, label=record["method"])
     axis.set(xlabel=label, ylabel="accuracy on the test images")
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
     axis.grid(alpha=0.3)
     if chain:
-        axis.axhline(chain[0]["accuracy"] - 0.01, color="#999999", linestyle=":", label="one point below the first")
+        axis.axhline(_accuracy(chain[0]) - 0.01, color="#999999", linestyle=":", label="one point below the first")
         axis.legend(loc="best", fontsize=8)

@@ -104,6 +104,9 @@ class Run:
                     f"resume with the same settings or start a new run"
                 )
         checkpoint = load_checkpoint(runs[-1] / LAST)
+        if parallel.is_writer():
+            for leftover in runs[-1].glob(f".{LAST}.*"):  # of a save that was killed
+                leftover.unlink()
         return cls(runs[-1], purge_after=checkpoint.progress["step"]), checkpoint
 
     def _trim_metrics(self, purge_after: int | None) -> None:
@@ -196,6 +199,15 @@ def finished_checkpoints(
         folder = stage_folder(result_dir, stage, data, network, depth)
         raise UserError(f"no checkpoint {folder}/*/{BEST}: run {COMMANDS[stage]} with the same data and network first")
     return found
+
+
+def epochs_missing(path: Path) -> int:
+    """Epochs that the run which wrote a checkpoint of stage 1 or 3 has yet to train; 0 where nothing tells."""
+    try:
+        wanted = json.loads((path.parent / "arguments.json").read_text())["epochs"]
+        return max(0, wanted - load_checkpoint(path.parent / LAST).progress["step"])
+    except (OSError, KeyError, TypeError, ValueError, UserError):
+        return 0
 
 
 def relative_to_results(path: Path, result_dir: str | Path) -> str:
