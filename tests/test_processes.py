@@ -162,6 +162,13 @@ def test_a_shared_norm_alone_is_a_plain_one(shape: tuple[int, ...]):
     torch.testing.assert_close(shared(x), plain(x), rtol=1e-12, atol=0)
 
 
+def test_processes_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but nothing tells which process this is: use torchrun"):
+        parallel.joined(lambda: None)()
+
+
 def test_one_process_needs_no_torchrun():
     assert (parallel.processes(), parallel.rank(), parallel.is_writer()) == (1, 0, True)
     tensor = torch.arange(5.0)

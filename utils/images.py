@@ -103,7 +103,14 @@ class ImageFiles:
 
     def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
         waiting = [pool.submit(read_image, path, self.image_size) for path in self.paths[members.numpy()]]
-        return lambda: torch.from_numpy(np.stack([future.result() for future in waiting]).transpose(0, 3, 1, 2).copy())
+
+        def arrived() -> Tensor:
+            pixels = np.empty((len(waiting), 3, self.image_size, self.image_size), dtype=np.uint8)
+            for i, future in enumerate(waiting):
+                pixels[i] = future.result().transpose(2, 0, 1)
+            return torch.from_numpy(pixels)
+
+        return arrived
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ def joined(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _join() -> None:
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but nothing tells which process this is: use torchrun"
+        )
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus:
         if local >= gpus:
@@ -128,7 +132,7 @@ def summed(values: Tensor) -> Tensor:
     """The sum over all processes; no gradient flows through it."""
     if processes() == 1:
         return values
-    total = values.detach().clone()
+    total = values.detach().clone(memory_format=torch.contiguous_format)
     with _lost_if_it_fails():
         dist.all_reduce(total)
     return total

@@ -59,10 +59,7 @@ class Run:
         Raises:
             UserError: if the folder cannot be written.
         """
-        made = None
-        with parallel.writer_first():
-            if parallel.is_writer():
-                made = cls._made(parent, arguments, name)
+        made = cls._made(parent, arguments, name) if parallel.is_writer() else None
         path = parallel.from_writer(made and made.path)
         return made or cls(path)
 
