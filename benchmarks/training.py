@@ -136,6 +136,10 @@ def main() -> None:
     print("\n".join([HEADER, *(line(row) for row in rows)]))
     print("\n".join(f"first batch, {name}: {figure(t, 'ms', 1e3)}" for name, t in starts.items()))
     print(f"the gate's share of stage 1's step: {share:.1%}")
+    image_bytes = len(data.train) * 3 * args.resize**2
+    print(
+        f"main memory of this process: {peak_memory() / 2**20:,.0f} MiB at most; images {image_bytes / 2**20:,.1f} MiB"
+    )
     content = {
         "machine": described(args.threads),
         "arguments": {k: str(v) for k, v in vars(args).items()},
@@ -143,7 +147,7 @@ def main() -> None:
         "first_batch": {name: asdict(timing) for name, timing in starts.items()},
         "gate_share": share,
         "matrix_rate": matrix_rate(timings),
-        "image_bytes": len(data.train) * 3 * args.resize**2,
+        "image_bytes": image_bytes,
         "peak_memory": peak_memory(),
     }
     try:

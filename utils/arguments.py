@@ -60,5 +60,5 @@ def training_parser(description: str, epochs: int, lr: float, batch_size: int) -
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, order, augmentation and decisions")
     add("--resume", action="store_true", help="continue the newest run of this stage")
     add("--download", action="store_true", help="fetch CIFAR-100 (CIFAR-10 by the folder's name) if missing")
-    add("--compile", action="store_true", help="compile the training step; pays from some minutes of training on a GPU")
+    add("--compile", action="store_true", help="compile the training step, for long runs on a GPU")
     return parser

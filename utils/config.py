@@ -95,7 +95,7 @@ class PruneSettings:
     max_accuracy_drop: float = _key(
         0.01, "accuracy that may be lost against stage 1, 0.01 being a point", low=0, high=1
     )
-    compile: bool = _key(False, "compile the fine-tuning step; pays from some minutes of training on a GPU")
+    compile: bool = _key(False, "compile the fine-tuning step, for long runs on a GPU")
     log_interval: int = _key(1, "fine-tuning epochs between lines of the log", low=1)
     exp_name: str = _key("", "name added to the folder of the run")
     seed: int = _key(0, "seed of order, augmentation and drawn labels", low=0, high=2**32 - 1)
