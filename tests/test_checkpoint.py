@@ -140,6 +140,40 @@ def test_an_interrupted_write_leaves_the_old_file(
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, UserError])
+def test_a_signal_in_the_middle_of_writing_stays_what_it_is(
+    written: tuple[Path, Checkpoint], monkeypatch, raised: type
+):
+    """PyTorch turns what a signal's handler raises while it writes into a writing error."""
+    path, _ = written
+    before, opened = path.read_bytes(), os.fdopen
+
+    def interrupted(descriptor: int, mode: str):
+        file = opened(descriptor, mode)
+
+        class Interrupted:
+            writes = 0
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exception):
+                file.close()
+
+            def write(self, content):
+                self.writes += 1
+                if self.writes == 3:
+                    raise raised("by a signal")
+                return file.write(content)
+
+        return Interrupted()
+
+    monkeypatch.setattr(module.os, "fdopen", interrupted)
+    with pytest.raises(raised, match="by a signal"):
+        save_atomically(path, {"a": torch.zeros(10), "b": torch.zeros(5)})
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 def test_a_missing_folder_is_reported(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be written"):
         save_atomically(tmp_path / "none" / "best.pt", {})

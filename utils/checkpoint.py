@@ -75,6 +75,9 @@ def save_atomically(path: Path, content: Any) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except (OSError, RuntimeError) as error:
+        # What a signal raises in the middle of torch.save comes out as a writing error of its own.
+        if isinstance(error.__context__, KeyboardInterrupt | UserError):
+            raise error.__context__ from None
         raise UserError(
             f"checkpoint {path} cannot be written ({error}): free space or choose another folder"
         ) from error
