@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torchvision.transforms import functional as reference
 
-from utils.augment import PADDING, Normalisation, augmented, crop_and_flip, measure_normalisation
+from utils.augment import PADDING, Normalisation, colour_histogram, crop_and_flip, draw_crops, normalisation_of
+
+
+def augmented(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    return crop_and_flip(pixels, *draw_crops(len(pixels), generator, flip).unbind(1))
+
+
+def measure_normalisation(pixels: Tensor) -> Normalisation:
+    return normalisation_of(colour_histogram(pixels))
 
 
 def random_pixels(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -13,7 +13,7 @@ from test_fine_tuning import small
 
 import main_sp
 from utils import images, memory, parallel
-from utils.augment import measure_normalisation
+from utils.augment import colour_histogram, normalisation_of
 from utils.data import load_data, plain_batches, split_data, training_batches, training_normalisation
 from utils.errors import UserError
 from utils.evaluate import evaluate
@@ -63,7 +63,7 @@ def test_streamed_batches_equal_those_in_memory(shapes: Path, streamed):
         plain_batches(splits.choose, 7, UNCHANGED), plain_batches(expected.choose, 7, UNCHANGED), strict=True
     ):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    assert training_normalisation(splits.train, 10) == measure_normalisation(expected.train.pixels)
+    assert training_normalisation(splits.train, 10) == normalisation_of(colour_histogram(expected.train.pixels))
 
 
 def loaded(shapes: Path):

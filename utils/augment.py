@@ -27,18 +27,13 @@ class Normalisation:
         return lambda pixels: (pixels.float() / 255 - mean) / std
 
 
-def measure_normalisation(pixels: Tensor) -> Normalisation:
-    """Mean and standard deviation of uint8 images [N, 3, H, W], exact over all pixels of each channel."""
-    return normalisation_of(colour_histogram(pixels))
-
-
 def colour_histogram(pixels: Tensor) -> Tensor:
     """How often each channel has each of the 256 values, int64 [3, 256], of uint8 images [N, 3, H, W]."""
     return torch.stack([torch.bincount(pixels[:, c].reshape(-1).int(), minlength=256) for c in range(3)])
 
 
 def normalisation_of(histogram: Tensor) -> Normalisation:
-    """Mean and standard deviation of the images that were counted, see ``colour_histogram``."""
+    """Mean and standard deviation of the images that were counted (``colour_histogram``), exact over all pixels."""
     histogram = histogram.double()
     levels = torch.arange(256, device=histogram.device, dtype=torch.float64) / 255
     total = histogram.sum(dim=1)
@@ -49,26 +44,26 @@ def normalisation_of(histogram: Tensor) -> Normalisation:
     return Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def augmented(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    """Each image padded by 4 black pixels and cropped back at a random place, then mirrored with probability 1/2.
+def draw_crops(images: int, generator: torch.Generator, flip: bool) -> Tensor:
+    """For each image top and left offset of its crop, 0 to 8, and whether it is mirrored, int64 [N, 3] on the CPU.
 
     Args:
-        pixels: uint8 [N, 3, H, W].
-        generator: CPU generator of the offsets and flips.
-        flip: whether mirroring leaves the class of an image as it is.
+        generator: CPU generator.
+        flip: whether mirroring, with probability 1/2, leaves the class of an image as it is.
     """
-    return crop_and_flip(pixels, *draw_crops(len(pixels), generator, flip).to(pixels.device).unbind(1))
-
-
-def draw_crops(images: int, generator: torch.Generator, flip: bool) -> Tensor:
-    """For each image top and left offset of its crop, 0 to 8, and whether it is mirrored, int64 [N, 3] on the CPU."""
     offsets = torch.randint(0, 2 * PADDING + 1, (2, images), generator=generator)
     mirrored = torch.rand(images, generator=generator) < 0.5 if flip else torch.zeros(images)
     return torch.stack([*offsets, mirrored.long()], dim=1)
 
 
 def crop_and_flip(pixels: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Crop each padded image [3, H, W] at (top, left), int64 [N] in 0..8, and mirror those marked by true or 1."""
+    """Pad each image [3, H, W] by 4 black pixels, crop it at (top, left) and mirror the marked ones.
+
+    Args:
+        pixels: uint8 [N, 3, H, W].
+        top, left: int64 [N] in 0..8.
+        mirrored: [N], true or 1 where an image is mirrored; None mirrors none.
+    """
     n, channels, height, width = pixels.shape
     padded = F.pad(pixels, (PADDING,) * 4)
     rows = top[:, None] + torch.arange(height, device=pixels.device)

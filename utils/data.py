@@ -254,7 +254,7 @@ def check_batches(images: int, batch_size: int) -> None:
 
 
 def training_normalisation(images: Images, batch_size: int = 1024) -> Normalisation:
-    """``utils.augment.measure_normalisation`` of all images, each process counting its part of them."""
+    """Mean and standard deviation of all images, each process counting its part of them."""
     own = torch.arange(len(images))[parallel.own_slice(len(images))]
     counts = torch.zeros(3, 256, dtype=torch.int64)
     for batch in images.batches(own.split(batch_size)):
