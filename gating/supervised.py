@@ -21,6 +21,10 @@ from utils.schedule import set_learning_rate
 # on, is trained whatever the switches do.  On the other half decisions are drawn, not thresholded: switches that only
 # ever let pass leave a network that has never done without a block, and reinforcement then finds skipping hopeless.
 OPEN_SHARE = 0.5
+# So that there is something to learn from where a switch is sure to let pass, which all of them become, some of the
+# blocks that it would let pass are closed: the network learns to do without any one of them (compare stochastic depth,
+# arXiv:1603.09382), and skipping costs it little accuracy later.
+EXPLORATION = 0.15
 CHECK_EVERY = 50  # steps between looks at the loss, each of which makes a GPU wait
 
 
@@ -94,4 +98,4 @@ def half_held_open(drawn: Tensor) -> DecisionRule:
     Args:
         drawn: [N, 1 + K], uniform in [0, 1): which images are held, and the decisions of K switches.
     """
-    return held_open(drawn[:, 0] < OPEN_SHARE, sampled_straight_through(drawn[:, 1:]))
+    return held_open(drawn[:, 0] < OPEN_SHARE, sampled_straight_through(drawn[:, 1:], EXPLORATION))

@@ -50,15 +50,18 @@ def sampled(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
     return draw
 
 
-def sampled_straight_through(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
+def sampled_straight_through(draws: Tensor | torch.Generator | None = None, exploration: float = 0.0) -> DecisionRule:
     """Rule that draws each decision, as ``sampled``, and passes the gradient of the probability on.
 
     Source: the straight-through estimator of stochastic neurons (arXiv:1308.3432), section 4.
+
+    Args:
+        exploration: share of the decisions to run a block that are changed into skipping it.
     """
     draw = sampled(draws)
 
     def decide(probabilities: Tensor) -> Tensor:
-        return draw(probabilities) + (probabilities - probabilities.detach())
+        return draw(probabilities * (1 - exploration)) + (probabilities - probabilities.detach())
 
     return decide
 

@@ -146,6 +146,8 @@ def test_sampled_rules_follow_the_probability():
         assert z.mean().item() == pytest.approx(0.3, abs=4 * (0.21 / 100_000) ** 0.5)  # four standard errors
     z.sum().backward()
     assert torch.equal(p.grad, torch.ones_like(p))
+    explored = sampled_straight_through(torch.Generator().manual_seed(0), exploration=0.5)(p)
+    assert explored.mean().item() == pytest.approx(0.15, abs=4 * (0.1275 / 100_000) ** 0.5)
 
 
 def test_other_rules():
