@@ -69,6 +69,7 @@ def parse_arguments() -> tuple[PruneSettings, bool]:
 def main() -> None:
     settings, resume = parse_arguments()
     check_depth(settings.depth)
+    check_timing(settings)
     device = pick_device()
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
     parent = stage_folder(settings.result_dir, "pruned", data.name, settings.network, settings.depth)
@@ -177,16 +178,18 @@ def prune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet | None:
     order = torch.randperm(len(splits.train), generator=stage.randomness.data)
     fisher = splits.train[order[: settings.fisher_images]]
     how, keep_times = measuring_times(method(settings), stage.run)
-    pruned = prune_once(
-        network,
-        lambda: shared_batches(fisher, settings.batch_size, stage.normalisation),
-        stage.randomness.draws,
-        image_size=settings.resize,
-        goal=next_goal(settings, state, network),
-        method=how,
-    )
-    if parallel.is_writer():
-        keep_times()
+    try:
+        pruned = prune_once(
+            network,
+            lambda: shared_batches(fisher, settings.batch_size, stage.normalisation),
+            stage.randomness.draws,
+            image_size=settings.resize,
+            goal=next_goal(settings, state, network),
+            method=how,
+        )
+    finally:
+        if parallel.is_writer():
+            keep_times()
     # Neither rounding nor measured times may choose another network in another process.
     pruned = parallel.from_writer(pruned)
     if pruned.nothing_changed:
@@ -212,14 +215,25 @@ def method(settings: PruneSettings) -> Method:
     return Method(**{key: getattr(settings, key) for key in keys})
 
 
+def check_timing(settings: PruneSettings) -> None:
+    """Refuse the objective latency where nothing can be timed.
+
+    Raises:
+        UserError: says what to install.
+    """
+    try:
+        if settings.objective == "latency":
+            import deploy.layer_times  # noqa: F401
+    except ImportError:
+        raise UserError("objective latency measures layers with onnx and onnxruntime: install both") from None
+
+
 def measuring_times(method: Method, run: Run) -> tuple[Method, Callable[[], None]]:
     """The method with measured times of layers where its objective asks for them, and what keeps their table."""
     if method.objective != "latency":
         return method, lambda: None
-    try:
-        from deploy.layer_times import LayerTimes
-    except ImportError:
-        raise UserError("objective latency measures layers with onnx and onnxruntime: install both") from None
+    from deploy.layer_times import LayerTimes
+
     times = LayerTimes(run.path / "layer_times.json")
     return dataclasses.replace(method, seconds=times.seconds), times.save
 
@@ -365,7 +379,7 @@ def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> 
 
 def test_point(checkpoint: Checkpoint, splits: Splits, device) -> dict[str, float]:
     """GFLOPs and test accuracy of one iteration, for the picture only."""
-    measured = evaluate(placed(checkpoint.network(), device), splits.test, checkpoint.normaliser())
+    measured = evaluate(placed(checkpoint.network(), device), splits.test, checkpoint.normaliser(), all_on)
     return {
         "iteration": checkpoint.progress["iteration"],
         "gflops": measured.flops_all / 1e9,

@@ -68,7 +68,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_norm", choices=BATCH_NORM_MODES, default="frozen", help="statistics under drawn decisions")
     add("--max_accuracy_drop", type=number(float, 0, 1), default=0.01, help="accuracy that may be lost against stage 1")
     add("--target_computation", type=number(float, 0, 1), help="steer to this share of executed FLOPs instead")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.fixed_alpha and args.target_computation is not None:
+        raise UserError(
+            "--target_computation is reached by steering alpha, which --fixed_alpha forbids: drop one of them"
+        )
+    return args
 
 
 def main() -> None:
@@ -92,6 +97,7 @@ def main() -> None:
     randomness = Randomness(args.seed, device)
     network = placed(state.network(), device)
     cost = network_cost(network, args.resize)
+    check_target(args.target_computation, cost)
     optimisers = reinforcement_optimisers(network, args.lr, args.momentum, args.weight_decay)
     baseline = Baseline(args.baseline, network.switches, device)
     if state.training:
@@ -134,8 +140,9 @@ def main() -> None:
         if state.progress["step"] == 0 and not args.resume:  # the network as it came is the first candidate
             soften_switches(network, normalisation.apply(splits.train[:SOFTENING_IMAGES].pixels))
             run.record(0, layer_scalars(network, cost))
-            aim = first_aim(start.computation, args.epochs)
+            aim = first_aim(budget, start.computation, args.epochs)
             state.progress |= {"computation": start.computation, "from": start.computation, "aim": list(aim)}
+            state.progress["start"] = start.computation
             save_if_best(start)
             save_to_resume()
 
@@ -171,7 +178,7 @@ def main() -> None:
             check_finite(network, chosen, f"epoch {epoch}/{args.epochs}")
             whole = evaluate(network, splits.choose, normalisation, all_on)
             scalars = epoch_scalars(train, chosen, whole, cost.parameters, compression, rate(0.0))
-            run.record(epoch, scalars | policy_scalars(train, aim))
+            run.record(epoch, scalars | policy_scalars(train, None if args.fixed_alpha else aim))
             run.say(
                 f"epoch {epoch:3d}/{args.epochs}  alpha {train.alpha:.3g}  loss {train.loss:.4f}  return "
                 f"{train.total_return:.4f}  entropy {train.entropy:.3f}  {splits.chosen_on}: accuracy "
@@ -180,7 +187,8 @@ def main() -> None:
             state.progress |= {"step": epoch, "computation": chosen.computation, **alpha.state()}
             save_if_best(chosen)
             if not args.fixed_alpha:
-                following = next_aim(aim, budget, chosen.accuracy, chosen.computation, epoch / args.epochs)
+                begun = state.progress["start"]
+                following = next_aim(aim, budget, chosen.accuracy, chosen.computation, begun, epoch + 1, args.epochs)
                 state.progress |= {"from": aim.computation, "aim": list(following)}
                 if state.progress["best"][0] and budget.overshot(chosen.accuracy, args.max_accuracy_drop):
                     run.say(f"accuracy is far below {budget.floor:.2%}: back to the best network")
@@ -200,6 +208,19 @@ def main() -> None:
         report(Path(args.result_dir), run, best, splits.test, splits.chosen_on, device, within_budget=within_budget)
 
 
+def check_target(target: float | None, cost: NetworkCost) -> None:
+    """Refuse a computation that is left even where every switch closes.
+
+    Raises:
+        UserError: says what is left.
+    """
+    if target is not None and target < 1 - cost.skippable:
+        raise UserError(
+            f"--target_computation {target} is out of reach: with every switch closed {1 - cost.skippable:.3f} of the "
+            f"FLOPs are left; raise it"
+        )
+
+
 def steering(
     args: argparse.Namespace, progress: dict, cost: NetworkCost, steps: int, device: torch.device
 ) -> FixedAlpha | SteeredAlpha:
@@ -212,17 +233,19 @@ def steering(
     return SteeredAlpha(progress["alpha"], *shares, steps, device)
 
 
-def policy_scalars(train: ReinforceFigures, aim: Aim) -> dict[str, float]:
-    """What the policy did in an epoch, by TensorBoard tag."""
-    return {
+def policy_scalars(train: ReinforceFigures, aim: Aim | None) -> dict[str, float]:
+    """What the policy did in an epoch, by TensorBoard tag; ``aim`` where alpha is steered."""
+    scalars = {
         "Policy/alpha": train.alpha,
-        "Policy/aim_computation_percentage": 100 * aim.computation,
         "Policy/return": train.total_return,
         "Policy/return_deviation": train.return_deviation,
         "Policy/advantage_deviation": train.advantage_deviation,
         "Policy/entropy": train.entropy,
         "Policy/sampled_share_of_skippable_flops": train.executed,
     }
+    if aim is not None:
+        scalars["Policy/aim_computation_percentage"] = 100 * aim.computation
+    return scalars
 
 
 def record_routing(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from models import ResNet
+from utils.arguments import image_type
 from utils.augment import Normalisation
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.data import Splits, load_data, split_data
@@ -40,7 +41,7 @@ class Trained:
 def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="best.pt of stage 1")
     parser.add_argument("--data_dir", required=True, help="data folder it was trained on")
-    parser.add_argument("--img_type", default="png", help="image files to read")
+    parser.add_argument("--img_type", type=image_type, default="png", help="image files to read")
     parser.add_argument("--num_workers", type=int, default=2, help="threads that decode images")
 
 
@@ -74,6 +75,11 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """``out`` with ``suffix`` added; what stands behind a dot in its name is part of the name."""
+    return out.with_name(out.name + suffix)
 
 
 def read_lines(path: Path) -> list[dict]:

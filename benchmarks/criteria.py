@@ -5,7 +5,7 @@ steps with the batch norms measured anew between them), judged as it is and with
 fine-tuned with the same epochs, order and schedule, and judged again.  Every accuracy is that of the validation images
 with every block run: defaults are chosen by it.  The seed decides the Fisher's images and labels, the random criterion
 and the order of fine-tuning.  Finished measurements are kept in OUT.jsonl, so a run that is started again with the same
-arguments goes on; other arguments want another --out.
+arguments goes on.
 
     python -m benchmarks.criteria --checkpoint best.pt --data_dir data/cifar_10 --out results/criteria
 """
@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.common import Trained, add_trained_arguments, append_line, load_trained, machine, read_lines
+from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
 from gating.supervised import supervised_epoch
 from models import all_on
 from pruning.iteration import prune_once
@@ -32,7 +32,7 @@ from pruning.selection import Goal, part_of_the_way
 from utils.batch_norms import reestimate_batch_norms
 from utils.data import plain_batches, training_batches
 from utils.device import placed
-from utils.errors import run_command
+from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.flops import network_cost
 from utils.schedule import scheduled
@@ -53,6 +53,8 @@ VARIANTS = {
         for criterion in ("kron_obs", "magnitude")
     },
 }
+# What a measurement depends on besides share, seed and variant.
+SETTINGS = ("checkpoint", "steps", "epochs", "lr", "batch_size", "fisher_images", "train_images", "round_to")
 MEASURES = ("before", "before, batch norms anew", "after")
 
 
@@ -77,13 +79,18 @@ def main() -> None:
     args = parse_arguments()
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = out.with_suffix(".jsonl")
+    lines = beside(out, ".jsonl")
     trained = subset(load_trained(args), args.train_images)
     plan = [(share, seed, variant) for share in args.shares for seed in range(args.seeds) for variant in args.variants]
-    done = {(m["share"], m["seed"], m["variant"]) for m in read_lines(lines)}
+    earlier = read_lines(lines)
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    other = next((m["settings"] for m in earlier if m["settings"] != settings), None)
+    if other is not None:
+        raise UserError(f"{lines} holds measurements with {other}, not {settings}: choose another --out")
+    done = {(m["share"], m["seed"], m["variant"]) for m in earlier}
     for share, seed, variant in plan:
         if (share, seed, variant) not in done:
-            measurement = measure(args, trained, share, seed, variant)
+            measurement = {**measure(args, trained, share, seed, variant), "settings": settings}
             append_line(lines, measurement)
             print(json.dumps(measurement), flush=True)
     wanted = set(plan)
@@ -91,9 +98,9 @@ def main() -> None:
     rows = summarise(args, measurements)
     whole = evaluate(trained.network(), trained.splits.choose, trained.normalisation, all_on).accuracy
     content = {"machine": machine(), "settings": vars(args), "unpruned": whole, "rows": rows}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=2))
-    out.with_suffix(".md").write_text(table(rows, whole))
-    draw(out.with_suffix(".png"), args, rows, whole)
+    beside(out, ".json").write_text(json.dumps(content, indent=2))
+    beside(out, ".md").write_text(table(rows, whole))
+    draw(beside(out, ".png"), args, rows, whole)
     print(table(rows, whole))
 
 

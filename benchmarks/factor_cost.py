@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.common import machine
+from benchmarks.common import beside, machine
 from models import all_on, build_network
 from pruning.eigenbasis import eigenbasis, gradient_squares
 from pruning.factors import collect_factors
@@ -170,9 +170,7 @@ def peak_memory(name: str) -> float:
 def write(out: Path, args: argparse.Namespace, rows: list[dict]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "alone")}
-    out.with_suffix(".json").write_text(
-        json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=2)
-    )
+    beside(out, ".json").write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=2))
     lines = ["| pass | seconds | quartiles | over plain | peak memory |", "|---|---|---|---|---|"]
     for row in rows:
         low, high = row["quartiles_s"]
@@ -181,7 +179,7 @@ def write(out: Path, args: argparse.Namespace, rows: list[dict]) -> None:
             f"| {row['name']} | {row['median_s']:.3f} | {low:.3f} - {high:.3f} | {over} | "
             f"{row['peak_memory_mib']:.0f} MiB |"
         )
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    beside(out, ".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     trained = load_trained(args)
     network, splits = trained.network().eval(), trained.splits
-    soften_switches(network, trained.normalisation.apply(splits.train.pixels[:512]))
+    soften_switches(network, trained.normalisation.apply(splits.train[:512].pixels))
     shares = network_cost(network, trained.image_size).shares.to(trained.device)
     baselines = {kind: Baseline(kind, network.switches, trained.device) for kind in BASELINES}
     gates = list(network.gate.parameters())

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.common import Trained, add_trained_arguments, load_trained, machine
+from benchmarks.common import Trained, add_trained_arguments, beside, load_trained, machine
 from models import all_on
 from pruning.criteria import eigendamage
 from pruning.eigenbasis import curvature, eigenbasis, gradient_squares, rotate
@@ -58,8 +58,8 @@ def main() -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine(), "settings": vars(args), "correlations": correlations, "points": points}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=2))
-    draw(out.with_suffix(".png"), points, correlations)
+    beside(out, ".json").write_text(json.dumps(content, indent=2))
+    draw(beside(out, ".png"), points, correlations)
     print("| Spearman correlation with | rise of the loss | divergence from the prediction |\n|---|---|---|")
     for predictor, values in correlations.items():
         print(f"| {predictor} | {values['loss_rise']:.3f} | {values['divergence']:.3f} |")

@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.common import Trained, add_trained_arguments, load_trained, machine
+from benchmarks.common import Trained, add_trained_arguments, beside, load_trained, machine
 from models import all_on
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
@@ -61,9 +61,9 @@ def main() -> None:
         for part, images in (("validation", trained.splits.choose), ("test", trained.splits.test))
     }
     content = {"machine": machine(), "settings": vars(args), "every block": before, "results": results}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=2))
-    out.with_suffix(".md").write_text(table(results, before))
-    draw(out.with_suffix(".png"), results, before["validation"])
+    beside(out, ".json").write_text(json.dumps(content, indent=2))
+    beside(out, ".md").write_text(table(results, before))
+    draw(beside(out, ".png"), results, before["validation"])
     print(table(results, before))
 
 
@@ -83,7 +83,11 @@ def run_stage(args: argparse.Namespace, trained: Trained, out: Path, variant: st
         if done.returncode:
             raise UserError(f"stage 3 ended with code {done.returncode} in {folder}: see its message above")
     record = json.loads((folder / "results.json").read_text())[-1]
-    (run,) = folder.glob("rl_pruned/*/*/*")
+    run = folder / Path(record["checkpoint"]).parent
+    given = json.loads((run / "arguments.json").read_text())
+    for key in ("checkpoint", "epochs", "bs", "lr", "alpha", "max_accuracy_drop"):
+        if given[key] != getattr(args, key):
+            raise UserError(f"{run} was made with {key} {given[key]}, not {getattr(args, key)}: choose another --out")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if "Performance/val_acc" in line]
     return {

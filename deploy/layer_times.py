@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from deploy.graphs import IR_VERSION, OPSET
 from deploy.session import open_session
 from pruning.costs import Chain
+from utils.run import write_json
 
 SECONDS = 0.01  # spent on each chain, but three runs at least
 
@@ -25,8 +27,9 @@ class LayerTimes:
     def __init__(self, path: Path | None = None):
         self.path = path
         self.known: dict[str, float] = {}
-        if path is not None and path.exists():
-            self.known = json.loads(path.read_text())
+        if path is not None:
+            with suppress(OSError, ValueError):  # a table that is not there, or damaged, is measured anew
+                self.known = json.loads(path.read_text())
 
     def seconds(self, chain: Chain, size: int) -> float:
         """The fastest of several runs of ``chain`` on an image of ``size`` x ``size`` pixels.
@@ -41,7 +44,7 @@ class LayerTimes:
     def save(self) -> None:
         """Write the table to ``path``."""
         if self.path is not None:
-            self.path.write_text(json.dumps(self.known, indent=0))
+            write_json(self.path, self.known)
 
 
 def _measured(chain: Chain, size: int) -> float:

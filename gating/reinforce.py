@@ -86,7 +86,7 @@ def reinforce_epoch(
     skip = device.type == "cpu" and batch_norm == "frozen"
     # How many images a block sees differs from batch to batch where blocks are skipped: no compiled code keeps up.
     forward = training_forward(network) if forward is None or device.type == "cpu" else forward
-    sums = torch.zeros(8, device=device, dtype=torch.float64)
+    sums = torch.zeros(9, device=device, dtype=torch.float64)
     seen = 0
     for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.no_bar())):
         images, y = len(labels), parallel.part(labels)
@@ -120,11 +120,13 @@ def reinforce_epoch(
             correct = (logits.argmax(dim=1) == y).float()
             uncertain = (uncertainty / len(shares)).expand(len(y))
             figures = [cross_entropy, correct, first, first.square(), left.square(), uncertain, decisions @ shares]
-            figures.append(reward * torch.ones_like(first))
+            figures += [reward * torch.ones_like(first), left]
             sums += torch.stack(figures).double().sum(dim=1)
         seen += images
         if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(sums).all():
             raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
-    loss, accuracy, mean, square, left, uncertain, executed, mean_alpha = (parallel.summed(sums) / seen).tolist()
-    deviation = max(square - mean**2, 0) ** 0.5
-    return ReinforceFigures(loss, accuracy, mean, deviation, left**0.5, uncertain, executed, mean_alpha)
+    loss, accuracy, mean, square, left, uncertain, executed, mean_alpha, mean_left = (
+        parallel.summed(sums) / seen
+    ).tolist()
+    deviation, left = (max(s - m**2, 0) ** 0.5 for s, m in ((square, mean), (left, mean_left)))
+    return ReinforceFigures(loss, accuracy, mean, deviation, left, uncertain, executed, mean_alpha)

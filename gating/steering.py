@@ -54,25 +54,38 @@ class Aim(NamedTuple):
     stride: float
 
 
-def first_aim(computation: float, epochs: int) -> Aim:
+def first_aim(budget: Budget, computation: float, epochs: int) -> Aim:
     """The aim of the first epoch of so many, starting from a network of this computation."""
     stride = min(0.1, max(0.01, 1.2 / epochs))
+    if budget.target_computation is not None:
+        return Aim(_on_the_line(computation, budget.target_computation, 1, epochs), stride)
     return Aim(computation - stride, stride)
 
 
-def next_aim(aim: Aim, budget: Budget, accuracy: float, computation: float, share_done: float) -> Aim:
-    """The aim after an epoch that came out with this accuracy and computation on the images that choose.
+def next_aim(
+    aim: Aim, budget: Budget, accuracy: float, computation: float, start: float, epoch: int, epochs: int
+) -> Aim:
+    """The aim of the next epoch, after one that came out with this accuracy and computation.
 
-    A target is approached in a straight line until half of the training is done.  Towards an accuracy's floor the aim
-    goes on in strides, goes back by one where the floor is broken, and takes shorter ones from there: it closes in on
-    the least computation that the accuracy bears.  It never runs ahead of switches that have not answered yet.
+    A target is approached in a straight line from ``start`` and reached when half of the epochs are done.  Towards an
+    accuracy's floor the aim goes on in strides, goes back by one where the floor is broken, and takes shorter ones from
+    there: it closes in on the least computation that the accuracy bears.  It never runs ahead of switches that have not
+    answered yet.
+
+    Args:
+        accuracy, computation: on the images that choose.
+        start: computation that stage 3 started from.
+        epoch: the one whose aim is asked for, counted from 1.
     """
     if budget.target_computation is not None:
-        left = max(0.0, 1 - 2 * share_done)
-        return Aim(budget.target_computation + (1 - budget.target_computation) * left, aim.stride)
+        return Aim(_on_the_line(start, budget.target_computation, epoch, epochs), aim.stride)
     if budget.keeps(accuracy):
         return Aim(max(aim.computation - aim.stride, computation - 2 * aim.stride, 0.0), aim.stride)
     return Aim(min(max(aim.computation, computation) + aim.stride, 1.0), 0.7 * aim.stride)
+
+
+def _on_the_line(start: float, target: float, epoch: int, epochs: int) -> float:
+    return target + (start - target) * max(0.0, 1 - 2 * epoch / epochs)
 
 
 class FixedAlpha:

@@ -60,7 +60,7 @@ def without_channels(weights: ConvWeights, keep: Tensor) -> ConvWeights:
 def _least_squares(projected: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The third factor [n, R] of the best sum of terms, given the other two and the kernel contracted with them."""
     normal = (first.t() @ first) * (second.t() @ second)
-    normal.diagonal().add_(RIDGE * normal.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny))
+    normal.diagonal().add_(RIDGE * normal.diagonal().mean().clamp(min=1e-200))
     return torch.linalg.solve(normal, projected.t()).t()
 
 

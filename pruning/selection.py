@@ -113,6 +113,11 @@ def select(
     while not reached():
         step = next(steps, None)
         if step is None:
+            if goal.is_budget and objective == "latency":
+                raise UserError(
+                    "objective latency finds no form of any layer that would still be faster on this machine, short of "
+                    "the target: raise the target or use objective flops"
+                )
             if goal.is_budget:
                 raise UserError(_unreachable(goal, walk.cost()))
             break

@@ -77,5 +77,12 @@ def test_a_chain_that_leads_back_to_itself_ends(chain):
     assert results.latest_chain(chain) == chain[-1:]
 
 
+def test_a_row_made_from_another_network_than_the_one_above_says_so(chain):
+    assert "[^source]" not in results.results_table(chain)
+    chain[2]["source"] = "pruned/iteration_01.pt"
+    table = results.results_table(chain)
+    assert table.count("[^source]") == 2 and "made from pruned/iteration_01.pt" in table
+
+
 def test_records_of_older_runs_have_a_dash(chain):
     assert results.results_table(chain).count("| – | – |") == 3

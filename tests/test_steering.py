@@ -44,27 +44,33 @@ def test_computation_target_prefers_accuracy_within():
 
 def test_the_aim_closes_in_on_the_least_computation_that_the_accuracy_bears():
     """The accuracy of a network that loses it below 63 % of the FLOPs, with switches that do what they are asked."""
-    budget, aim = Budget(floor=0.90), first_aim(1.0, epochs=30)
+    budget = Budget(floor=0.90)
+    aim = first_aim(budget, 1.0, epochs=30)
     assert aim == Aim(0.96, 0.04)
     seen = []
     for epoch in range(1, 31):
         computation = aim.computation
         seen.append(computation)
-        aim = next_aim(aim, budget, 0.95 if computation >= 0.63 else 0.85, computation, epoch / 30)
+        aim = next_aim(aim, budget, 0.95 if computation >= 0.63 else 0.85, computation, 1.0, epoch + 1, 30)
     assert all(abs(c - 0.63) < 0.02 for c in seen[-8:]) and min(seen) > 0.59
 
 
 def test_the_aim_waits_for_switches_that_do_not_answer():
-    budget, aim = Budget(floor=0.90), first_aim(1.0, epochs=12)
+    budget = Budget(floor=0.90)
+    aim = first_aim(budget, 1.0, epochs=12)
     for epoch in range(1, 13):
-        aim = next_aim(aim, budget, 0.95, 1.0, epoch / 12)
+        aim = next_aim(aim, budget, 0.95, 1.0, 1.0, epoch + 1, 12)
         assert aim.computation >= 0.8
 
 
 def test_a_target_is_approached_in_a_straight_line_until_half_time():
     budget = Budget(floor=0.0, target_computation=0.6)
-    aims = [next_aim(Aim(0.9, 0.1), budget, 0.1, 0.99, share).computation for share in (0.25, 0.5, 1.0)]
-    assert aims == pytest.approx([0.8, 0.6, 0.6])
+    aims = [first_aim(budget, 0.9, 8).computation]
+    aims += [next_aim(Aim(0.9, 0.1), budget, 0.1, 0.99, 0.9, epoch, 8).computation for epoch in range(2, 9)]
+    assert aims == pytest.approx([0.825, 0.75, 0.675, 0.6, 0.6, 0.6, 0.6, 0.6])
+    assert first_aim(budget, 1.0, epochs=1).computation == 0.6
+    near = Budget(floor=0.0, target_computation=0.97)
+    assert first_aim(near, 1.0, 10).computation == pytest.approx(0.994)
 
 
 def test_alpha_follows_its_recurrence_written_out():

@@ -158,6 +158,8 @@ def checked_settings(content: Mapping[str, Any]) -> PruneSettings:
         values["img_type"] = values["img_type"].lower()
     settings = PruneSettings(**values)
     _check_schedule(settings.scheduler_params)
+    if Path(settings.exp_name).name != settings.exp_name:
+        raise UserError(f"exp_name is {settings.exp_name!r}: it becomes part of a folder's name, so use no separators")
     return settings
 
 

@@ -161,9 +161,10 @@ def results_table(records: list[Record]) -> str:
             f"| Latency (batch 1) | Throughput (batch {BATCH}) |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for r in chain:
+        for before, r in zip([None, *chain], chain, strict=False):
             note = "[^test]" if r["selected_on"] == "test" else ""
             note += "" if r.get("within_budget", True) else "[^budget]"
+            note += "[^source]" if _other_source(before, r) else ""
             computation = r["computation"] if r["stage"] == "rl_pruned" else 1.0
             lines.append(
                 f"| {r['method']}{note} | {_accuracy(r):.2%} | {_three_digits(r['gflops'])} "
@@ -186,8 +187,16 @@ def results_table(records: list[Record]) -> str:
                 "",
                 "[^budget]: no network met the budget; this is the nearest to it, or the one it started from.",
             ]
+        for before, r in zip(chain, chain[1:], strict=False):
+            if _other_source(before, r):
+                lines += ["", f"[^source]: made from {r['source']}, not from the network of the row above."]
         sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)
+
+
+def _other_source(before: Record | None, record: Record) -> bool:
+    """Whether a row was made from another network of the run that the row above it shows the choice of."""
+    return before is not None and Path(record["source"]) != Path(before["checkpoint"])
 
 
 def _accuracy(record: Record) -> float:
