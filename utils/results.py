@@ -1,5 +1,6 @@
 """The results of all stages: one list of records, a table and a picture made from it."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def results_table(records: list[Record]) -> str:
                 "",
                 "[^budget]: no network met the budget; this is the nearest to it, or the one it started from.",
             ]
-        for before, r in zip(chain, chain[1:], strict=False):
+        for before, r in itertools.pairwise(chain):
             if _other_source(before, r):
                 lines += ["", f"[^source]: made from {r['source']}, not from the network of the row above."]
         sections.append("\n".join(lines) + "\n")
