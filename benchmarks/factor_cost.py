@@ -162,7 +162,7 @@ def main() -> None:
 
 def peak_memory(name: str) -> float:
     """MiB of a fresh process with the arguments of this one that runs ``name`` alone, once."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--competitors", name, "--alone"]
+    command = [sys.executable, "-m", "benchmarks.factor_cost", *sys.argv[1:], "--competitors", name, "--alone"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(output.strip().splitlines()[-1]) / 1024
 

@@ -35,16 +35,20 @@ class Budget:
         """Whether the accuracy has fallen by more than another ``drop`` below the floor: time to go back."""
         return self.target_computation is None and accuracy < self.floor - self.noise - drop - 1e-9
 
-    def score(self, accuracy: float, computation: float) -> tuple[bool, float]:
-        """Larger is better: first being within the budget, then what is optimised under it.
+    def score(self, accuracy: float, computation: float) -> tuple[bool, float, float]:
+        """Larger is better: first being within the budget, then what is optimised under it, then the other.
 
-        A target is met where it is exceeded by no more than half a percent of the FLOPs.
+        A target is met where it is exceeded by no more than half a percent of the FLOPs, and computations that round to
+        the same percent count as equal.
         """
+        percent = -round(100 * computation)
         if self.target_computation is None:
             within = accuracy >= self.floor - 1e-9
-            return within, -computation if within else accuracy
-        within = computation <= self.target_computation + 0.005
-        return within, accuracy if within else -computation
+        else:
+            within = computation <= self.target_computation + 0.005
+        # What is asked for comes first where it can be had, the constraint where it is not met yet.
+        fewest_first = within == (self.target_computation is None)
+        return (within, percent, accuracy) if fewest_first else (within, accuracy, percent)
 
 
 class Aim(NamedTuple):

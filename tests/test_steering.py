@@ -29,6 +29,13 @@ def test_accuracy_budget_prefers_fewest_flops_within():
     assert budget.keeps(0.90) and not budget.keeps(0.8999)
 
 
+def test_of_equal_computation_the_better_accuracy_is_chosen():
+    epochs = {"a": (0.910, 0.848), "b": (0.930, 0.849), "c": (0.950, 0.90)}
+    assert max(epochs, key=lambda name: Budget(floor=0.90).score(*epochs[name])) == "b"
+    tied = {"a": (0.910, 0.60), "b": (0.910, 0.55)}
+    assert max(tied, key=lambda name: Budget(0.0, target_computation=0.6).score(*tied[name])) == "b"
+
+
 def test_steering_allows_for_noise_and_choosing_does_not():
     budget = Budget(floor=0.90, noise=0.01)
     assert budget.keeps(0.8901) and not budget.keeps(0.8899)

@@ -89,7 +89,7 @@ class PruneSettings:
         True, "measure the batch norms' statistics anew after surgery, on the images of the Fisher"
     )
     distill: float = _key(
-        0.0, "weight of following stage 1's predictions in fine-tuning, the rest being the labels'", low=0, high=1
+        0.5, "weight of following stage 1's predictions in fine-tuning, the rest being the labels'", low=0, high=1
     )
     max_iter: int = _key(8, "iterations of prune, fine-tune, measure", low=1)
     max_accuracy_drop: float = _key(
