@@ -37,7 +37,8 @@ def prune_to_depthwise(
     """
     layers, separated = prunable_layers(network), separable_layers(network)
     bases, spectra = measured(network, layers, batches, draws, method)
-    saliencies = _channel_rises(network, separated, batches, draws, method)
+    rises = _channel_rises(network, separated, batches, draws, method)
+    saliencies = {name: share(values) if method.normalize else values for name, values in rises.items()}
     entries = {}
     for name, layer in layers.items():
         core = layer.weight.detach()
@@ -61,7 +62,7 @@ def prune_to_depthwise(
                 replaced[name] = without_channels(before, keep)
                 gone = torch.ones(shape.ranks[0], dtype=torch.bool)
                 gone[keep] = False
-                rise = saliencies[name].cpu()[gone].sum().item()
+                rise = rises[name].cpu()[gone].sum().item()
             else:
                 reduced = separable(before.core, bases[name], keep)
                 replaced[name] = merged(before, reduced)
@@ -118,6 +119,4 @@ def _channel_rises(
     for name, core in separated.items():
         norms = core.weight.detach().double().square().sum(dim=(1, 2, 3))
         rises[name] = 0.5 * (parallel.summed(sums[name]) / images + method.regularization * norms)
-        if method.normalize:
-            rises[name] = share(rises[name])
     return rises

@@ -168,7 +168,7 @@ def test_a_signal_in_the_middle_of_writing_stays_what_it_is(
 
         return Interrupted()
 
-    monkeypatch.setattr(module.os, "fdopen", interrupted)
+    monkeypatch.setattr(os, "fdopen", interrupted)
     with pytest.raises(raised, match="by a signal"):
         save_atomically(path, {"a": torch.zeros(10), "b": torch.zeros(5)})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]

@@ -9,13 +9,14 @@ import hashlib
 import os
 import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import PIL
+
+from utils.files import written_whole
 
 HEADER = struct.Struct("<16s32sQII")  # magic, key, number of images, their size, checksum of their pixels
 MAGIC = b"decoded-images-1"
@@ -82,23 +83,9 @@ def write_cache(files: Sequence[Path], key: bytes, pixels: np.ndarray) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < 2 * pixels.nbytes:
                 continue  # a disk must not be filled for convenience
-            _write(path, header, pixels)
+            with written_whole(path) as file:
+                file.write(header)
+                file.write(pixels.data)
             return
         except OSError:
             continue
-
-
-def _write(path: Path, header: bytes, pixels: np.ndarray) -> None:
-    """Through a temporary file: a reader sees the old cache or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(header)
-            file.write(pixels.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

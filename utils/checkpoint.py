@@ -4,8 +4,6 @@ A checkpoint is a dictionary of plain types and tensors that ``torch.load(weight
 never runs code.  Its keys are the fields of ``Checkpoint``.
 """
 
-import os
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +16,7 @@ from models import ResNet, build_network
 from utils import parallel
 from utils.augment import Normalisation
 from utils.errors import UserError
+from utils.files import written_whole
 
 FORMAT = "switched-resnet-checkpoint-1"
 
@@ -63,17 +62,8 @@ def save_atomically(path: Path, content: Any) -> None:
     """``torch.save`` to a temporary file beside ``path``, then rename: a reader sees the old file or the new one."""
     path = Path(path)
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with written_whole(path) as file:
+            torch.save(content, file)
     except (OSError, RuntimeError) as error:
         # What a signal raises in the middle of torch.save comes out as a writing error of its own.
         if isinstance(error.__context__, KeyboardInterrupt | UserError):

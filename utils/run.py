@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +16,7 @@ from tqdm import tqdm
 from utils import parallel
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
+from utils.files import written_whole
 
 LAST, BEST = "last.pt", "best.pt"
 COMMANDS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
@@ -163,16 +162,8 @@ class _AboveTheBar(logging.Handler):
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON through a temporary file, so that a reader never sees half of it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def saved_checkpoints(
