@@ -15,7 +15,6 @@ from gating.forward import training_forward
 from gating.supervised import supervised_epoch
 from models import ResNet, all_on, check_depth
 from pruning.changes import Pruned, changes_table
-from pruning.distillation import following
 from pruning.iteration import check_goal, prune_once
 from pruning.method import Method
 from pruning.picture import layer_ranks, ranks_picture
@@ -37,6 +36,7 @@ from utils.data import (
     training_batches,
 )
 from utils.device import Randomness, pick_device, placed
+from utils.distillation import following
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.flops import network_cost

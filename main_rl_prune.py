@@ -14,11 +14,12 @@ import torch
 from gating.baselines import BASELINES, Baseline
 from gating.batch_norms import BATCH_NORM_MODES
 from gating.forward import training_forward
+from gating.operating_point import seek_operating_point, shifts_undone
 from gating.pictures import CLASSES_A_PAGE, class_averages, draw_easy_and_hard, draw_executed, draw_passing, draw_path
 from gating.reinforce import Objective, ReinforceFigures, reinforce_epoch
 from gating.softening import soften_switches
 from gating.statistics import passing_by_class
-from gating.steering import Aim, Budget, FixedAlpha, SteeredAlpha, first_aim, next_aim
+from gating.steering import Budget, FixedAlpha, SteeredAlpha, next_aim
 from models import all_on, check_depth, thresholded
 from utils import parallel
 from utils.arguments import NOT_COMPARED, number, training_parser
@@ -27,6 +28,7 @@ from utils.batch_norms import reestimate_batch_norms
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.data import Splits, batch_ends, check_batches, load_data, split_data, training_batches
 from utils.device import Randomness, pick_device, placed
+from utils.distillation import following
 from utils.errors import UserError, run_command
 from utils.evaluate import Evaluation, evaluate
 from utils.flops import NetworkCost, network_cost
@@ -38,6 +40,7 @@ from utils.run import (
     finished_checkpoints,
     relative_to_results,
     saved_checkpoints,
+    source_path,
     stage_folder,
     write_json,
 )
@@ -63,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--fixed_alpha", action="store_true", help="keep alpha as given; by default it is steered by the budget")
     add("--gamma", type=number(float, 0, 1), default=1.0, help="discount of what follows a decision")
     add("--rl_weight", type=number(float, 0), default=0.1, help="weight of the policy loss beside the cross-entropy")
+    add("--distill", type=number(float, 0, 1), default=0.5, help="weight of following the start's predictions")
     add("--entropy_weight", type=number(float, 0), default=0.02, help="bonus for undecided switches, in nats of return")
     add("--baseline", choices=BASELINES, default="greedy", help="what a return is compared with")
     add("--batch_norm", choices=BATCH_NORM_MODES, default="frozen", help="statistics under drawn decisions")
@@ -108,16 +112,19 @@ def main() -> None:
     if not args.resume:
         run = Run.new(parent, vars(args))
     accuracy = state.original["accuracy"]
-    noise = (accuracy * (1 - accuracy) / len(splits.choose)) ** 0.5
-    budget = Budget(accuracy - args.max_accuracy_drop, noise, args.target_computation)
+    budget = Budget(accuracy - args.max_accuracy_drop, args.target_computation)
     compression = 1 - cost.parameters / state.original["parameters"]
     steps = len(batch_ends(len(splits.train), args.bs))
     forward = training_forward(network, args.compile)
+    loss_of = None
+    if args.distill:
+        origin = load_checkpoint(source_path(state.source, args.result_dir))
+        loss_of = following(placed(origin.network(), device).eval(), args.distill)
 
     def save_if_best(chosen: Evaluation) -> None:
         score = [*budget.score(chosen.accuracy, chosen.computation)]
         if state.progress["best"] is None or score > state.progress["best"]:
-            state.progress |= {"best": score, "best_alpha": state.progress["alpha"]}
+            state.progress["best"] = score
             metrics = {"accuracy": chosen.accuracy, "computation": chosen.computation}
             best = dataclasses.replace(state, weights=network.state_dict(), metrics=metrics, training={})
             save_checkpoint(run.path / BEST, best)
@@ -140,9 +147,10 @@ def main() -> None:
         if state.progress["step"] == 0 and not args.resume:  # the network as it came is the first candidate
             soften_switches(network, normalisation.apply(splits.train[:SOFTENING_IMAGES].pixels))
             run.record(0, layer_scalars(network, cost))
-            aim = first_aim(budget, start.computation, args.epochs)
-            state.progress |= {"computation": start.computation, "from": start.computation, "aim": list(aim)}
-            state.progress["start"] = start.computation
+            state.progress |= {"start": start.computation, "computation": start.computation}
+            state.progress["aim"] = next_aim(
+                budget, start.accuracy, start.computation, start.computation, 1, args.epochs
+            )
             save_if_best(start)
             save_to_resume()
 
@@ -151,7 +159,6 @@ def main() -> None:
             def rate(share: float, done: int = epoch - 1) -> float:
                 return scheduled(args.schedule, args.lr, (done + share) / args.epochs)
 
-            aim = Aim(*state.progress["aim"])
             alpha = steering(args, state.progress, cost, steps, device)
             train = reinforce_epoch(
                 network,
@@ -166,6 +173,7 @@ def main() -> None:
                 args.batch_norm,
                 randomness.draws,
                 f"epoch {epoch}/{args.epochs}",
+                loss_of,
                 forward,
             )
             if args.batch_norm == "reestimate":
@@ -174,30 +182,26 @@ def main() -> None:
                 )
                 dealt = islice(batches, parallel.rank(), REESTIMATION_BATCHES, parallel.processes())
                 reestimate_batch_norms(network, dealt, thresholded)
-            chosen = evaluate(network, splits.choose, normalisation)
-            check_finite(network, chosen, f"epoch {epoch}/{args.epochs}")
+            found = evaluate(network, splits.choose, normalisation)
+            check_finite(network, found, f"epoch {epoch}/{args.epochs}")
             whole = evaluate(network, splits.choose, normalisation, all_on)
+            state.progress |= {"step": epoch, "computation": found.computation, **alpha.state()}
+            with shifts_undone(network):
+                chosen = found
+                if not args.fixed_alpha:
+                    chosen = seek_operating_point(network, splits.choose, normalisation, budget, cost, found)
+                save_if_best(chosen)
             scalars = epoch_scalars(train, chosen, whole, cost.parameters, compression, rate(0.0))
-            run.record(epoch, scalars | policy_scalars(train, None if args.fixed_alpha else aim))
+            run.record(epoch, scalars | policy_scalars(train, found, state.progress["aim"]))
             run.say(
                 f"epoch {epoch:3d}/{args.epochs}  alpha {train.alpha:.3g}  loss {train.loss:.4f}  return "
                 f"{train.total_return:.4f}  entropy {train.entropy:.3f}  {splits.chosen_on}: accuracy "
-                f"{chosen.accuracy:.2%} (every block {whole.accuracy:.2%})  computation {chosen.computation:.1%}"
+                f"{chosen.accuracy:.2%} (every block {whole.accuracy:.2%})  computation {chosen.computation:.1%} "
+                f"(policy {found.accuracy:.2%} at {found.computation:.1%})"
             )
-            state.progress |= {"step": epoch, "computation": chosen.computation, **alpha.state()}
-            save_if_best(chosen)
-            if not args.fixed_alpha:
-                begun = state.progress["start"]
-                following = next_aim(aim, budget, chosen.accuracy, chosen.computation, begun, epoch + 1, args.epochs)
-                state.progress |= {"from": aim.computation, "aim": list(following)}
-                if state.progress["best"][0] and budget.overshot(chosen.accuracy, args.max_accuracy_drop):
-                    run.say(f"accuracy is far below {budget.floor:.2%}: back to the best network")
-                    best = load_checkpoint(run.path / BEST)
-                    network.load_state_dict(best.weights)
-                    optimisers = reinforcement_optimisers(network, args.lr, args.momentum, args.weight_decay)
-                    again = best.metrics["computation"]
-                    state.progress |= {"alpha": state.progress["best_alpha"], "computation": again, "from": again}
-                    state.progress["aim"] = [again - following.stride, following.stride]
+            state.progress["aim"] = next_aim(
+                budget, chosen.accuracy, chosen.computation, state.progress["start"], epoch + 1, args.epochs
+            )
             save_to_resume()
 
         best = load_checkpoint(run.path / BEST)
@@ -228,24 +232,28 @@ def steering(
     if args.fixed_alpha:
         return FixedAlpha(args.alpha)
     # From shares of all FLOPs to shares of those that can be skipped.
-    computations = (progress["computation"], progress["from"], progress["aim"][0])
-    shares = [max(0.0, 1 - (1 - computation) / cost.skippable) for computation in computations]
-    return SteeredAlpha(progress["alpha"], *shares, steps, device)
+    now, end = (max(0.0, 1 - (1 - progress[key]) / cost.skippable) for key in ("computation", "aim"))
+    return SteeredAlpha(progress["alpha"], now, end, steps, device)
 
 
-def policy_scalars(train: ReinforceFigures, aim: Aim | None) -> dict[str, float]:
-    """What the policy did in an epoch, by TensorBoard tag; ``aim`` where alpha is steered."""
-    scalars = {
+def policy_scalars(train: ReinforceFigures, found: Evaluation, aim: float) -> dict[str, float]:
+    """What the policy did in an epoch, by TensorBoard tag.
+
+    Args:
+        found: the network at its own threshold.
+        aim: the computation that alpha was steered to.
+    """
+    return {
         "Policy/alpha": train.alpha,
         "Policy/return": train.total_return,
         "Policy/return_deviation": train.return_deviation,
         "Policy/advantage_deviation": train.advantage_deviation,
         "Policy/entropy": train.entropy,
         "Policy/sampled_share_of_skippable_flops": train.executed,
+        "Policy/accuracy": found.accuracy,
+        "Policy/computation_percentage": 100 * found.computation,
+        "Policy/aim_computation_percentage": 100 * aim,
     }
-    if aim is not None:
-        scalars["Policy/aim_computation_percentage"] = 100 * aim.computation
-    return scalars
 
 
 def record_routing(

@@ -27,10 +27,11 @@ from utils.evaluate import evaluate
 
 VARIANTS = {
     "steered, norms frozen": [],
+    "steered, norms frozen, not distilled": ["--distill", "0"],
     "steered, norms re-estimated": ["--batch_norm", "reestimate"],
     "steered, norms follow": ["--batch_norm", "follow"],
-    "fixed alpha, norms frozen": ["--fixed_alpha"],
-    "fixed alpha, norms follow": ["--fixed_alpha", "--batch_norm", "follow"],
+    "fixed alpha, norms frozen": ["--fixed_alpha", "--distill", "0"],
+    "fixed alpha, norms follow": ["--fixed_alpha", "--batch_norm", "follow", "--distill", "0"],  # as published
 }
 
 

@@ -1,8 +1,8 @@
 """How fast is training?  Images a second of the three stages against a plain loop, and what else a step is made of.
 
-The plain loop is what a tutorial would write: torchvision's ImageFolder, RandomCrop, RandomHorizontalFlip and Normalize
-in a DataLoader with workers, float32, one ``loss.backward()`` after the other, on the same network with the same
-decisions.  Stages 2 and 3 train a network of half the ranks, and so does the plain loop that they stand against.
+The plain loop (``benchmarks.plain_loop``) trains the same network with the same decisions.  Stages 2 and 3 train a
+network of half the ranks, and so does the plain loop that they stand against; distillation, which adds the forward pass
+of another network, is left out.
 
 A round is one epoch over ``--images`` images, loading included; all competitors run in turns in one process after a
 round that is not counted.  Rates are medians over the rounds, with quartiles.  The gate's share of the step is one
@@ -22,7 +22,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,24 +31,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
-from torch.nn import functional as F
-from torch.optim import SGD
-from torch.utils.data import DataLoader, Subset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
 from benchmarks.common import machine
+from benchmarks.plain_loop import plain_batches, plain_loader, plain_run
 from deploy.timing import Timing, alternated
 from gating.baselines import Baseline
 from gating.forward import training_forward
 from gating.reinforce import Objective, reinforce_epoch
 from gating.steering import FixedAlpha
-from gating.supervised import half_held_open, supervised_epoch
+from gating.supervised import supervised_epoch
 from models import ResNet, build_network
 from utils.arguments import image_type, number
-from utils.augment import PADDING, Normalisation
-from utils.data import IMAGE_TYPES, batch_ends, load_data, training_batches, training_normalisation
+from utils.augment import Normalisation
+from utils.data import batch_ends, load_data, training_batches, training_normalisation
 from utils.device import pick_device, placed
 from utils.errors import UserError, run_command
 from utils.flops import network_cost
@@ -208,38 +205,6 @@ def first_batches(folder: Path, args: argparse.Namespace, device: torch.device) 
     return {name: alternated({name: run}, 1, 0.0, least=STARTS)[name] for name, run in runs.items()}
 
 
-def plain_loader(
-    folder: Path, args: argparse.Namespace, normalisation: Normalisation, chosen: torch.Tensor | None
-) -> DataLoader:
-    suffixes = IMAGE_TYPES[args.img_type]
-    transform = transforms.Compose(
-        [
-            transforms.Resize((args.resize, args.resize)),
-            transforms.RandomCrop(args.resize, padding=PADDING),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(normalisation.mean, normalisation.std),
-        ]
-    )
-    data = torchvision.datasets.ImageFolder(
-        str(folder / "train"), transform, is_valid_file=lambda path: path.lower().endswith(suffixes)
-    )
-    return DataLoader(
-        data if chosen is None else Subset(data, chosen.tolist()),
-        args.bs,
-        shuffle=True,
-        num_workers=args.num_workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=chosen is not None and args.num_workers > 0,
-    )
-
-
-def plain_batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for x, y in loader:
-        if len(y) > 1:  # the gates' batch norms cannot work on one image
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
-
 def competitors(
     images: Images,
     loader: DataLoader,
@@ -285,21 +250,6 @@ def half_ranks(depth: int, width: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def plain_run(network: ResNet, loader: DataLoader, device: torch.device) -> Callable[[], None]:
-    network = network.to(device).train()
-    optimiser = SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
-
-    def epoch() -> None:
-        for x, y in plain_batches(loader, device):
-            drawn = torch.rand(len(y), 1 + network.switches, device=device)
-            loss = F.cross_entropy(network(x, decide=half_held_open(drawn)).logits, y)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-
-    return epoch
-
-
 def supervised_run(
     network: ResNet, images: Images, normalisation: Normalisation, args: argparse.Namespace, device: torch.device
 ) -> Callable[[], None]:
@@ -327,7 +277,7 @@ def reinforced_run(
         batches = training_batches(images, args.bs, data, normalisation, True)
         reinforce_epoch(
             network, batches, steps, optimisers, lambda _: 0.001, objective, FixedAlpha(0.1), shares, baseline,
-            "frozen", draws, "", forward,
+            "frozen", draws, "", forward=forward,
         )  # fmt: skip
 
     return epoch

@@ -14,7 +14,7 @@ from gating.batch_norms import freeze_batch_norms
 from gating.forward import Forward, training_forward
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
-from gating.supervised import CHECK_EVERY, EpochFigures
+from gating.supervised import CHECK_EVERY, EpochFigures, Loss
 from models import ResNet, sampled, thresholded
 from utils import parallel
 from utils.device import mixed_precision
@@ -24,7 +24,10 @@ from utils.schedule import set_learning_rate
 
 @dataclass(frozen=True)
 class Objective:
-    """loss = mean cross-entropy + rl_weight * (policy loss - entropy_weight * entropy), see ``gating.objectives``."""
+    """loss = supervised + rl_weight * (policy loss - entropy_weight * entropy), see ``gating.objectives``.
+
+    The supervised loss is the mean cross-entropy unless another one is given.
+    """
 
     gamma: float
     rl_weight: float
@@ -56,6 +59,7 @@ def reinforce_epoch(
     batch_norm: str,
     draws: torch.Generator,
     title: str,
+    loss_of: Loss | None = None,
     forward: Forward | None = None,
 ) -> ReinforceFigures:
     """Train for one epoch, decisions drawn from the switches.
@@ -70,6 +74,7 @@ def reinforce_epoch(
         shares: [K], each block's share of the skippable FLOPs.
         batch_norm: "frozen" uses running statistics; in other modes they follow the drawn paths.
         draws: generator of the decisions, on the network's device.
+        loss_of: the supervised loss; the cross-entropy by default.  Returns are made of the cross-entropy in any case.
         forward: the network's forward pass, from ``gating.forward.training_forward``; not compiled by default.
 
     Raises:
@@ -110,7 +115,8 @@ def reinforce_epoch(
         advantages = gained - baseline(gained, probabilities, greedy_returns, images)
         uncertainty = entropy(probabilities)
         policy = policy_loss(probabilities, decisions, advantages) - objective.entropy_weight * uncertainty
-        (weight * (cross_entropy.mean() + objective.rl_weight * policy)).backward()
+        supervised = cross_entropy.mean() if loss_of is None else loss_of(x, logits.float(), y)
+        (weight * (supervised + objective.rl_weight * policy)).backward()
         parallel.sum_gradients(network.parameters())
         for optimiser in optimisers:
             optimiser.step()

@@ -23,7 +23,7 @@ def soften_switches(network: ResNet, images: Tensor) -> None:
     with mode_kept(network, training=False):
         p = network(images, decide=all_on).probabilities.double().clamp(1e-7, 1 - 1e-7)
     sizes = torch.logit(p).abs().mean(dim=0)  # [K]
-    last = [network.gate.decision] if hasattr(network.gate, "decision") else list(network.gate.decisions)
+    last = network.gate.last_layers
     for layer, size in zip(last, [sizes.mean()] if len(last) == 1 else sizes, strict=True):
         _scale(layer, min(1.0, LOGIT / size.item()))
 

@@ -1,7 +1,6 @@
-"""Steering stage 3 to its budget: how much computation an epoch aims at, the alpha that leads there, the best epoch."""
+"""Steering stage 3 to its budget: how much computation an epoch aims at, the alpha that leads there, what is best."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,78 +17,47 @@ class Budget:
 
     With a ``target_computation`` (executed FLOPs over all FLOPs) the accuracy is what is maximised; without one the
     executed FLOPs are minimised while the accuracy stays at ``floor`` or above.
-
-    ``noise`` is the standard error of an accuracy.  Steering allows for it, or chance alone would hold it back where
-    there are few validation images; what is chosen in the end is held to the floor itself.
     """
 
     floor: float
-    noise: float = 0.0
     target_computation: float | None = None
 
-    def keeps(self, accuracy: float) -> bool:
-        """Whether the accuracy leaves room for more skipping."""
-        return accuracy >= self.floor - self.noise - 1e-9
-
-    def overshot(self, accuracy: float, drop: float) -> bool:
-        """Whether the accuracy has fallen by more than another ``drop`` below the floor: time to go back."""
-        return self.target_computation is None and accuracy < self.floor - self.noise - drop - 1e-9
+    def met(self, accuracy: float, computation: float) -> bool:
+        """Whether what is asked for is kept; a target may be exceeded by half a percent of the FLOPs."""
+        if self.target_computation is None:
+            return accuracy >= self.floor - 1e-9
+        return computation <= self.target_computation + 0.005
 
     def score(self, accuracy: float, computation: float) -> tuple[bool, float, float]:
         """Larger is better: first being within the budget, then what is optimised under it, then the other.
 
-        A target is met where it is exceeded by no more than half a percent of the FLOPs, and computations that round to
-        the same percent count as equal.
+        Computations that round to the same percent count as equal.
         """
         percent = -round(100 * computation)
-        if self.target_computation is None:
-            within = accuracy >= self.floor - 1e-9
-        else:
-            within = computation <= self.target_computation + 0.005
+        within = self.met(accuracy, computation)
         # What is asked for comes first where it can be had, the constraint where it is not met yet.
         fewest_first = within == (self.target_computation is None)
         return (within, percent, accuracy) if fewest_first else (within, accuracy, percent)
 
 
-class Aim(NamedTuple):
-    """The computation that an epoch is to end with, a share of all FLOPs, and how far the next one may go on."""
-
-    computation: float
-    stride: float
-
-
-def first_aim(budget: Budget, computation: float, epochs: int) -> Aim:
-    """The aim of the first epoch of so many, starting from a network of this computation."""
-    stride = min(0.1, max(0.01, 1.2 / epochs))
-    if budget.target_computation is not None:
-        return Aim(_on_the_line(computation, budget.target_computation, 1, epochs), stride)
-    return Aim(computation - stride, stride)
-
-
-def next_aim(
-    aim: Aim, budget: Budget, accuracy: float, computation: float, start: float, epoch: int, epochs: int
-) -> Aim:
-    """The aim of the next epoch, after one that came out with this accuracy and computation.
+def next_aim(budget: Budget, accuracy: float, computation: float, start: float, epoch: int, epochs: int) -> float:
+    """The computation, a share of all FLOPs, that an epoch leads the policy to.
 
     A target is approached in a straight line from ``start`` and reached when half of the epochs are done.  Towards an
-    accuracy's floor the aim goes on in strides, goes back by one where the floor is broken, and takes shorter ones from
-    there: it closes in on the least computation that the accuracy bears.  It never runs ahead of switches that have not
-    answered yet.
+    accuracy's floor the policy is led a stride beyond what the accuracy bears now, since the network learns to do
+    without a block only where the policy skips it.
 
     Args:
-        accuracy, computation: on the images that choose.
+        accuracy, computation: at the operating point after the epoch before, see ``gating.operating_point``.
         start: computation that stage 3 started from.
         epoch: the one whose aim is asked for, counted from 1.
     """
     if budget.target_computation is not None:
-        return Aim(_on_the_line(start, budget.target_computation, epoch, epochs), aim.stride)
-    if budget.keeps(accuracy):
-        return Aim(max(aim.computation - aim.stride, computation - 2 * aim.stride, 0.0), aim.stride)
-    return Aim(min(max(aim.computation, computation) + aim.stride, 1.0), 0.7 * aim.stride)
-
-
-def _on_the_line(start: float, target: float, epoch: int, epochs: int) -> float:
-    return target + (start - target) * max(0.0, 1 - 2 * epoch / epochs)
+        target = budget.target_computation
+        return target + (start - target) * max(0.0, 1 - 2 * epoch / epochs)
+    if not budget.met(accuracy, computation):
+        return 1.0
+    return max(0.0, computation - min(0.1, max(0.02, 1.2 / epochs)))
 
 
 class FixedAlpha:
@@ -116,15 +84,16 @@ class SteeredAlpha:
 
     Args:
         alpha: where the integral starts.
-        now: computation of the network as it is.  All computations here are shares of the skippable FLOPs.
-        start, end: computation to lead through at the first and the last step.
-        steps: batches that lead from one to the other; ``end`` holds after them.
+        now: computation of the network as it is, where the line starts.  All computations here are shares of the
+            skippable FLOPs.
+        end: where the line leads.
+        steps: batches on the way; ``end`` holds after them.
     """
 
-    def __init__(self, alpha: float, now: float, start: float, end: float, steps: int, device: torch.device):
+    def __init__(self, alpha: float, now: float, end: float, steps: int, device: torch.device):
         self.log_alpha = torch.tensor(alpha, dtype=torch.float64, device=device).log()
         self.smooth = torch.tensor(now, dtype=torch.float64, device=device)
-        self.start, self.end, self.steps, self.step = start, end, steps, 0
+        self.start, self.end, self.steps, self.step = now, end, steps, 0
 
     def value(self) -> Tensor:
         return (self.log_alpha + PROPORTIONAL * self._error()).exp().float()

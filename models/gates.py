@@ -32,6 +32,11 @@ class RecurrentGate(nn.Module):
         self.decision = nn.Linear(FEATURES, 1)
         nn.init.constant_(self.decision.bias, opening)
 
+    @property
+    def last_layers(self) -> list[nn.Linear]:
+        """The layers whose outputs are the switches' logits: one for all of them, or one for each."""
+        return [self.decision]
+
     def forward(
         self, switch: int, features: Tensor, state: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -75,6 +80,11 @@ class FeedForwardGate(nn.Module):
         self.decisions = nn.ModuleList(nn.Linear(c, 1) for c in channels)
         for decision in self.decisions:
             nn.init.constant_(decision.bias, opening)
+
+    @property
+    def last_layers(self) -> list[nn.Linear]:
+        """As ``RecurrentGate.last_layers``."""
+        return list(self.decisions)
 
     def forward(self, switch: int, features: Tensor, state: None) -> tuple[Tensor, None]:
         """As ``RecurrentGate.forward``; there is no state to hand on."""

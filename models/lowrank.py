@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from models.convolution import SafeConv2d
+
 
 class LowRankConv2d(nn.Module):
     """Convolution in a reduced basis: 1x1 (in -> c), the core k x k (c -> r), 1x1 (r -> out).
@@ -34,7 +36,7 @@ class LowRankConv2d(nn.Module):
         core_in = in_channels if rank_in is None else rank_in
         core_out = out_channels if rank_out is None else rank_out
         self.rotate_in = None if rank_in is None else nn.Conv2d(in_channels, core_in, 1, bias=False)
-        self.core = nn.Conv2d(
+        self.core = SafeConv2d(
             core_in, core_out, kernel_size, stride, padding, bias=False, groups=core_in if depthwise else 1
         )
         self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=False)

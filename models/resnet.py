@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.convolution import SafeConv2d
 from models.decisions import DecisionRule, thresholded
 from models.gates import FeedForwardGate, RecurrentGate
 from models.lowrank import LowRankConv2d
@@ -55,7 +56,7 @@ class BasicBlock(nn.Module):
         self.shortcut = None
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+                SafeConv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
     def residual(self, x: Tensor) -> Tensor:

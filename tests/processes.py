@@ -68,7 +68,7 @@ def supervised() -> dict:
 def reinforced(baseline: str, batch_norm: str, gate: str) -> dict:
     net, draws = network(gate), torch.Generator().manual_seed(3)
     optimisers = reinforcement_optimisers(net, 0.02, 0.9, 5e-4)
-    judge, alpha = Baseline(baseline, 2, CPU), SteeredAlpha(0.5, 1.0, 0.9, 0.2, 6, CPU)
+    judge, alpha = Baseline(baseline, 2, CPU), SteeredAlpha(0.5, 1.0, 0.2, 6, CPU)
     shares, objective = torch.tensor([0.4, 0.6]), Objective(1.0, 1.0, 0.02)
     # The first block is often skipped by all images of a batch, and its weights then have no gradient.
     for layer in [net.gate.decision] if gate == "rnn" else net.gate.decisions:

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from gating.supervised import supervised_epoch
 from models import all_on, build_network
-from pruning.distillation import TEMPERATURE, distilled_loss, following
 from pruning.picture import layer_ranks, ranks_picture
 from utils.batch_norms import reestimate_batch_norms
+from utils.distillation import TEMPERATURE, distilled_loss, following
 
 
 def small(gate: str = "rnn"):

@@ -190,3 +190,17 @@ def test_accuracy_does_not_depend_on_the_batch_size(gate):
     assert one.accuracy == many.accuracy
     assert torch.equal(one.decisions, many.decisions)
     assert one.loss == pytest.approx(many.loss, rel=1e-5)
+
+
+def test_the_network_learns_from_the_supervised_loss_that_is_given_and_the_gates_from_returns():
+    network = small_network()
+    before = {name: weight.clone() for name, weight in network.named_parameters()}
+    batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
+    reinforce_epoch(
+        network, batches, 3, reinforcement_optimisers(network, 0.001, 0.9, 0.0), lambda share: 0.001,
+        Objective(1.0, 0.1, 0.0), FixedAlpha(1.0), torch.tensor([0.5, 0.5]), Baseline("batch", 2, CPU), "frozen",
+        torch.Generator().manual_seed(0), "epoch", loss_of=lambda x, logits, labels: 0 * logits.sum(),
+    )  # fmt: skip
+    moved = {name for name, weight in network.named_parameters() if not torch.equal(weight, before[name])}
+    assert "gate.decision.bias" in moved
+    assert "classifier.weight" not in moved and "blocks.2.conv2.weight" not in moved

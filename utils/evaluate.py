@@ -25,6 +25,7 @@ class Evaluation:
     flops_all: float  # of one image with every block run
     executed: Tensor  # [N] in float64 on the CPU, FLOPs spent on each image
     decisions: Tensor  # [N, K] on the CPU
+    probabilities: Tensor  # [N, K] on the CPU, that each switch lets pass, after what the switches before it decided
 
     @property
     def flops_executed(self) -> float:
@@ -56,22 +57,25 @@ def evaluate(
     """
     loss = correct = torch.zeros((), device=images.device, dtype=torch.float64)
     own = parallel.own_slice(len(images))
-    taken = torch.zeros(len(images), network.switches)
-    decisions = [taken.new_empty(0, network.switches, device=images.device)]
+    switches = torch.zeros(2, len(images), network.switches)  # decisions and probabilities
+    seen = [switches.new_empty(2, 0, network.switches, device=images.device)]
     with mode_kept(network, training=False):
         for x, y in plain_batches(images[own], batch_size, normalisation):
             output = network(x, decide=decide)
             loss = loss + F.cross_entropy(output.logits.float(), y, reduction="sum")
             correct = correct + (output.logits.argmax(dim=1) == y).sum()
-            decisions.append(output.decisions)
+            seen.append(torch.stack([output.decisions, output.probabilities]).float())
     loss, correct = parallel.summed(torch.stack([loss, correct])).tolist()
-    taken[own] = torch.cat(decisions).float().cpu()
-    taken = parallel.summed(taken)
+    switches[:, own] = torch.cat(seen, dim=1).cpu()
+    decisions, probabilities = parallel.summed(switches)
     cost = network_cost(network, images.image_size)
     return Evaluation(
         loss=loss / len(images),
         accuracy=correct / len(images),
         flops_all=float(cost.flops),
-        executed=cost.executed(taken) if network.switches else torch.full((len(images),), float(cost.flops)).double(),
-        decisions=taken,
+        executed=cost.executed(decisions)
+        if network.switches
+        else torch.full((len(images),), float(cost.flops)).double(),
+        decisions=decisions,
+        probabilities=probabilities,
     )

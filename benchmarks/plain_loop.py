@@ -1,0 +1,68 @@
+"""The loop that our training is measured against: what a tutorial would write.
+
+torchvision's ImageFolder, RandomCrop, RandomHorizontalFlip and Normalize in a DataLoader with workers, float32, one
+``loss.backward()`` after the other.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+
+from gating.supervised import half_held_open
+from models import ResNet
+from utils.augment import PADDING, Normalisation
+from utils.data import IMAGE_TYPES
+
+
+def plain_loader(
+    folder: Path, args: argparse.Namespace, normalisation: Normalisation, chosen: torch.Tensor | None
+) -> DataLoader:
+    suffixes = IMAGE_TYPES[args.img_type]
+    transform = transforms.Compose(
+        [
+            transforms.Resize((args.resize, args.resize)),
+            transforms.RandomCrop(args.resize, padding=PADDING),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(normalisation.mean, normalisation.std),
+        ]
+    )
+    data = torchvision.datasets.ImageFolder(
+        str(folder / "train"), transform, is_valid_file=lambda path: path.lower().endswith(suffixes)
+    )
+    return DataLoader(
+        data if chosen is None else Subset(data, chosen.tolist()),
+        args.bs,
+        shuffle=True,
+        num_workers=args.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=chosen is not None and args.num_workers > 0,
+    )
+
+
+def plain_batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for x, y in loader:
+        if len(y) > 1:  # the gates' batch norms cannot work on one image
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def plain_run(network: ResNet, loader: DataLoader, device: torch.device) -> Callable[[], None]:
+    network = network.to(device).train()
+    optimiser = SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
+
+    def epoch() -> None:
+        for x, y in plain_batches(loader, device):
+            drawn = torch.rand(len(y), 1 + network.switches, device=device)
+            loss = F.cross_entropy(network(x, decide=half_held_open(drawn)).logits, y)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+    return epoch

@@ -1,0 +1,97 @@
+"""The operating point of trained switches: one number added to all their logits, chosen on the images that choose.
+
+Training moves a switch for many images at once, and a threshold of one half then opens or closes a block for nearly all
+of them.  But the logits rank the images: a shift closes or opens one image after the other, those that the policy is
+least sure about first, and so reaches computations in between.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gating.steering import Budget
+from models import ResNet
+from utils.augment import Normalisation
+from utils.evaluate import Evaluation, evaluate
+from utils.flops import NetworkCost
+from utils.images import Images
+
+SEARCH = 5  # evaluations
+REACH = 0.16  # share of all FLOPs that the search goes below the threshold's own computation
+
+
+@contextmanager
+def shifts_undone(network: ResNet) -> Iterator[None]:
+    """Afterwards the switches stand as they stood before."""
+    biases = [layer.bias.clone() for layer in network.gate.last_layers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, bias in zip(network.gate.last_layers, biases, strict=True):
+                layer.bias.copy_(bias)
+
+
+@torch.no_grad()
+def seek_operating_point(
+    network: ResNet,
+    images: Images,
+    normalisation: Normalisation,
+    budget: Budget,
+    cost: NetworkCost,
+    found: Evaluation,
+) -> Evaluation:
+    """Shift the switches' logits to what serves the budget best, and evaluate the network there.
+
+    Bisection for the least computation at which the accuracy is kept, or for the target computation.  Of all points
+    that were tried the best one stays, the threshold of one half among them.
+
+    Args:
+        found: the network's thresholded evaluation on ``images``.
+    """
+    layers = network.gate.last_layers
+    biases = [layer.bias.clone() for layer in layers]
+
+    def moved(offset: float) -> None:
+        for layer, bias in zip(layers, biases, strict=True):
+            layer.bias.copy_(bias + offset)
+
+    if budget.target_computation is not None:
+        low, high = budget.target_computation - REACH, budget.target_computation + REACH
+    elif budget.met(found.accuracy, found.computation):
+        low, high = max(1 - cost.skippable, found.computation - REACH), found.computation
+    else:
+        low, high = found.computation, 1.0
+    best, best_offset = found, 0.0
+    for _ in range(SEARCH):
+        middle = (low + high) / 2
+        offset = offset_to(middle, found.probabilities, cost)
+        moved(offset)
+        tried = evaluate(network, images, normalisation)
+        if budget.score(tried.accuracy, tried.computation) > budget.score(best.accuracy, best.computation):
+            best, best_offset = tried, offset
+        skip_more = budget.met(tried.accuracy, tried.computation) == (budget.target_computation is None)
+        low, high = (low, middle) if skip_more else (middle, high)
+    moved(best_offset)
+    return best
+
+
+def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost) -> float:
+    """The offset of all logits that makes the thresholded decisions cost about this share of all FLOPs.
+
+    Exactly this share, to an image, where no switch looks at what those before it decided.
+
+    Args:
+        probabilities: [N, K], of thresholded evaluation without an offset.
+    """
+    logits = torch.logit(probabilities.double(), eps=1e-12)
+    blocks = torch.tensor(cost.blocks, dtype=torch.float64).expand_as(logits)
+    ranked, order = logits.flatten().sort(descending=True)
+    shares = blocks.flatten()[order].cumsum(0) / (len(logits) * cost.flops) + 1 - cost.skippable
+    opened = int((shares <= computation + 1e-12).sum())
+    # Halfway between the last that passes and the first that does not.
+    above = ranked[opened - 1] if opened > 0 else ranked[0] + 2
+    below = ranked[opened] if opened < len(ranked) else ranked[-1] - 2
+    return -((above + below) / 2).item()
