@@ -15,7 +15,8 @@ from gating.forward import Forward, training_forward
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
 from gating.supervised import CHECK_EVERY, EpochFigures, Loss
-from models import ResNet, sampled, thresholded
+from models import ResNet, by_image, sampled, thresholded
+from models.decisions import DecisionRule
 from utils import parallel
 from utils.device import mixed_precision
 from utils.errors import UserError
@@ -36,7 +37,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class ReinforceFigures(EpochFigures):
-    """Means over the images of one epoch, under sampled decisions."""
+    """Means over the images of one epoch; all but the first two over those whose decisions were drawn."""
 
     total_return: float  # of the first switch: skip rewards less cross-entropy
     return_deviation: float  # its standard deviation over the images
@@ -62,7 +63,11 @@ def reinforce_epoch(
     loss_of: Loss | None = None,
     forward: Forward | None = None,
 ) -> ReinforceFigures:
-    """Train for one epoch, decisions drawn from the switches.
+    """Train for one epoch.
+
+    On every other image of a batch the decisions are drawn from the switches, and the switches learn from what these
+    images earn.  The others pass as they will pass when the network is used: the network learns the paths that count
+    without the noise of drawn ones, which on their own cost accuracy that only a vanishing learning rate brings back.
 
     Args:
         batches: normalised images [B, 3, H, W] and labels [B] on the network's device; where several processes share
@@ -91,48 +96,64 @@ def reinforce_epoch(
     skip = device.type == "cpu" and batch_norm == "frozen"
     # How many images a block sees differs from batch to batch where blocks are skipped: no compiled code keeps up.
     forward = training_forward(network) if forward is None or device.type == "cpu" else forward
-    sums = torch.zeros(9, device=device, dtype=torch.float64)
-    seen = 0
+    every, explored = (torch.zeros(n, device=device, dtype=torch.float64) for n in (2, 7))
+    seen = explorers = 0
     for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.no_bar())):
         images, y = len(labels), parallel.part(labels)
         weight = len(y) / images  # of this process's means in those of the batch
+        exploring = parallel.part(torch.arange(images) % 2 == 0)
+        first, drawing = int(not exploring[:1].all()), (images + 1) // 2  # in the whole batch
+        own, others = slice(first, None, 2), slice(1 - first, None, 2)  # slices: a GPU would wait for masks
         for optimiser in optimisers:
             set_learning_rate(optimiser, learning_rate(step / steps))
             optimiser.zero_grad(set_to_none=True)
         drawn = torch.rand(images, len(shares), generator=draws, device=device)
         with mixed_precision(device):
-            logits, probabilities, decisions = forward(x, sampled, (parallel.part(drawn),), skip)
+            logits, probabilities, decisions = forward(
+                x, partly_sampled, (exploring.to(device), parallel.part(drawn)), skip
+            )
         cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")
         reward = alpha.value()
-        gained = returns(skip_rewards(decisions, shares, reward), cross_entropy.detach(), objective.gamma)
+        p, z = probabilities[own], decisions[own]
+        gained = returns(skip_rewards(z, shares, reward), cross_entropy[own].detach(), objective.gamma)
 
-        def greedy_returns(x: Tensor = x, y: Tensor = y, reward: float | Tensor = reward) -> Tensor:
+        def greedy_returns(x: Tensor = x[own], y: Tensor = y[own], reward: float | Tensor = reward) -> Tensor:
             with mixed_precision(device):
                 return thresholded_returns(
                     network, x, y, shares, reward, objective.gamma, skip=device.type == "cpu", forward=forward
                 )
 
-        advantages = gained - baseline(gained, probabilities, greedy_returns, images)
-        uncertainty = entropy(probabilities)
-        policy = policy_loss(probabilities, decisions, advantages) - objective.entropy_weight * uncertainty
+        advantages = gained - baseline(gained, p, greedy_returns, drawing)
+        uncertainty = entropy(p)
+        policy = policy_loss(p, z, advantages) - objective.entropy_weight * uncertainty
         supervised = cross_entropy.mean() if loss_of is None else loss_of(x, logits.float(), y)
-        (weight * (supervised + objective.rl_weight * policy)).backward()
+        (weight * supervised + len(p) / drawing * objective.rl_weight * policy).backward()
         parallel.sum_gradients(network.parameters())
         for optimiser in optimisers:
             optimiser.step()
         with torch.no_grad():
-            alpha.observe(parallel.summed(weight * (thresholded(probabilities) @ shares).mean()))
-            first, left = gained[:, 0], advantages[:, 0]
+            alpha.observe(parallel.summed((decisions[others] @ shares).sum()) / max(1, images // 2))
+            returned, left = gained[:, 0], advantages[:, 0]
             correct = (logits.argmax(dim=1) == y).float()
-            uncertain = (uncertainty / len(shares)).expand(len(y))
-            figures = [cross_entropy, correct, first, first.square(), left.square(), uncertain, decisions @ shares]
-            figures += [reward * torch.ones_like(first), left]
-            sums += torch.stack(figures).double().sum(dim=1)
+            figures = [returned, returned.square(), left, left.square(), z @ shares]
+            figures += [v * torch.ones_like(left) for v in (uncertainty / len(shares), reward)]
+            every += torch.stack([cross_entropy, correct]).double().sum(dim=1)
+            explored += torch.stack(figures).double().sum(dim=1)
+        explorers += drawing
         seen += images
-        if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(sums).all():
+        if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(every.sum() + explored.sum()):
             raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
-    loss, accuracy, mean, square, left, uncertain, executed, mean_alpha, mean_left = (
-        parallel.summed(sums) / seen
-    ).tolist()
-    deviation, left = (max(s - m**2, 0) ** 0.5 for s, m in ((square, mean), (left, mean_left)))
-    return ReinforceFigures(loss, accuracy, mean, deviation, left, uncertain, executed, mean_alpha)
+    loss, accuracy = (parallel.summed(every) / seen).tolist()
+    mean, square, left, left_square, executed, uncertain, mean_alpha = (parallel.summed(explored) / explorers).tolist()
+    deviation, remaining = (max(s - m**2, 0) ** 0.5 for s, m in ((square, mean), (left_square, left)))
+    return ReinforceFigures(loss, accuracy, mean, deviation, remaining, uncertain, executed, mean_alpha)
+
+
+def partly_sampled(exploring: Tensor, drawn: Tensor) -> DecisionRule:
+    """Rule that draws the decisions of the exploring images and thresholds those of the others.
+
+    Args:
+        exploring: boolean [N].
+        drawn: [N, K], uniform in [0, 1).
+    """
+    return by_image(exploring, sampled(drawn), thresholded)

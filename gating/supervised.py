@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from gating.forward import Forward, training_forward
-from models import ResNet, held_open, sampled_straight_through
+from models import ResNet, all_on, by_image, sampled_straight_through
 from models.decisions import DecisionRule
 from utils import parallel
 from utils.device import mixed_precision
@@ -98,4 +98,4 @@ def half_held_open(drawn: Tensor) -> DecisionRule:
     Args:
         drawn: [N, 1 + K], uniform in [0, 1): which images are held, and the decisions of K switches.
     """
-    return held_open(drawn[:, 0] < OPEN_SHARE, sampled_straight_through(drawn[:, 1:], EXPLORATION))
+    return by_image(drawn[:, 0] < OPEN_SHARE, all_on, sampled_straight_through(drawn[:, 1:], EXPLORATION))

@@ -66,14 +66,14 @@ def sampled_straight_through(draws: Tensor | torch.Generator | None = None, expl
     return decide
 
 
-def held_open(images: Tensor, rule: DecisionRule) -> DecisionRule:
-    """Rule that runs every block on the marked images and applies ``rule`` to the others.
+def by_image(marked: Tensor, rule: DecisionRule, other: DecisionRule) -> DecisionRule:
+    """Rule that applies ``rule`` to the marked images and ``other`` to the rest.
 
     Args:
-        images: boolean [N], true where every switch is held open.
+        marked: boolean [N].
     """
 
     def decide(probabilities: Tensor) -> Tensor:
-        return torch.where(images, torch.ones_like(probabilities), rule(probabilities))
+        return torch.where(marked, rule(probabilities), other(probabilities))
 
     return decide

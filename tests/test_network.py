@@ -8,7 +8,7 @@ from models import (
     GATES,
     all_on,
     build_network,
-    held_open,
+    by_image,
     sampled,
     sampled_straight_through,
     straight_through,
@@ -154,7 +154,7 @@ def test_other_rules():
     p = torch.tensor([0.1, 0.9, 0.4])
     assert all_on(p).tolist() == [1, 1, 1]
     assert thresholded(p).tolist() == [0, 1, 0]
-    assert held_open(torch.tensor([True, False, False]), thresholded)(p).tolist() == [1, 1, 0]
+    assert by_image(torch.tensor([True, False, False]), all_on, thresholded)(p).tolist() == [1, 1, 0]
 
 
 def test_batches_of_one_decide_as_batches_of_many():

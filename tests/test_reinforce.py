@@ -204,3 +204,17 @@ def test_the_network_learns_from_the_supervised_loss_that_is_given_and_the_gates
     moved = {name for name, weight in network.named_parameters() if not torch.equal(weight, before[name])}
     assert "gate.decision.bias" in moved
     assert "classifier.weight" not in moved and "blocks.2.conv2.weight" not in moved
+
+
+def test_a_block_that_nobody_takes_decays_like_the_others():
+    """As on a GPU, where it is computed and multiplied by zero."""
+    network = small_network()
+    torch.nn.init.constant_(network.gate.decision.bias, -50.0)
+    before = network.blocks[2].conv1.weight.clone()
+    batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,)))]
+    reinforce_epoch(
+        network, batches, 1, reinforcement_optimisers(network, 0.1, 0.0, 0.5), lambda share: 0.1,
+        Objective(1.0, 0.1, 0.0), FixedAlpha(1.0), torch.tensor([0.5, 0.5]), Baseline("batch", 2, CPU), "frozen",
+        torch.Generator().manual_seed(0), "epoch",
+    )  # fmt: skip
+    torch.testing.assert_close(network.blocks[2].conv1.weight, before * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)

@@ -141,18 +141,15 @@ def summed(values: Tensor) -> Tensor:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all processes, each of its own part of the batch's mean loss.
 
-    A parameter that no process used, in a block that every image skipped, is left without a gradient, as one process
-    would leave it: momentum and weight decay do not move it.
+    A parameter that was not used, in a block that every image skipped, gets a gradient of zero: momentum and weight
+    decay move it as they do on a GPU, where every block is computed and multiplied.
     """
+    parameters = [p for p in parameters if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     if processes() == 1:
         return
-    parameters = [p for p in parameters if p.requires_grad]
-    if not parameters[0].is_cuda:  # on a GPU no block is skipped in training, and asking would make it wait
-        used = summed(torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32))
-        for p, by in zip(parameters, used.tolist(), strict=True):
-            if by and p.grad is None:
-                p.grad = torch.zeros_like(p)
-    parameters = [p for p in parameters if p.grad is not None]
     total = summed(torch.cat([p.grad.flatten() for p in parameters]))
     for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
         p.grad.copy_(gradient.view_as(p))
