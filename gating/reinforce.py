@@ -127,7 +127,10 @@ def reinforce_epoch(
         uncertainty = entropy(p)
         policy = policy_loss(p, z, advantages) - objective.entropy_weight * uncertainty
         supervised = cross_entropy.mean() if loss_of is None else loss_of(x, logits.float(), y)
-        (weight * supervised + len(p) / drawing * objective.rl_weight * policy).backward()
+        # One of several processes may have a single image, which does not explore: a mean over none.  Its gates still
+        # have to go backward with those of the others, whose shared norms wait for them.
+        reinforced = len(p) / drawing * policy if len(p) else 0 * probabilities.sum()
+        (weight * supervised + objective.rl_weight * reinforced).backward()
         parallel.sum_gradients(network.parameters())
         for optimiser in optimisers:
             optimiser.step()
@@ -136,7 +139,7 @@ def reinforce_epoch(
             returned, left = gained[:, 0], advantages[:, 0]
             correct = (logits.argmax(dim=1) == y).float()
             figures = [returned, returned.square(), left, left.square(), z @ shares]
-            figures += [v * torch.ones_like(left) for v in (uncertainty / len(shares), reward)]
+            figures += [(uncertainty / len(shares)).expand_as(left), reward * torch.ones_like(left)]
             every += torch.stack([cross_entropy, correct]).double().sum(dim=1)
             explored += torch.stack(figures).double().sum(dim=1)
         explorers += drawing

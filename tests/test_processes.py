@@ -105,7 +105,9 @@ def test_the_three_stages(two, shapes: Path, tmp_path: Path, monkeypatch: pytest
         for name in (BEST, LAST):
             a, b = (torch.load(path / name, weights_only=True) for path in (folder, alone))
             assert a["architecture"] == b["architecture"], f"{stage}: the same ranks"
-            assert_close(a["weights"], b["weights"], f"{stage}.{name}")
+            # The gates' Adam makes steps of one size of gradients of any size, rounding included.
+            tolerance = {"rtol": 2e-3, "atol": 2e-3} if stage == "rl_pruned" else {}
+            assert_close(a["weights"], b["weights"], f"{stage}.{name}", **tolerance)
             assert_close(a["progress"], b["progress"], f"{stage}.{name}")
             if name == LAST:
                 # Momentum is of the size of gradients, a hundred times that of the steps that the weights have taken.
