@@ -65,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--alpha", type=number(float, 0), default=0.1, help="reward for skipping everything, in nats of cross-entropy")
     add("--fixed_alpha", action="store_true", help="keep alpha as given; by default it is steered by the budget")
     add("--gamma", type=number(float, 0, 1), default=1.0, help="discount of what follows a decision")
+    add("--gate_lr", type=number(float, 0), default=0.01, help="learning rate of the gates at the start, of Adam")
     add("--rl_weight", type=number(float, 0), default=0.1, help="weight of the policy loss beside the cross-entropy")
     add("--distill", type=number(float, 0, 1), default=0.5, help="weight of following the start's predictions")
     add("--entropy_weight", type=number(float, 0), default=0.02, help="bonus for undecided switches, in nats of return")
@@ -102,7 +103,7 @@ def main() -> None:
     network = placed(state.network(), device)
     cost = network_cost(network, args.resize)
     check_target(args.target_computation, cost)
-    optimisers = reinforcement_optimisers(network, args.lr, args.momentum, args.weight_decay)
+    optimisers = reinforcement_optimisers(network, args.momentum, args.weight_decay)
     baseline = Baseline(args.baseline, network.switches, device)
     if state.training:
         for optimiser, saved in zip(optimisers, state.training["optimisers"], strict=True):
@@ -156,8 +157,9 @@ def main() -> None:
 
         for epoch in range(state.progress["step"] + 1, args.epochs + 1):
 
-            def rate(share: float, done: int = epoch - 1) -> float:
-                return scheduled(args.schedule, args.lr, (done + share) / args.epochs)
+            def rates(share: float, done: int = epoch - 1) -> tuple[float, float]:
+                progress = (done + share) / args.epochs
+                return scheduled(args.schedule, args.lr, progress), scheduled(args.schedule, args.gate_lr, progress)
 
             alpha = steering(args, state.progress, cost, steps, device)
             train = reinforce_epoch(
@@ -165,7 +167,7 @@ def main() -> None:
                 training_batches(splits.train, args.bs, randomness.data, normalisation, state.data["flip"]),
                 steps,
                 optimisers,
-                rate,
+                rates,
                 Objective(args.gamma, args.rl_weight, args.entropy_weight),
                 alpha,
                 cost.shares,
@@ -191,7 +193,7 @@ def main() -> None:
                 if not args.fixed_alpha:
                     chosen = seek_operating_point(network, splits.choose, normalisation, budget, cost, found)
                 save_if_best(chosen)
-            scalars = epoch_scalars(train, chosen, whole, cost.parameters, compression, rate(0.0))
+            scalars = epoch_scalars(train, chosen, whole, cost.parameters, compression, rates(0.0)[0])
             run.record(epoch, scalars | policy_scalars(train, found, state.progress["aim"]))
             run.say(
                 f"epoch {epoch:3d}/{args.epochs}  alpha {train.alpha:.3g}  loss {train.loss:.4f}  return "

@@ -267,7 +267,7 @@ def supervised_run(
 def reinforced_run(
     network: ResNet, images: Images, normalisation: Normalisation, args: argparse.Namespace, device: torch.device
 ) -> Callable[[], None]:
-    optimisers = reinforcement_optimisers(network, 0.001, 0.9, 5e-4)
+    optimisers = reinforcement_optimisers(network, 0.9, 5e-4)
     data, draws = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     forward, steps = training_forward(network, args.compile), len(batch_ends(len(images), args.bs))
     shares = network_cost(network, args.resize).shares
@@ -276,7 +276,7 @@ def reinforced_run(
     def epoch() -> None:
         batches = training_batches(images, args.bs, data, normalisation, True)
         reinforce_epoch(
-            network, batches, steps, optimisers, lambda _: 0.001, objective, FixedAlpha(0.1), shares, baseline,
+            network, batches, steps, optimisers, lambda _: (0.001, 0.01), objective, FixedAlpha(0.1), shares, baseline,
             "frozen", draws, "", forward=forward,
         )  # fmt: skip
 

@@ -52,7 +52,7 @@ def reinforce_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     steps: int,
     optimisers: Sequence[Optimizer],
-    learning_rate: Callable[[float], float],
+    learning_rates: Callable[[float], tuple[float, float]],
     objective: Objective,
     alpha: FixedAlpha | SteeredAlpha,
     shares: Tensor,
@@ -74,7 +74,7 @@ def reinforce_epoch(
             the batches, the images of this process's part and the labels of the whole (``utils.parallel``).
         steps: number of batches.
         optimisers: of the network and of its gates.
-        learning_rate: rate as a function of the share of this epoch that is done.
+        learning_rates: of these two, as a function of the share of this epoch that is done.
         alpha: the reward of skipping everything, in nats, which may be steered from step to step.
         shares: [K], each block's share of the skippable FLOPs.
         batch_norm: "frozen" uses running statistics; in other modes they follow the drawn paths.
@@ -104,8 +104,8 @@ def reinforce_epoch(
         exploring = parallel.part(torch.arange(images) % 2 == 0)
         first, drawing = int(not exploring[:1].all()), (images + 1) // 2  # in the whole batch
         own, others = slice(first, None, 2), slice(1 - first, None, 2)  # slices: a GPU would wait for masks
-        for optimiser in optimisers:
-            set_learning_rate(optimiser, learning_rate(step / steps))
+        for optimiser, rate in zip(optimisers, learning_rates(step / steps), strict=True):
+            set_learning_rate(optimiser, rate)
             optimiser.zero_grad(set_to_none=True)
         drawn = torch.rand(images, len(shares), generator=draws, device=device)
         with mixed_precision(device):

@@ -67,7 +67,7 @@ def supervised() -> dict:
 
 def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH) -> dict:
     net, draws = network(gate), torch.Generator().manual_seed(3)
-    optimisers = reinforcement_optimisers(net, 0.02, 0.9, 5e-4)
+    optimisers = reinforcement_optimisers(net, 0.9, 5e-4)
     judge, alpha = Baseline(baseline, 2, CPU), SteeredAlpha(0.5, 1.0, 0.2, 6, CPU)
     shares, objective = torch.tensor([0.4, 0.6]), Objective(1.0, 1.0, 0.02)
     # The first block is often skipped by all images of a batch, and its weights then have a gradient of zero.
@@ -75,8 +75,8 @@ def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH) -> 
         torch.nn.init.constant_(layer.bias, -2.0)
     figures = [
         reinforce_epoch(
-            net, batches(e, size), len(batch_ends(41, size)), optimisers, lambda _: 0.02, objective, alpha, shares,
-            judge, batch_norm, draws, "",
+            net, batches(e, size), len(batch_ends(41, size)), optimisers, lambda _: (0.02, 0.2), objective, alpha,
+            shares, judge, batch_norm, draws, "",
         )
         for e in range(2)
     ]  # fmt: skip

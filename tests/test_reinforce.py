@@ -57,13 +57,13 @@ def test_policy_finds_what_can_be_skipped(baseline):
     generator = torch.Generator().manual_seed(0)
     network = EasyAndHard()
     shares = torch.tensor([0.5, 0.5])
-    optimisers = reinforcement_optimisers(network, 0.003, 0.9, 0.0)
+    optimisers = reinforcement_optimisers(network, 0.9, 0.0)
     judge = Baseline(baseline, 2, CPU)
     for epoch in range(12):
         batches = [easy_and_hard(64, generator)[:2] for _ in range(40)]
         reinforce_epoch(
-            network, batches, 40, optimisers, lambda share: 0.003, Objective(1.0, 1.0, 0.0), FixedAlpha(0.5), shares,
-            judge, "frozen", generator, f"epoch {epoch}",
+            network, batches, 40, optimisers, lambda _: (0.003, 0.03), Objective(1.0, 1.0, 0.0), FixedAlpha(0.5),
+            shares, judge, "frozen", generator, f"epoch {epoch}",
         )  # fmt: skip
     images, labels, hard = easy_and_hard(2000, generator)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_batch_norms_move_only_where_they_follow(mode, moves):
     before = statistics(network)
     batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
     reinforce_epoch(
-        network, batches, 3, reinforcement_optimisers(network, 0.001, 0.9, 0.0), lambda share: 0.001,
+        network, batches, 3, reinforcement_optimisers(network, 0.9, 0.0), lambda _: (0.001, 0.01),
         Objective(1.0, 0.1, 0.0), FixedAlpha(0.1), torch.tensor([0.5, 0.5]), Baseline("greedy", 2, CPU), mode,
         torch.Generator().manual_seed(0), "epoch",
     )  # fmt: skip
@@ -197,7 +197,7 @@ def test_the_network_learns_from_the_supervised_loss_that_is_given_and_the_gates
     before = {name: weight.clone() for name, weight in network.named_parameters()}
     batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
     reinforce_epoch(
-        network, batches, 3, reinforcement_optimisers(network, 0.001, 0.9, 0.0), lambda share: 0.001,
+        network, batches, 3, reinforcement_optimisers(network, 0.9, 0.0), lambda _: (0.001, 0.01),
         Objective(1.0, 0.1, 0.0), FixedAlpha(1.0), torch.tensor([0.5, 0.5]), Baseline("batch", 2, CPU), "frozen",
         torch.Generator().manual_seed(0), "epoch", loss_of=lambda x, logits, labels: 0 * logits.sum(),
     )  # fmt: skip
@@ -213,7 +213,7 @@ def test_a_block_that_nobody_takes_decays_like_the_others():
     before = network.blocks[2].conv1.weight.clone()
     batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,)))]
     reinforce_epoch(
-        network, batches, 1, reinforcement_optimisers(network, 0.1, 0.0, 0.5), lambda share: 0.1,
+        network, batches, 1, reinforcement_optimisers(network, 0.0, 0.5), lambda _: (0.1, 1.0),
         Objective(1.0, 0.1, 0.0), FixedAlpha(1.0), torch.tensor([0.5, 0.5]), Baseline("batch", 2, CPU), "frozen",
         torch.Generator().manual_seed(0), "epoch",
     )  # fmt: skip

@@ -164,7 +164,7 @@ def test_a_step_does_not_wait_for_the_gpu(stage: str):
                     supervised_epoch(net, batches, steps, sgd(net, 0.1, 0.9, 0.0), lambda _: 0.1, draws, "")
                 else:
                     reinforce_epoch(
-                        net, batches, steps, reinforcement_optimisers(net, 0.1, 0.9, 0.0), lambda _: 0.1,
+                        net, batches, steps, reinforcement_optimisers(net, 0.9, 0.0), lambda _: (0.1, 0.1),
                         Objective(1.0, 1.0, 0.0), SteeredAlpha(0.1, 1.0, 0.5, steps, device),
                         torch.tensor([0.5, 0.5]), Baseline("greedy", 2, device), "frozen", draws, "",
                     )  # fmt: skip

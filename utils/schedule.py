@@ -22,6 +22,6 @@ def scheduled(
 
 
 def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
-    """Give every parameter group the rate, times the group's own ``scale`` where it has one."""
+    """Give every parameter group the rate."""
     for group in optimiser.param_groups:
-        group["lr"] = rate * group.get("scale", 1.0)
+        group["lr"] = rate

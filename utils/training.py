@@ -15,8 +15,6 @@ from utils.errors import UserError
 from utils.evaluate import Evaluation
 from utils.flops import NetworkCost
 
-GATE_RATE = 10.0
-
 
 def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD:
     """SGD with Nesterov's momentum (plain SGD where momentum is 0).
@@ -29,17 +27,16 @@ def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD
     return SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=_on_gpu(network))
 
 
-def reinforcement_optimisers(network: ResNet, lr: float, momentum: float, weight_decay: float) -> tuple[SGD, Adam]:
-    """SGD for the network and Adam, at ``GATE_RATE`` times the rate, for its gates.
+def reinforcement_optimisers(network: ResNet, momentum: float, weight_decay: float) -> tuple[SGD, Adam]:
+    """SGD for the network and Adam for its gates; their rates are set step by step.
 
     The gates learn from the policy gradient alone, whose size goes with alpha, rl_weight and a block's small share of
     the FLOPs; Adam's steps do not depend on that size.
     """
     gates, others = split_parameters(network)
     fused = _on_gpu(network)
-    optimiser = SGD(others, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
-    gate_optimiser = Adam([{"params": gates, "scale": GATE_RATE}], lr, fused=fused)
-    return optimiser, gate_optimiser
+    optimiser = SGD(others, 0.0, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
+    return optimiser, Adam(gates, 0.0, fused=fused)
 
 
 def _on_gpu(network: ResNet) -> bool | None:
