@@ -194,7 +194,9 @@ def main() -> None:
                     chosen = seek_operating_point(network, splits.choose, normalisation, budget, cost, found)
                 save_if_best(chosen)
             scalars = epoch_scalars(train, chosen, whole, cost.parameters, compression, rates(0.0)[0])
-            run.record(epoch, scalars | policy_scalars(train, found, state.progress["aim"]))
+            run.record(
+                epoch, scalars | policy_scalars(train, found, None if args.fixed_alpha else state.progress["aim"])
+            )
             run.say(
                 f"epoch {epoch:3d}/{args.epochs}  alpha {train.alpha:.3g}  loss {train.loss:.4f}  return "
                 f"{train.total_return:.4f}  entropy {train.entropy:.3f}  {splits.chosen_on}: accuracy "
@@ -204,6 +206,15 @@ def main() -> None:
             state.progress["aim"] = next_aim(
                 budget, chosen.accuracy, chosen.computation, state.progress["start"], epoch + 1, args.epochs
             )
+            if not args.fixed_alpha and budget.lost(chosen.accuracy, args.max_accuracy_drop):
+                run.say(
+                    f"accuracy is far below {budget.floor:.2%}: back to the best network (it may be kept by a smaller "
+                    f"--lr or by --batch_norm reestimate)"
+                )
+                best = load_checkpoint(run.path / BEST)
+                network.load_state_dict(best.weights)
+                optimisers = reinforcement_optimisers(network, args.momentum, args.weight_decay)
+                state.progress |= {"alpha": best.progress["alpha"], "computation": best.metrics["computation"]}
             save_to_resume()
 
         best = load_checkpoint(run.path / BEST)
@@ -238,14 +249,14 @@ def steering(
     return SteeredAlpha(progress["alpha"], now, end, steps, device)
 
 
-def policy_scalars(train: ReinforceFigures, found: Evaluation, aim: float) -> dict[str, float]:
+def policy_scalars(train: ReinforceFigures, found: Evaluation, aim: float | None) -> dict[str, float]:
     """What the policy did in an epoch, by TensorBoard tag.
 
     Args:
         found: the network at its own threshold.
-        aim: the computation that alpha was steered to.
+        aim: the computation that alpha was steered to, if it was.
     """
-    return {
+    scalars = {
         "Policy/alpha": train.alpha,
         "Policy/return": train.total_return,
         "Policy/return_deviation": train.return_deviation,
@@ -254,8 +265,8 @@ def policy_scalars(train: ReinforceFigures, found: Evaluation, aim: float) -> di
         "Policy/sampled_share_of_skippable_flops": train.executed,
         "Policy/accuracy": found.accuracy,
         "Policy/computation_percentage": 100 * found.computation,
-        "Policy/aim_computation_percentage": 100 * aim,
     }
+    return scalars if aim is None else scalars | {"Policy/aim_computation_percentage": 100 * aim}
 
 
 def record_routing(

@@ -31,7 +31,7 @@ VARIANTS = {
     "steered, norms re-estimated": ["--batch_norm", "reestimate"],
     "steered, norms follow": ["--batch_norm", "follow"],
     "fixed alpha, norms frozen": ["--fixed_alpha", "--distill", "0"],
-    "fixed alpha, norms follow": ["--fixed_alpha", "--batch_norm", "follow", "--distill", "0"],  # as published
+    "fixed alpha, norms follow": ["--fixed_alpha", "--batch_norm", "follow", "--distill", "0"],  # as published, both
 }
 
 
@@ -86,9 +86,10 @@ def run_stage(args: argparse.Namespace, trained: Trained, out: Path, variant: st
     record = json.loads((folder / "results.json").read_text())[-1]
     run = folder / Path(record["checkpoint"]).parent
     given = json.loads((run / "arguments.json").read_text())
-    for key in ("checkpoint", "epochs", "bs", "lr", "alpha", "max_accuracy_drop"):
-        if given[key] != getattr(args, key):
-            raise UserError(f"{run} was made with {key} {given[key]}, not {getattr(args, key)}: choose another --out")
+    expected = {key: getattr(args, key) for key in ("checkpoint", "epochs", "bs", "lr", "alpha", "max_accuracy_drop")}
+    for key, value in (expected | settings(VARIANTS[variant])).items():
+        if given.get(key) != value:
+            raise UserError(f"{run} was made with {key} {given.get(key)}, not {value}: choose another --out")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if "Performance/val_acc" in line]
     return {
@@ -97,6 +98,15 @@ def run_stage(args: argparse.Namespace, trained: Trained, out: Path, variant: st
         "within_budget": record["within_budget"],
         "accuracies": [epoch["Performance/val_acc"] for epoch in epochs],
         "computations": [epoch["Indicator/computation_percentage"] / 100 for epoch in epochs],
+    }
+
+
+def settings(flags: list[str]) -> dict[str, str | float | bool]:
+    """What a variant's flags make of those that variants differ in."""
+    return {
+        "fixed_alpha": "--fixed_alpha" in flags,
+        "batch_norm": flags[flags.index("--batch_norm") + 1] if "--batch_norm" in flags else "frozen",
+        "distill": float(flags[flags.index("--distill") + 1]) if "--distill" in flags else 0.5,
     }
 
 

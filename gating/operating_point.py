@@ -19,7 +19,8 @@ from utils.flops import NetworkCost
 from utils.images import Images
 
 SEARCH = 5  # evaluations
-REACH = 0.16  # share of all FLOPs that the search goes below the threshold's own computation
+REACH = 0.16  # share of all FLOPs that the search goes below the threshold's own computation, or around a target
+NEAR = 0.005  # share of all FLOPs that is not worth a search
 
 
 @contextmanager
@@ -45,35 +46,45 @@ def seek_operating_point(
 ) -> Evaluation:
     """Shift the switches' logits to what serves the budget best, and evaluate the network there.
 
-    Bisection for the least computation at which the accuracy is kept, or for the target computation.  Of all points
-    that were tried the best one stays, the threshold of one half among them.
+    Bisection for the least computation at which the accuracy is kept (``REACH`` at most below that of the threshold of
+    one half), or for the target computation.  Of all points that were tried the best one stays, this threshold among
+    them.
 
     Args:
         found: the network's thresholded evaluation on ``images``.
     """
     layers = network.gate.last_layers
     biases = [layer.bias.clone() for layer in layers]
+    best, best_offset = found, 0.0
 
     def moved(offset: float) -> None:
         for layer, bias in zip(layers, biases, strict=True):
             layer.bias.copy_(bias + offset)
 
-    if budget.target_computation is not None:
+    def kept(computation: float) -> bool:
+        """Whether the budget is met there."""
+        nonlocal best, best_offset
+        offset = offset_to(computation, found.probabilities, cost)
+        moved(offset)
+        tried = evaluate(network, images, normalisation)
+        if budget.score(tried.accuracy, tried.computation) > budget.score(best.accuracy, best.computation):
+            best, best_offset = tried, offset
+        return budget.met(tried.accuracy, tried.computation)
+
+    for_accuracy = budget.target_computation is None
+    if not for_accuracy:
         low, high = budget.target_computation - REACH, budget.target_computation + REACH
     elif budget.met(found.accuracy, found.computation):
         low, high = max(1 - cost.skippable, found.computation - REACH), found.computation
     else:
         low, high = found.computation, 1.0
-    best, best_offset = found, 0.0
+        if high - low < NEAR or not kept(high):  # then nothing between is worth a look
+            low = high
     for _ in range(SEARCH):
+        if high - low < NEAR:
+            break
         middle = (low + high) / 2
-        offset = offset_to(middle, found.probabilities, cost)
-        moved(offset)
-        tried = evaluate(network, images, normalisation)
-        if budget.score(tried.accuracy, tried.computation) > budget.score(best.accuracy, best.computation):
-            best, best_offset = tried, offset
-        skip_more = budget.met(tried.accuracy, tried.computation) == (budget.target_computation is None)
-        low, high = (low, middle) if skip_more else (middle, high)
+        low, high = (low, middle) if kept(middle) == for_accuracy else (middle, high)
     moved(best_offset)
     return best
 
@@ -81,7 +92,8 @@ def seek_operating_point(
 def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost) -> float:
     """The offset of all logits that makes the thresholded decisions cost about this share of all FLOPs.
 
-    Exactly this share, to an image, where no switch looks at what those before it decided.
+    Exactly this share, to an image, where no switch looks at what those before it decided, and as far as probabilities
+    tell logits apart: in float32 all above 17 are one.
 
     Args:
         probabilities: [N, K], of thresholded evaluation without an offset.
@@ -93,5 +105,6 @@ def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost) -> f
     opened = int((shares <= computation + 1e-12).sum())
     # Halfway between the last that passes and the first that does not.
     above = ranked[opened - 1] if opened > 0 else ranked[0] + 2
-    below = ranked[opened] if opened < len(ranked) else ranked[-1] - 2
-    return -((above + below) / 2).item()
+    if opened == len(ranked):
+        return max(0.0, 1 - above.item())
+    return -((above + ranked[opened]) / 2).item()

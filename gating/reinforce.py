@@ -101,17 +101,15 @@ def reinforce_epoch(
     for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.no_bar())):
         images, y = len(labels), parallel.part(labels)
         weight = len(y) / images  # of this process's means in those of the batch
-        exploring = parallel.part(torch.arange(images) % 2 == 0)
-        first, drawing = int(not exploring[:1].all()), (images + 1) // 2  # in the whole batch
-        own, others = slice(first, None, 2), slice(1 - first, None, 2)  # slices: a GPU would wait for masks
+        start, drawing = parallel.own_slice(images).start, (images + 1) // 2  # of the whole batch
+        exploring = torch.arange(start, start + len(y), device=device) % 2 == 0
+        own, others = slice(start % 2, None, 2), slice(1 - start % 2, None, 2)  # a GPU would wait for masks
         for optimiser, rate in zip(optimisers, learning_rates(step / steps), strict=True):
             set_learning_rate(optimiser, rate)
             optimiser.zero_grad(set_to_none=True)
         drawn = torch.rand(images, len(shares), generator=draws, device=device)
         with mixed_precision(device):
-            logits, probabilities, decisions = forward(
-                x, partly_sampled, (exploring.to(device), parallel.part(drawn)), skip
-            )
+            logits, probabilities, decisions = forward(x, partly_sampled, (exploring, parallel.part(drawn)), skip)
         cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")
         reward = alpha.value()
         p, z = probabilities[own], decisions[own]

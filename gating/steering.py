@@ -28,6 +28,10 @@ class Budget:
             return accuracy >= self.floor - 1e-9
         return computation <= self.target_computation + 0.005
 
+    def lost(self, accuracy: float, drop: float) -> bool:
+        """Whether the accuracy is more than another ``drop``, or two points, below the floor: time to go back."""
+        return self.target_computation is None and accuracy < self.floor - max(drop, 0.02)
+
     def score(self, accuracy: float, computation: float) -> tuple[bool, float, float]:
         """Larger is better: first being within the budget, then what is optimised under it, then the other.
 
@@ -61,7 +65,7 @@ def next_aim(budget: Budget, accuracy: float, computation: float, start: float, 
 
 
 class FixedAlpha:
-    """The published behaviour: one alpha for all of training."""
+    """One alpha for all of training, as published."""
 
     def __init__(self, alpha: float):
         self.alpha = alpha

@@ -1,19 +1,25 @@
 """The shift of the switches' logits: what it costs, where the search for it ends, what it leaves behind."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import main_rl_prune
 from gating import operating_point
 from gating.operating_point import REACH, SEARCH, offset_to, seek_operating_point, shifts_undone
 from gating.steering import Budget
 from models import build_network
+from utils import latency
 from utils.augment import Normalisation
-from utils.data import ImageSet
+from utils.checkpoint import load_checkpoint
+from utils.data import ImageSet, load_data, split_data
+from utils.device import placed
 from utils.evaluate import Evaluation, evaluate
 from utils.flops import NetworkCost, network_cost
+from utils.run import BEST, LAST
 
 COST = NetworkCost(parameters=1, flops=100, blocks=(40, 30, 20), layers={})
 
@@ -34,6 +40,11 @@ def test_an_offset_opens_as_much_as_fits_in_the_order_of_the_logits(share):
     reachable = [computation_at(logits - threshold) for threshold in [99.0, *logits.flatten().tolist(), -99.0]]
     fitting = [c for c in reachable if c <= share + 1e-12]
     assert computation_at(logits + offset) == pytest.approx(max(fitting, default=0.1), abs=1e-12)
+
+
+def test_opening_everything_closes_nothing_even_where_probabilities_are_one():
+    logits = torch.linspace(18, 40, 30, dtype=torch.float64).view(10, 3)
+    assert offset_to(1.0, torch.sigmoid(logits).float(), COST) >= 0
 
 
 class Toy(nn.Module):
@@ -75,6 +86,11 @@ def test_a_target_is_met_from_both_sides(monkeypatch, target):
     assert target - 0.02 <= best.computation <= target + 0.005
 
 
+def test_a_network_that_bears_no_skipping_is_opened(monkeypatch):
+    _, _, best = sought(monkeypatch, Budget(0.9), lambda c: 0.95 if c > 0.9999 else 0.8)
+    assert best.computation == 1.0 and best.accuracy == 0.95
+
+
 def test_an_accuracy_that_nothing_keeps_leaves_the_best_there_is(monkeypatch):
     _, _, best = sought(monkeypatch, Budget(0.9), lambda c: 0.5 + 0.3 * c)
     assert best.computation > 0.98
@@ -95,3 +111,49 @@ def test_the_network_stands_where_it_was_evaluated_and_goes_back(gate):
         again = evaluate(network, images, normalisation)
         assert again.accuracy == best.accuracy and torch.equal(again.decisions, best.decisions)
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+
+
+def test_a_run_keeps_the_shift_in_its_best_network_alone(chain, shapes):
+    (folder,) = (path.parent for path in chain.glob("rl_pruned/*/*/*/best.pt"))
+    best, last = (load_checkpoint(folder / name) for name in (BEST, LAST))
+    data = load_data(str(shapes), "png", best.data["image_size"], 0)
+    images = split_data(data, best.data["val_fraction"], best.data["split_seed"]).choose
+    chosen = evaluate(placed(best.network(), torch.device("cpu")), images, best.normaliser())
+    assert (chosen.accuracy, chosen.computation) == pytest.approx(
+        (best.metrics["accuracy"], best.metrics["computation"])
+    )
+    found = evaluate(placed(last.network(), torch.device("cpu")), images, last.normaliser())
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    own = (line["Policy/accuracy"], line["Policy/computation_percentage"] / 100)
+    assert (found.accuracy, found.computation) == pytest.approx(own)
+    assert line["Performance/val_acc"] >= own[0] or line["Indicator/computation_percentage"] < 100 * own[1]
+
+
+@pytest.mark.parametrize("flag", ["--fixed_alpha", "--target_computation=0.7"])
+def test_fixed_alpha_has_no_operating_point_and_a_target_is_met(flag, chain, shapes, tmp_path, monkeypatch):
+    (checkpoint,) = chain.glob("sp/*/*/*/best.pt")
+    architecture = load_checkpoint(checkpoint).architecture
+    given = [
+        "--checkpoint",
+        checkpoint,
+        "--depth",
+        architecture["depth"],
+        "--data_dir",
+        shapes,
+        "--result_dir",
+        tmp_path,
+    ]
+    given += ["--epochs", 2, "--bs", 16, "--resize", 8, "--num_workers", 0, flag]
+    monkeypatch.setattr("sys.argv", ["main_rl_prune.py", *map(str, given)])
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    main_rl_prune.main()
+    (folder,) = (path.parent for path in tmp_path.glob("rl_pruned/*/*/*/best.pt"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if "Policy/accuracy" in line):
+        own, chosen = line["Policy/computation_percentage"], line["Indicator/computation_percentage"]
+        if flag == "--fixed_alpha":
+            assert own == chosen and "Policy/aim_computation_percentage" not in line
+        else:
+            assert chosen <= 70.5
+    record = json.loads((tmp_path / "results.json").read_text())[-1]
+    assert record["within_budget"] or flag == "--fixed_alpha"

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from gating.baselines import BASELINES, Baseline, thresholded_returns
 from gating.batch_norms import freeze_batch_norms
 from gating.objectives import policy_loss, returns, skip_rewards
-from gating.reinforce import Objective, reinforce_epoch
+from gating.reinforce import Objective, partly_sampled, reinforce_epoch
 from gating.softening import LOGIT, soften_switches
 from gating.steering import FixedAlpha
 from models import RoutedOutput, all_on, build_network, sampled, thresholded
@@ -218,3 +218,61 @@ def test_a_block_that_nobody_takes_decays_like_the_others():
         torch.Generator().manual_seed(0), "epoch",
     )  # fmt: skip
     torch.testing.assert_close(network.blocks[2].conv1.weight, before * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)
+
+
+def test_exploring_images_draw_and_the_others_do_not():
+    exploring = torch.tensor([True, False, True, False])
+    drawn = torch.tensor([[0.95, 0.1], [0.95, 0.1], [0.85, 0.3], [0.0, 0.0]])
+    rule = partly_sampled(exploring, drawn)
+    assert rule(torch.tensor([0.9, 0.9, 0.9, 0.2])).tolist() == [0, 1, 1, 0]
+    assert rule(torch.tensor([0.2, 0.2, 0.2, 0.6])).tolist() == [1, 0, 0, 1]
+
+
+class Recorded(FixedAlpha):
+    def observe(self, executed):
+        self.seen = executed
+
+
+def test_the_policy_learns_from_the_images_that_explore_and_alpha_sees_the_others():
+    """Half of a batch's returns and computation, written out."""
+    network, alpha = EasyAndHard(), Recorded(0.5)
+    x, y, _ = easy_and_hard(7, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        network.gate[0].weight.copy_(torch.tensor([[0.0, 3.0, 1.0]]))
+        network.gate[0].bias.fill_(-1.0)
+    shares = torch.tensor([0.3, 0.7])
+    p = network(x, decide=all_on).probabilities
+    drawn = torch.rand(7, 2, generator=torch.Generator().manual_seed(5))
+    decisions = torch.where(torch.arange(7)[:, None] % 2 == 0, drawn < p, p > 0.5).float()
+    columns = iter(decisions.unbind(1))
+    logits = network(x, decide=lambda _: next(columns)).logits
+    cross_entropy = F.cross_entropy(logits, y, reduction="none")
+    gained = 0.5 * (1 - decisions) @ shares - cross_entropy
+    log_likelihood = (decisions * p.log() + (1 - decisions) * (1 - p).log())[::2]
+    following = torch.stack([gained[::2], 0.5 * 0.7 * (1 - decisions[::2, 1]) - cross_entropy[::2]], dim=1).detach()
+    expected = torch.autograd.grad(-(following * log_likelihood).sum() / 4, network.gate.parameters())
+
+    optimisers = reinforcement_optimisers(network, 0.0, 0.0)
+    figures = reinforce_epoch(
+        network, [(x, y)], 1, optimisers, lambda _: (0.0, 0.0), Objective(1.0, 1.0, 0.0), alpha, shares,
+        Baseline("none", 2, CPU), "frozen", torch.Generator().manual_seed(5), "epoch",
+    )  # fmt: skip
+    for parameter, gradient in zip(network.gate.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    assert alpha.seen.item() == pytest.approx((decisions[1::2] @ shares).mean().item())
+    assert figures.total_return == pytest.approx(gained[::2].mean().item(), rel=1e-5)
+    assert figures.executed == pytest.approx((decisions[::2] @ shares).mean().item())
+    assert figures.loss == pytest.approx(cross_entropy.mean().item(), rel=1e-5)
+
+
+def test_network_and_gates_have_rates_of_their_own():
+    network = small_network()
+    optimisers = reinforcement_optimisers(network, 0.9, 0.0)
+    batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(4)]
+    reinforce_epoch(
+        network, batches, 4, optimisers, lambda share: (1e-3 * (1 - share), 1e-2 * (1 - share)),
+        Objective(1.0, 0.1, 0.0), FixedAlpha(1.0), torch.tensor([0.5, 0.5]), Baseline("batch", 2, CPU), "frozen",
+        torch.Generator().manual_seed(0), "epoch",
+    )  # fmt: skip
+    assert [group["lr"] for o in optimisers for group in o.param_groups] == pytest.approx([0.25e-3, 0.25e-2])
+    assert {id(p) for p in optimisers[1].param_groups[0]["params"]} == {id(p) for p in network.gate.parameters()}

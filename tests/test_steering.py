@@ -41,6 +41,12 @@ def test_computation_target_prefers_accuracy_within():
     assert budget.met(0.1, 0.605) and not budget.met(0.99, 0.606)
 
 
+def test_far_below_the_floor_is_lost():
+    assert Budget(0.9).lost(0.8699, drop=0.03) and not Budget(0.9).lost(0.8701, drop=0.03)
+    assert Budget(0.9).lost(0.8799, drop=0.0) and not Budget(0.9).lost(0.8801, drop=0.0)
+    assert not Budget(0.9, target_computation=0.5).lost(0.1, drop=0.0)
+
+
 def test_the_aim_is_a_stride_below_what_the_accuracy_bears():
     budget = Budget(floor=0.90)
     assert next_aim(budget, 0.95, 0.8, start=1.0, epoch=1, epochs=30) == pytest.approx(0.76)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import main_sp
 from gating.baselines import Baseline
 from gating.forward import training_forward
-from gating.reinforce import Objective, reinforce_epoch
+from gating.reinforce import Objective, partly_sampled, reinforce_epoch
 from gating.steering import SteeredAlpha
 from gating.supervised import half_held_open, supervised_epoch
 from models import ResNet, build_network, sampled, sampled_straight_through
@@ -22,11 +22,19 @@ from utils import latency
 from utils.augment import Normalisation
 from utils.data import training_batches
 from utils.device import placed
+from utils.distillation import following
 from utils.images import ImageSet
 from utils.training import reinforcement_optimisers, restore_optimiser, sgd
 
 CPU = torch.device("cpu")
-RULES = {"sp": (half_held_open, 1), "rl": (sampled, 0), "straight-through": (sampled_straight_through, 0)}
+
+
+def every_other(drawn: torch.Tensor):
+    """Stage 3's rule, as it is compiled."""
+    return partly_sampled(torch.arange(len(drawn)) % 2 == 0, drawn)
+
+
+RULES = {"sp": (half_held_open, 1), "rl": (every_other, 0), "straight-through": (sampled_straight_through, 0)}
 
 
 @pytest.fixture
@@ -167,6 +175,7 @@ def test_a_step_does_not_wait_for_the_gpu(stage: str):
                         net, batches, steps, reinforcement_optimisers(net, 0.9, 0.0), lambda _: (0.1, 0.1),
                         Objective(1.0, 1.0, 0.0), SteeredAlpha(0.1, 1.0, 0.5, steps, device),
                         torch.tensor([0.5, 0.5]), Baseline("greedy", 2, device), "frozen", draws, "",
+                        following(placed(network(), device).eval(), 0.5),
                     )  # fmt: skip
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""Fine-tuning that also follows the predictions of the network before pruning."""
+"""Training that also follows the predictions of the network that it started from, or was before pruning."""
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def distilled_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: floa
 
 
 def following(teacher: ResNet, weight: float) -> Loss:
-    """``distilled_loss`` as ``gating.supervised.supervised_epoch`` takes it.
+    """``distilled_loss`` as the epochs of training take it (``gating.supervised``, ``gating.reinforce``).
 
     Args:
         teacher: in evaluation mode; every block of it runs.
@@ -41,7 +41,7 @@ def following(teacher: ResNet, weight: float) -> Loss:
 
     def loss_of(x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), mixed_precision(x.device):
-            target = teacher(x, decide=all_on).logits
+            target = teacher(x, decide=all_on, skip=False).logits  # skipping makes a GPU wait
         return distilled_loss(logits, target.float(), labels, weight)
 
     return loss_of
