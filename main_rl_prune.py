@@ -206,7 +206,8 @@ def main() -> None:
             state.progress["aim"] = next_aim(
                 budget, chosen.accuracy, chosen.computation, state.progress["start"], epoch + 1, args.epochs
             )
-            if not args.fixed_alpha and budget.lost(chosen.accuracy, args.max_accuracy_drop):
+            within = state.progress["best"][0]  # or a start below the floor would be trained anew from there each epoch
+            if not args.fixed_alpha and within and budget.lost(chosen.accuracy, args.max_accuracy_drop):
                 run.say(
                     f"accuracy is far below {budget.floor:.2%}: back to the best network (it may be kept by a smaller "
                     f"--lr or by --batch_norm reestimate)"
