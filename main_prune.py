@@ -4,138 +4,67 @@ Repeats prune, fine-tune, measure until the accuracy has fallen by more than the
 network.  Writes result_dir/pruned/<data set>/<network><depth>/<run>/ and the results table.  Settings: config.json.
 """
 
-import argparse
-import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
+from deploy.layer_times import LayerTimes
+from deploy.speeds import measured_speeds
+from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
-from gating.supervised import supervised_epoch
-from models import ResNet, all_on, check_depth
-from pruning.changes import Pruned, changes_table
+from gating.scalars import epoch_line, epoch_scalars, layer_scalars
+from gating.supervised import LossFn, supervised_epoch
+from models import ResNet, all_on
+from pruning.changes import Pruned, changes_table, layer_ranks, ranks_picture
 from pruning.iteration import check_goal, prune_once
-from pruning.method import Method
-from pruning.picture import layer_ranks, ranks_picture
 from pruning.selection import Goal, part_of_the_way
+from pruning.settings import PruneSettings
 from utils import parallel
-from utils.arguments import NOT_COMPARED
-from utils.augment import Normalisation
-from utils.batch_norms import reestimate_batch_norms
-from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.config import PruneSettings, as_dictionary, load_settings
-from utils.data import (
+from utils.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
+from utils.data.augment import Normalisation
+from utils.data.batches import (
     Splits,
-    batch_ends,
+    TrainingBatches,
+    batch_parts_by_process,
     check_batches,
-    dealt_batches,
-    load_data,
-    shared_batches,
     split_data,
-    training_batches,
+    whole_batches_by_process,
 )
+from utils.data.folder import load_data
 from utils.device import Randomness, pick_device, placed
-from utils.distillation import following
-from utils.errors import UserError, run_command
-from utils.evaluate import evaluate
-from utils.flops import network_cost
+from utils.errors import run_command
+from utils.evaluate import check_finite, evaluate
+from utils.flops import NetworkCost, network_cost
+from utils.keeper import Keeper, Progress
+from utils.norms import reestimate_batch_norms
+from utils.optimisers import rates_of_epoch, sgd
+from utils.predecessors import epochs_missing, source_path, trained_network
 from utils.results import report
-from utils.run import (
-    BEST,
-    LAST,
-    Run,
-    epochs_missing,
-    finished_checkpoints,
-    relative_to_results,
-    source_path,
-    stage_folder,
-)
-from utils.schedule import scheduled
-from utils.training import check_data, check_finite, epoch_scalars, layer_scalars, restore_optimiser, sgd
+from utils.run import BEST, Run, find_last_run, open_run, stage_folder
+from utils.settings import RESUME, Parser, load_settings
 
 
 def parse_arguments() -> tuple[PruneSettings, bool]:
-    parser = argparse.ArgumentParser(description="Stage 2: static pruning.", allow_abbrev=False)
+    parser = Parser("Stage 2: static pruning.")
     parser.add_argument("--config_path", default="config.json", help="settings file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the settings"
     )
-    parser.add_argument("--resume", action="store_true", help="continue the newest run of this stage")
+    parser.add_argument("--resume", action="store_true", help=RESUME)
     args = parser.parse_args()
-    return load_settings(args.config_path, args.set), args.resume
+    return load_settings(PruneSettings, args.config_path, args.set), args.resume
 
 
-def main() -> None:
-    settings, resume = parse_arguments()
-    check_depth(settings.depth)
-    check_timing(settings)
-    device = pick_device()
-    data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
-    parent = stage_folder(settings.result_dir, "pruned", data.name, settings.network, settings.depth)
-    if resume:
-        run, state = Run.resume(parent, as_dictionary(settings), NOT_COMPARED)
-    else:
-        path, trained = find_trained(settings, data.name)
-        state = dataclasses.replace(
-            trained,
-            stage="pruned",
-            source=relative_to_results(path, settings.result_dir),
-            seed=settings.seed,
-            training={},
-        )
-        state.progress = {"step": 0, "iteration": 0, "epoch": 0, "epochs": 0}
-    check_data(state, data, settings.resize)
-    check_goal(state.network(), settings.resize, last_goal(settings, state.original), method(settings))
-    splits = split_data(data, state.data["val_fraction"], state.data["split_seed"]).to(device)
-    check_batches(min(len(splits.train), settings.fisher_images), settings.batch_size)
-    if not resume:
-        run = Run.new(parent, as_dictionary(settings), settings.exp_name)
+@dataclass
+class PruningProgress(Progress):
+    """How far stage 2 has come; ``best`` is that of its iteration."""
 
-    floor = state.original["accuracy"] - settings.max_accuracy_drop
-    randomness = Randomness(settings.seed, device)
-    if state.training:
-        randomness.restore(state.training["random"])
-    with run:
-        run.say(f"{run.path} on {device}, {splits.place}: pruning {state.source}")
-        missing = epochs_missing(source_path(state.source, settings.result_dir))
-        if missing:
-            run.say(f"{state.source} is of a run that still has {missing} epochs to go: main_sp.py --resume ends it")
-        run.say(f"{splits.chosen_on} accuracy of stage 1 {state.original['accuracy']:.2%}")
-        if not resume:  # an interruption in the first iteration leaves a run to resume, too
-            state.training = {"random": randomness.state()}
-            save_checkpoint(run.path / LAST, state)
-        unpruned = load_checkpoint(source_path(state.source, settings.result_dir))
-        teacher = placed(unpruned.network(), device) if settings.distill else None
-        stage = Stage(run, splits, settings, device, randomness, state.normaliser(), floor, teacher)
-        prune_and_fine_tune(stage, state)
-        iterations = [load_checkpoint(path) for path in sorted(run.path.glob("iteration_*.pt"))]
-        best, within_budget = smallest_within_budget(run, state, unpruned, iterations, settings.max_accuracy_drop)
-        save_checkpoint(run.path / BEST, best)
-        draw_ranks(run, unpruned, iterations)
-        points = [test_point(iteration, splits, device) for iteration in iterations]
-        report(Path(settings.result_dir), run, best, splits.test, splits.chosen_on, device, points, within_budget)
+    iteration: int = 0
+    epoch: int = 0  # of fine-tuning in this iteration
+    epochs: int = 0  # that this iteration is fine-tuned for
 
 
-def find_trained(settings: PruneSettings, data_name: str) -> tuple[Path, Checkpoint]:
-    """The checkpoint to prune: the one named, or stage 1's with the best accuracy (the newest of equals)."""
-    if settings.checkpoint:
-        path = Path(settings.checkpoint).expanduser()
-        trained = load_checkpoint(path)
-    else:
-        found = finished_checkpoints(settings.result_dir, "sp", data_name, settings.network, settings.depth)
-        fitting = [item for item in found if item[1].architecture["width"] == settings.width] or found
-        path, trained = max(reversed(fitting), key=lambda item: item[1].metrics["accuracy"])
-    for key in ("network", "depth", "width"):
-        if trained.architecture[key] != getattr(settings, key):
-            raise UserError(
-                f"checkpoint {path} has {key} {trained.architecture[key]}, the settings say {getattr(settings, key)}: "
-                f"change {key} or the checkpoint"
-            )
-    return path, trained
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Stage:
     """What every iteration needs."""
 
@@ -144,98 +73,73 @@ class Stage:
     settings: PruneSettings
     device: torch.device
     randomness: Randomness
-    normalisation: Normalisation
-    floor: float  # accuracy to stay above
-    teacher: ResNet | None  # stage 1's network, where fine-tuning follows it
+    start: Checkpoint  # stage 1's network, or where an interrupted run goes on
+    loss_fn: LossFn | None  # of fine-tuning, where it follows stage 1's network
 
     @property
-    def steps(self) -> int:
-        return len(batch_ends(len(self.splits.train), self.settings.batch_size))
+    def normalisation(self) -> Normalisation:
+        return self.start.normaliser()
 
 
-def prune_and_fine_tune(stage: Stage, state: Checkpoint) -> None:
-    """Iterate from ``state``: stage 1's network, or where a run was interrupted.  One ``iteration_NN.pt`` each."""
-    network = placed(state.network(), stage.device)
-    if state.progress["iteration"] > 0:
-        network = fine_tune(stage, state, network)
-    while True:
-        accuracy, iteration = state.metrics["accuracy"], state.progress["iteration"]
-        stage.run.say(f"after iteration {iteration}: accuracy {accuracy:.2%}, to stay above {stage.floor:.2%}")
-        if iteration == stage.settings.max_iter or accuracy < stage.floor - 1e-9:
-            return
-        smaller = prune(stage, state, network)
-        if smaller is None:
-            stage.run.say(
-                "no layer needs or bears more pruning: the target is met, or prune_ratio_limit or prune_ratio stops it"
-            )
-            return
-        network = fine_tune(stage, state, smaller)
+def main() -> None:
+    settings, resume = parse_arguments()
+    device = pick_device()
+    data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
+    parent = stage_folder(settings.result_dir, "pruned", data.name, settings.network, settings.depth)
+    last = find_last_run(parent, settings) if resume else None
+    start = last.checkpoint if last else trained_network(settings, data.name)
+    check_data(start, data, settings.resize)
+    check_goal(start.network(), settings.resize, last_goal(settings, start.original), settings)
+    splits = split_data(data, start.data["val_fraction"], start.data["split_seed"]).to(device)
+    check_batches(min(len(splits.train), settings.fisher_images), settings.batch_size)
+    randomness = Randomness(settings.seed, device)
+    accuracy, floor = start.metrics["accuracy"], start.original["accuracy"] - settings.max_accuracy_drop
 
+    with open_run(parent, settings, last, resume) as run:
+        run.say(f"{run.path} on {device}, {splits.place}: pruning {start.source}")
+        unpruned = stage_1_network(run, start, settings)
+        loss_fn = None
+        if settings.distill:
+            loss_fn = distillation_loss_fn(placed(unpruned.network(), device), settings.distill)
+        stage = Stage(run, splits, settings, device, randomness, start, loss_fn)
+        run.say(f"{splits.val_name} accuracy of stage 1 {start.original['accuracy']:.2%}")
+        network, progress = placed(start.network(), device), PruningProgress()
+        keeper = Keeper(run, start, network, progress, {"random": randomness})
+        if last:
+            keeper.resume(last.checkpoint)
+        else:
+            keeper.save_last()  # an interruption in the first iteration leaves a run to resume, too
 
-def prune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet | None:
-    """Start an iteration: the network without its least salient directions, None where nothing can be saved."""
-    settings, splits = stage.settings, stage.splits
-    order = torch.randperm(len(splits.train), generator=stage.randomness.data)
-    fisher = splits.train[order[: settings.fisher_images]]
-    how, keep_times = measuring_times(method(settings), stage.run)
-    try:
-        pruned = prune_once(
-            network,
-            lambda: shared_batches(fisher, settings.batch_size, stage.normalisation),
-            stage.randomness.draws,
-            image_size=settings.resize,
-            goal=next_goal(settings, state, network),
-            method=how,
+        while True:
+            if progress.iteration > 0:
+                network, accuracy = fine_tune(stage, network, progress, last and last.checkpoint)
+                last = None
+            run.say(f"after iteration {progress.iteration}: accuracy {accuracy:.2%}, to stay above {floor:.2%}")
+            if progress.iteration == settings.max_iter or accuracy < floor - 1e-9:
+                break
+            smaller = prune(stage, network, progress)
+            if smaller is None:
+                run.say("no layer needs or bears more: the target is met, or prune_ratio_limit or prune_ratio stops it")
+                break
+            network = smaller
+
+        iterations = [load_checkpoint(path) for path in sorted(run.path.glob("iteration_*.pt"))]
+        best, within_budget = smallest_within_budget(run, start, unpruned, iterations, floor)
+        save_checkpoint(run.path / BEST, best)
+        draw_ranks(run, unpruned, iterations)
+        points = [test_point(iteration, stage) for iteration in iterations]
+        report(
+            settings.result_dir, run, best, splits.test, splits.val_name, device, measured_speeds, points, within_budget
         )
-    finally:
-        if parallel.is_writer():
-            keep_times()
-    # Neither rounding nor measured times may choose another network in another process.
-    pruned = parallel.from_writer(pruned)
-    if pruned.nothing_changed:
-        return None
-    smaller = placed(pruned.network, stage.device)
-    old, cut = (evaluate(net, splits.choose, stage.normalisation, all_on) for net in (network, smaller))
-    if settings.reestimate_batch_norm:
-        reestimate_batch_norms(smaller, dealt_batches(fisher, settings.batch_size, stage.normalisation), all_on)
-    compression = 1 - network_cost(smaller, settings.resize).parameters / state.original["parameters"]
-    state.progress = {
-        "step": state.progress["step"] + 1,
-        "iteration": state.progress["iteration"] + 1,
-        "epoch": 0,
-        "epochs": round(settings.epochs_start + (settings.epochs_end - settings.epochs_start) * compression),
-    }
-    state.training = {}
-    record_pruning(stage, state, pruned, cut.loss - old.loss, smaller)
-    return smaller
 
 
-def method(settings: PruneSettings) -> Method:
-    keys = {field.name for field in dataclasses.fields(Method)} & set(as_dictionary(settings))
-    return Method(**{key: getattr(settings, key) for key in keys})
-
-
-def check_timing(settings: PruneSettings) -> None:
-    """Refuse the objective latency where nothing can be timed.
-
-    Raises:
-        UserError: says what to install.
-    """
-    try:
-        if settings.objective == "latency":
-            import deploy.layer_times  # noqa: F401
-    except ImportError:
-        raise UserError("objective latency measures layers with onnx and onnxruntime: install both") from None
-
-
-def measuring_times(method: Method, run: Run) -> tuple[Method, Callable[[], None]]:
-    """The method with measured times of layers where its objective asks for them, and what keeps their table."""
-    if method.objective != "latency":
-        return method, lambda: None
-    from deploy.layer_times import LayerTimes
-
-    times = LayerTimes(run.path / "layer_times.json")
-    return dataclasses.replace(method, seconds=times.seconds), times.save
+def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Checkpoint:
+    """The network that is pruned, as it was; says so where its training has not ended."""
+    path = source_path(start.source, settings.result_dir)
+    missing = epochs_missing(path)
+    if missing:
+        run.say(f"{start.source} is of a run that still has {missing} epochs to go: main_sp.py --resume ends it")
+    return load_checkpoint(path)
 
 
 def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:
@@ -247,95 +151,113 @@ def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:
     return Goal(settings.prune_ratio, **budgets)
 
 
-def next_goal(settings: PruneSettings, state: Checkpoint, network: ResNet) -> Goal:
+def next_goal(stage: Stage, progress: PruningProgress, cost: NetworkCost) -> Goal:
     """Where the next iteration is to arrive, so that the last one lands on the target."""
-    goal, cost = last_goal(settings, state.original), network_cost(network, settings.resize)
-    left = settings.max_iter - state.progress["iteration"]
+    goal = last_goal(stage.settings, stage.start.original)
+    left = stage.settings.max_iter - progress.iteration
     flops = part_of_the_way(cost.flops, goal.flops, left)
     return Goal(goal.prune_ratio, flops, part_of_the_way(cost.parameters, goal.parameters, left))
 
 
-def fine_tune(stage: Stage, state: Checkpoint, network: ResNet) -> ResNet:
-    """Train the rest of an iteration's epochs; the network of its best epoch, whose accuracy goes into ``state``."""
-    run, splits, settings = stage.run, stage.splits, stage.settings
-    iteration, epochs = state.progress["iteration"], state.progress["epochs"]
-    best_path = run.path / f"iteration_{iteration:02d}.pt"
-    parameters = network_cost(network, settings.resize).parameters
-    compression = 1 - parameters / state.original["parameters"]
-    loss_of = None if stage.teacher is None else following(stage.teacher, settings.distill)
-    optimiser = sgd(network, settings.lr, settings.momentum, settings.weight_decay)
-    forward = training_forward(network, settings.compile)
-    if state.training:
-        restore_optimiser(optimiser, state.training["optimiser"])
-
-    def save(path: Path, training: dict) -> None:
-        weights = network.state_dict()
-        now = dataclasses.replace(state, architecture=network.architecture, weights=weights, training=training)
-        save_checkpoint(path, now)
-
-    def resumable() -> dict:
-        return {"optimiser": optimiser.state_dict(), "random": stage.randomness.state()}
-
-    if state.progress["epoch"] == 0:
-        chosen = evaluate(network, splits.choose, stage.normalisation)
-        state.progress["best_accuracy"] = chosen.accuracy
-        state.metrics = {"accuracy": chosen.accuracy, "computation": chosen.computation}
-        save(best_path, {})
-        save(run.path / LAST, resumable())
-
-    for epoch in range(state.progress["epoch"] + 1, epochs + 1):
-
-        def rate(share: float, done: int = epoch - 1) -> float:
-            return scheduled(base=settings.lr, progress=(done + share) / epochs, **settings.schedule())
-
-        train = supervised_epoch(
+def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | None:
+    """Start an iteration: the network without its least salient directions, None where nothing can be saved."""
+    settings, splits, normalisation = stage.settings, stage.splits, stage.normalisation
+    order = torch.randperm(len(splits.train), generator=stage.randomness.data)
+    fisher = splits.train[order[: settings.fisher_images]]
+    cost = network_cost(network, settings.resize)
+    times = LayerTimes(stage.run.path / "layer_times.json")  # measured where the objective asks for them
+    method = replace(settings, seconds=times.seconds) if settings.objective == "latency" else settings
+    try:
+        pruned = prune_once(
             network,
-            training_batches(
-                splits.train, settings.batch_size, stage.randomness.data, stage.normalisation, state.data["flip"]
-            ),
-            stage.steps,
-            optimiser,
-            rate,
+            lambda: batch_parts_by_process(fisher, settings.batch_size, normalisation),
             stage.randomness.draws,
-            f"iteration {iteration}, epoch {epoch}/{epochs}",
-            loss_of,
-            forward,
+            cost=cost,
+            goal=next_goal(stage, progress, cost),
+            method=method,
         )
-        chosen = evaluate(network, splits.choose, stage.normalisation)
-        check_finite(network, chosen, f"iteration {iteration}, epoch {epoch}/{epochs}")
-        whole = evaluate(network, splits.choose, stage.normalisation, all_on)
-        state.progress = {**state.progress, "step": state.progress["step"] + 1, "epoch": epoch}
-        scalars = epoch_scalars(train, chosen, whole, parameters, compression, rate(0.0))
-        run.record(state.progress["step"], scalars, iteration=iteration)
-        if epoch % settings.log_interval == 0 or epoch == epochs:
-            run.say(
-                f"iteration {iteration}  epoch {epoch:3d}/{epochs}  loss {train.loss:.4f}  accuracy "
-                f"{train.accuracy:.2%}  {splits.chosen_on}: loss {chosen.loss:.4f}  accuracy {chosen.accuracy:.2%} "
-                f"(every block {whole.accuracy:.2%})  computation {chosen.computation:.1%}"
-            )
+    finally:
+        if settings.objective == "latency" and parallel.is_main_process():
+            times.save()
+    # Neither rounding nor measured times may choose another network in another process.
+    pruned = parallel.broadcast_object(pruned)
+    if pruned.nothing_changed:
+        return None
+    smaller = placed(pruned.network, stage.device)
+    smaller_cost = network_cost(smaller, settings.resize)
+    before = evaluate(network, splits.val, normalisation, cost, all_on)
+    cut = evaluate(smaller, splits.val, normalisation, smaller_cost, all_on)
+    if settings.reestimate_batch_norm:
+        reestimate_batch_norms(smaller, whole_batches_by_process(fisher, settings.batch_size, normalisation), all_on)
+    compression = stage.start.compression(smaller_cost)
+    progress.step += 1
+    progress.iteration += 1
+    progress.epoch, progress.best = 0, None
+    progress.epochs = round(settings.epochs_start + (settings.epochs_end - settings.epochs_start) * compression)
+    record_pruning(stage, progress, pruned, cut.loss - before.loss, smaller, smaller_cost)
+    return smaller
+
+
+def fine_tune(
+    stage: Stage, network: ResNet, progress: PruningProgress, last: Checkpoint | None
+) -> tuple[ResNet, float]:
+    """Train an iteration's epochs, or the rest of them; the network of its best epoch, and its accuracy.
+
+    Args:
+        last: where an interrupted iteration goes on.
+    """
+    run, splits, settings, randomness = stage.run, stage.splits, stage.settings, stage.randomness
+    cost = network_cost(network, settings.resize)
+    optimiser = sgd(network, settings.lr, settings.momentum, settings.weight_decay)
+    batches = TrainingBatches(
+        splits.train, settings.batch_size, randomness.data, stage.normalisation, stage.start.data["flip"]
+    )
+    forward = training_forward(network, settings.compile)
+    stateful = {"optimiser": optimiser, "random": randomness}
+    keeper = Keeper(run, stage.start, network, progress, stateful, f"iteration_{progress.iteration:02d}.pt")
+    if last:
+        keeper.resume(last)
+    else:
+        val = evaluate(network, splits.val, stage.normalisation, cost)
+        keeper.offer([0 if splits.val_is_test else val.accuracy], val)
+        keeper.save_last()
+
+    for epoch in range(progress.epoch + 1, progress.epochs + 1):
+        title = f"iteration {progress.iteration}  epoch {epoch:3d}/{progress.epochs}"
+        rate = rates_of_epoch(epoch, progress.epochs, settings.lr, **settings.schedule())
+        train = supervised_epoch(
+            network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title,
+            loss_fn=stage.loss_fn, forward=forward,
+        )  # fmt: skip
+        val = evaluate(network, splits.val, stage.normalisation, cost)
+        check_finite(network, val, title)
+        every_block = evaluate(network, splits.val, stage.normalisation, cost, all_on)
+        progress.step, progress.epoch = progress.step + 1, epoch
+        compression = stage.start.compression(cost)
+        scalars = epoch_scalars(train, val, every_block, cost.parameters, compression, rate(0.0))
+        run.record(progress.step, scalars, iteration=progress.iteration)
+        if epoch % settings.log_interval == 0 or epoch == progress.epochs:
+            run.say(epoch_line(title, train, val, every_block, splits.val_name))
         # Without validation images no epoch may be preferred: the last one counts.
-        if chosen.accuracy > state.progress["best_accuracy"] or splits.chosen_on == "test":
-            state.progress["best_accuracy"] = chosen.accuracy
-            state.metrics = {"accuracy": chosen.accuracy, "computation": chosen.computation}
-            save(best_path, {})
-        save(run.path / LAST, resumable())
+        keeper.offer([epoch if splits.val_is_test else val.accuracy], val)
+        keeper.save_last()
 
-    best = load_checkpoint(best_path)
-    state.metrics = best.metrics
-    return placed(best.network(), stage.device)
+    best = keeper.best()
+    return placed(best.network(), stage.device), best.metrics["accuracy"]
 
 
-def record_pruning(stage: Stage, state: Checkpoint, pruned: Pruned, rise: float, after: ResNet) -> None:
+def record_pruning(
+    stage: Stage, progress: PruningProgress, pruned: Pruned, rise: float, after: ResNet, cost: NetworkCost
+) -> None:
     """Say and record what an iteration removed, and the predicted and the measured rise of the loss by surgery."""
-    run, step, iteration = stage.run, state.progress["step"], state.progress["iteration"]
-    cost = network_cost(after, stage.settings.resize)
-    ready = evaluate(after, stage.splits.choose, stage.normalisation, all_on)
-    compression = 1 - cost.parameters / state.original["parameters"]
+    run, step, iteration, original = stage.run, progress.step, progress.iteration, stage.start.original
+    ready = evaluate(after, stage.splits.val, stage.normalisation, cost, all_on)
+    compression = stage.start.compression(cost)
     predicted = "nothing" if pruned.predicted_rise is None else f"{pruned.predicted_rise:.4f}"
     run.say(f"\niteration {iteration}\n{changes_table(pruned.changes)}")
     run.say(
         f"iteration {iteration}: {cost.parameters:,} parameters ({compression:.1%} removed), {cost.flops:,} FLOPs "
-        f"({cost.flops / state.original['flops']:.1%} of stage 1); surgery raises the loss by {rise:.4f} "
+        f"({cost.flops / original['flops']:.1%} of stage 1); surgery raises the loss by {rise:.4f} "
         f"(predicted {predicted}), accuracy before fine-tuning {ready.accuracy:.2%}"
     )
     scalars = {
@@ -355,31 +277,32 @@ def record_pruning(stage: Stage, state: Checkpoint, pruned: Pruned, rise: float,
 
 
 def smallest_within_budget(
-    run: Run, state: Checkpoint, unpruned: Checkpoint, iterations: list[Checkpoint], drop: float
+    run: Run, start: Checkpoint, unpruned: Checkpoint, iterations: list[Checkpoint], floor: float
 ) -> tuple[Checkpoint, bool]:
     """The iteration with the fewest FLOPs within the budget, and whether there is one: else stage 1's network."""
-    within = [c for c in iterations if c.metrics["accuracy"] >= state.original["accuracy"] - drop - 1e-9]
+    within = [c for c in iterations if c.metrics["accuracy"] >= floor - 1e-9]
     if within:
-        image_size = state.data["image_size"]
-        best = min(within, key=lambda c: network_cost(c.network(), image_size).flops)
+        best = min(within, key=lambda c: network_cost(c.network(), start.data["image_size"]).flops)
         run.say(f"chosen: iteration {best.progress['iteration']}, the smallest network within the budget")
         return best, True
     run.say("no iteration stayed within the budget: the unpruned network is kept; try a smaller prune_ratio")
-    return dataclasses.replace(unpruned, stage="pruned", source=state.source, seed=state.seed, training={}), False
+    return replace(unpruned, stage="pruned", source=start.source, seed=start.seed, training={}), False
 
 
 def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> None:
     """``ranks.png`` in the run's folder: the ranks by layer, of stage 1's network and after every iteration."""
-    if not parallel.is_writer():
+    if not parallel.is_main_process():
         return
     networks = [("stage 1", unpruned)]
     networks += [(f"iteration {c.progress['iteration']}", c) for c in iterations]
     ranks_picture(run.path / "ranks.png", [(label, layer_ranks(c.network())) for label, c in networks])
 
 
-def test_point(checkpoint: Checkpoint, splits: Splits, device) -> dict[str, float]:
+def test_point(checkpoint: Checkpoint, stage: Stage) -> dict[str, float]:
     """GFLOPs and test accuracy of one iteration, for the picture only."""
-    measured = evaluate(placed(checkpoint.network(), device), splits.test, checkpoint.normaliser(), all_on)
+    network = placed(checkpoint.network(), stage.device)
+    cost = network_cost(network, stage.settings.resize)
+    measured = evaluate(network, stage.splits.test, stage.normalisation, cost, all_on)
     return {
         "iteration": checkpoint.progress["iteration"],
         "gflops": measured.flops_all / 1e9,
@@ -388,4 +311,4 @@ def test_point(checkpoint: Checkpoint, splits: Splits, device) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    run_command(parallel.joined(main))
+    run_command(parallel.distributed(main))

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import torch
 
-from models import ResNet
-from utils.arguments import image_type
-from utils.augment import Normalisation
-from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.data import Splits, load_data, split_data
+from models import ResNet, thresholded
+from models.decisions import DecisionRule
+from utils.checkpoint import Checkpoint, check_data, load_checkpoint
+from utils.data.augment import Normalisation
+from utils.data.batches import Splits, split_data
+from utils.data.folder import load_data
+from utils.data.images import Images
 from utils.device import pick_device, placed
-from utils.training import check_data
+from utils.evaluate import Evaluation, evaluate
+from utils.flops import network_cost
+from utils.settings import image_type
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Trained:
     def network(self) -> ResNet:
         """A fresh copy."""
         return placed(self.checkpoint.network(), self.device)
+
+    def evaluated(self, network: ResNet, images: Images, decide: DecisionRule = thresholded) -> Evaluation:
+        """What a network of this kind does on ``images``."""
+        return evaluate(network, images, self.normalisation, network_cost(network, self.image_size), decide)
 
 
 def add_trained_arguments(parser: argparse.ArgumentParser) -> None:

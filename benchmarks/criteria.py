@@ -27,16 +27,15 @@ from benchmarks.common import Trained, add_trained_arguments, append_line, besid
 from gating.supervised import supervised_epoch
 from models import all_on
 from pruning.iteration import prune_once
-from pruning.method import CHANNEL_CRITERIA, Method
 from pruning.selection import Goal, part_of_the_way
-from utils.batch_norms import reestimate_batch_norms
-from utils.data import plain_batches, training_batches
+from pruning.settings import CHANNEL_CRITERIA, Method
+from utils.data.batches import TrainingBatches, plain_batches
 from utils.device import placed
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.flops import network_cost
-from utils.schedule import scheduled
-from utils.training import sgd
+from utils.norms import reestimate_batch_norms
+from utils.optimisers import rates_of_epoch, sgd
 
 # Channel criteria may only take what lies inside of blocks, so a share of 12 % needs nearly all of it.
 BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency")
@@ -96,7 +95,7 @@ def main() -> None:
     wanted = set(plan)
     measurements = [m for m in read_lines(lines) if (m["share"], m["seed"], m["variant"]) in wanted]
     rows = summarise(args, measurements)
-    whole = evaluate(trained.network(), trained.splits.choose, trained.normalisation, all_on).accuracy
+    whole = trained.evaluated(trained.network(), trained.splits.val, all_on).accuracy
     content = {"machine": machine(), "settings": vars(args), "unpruned": whole, "rows": rows}
     beside(out, ".json").write_text(json.dumps(content, indent=2))
     beside(out, ".md").write_text(table(rows, whole))
@@ -127,15 +126,15 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
     for left in range(args.steps, 0, -1):
         if left < args.steps:
             reestimate_batch_norms(smaller, batches(), all_on)
-        flops = network_cost(smaller, trained.image_size).flops
-        goal = Goal(flops=part_of_the_way(flops, share * whole.flops, left))
-        pruned = prune_once(smaller, batches, draws, image_size=trained.image_size, goal=goal, method=method)
+        cost = network_cost(smaller, trained.image_size)
+        goal = Goal(flops=part_of_the_way(cost.flops, share * whole.flops, left))
+        pruned = prune_once(smaller, batches, draws, cost=cost, goal=goal, method=method)
         smaller = placed(pruned.network, trained.device)
         rise = None if rise is None or pruned.predicted_rise is None else rise + pruned.predicted_rise
     cost = network_cost(smaller, trained.image_size)
 
     def judged() -> float:
-        return evaluate(smaller, splits.choose, trained.normalisation, all_on).accuracy
+        return evaluate(smaller, splits.val, trained.normalisation, cost, all_on).accuracy
 
     accuracies = [judged()]
     reestimate_batch_norms(smaller, batches(), all_on)
@@ -156,17 +155,13 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
 
 def fine_tune(args: argparse.Namespace, trained: Trained, network, order, draws) -> None:
     optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
-    train = trained.splits.train
-    for epoch in range(args.epochs):
-
-        def rate(share: float, done: int = epoch) -> float:
-            return scheduled("cosine", args.lr, (done + share) / args.epochs)
-
-        batches = training_batches(
-            train, args.batch_size, order, trained.normalisation, trained.checkpoint.data["flip"]
+    flip = trained.checkpoint.data["flip"]
+    batches = TrainingBatches(trained.splits.train, args.batch_size, order, trained.normalisation, flip)
+    for epoch in range(1, args.epochs + 1):
+        rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
+        supervised_epoch(
+            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}"
         )
-        steps = -(-len(train) // args.batch_size)
-        supervised_epoch(network, batches, steps, optimiser, rate, draws, f"epoch {epoch + 1}/{args.epochs}")
 
 
 def summarise(args: argparse.Namespace, measurements: list[dict]) -> list[dict]:

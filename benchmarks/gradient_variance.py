@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import add_trained_arguments, load_trained
-from gating.baselines import BASELINES, Baseline, thresholded_returns
+from gating.baselines import BASELINES, baseline, thresholded_returns
 from gating.objectives import policy_loss, returns, skip_rewards
-from gating.softening import soften_switches
+from gating.temperature import rescale_gate_logits
 from models import sampled
-from utils.data import training_batches
+from utils.data.batches import TrainingBatches
 from utils.errors import run_command
 from utils.flops import network_cost
 
@@ -31,24 +31,25 @@ def main() -> None:
     args = parser.parse_args()
     trained = load_trained(args)
     network, splits = trained.network().eval(), trained.splits
-    soften_switches(network, trained.normalisation.apply(splits.train[:512].pixels))
+    rescale_gate_logits(network, trained.normalisation.apply(splits.train[:512].pixels))
     shares = network_cost(network, trained.image_size).shares.to(trained.device)
-    baselines = {kind: Baseline(kind, network.switches, trained.device) for kind in BASELINES}
     gates = list(network.gate.parameters())
     order, draws = torch.Generator().manual_seed(0), torch.Generator(trained.device).manual_seed(0)
     gradients = {kind: [] for kind in BASELINES}
     batch = 0
     while batch < 2 * args.batches:
-        for x, y in training_batches(
+        for x, y in TrainingBatches(
             splits.train, args.bs, order, trained.normalisation, trained.checkpoint.data["flip"]
         ):
             logits, p, z = network(x, decide=sampled(draws), skip=False)
             gained = returns(
                 skip_rewards(z, shares, args.alpha), F.cross_entropy(logits, y, reduction="none").detach(), 1.0
             )
-            for kind, baseline in baselines.items():
+            for kind in BASELINES:
                 compared = baseline(
-                    gained, p, lambda x=x, y=y: thresholded_returns(network, x, y, shares, args.alpha, 1.0, skip=False)
+                    kind,
+                    gained,
+                    lambda x=x, y=y: thresholded_returns(network, x, y, shares, args.alpha, 1.0, skip=False),
                 )
                 if batch >= args.batches:
                     loss = policy_loss(p, z, gained - compared)

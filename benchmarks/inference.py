@@ -31,10 +31,10 @@ from deploy.graphs import batch_model, routed_model
 from deploy.session import PROVIDERS, open_session, run_session
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
-from utils.arguments import image_type, number
 from utils.errors import UserError, run_command
+from utils.files import write_json
 from utils.flops import network_cost
-from utils.run import write_json
+from utils.settings import image_type, number
 
 BATCHES = (1, 32, 128)
 SINGLE_IMAGES = 32

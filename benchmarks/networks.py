@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from deploy.folding import without_switches
 from models import ResNet, build_network
-from utils.augment import Normalisation
-from utils.checkpoint import load_checkpoint
-from utils.data import load_data
+from utils.checkpoint import check_data, load_checkpoint
+from utils.data.augment import Normalisation
+from utils.data.folder import load_data
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.training import check_data
 
 
 @dataclass(frozen=True)

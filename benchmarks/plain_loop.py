@@ -17,8 +17,8 @@ from torchvision import transforms
 
 from gating.supervised import half_held_open
 from models import ResNet
-from utils.augment import PADDING, Normalisation
-from utils.data import IMAGE_TYPES
+from utils.data.augment import PADDING, Normalisation
+from utils.data.folder import IMAGE_TYPES
 
 
 def plain_loader(

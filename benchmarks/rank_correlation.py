@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 from benchmarks.common import Trained, add_trained_arguments, beside, load_trained, machine
 from models import all_on
-from pruning.criteria import eigendamage
-from pruning.eigenbasis import curvature, eigenbasis, gradient_squares, rotate
+from pruning.eigenbasis import curvature, eigenbasis, eigendamage, gradient_squares, rotate
 from pruning.factors import collect_factors
 from pruning.layers import prunable_layers
-from utils.data import plain_batches
+from utils.data.batches import plain_batches
 from utils.errors import run_command
 
 PREDICTORS = ("EK-FAC", "K-FAC", "magnitude")

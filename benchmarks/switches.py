@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 from benchmarks.common import Trained, add_trained_arguments, beside, load_trained, machine
 from models import all_on
 from utils.errors import UserError, run_command
-from utils.evaluate import evaluate
 
 VARIANTS = {
     "steered, norms frozen": [],
@@ -58,8 +57,8 @@ def main() -> None:
         for variant in args.variants:
             results.setdefault(variant, []).append(run_stage(args, trained, out, variant, seed))
     before = {
-        part: evaluate(trained.network(), images, trained.normalisation, all_on).accuracy
-        for part, images in (("validation", trained.splits.choose), ("test", trained.splits.test))
+        part: trained.evaluated(trained.network(), images, all_on).accuracy
+        for part, images in (("validation", trained.splits.val), ("test", trained.splits.test))
     }
     content = {"machine": machine(), "settings": vars(args), "every block": before, "results": results}
     beside(out, ".json").write_text(json.dumps(content, indent=2))

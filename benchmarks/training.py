@@ -37,21 +37,21 @@ from torch.utils.data import DataLoader
 from benchmarks.common import machine
 from benchmarks.plain_loop import plain_batches, plain_loader, plain_run
 from deploy.timing import Timing, alternated
-from gating.baselines import Baseline
 from gating.forward import training_forward
-from gating.reinforce import Objective, reinforce_epoch
+from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import FixedAlpha
 from gating.supervised import supervised_epoch
 from models import ResNet, build_network
-from utils.arguments import image_type, number
-from utils.augment import Normalisation
-from utils.data import batch_ends, load_data, training_batches, training_normalisation
+from utils.data.augment import Normalisation
+from utils.data.batches import TrainingBatches, training_normalisation
+from utils.data.folder import load_data
+from utils.data.images import Images
 from utils.device import pick_device, placed
 from utils.errors import UserError, run_command
+from utils.files import write_json
 from utils.flops import network_cost
-from utils.images import Images
-from utils.run import write_json
-from utils.training import reinforcement_optimisers, sgd
+from utils.optimisers import reinforcement_optimisers, sgd
+from utils.settings import image_type, number
 
 CLASSES = 10  # of made images
 MATRIX = 8192
@@ -187,7 +187,7 @@ def first_batches(folder: Path, args: argparse.Namespace, device: torch.device) 
     def ours() -> None:
         data = load_data(str(folder), args.img_type, args.resize, args.num_workers)
         images, generator = data.train.to(device), torch.Generator().manual_seed(0)
-        next(training_batches(images, args.bs, generator, given, flip=True))
+        next(iter(TrainingBatches(images, args.bs, generator, given, flip=True)))
 
     def cold(_: int) -> None:
         for cache in (folder / ".decoded").glob("*.images"):
@@ -255,11 +255,15 @@ def supervised_run(
 ) -> Callable[[], None]:
     optimiser = sgd(network, 0.01, 0.9, 5e-4)
     data, draws = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
-    forward, steps = training_forward(network, args.compile), len(batch_ends(len(images), args.bs))
+    forward, batches = (
+        training_forward(network, args.compile),
+        TrainingBatches(images, args.bs, data, normalisation, True),
+    )
 
     def epoch() -> None:
-        batches = training_batches(images, args.bs, data, normalisation, True)
-        supervised_epoch(network, batches, steps, optimiser, lambda _: 0.01, draws, "", forward=forward)
+        supervised_epoch(
+            network, batches, optimiser, learning_rate=lambda _: 0.01, draws=draws, title="", forward=forward
+        )
 
     return epoch
 
@@ -269,16 +273,14 @@ def reinforced_run(
 ) -> Callable[[], None]:
     optimisers = reinforcement_optimisers(network, 0.9, 5e-4)
     data, draws = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
-    forward, steps = training_forward(network, args.compile), len(batch_ends(len(images), args.bs))
-    shares = network_cost(network, args.resize).shares
-    objective, baseline = Objective(1.0, 0.1, 0.02), Baseline("greedy", network.switches, device)
+    batches = TrainingBatches(images, args.bs, data, normalisation, True)
+    setup = Reinforcement(
+        network=network, optimisers=optimisers, shares=network_cost(network, args.resize).shares, draws=draws,
+        forward=training_forward(network, args.compile),
+    )  # fmt: skip
 
     def epoch() -> None:
-        batches = training_batches(images, args.bs, data, normalisation, True)
-        reinforce_epoch(
-            network, batches, steps, optimisers, lambda _: (0.001, 0.01), objective, FixedAlpha(0.1), shares, baseline,
-            "frozen", draws, "", forward=forward,
-        )  # fmt: skip
+        reinforce_epoch(setup, batches, (lambda _: 0.001, lambda _: 0.01), FixedAlpha(0.1), "")
 
     return epoch
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ResNet
-from utils.augment import Normalisation
+from utils.data.augment import Normalisation
 
 
 def deployable(network: ResNet, normalisation: Normalisation) -> ResNet:

@@ -56,6 +56,6 @@ def read_labels(folder: Path) -> Labels:
             raise ValueError(f"format {content['format']!r}")
         return Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a folder that python -m utils.export wrote") from None
+        raise UserError(f"{path} does not exist: give a folder that python -m deploy.export wrote") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what this program writes ({error}): export the network again") from None

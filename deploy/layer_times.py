@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from deploy.graphs import IR_VERSION, OPSET
 from deploy.session import open_session
 from pruning.costs import Chain
-from utils.run import write_json
+from utils.files import write_json
 
 SECONDS = 0.01  # spent on each chain, but three runs at least
 

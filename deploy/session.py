@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deploy.graphs import DECISIONS, IMAGES, LOGITS
 from models import ResNet
-from utils.augment import Normalisation
+from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 TOLERANCE = 1e-4
@@ -39,10 +39,10 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(source, options, providers=[PROVIDERS[device]])
     except NoSuchFile:
-        raise UserError(f"{model} does not exist: make it with python -m utils.export") from None
+        raise UserError(f"{model} does not exist: make it with python -m deploy.export") from None
     except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
         reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{model} cannot be read ({reason}): export it again with python -m utils.export") from None
+        raise UserError(f"{model} cannot be read ({reason}): export it again with python -m deploy.export") from None
 
 
 def run_session(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The operating point of trained switches: one number added to all their logits, chosen on the images that choose.
+"""The operating point of trained switches: one number added to all their logits, chosen on the validation images.
 
 Training moves a switch for many images at once, and a threshold of one half then opens or closes a block for nearly all
 of them.  But the logits rank the images: a shift closes or opens one image after the other, those that the policy is
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gating.steering import Budget
 from models import ResNet
-from utils.augment import Normalisation
+from utils.data.augment import Normalisation
+from utils.data.images import Images
 from utils.evaluate import Evaluation, evaluate
 from utils.flops import NetworkCost
-from utils.images import Images
 
 SEARCH = 5  # evaluations
 REACH = 0.16  # share of all FLOPs that the search goes below the threshold's own computation, or around a target
@@ -24,7 +24,7 @@ NEAR = 0.005  # share of all FLOPs that is not worth a search
 
 
 @contextmanager
-def shifts_undone(network: ResNet) -> Iterator[None]:
+def gate_biases_restored(network: ResNet) -> Iterator[None]:
     """Afterwards the switches stand as they stood before."""
     biases = [layer.bias.clone() for layer in network.gate.last_layers]
     try:
@@ -36,13 +36,13 @@ def shifts_undone(network: ResNet) -> Iterator[None]:
 
 
 @torch.no_grad()
-def seek_operating_point(
+def find_operating_point(
     network: ResNet,
     images: Images,
     normalisation: Normalisation,
     budget: Budget,
     cost: NetworkCost,
-    found: Evaluation,
+    at_half: Evaluation,
 ) -> Evaluation:
     """Shift the switches' logits to what serves the budget best, and evaluate the network there.
 
@@ -51,11 +51,11 @@ def seek_operating_point(
     them.
 
     Args:
-        found: the network's thresholded evaluation on ``images``.
+        at_half: the network's evaluation on ``images`` at the threshold of one half.
     """
     layers = network.gate.last_layers
     biases = [layer.bias.clone() for layer in layers]
-    best, best_offset = found, 0.0
+    best, best_offset = at_half, 0.0
 
     def moved(offset: float) -> None:
         for layer, bias in zip(layers, biases, strict=True):
@@ -64,9 +64,9 @@ def seek_operating_point(
     def kept(computation: float) -> bool:
         """Whether the budget is met there."""
         nonlocal best, best_offset
-        offset = offset_to(computation, found.probabilities, cost)
+        offset = offset_to(computation, at_half.probabilities, cost)
         moved(offset)
-        tried = evaluate(network, images, normalisation)
+        tried = evaluate(network, images, normalisation, cost)
         if budget.score(tried.accuracy, tried.computation) > budget.score(best.accuracy, best.computation):
             best, best_offset = tried, offset
         return budget.met(tried.accuracy, tried.computation)
@@ -74,10 +74,10 @@ def seek_operating_point(
     for_accuracy = budget.target_computation is None
     if not for_accuracy:
         low, high = budget.target_computation - REACH, budget.target_computation + REACH
-    elif budget.met(found.accuracy, found.computation):
-        low, high = max(1 - cost.skippable, found.computation - REACH), found.computation
+    elif budget.met(at_half.accuracy, at_half.computation):
+        low, high = max(1 - cost.skippable, at_half.computation - REACH), at_half.computation
     else:
-        low, high = found.computation, 1.0
+        low, high = at_half.computation, 1.0
         if high - low < NEAR or not kept(high):  # then nothing between is worth a look
             low = high
     for _ in range(SEARCH):

@@ -2,21 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from gating.statistics import cheapest_and_dearest
-from utils.images import Images
+from utils.data.images import Images
 
 CLASSES_A_PAGE = 10  # of images
 
 
 def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
     """Share of images that each switch lets pass, a row a class; ``passing`` [classes, K]."""
-    figure, axis = plt.subplots(figsize=(2 + 0.5 * passing.shape[1], 1.2 + 0.22 * len(classes)), layout="constrained")
+    figure = Figure(figsize=(2 + 0.5 * passing.shape[1], 1.2 + 0.22 * len(classes)), layout="constrained")
+    axis = figure.subplots()
     image = axis.imshow(passing, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axis.set(xlabel="switch", title="share of test images that pass")
     axis.set_xticks(range(passing.shape[1]), [str(i + 1) for i in range(passing.shape[1])])
@@ -27,7 +26,8 @@ def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
 
 def draw_executed(executed: Tensor, flops_all: float) -> Figure:
     """Histogram over the images of the FLOPs spent on each, ``executed`` [N]."""
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
     axis.hist(executed.numpy() / flops_all, bins=50, range=(0, 1), color="#1f77b4")
     axis.axvline(executed.mean().item() / flops_all, color="#d62728", label="mean")
     axis.set(xlabel="executed FLOPs over the FLOPs of every block", ylabel="test images")
@@ -46,7 +46,8 @@ def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str],
     for first in range(0, len(classes), CLASSES_A_PAGE):
         page = chosen[first : first + CLASSES_A_PAGE]
         size = (1.05 * (2 * count + 1), 1.25 * len(page))
-        figure, axes = plt.subplots(len(page), 2 * count + 1, figsize=size, squeeze=False, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(page), 2 * count + 1, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for row, (name, (easy, hard)) in zip(axes, page, strict=True):
@@ -61,7 +62,8 @@ def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str],
 
 def draw_path(accuracies: Sequence[float], executed: Sequence[float], floor: float) -> Figure:
     """Accuracy against executed FLOPs over the epochs of stage 3."""
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
     mflops = [value / 1e6 for value in executed]
     axis.plot(mflops, accuracies, color="#999999", linewidth=0.8)
     points = axis.scatter(mflops, accuracies, c=range(len(mflops)), cmap="viridis", zorder=3, s=18)
@@ -77,3 +79,29 @@ def class_averages(executed: Tensor, labels: Tensor, classes: Sequence[str]) -> 
     """Mean FLOPs spent on the images of each class that has any."""
     means = {name: executed[labels == label] for label, name in enumerate(classes)}
     return {name: torch.mean(values).item() for name, values in means.items() if len(values)}
+
+
+def passing_by_class(decisions: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Share of each class's images that each switch lets pass, [classes, K]; NaN for a class without images.
+
+    Args:
+        decisions: [N, K].
+        labels: int64 [N].
+    """
+    return torch.stack([decisions[labels == label].mean(dim=0) for label in range(classes)])
+
+
+def cheapest_and_dearest(executed: Tensor, labels: Tensor, classes: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """For each class the indices of its ``count`` cheapest images, cheapest first, and of its dearest, dearest first.
+
+    Args:
+        executed: [N], FLOPs spent on each image; equal ones keep their order.
+        labels: int64 [N].
+    """
+    result = []
+    for label in range(classes):
+        members = (labels == label).nonzero().squeeze(1)
+        order = members[executed[members].argsort(stable=True)]
+        reverse = members[executed[members].argsort(stable=True, descending=True)]
+        result.append((order[:count], reverse[:count]))
+    return result

@@ -1,9 +1,13 @@
-"""Steering stage 3 to its budget: how much computation an epoch aims at, the alpha that leads there, what is best."""
+"""Steering stage 3 to its budget: the computation that an epoch is led to, the alpha that leads there, what is best."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from utils.errors import UserError
+from utils.flops import NetworkCost
 
 SMOOTHING = 0.9  # of the batches' computation, which a controller sees
 PROPORTIONAL = 5.0  # change of log alpha for the whole computation too much
@@ -21,6 +25,20 @@ class Budget:
 
     floor: float
     target_computation: float | None = None
+    drop: float = 0.0  # accuracy that the floor lies below stage 1's
+
+    def check(self, cost: NetworkCost) -> None:
+        """Refuse a computation that is left even where every switch closes.
+
+        Raises:
+            UserError: says what is left.
+        """
+        target = self.target_computation
+        if target is not None and target < 1 - cost.skippable:
+            raise UserError(
+                f"--target_computation {target} is out of reach: with every switch closed {1 - cost.skippable:.3f} of "
+                f"the FLOPs are left; raise it"
+            )
 
     def met(self, accuracy: float, computation: float) -> bool:
         """Whether what is asked for is kept; a target may be exceeded by half a percent of the FLOPs."""
@@ -28,9 +46,9 @@ class Budget:
             return accuracy >= self.floor - 1e-9
         return computation <= self.target_computation + 0.005
 
-    def lost(self, accuracy: float, drop: float) -> bool:
-        """Whether the accuracy is more than another ``drop``, or two points, below the floor: time to go back."""
-        return self.target_computation is None and accuracy < self.floor - max(drop, 0.02)
+    def lost(self, accuracy: float) -> bool:
+        """Whether the accuracy is more than another drop, or two points, below the floor: time to go back."""
+        return self.target_computation is None and accuracy < self.floor - max(self.drop, 0.02)
 
     def score(self, accuracy: float, computation: float) -> tuple[bool, float, float]:
         """Larger is better: first being within the budget, then what is optimised under it, then the other.
@@ -44,7 +62,7 @@ class Budget:
         return (within, percent, accuracy) if fewest_first else (within, accuracy, percent)
 
 
-def next_aim(budget: Budget, accuracy: float, computation: float, start: float, epoch: int, epochs: int) -> float:
+def next_setpoint(budget: Budget, accuracy: float, computation: float, start: float, epoch: int, epochs: int) -> float:
     """The computation, a share of all FLOPs, that an epoch leads the policy to.
 
     A target is approached in a straight line from ``start`` and reached when half of the epochs are done.  Towards an
@@ -54,7 +72,7 @@ def next_aim(budget: Budget, accuracy: float, computation: float, start: float, 
     Args:
         accuracy, computation: at the operating point after the epoch before, see ``gating.operating_point``.
         start: computation that stage 3 started from.
-        epoch: the one whose aim is asked for, counted from 1.
+        epoch: the one whose setpoint is asked for, counted from 1.
     """
     if budget.target_computation is not None:
         target = budget.target_computation
@@ -76,8 +94,9 @@ class FixedAlpha:
     def observe(self, executed: Tensor) -> None:
         pass
 
-    def state(self) -> dict[str, float]:
-        return {"alpha": self.alpha}
+    @property
+    def final(self) -> float:
+        return self.alpha
 
 
 class SteeredAlpha:
@@ -109,10 +128,76 @@ class SteeredAlpha:
         bounded = self._error().clamp(-LARGEST_ERROR, LARGEST_ERROR)
         self.log_alpha = (self.log_alpha + INTEGRAL * bounded).clamp(-10, 10)
 
-    def state(self) -> dict[str, float]:
+    @property
+    def final(self) -> float:
         """Where the next epoch's steering goes on."""
-        return {"alpha": self.log_alpha.exp().item()}
+        return self.log_alpha.exp().item()
 
     def _error(self) -> Tensor:
         way = min(1.0, self.step / max(1, self.steps))
         return self.smooth - (self.start + (self.end - self.start) * way)
+
+
+@dataclass
+class Waypoint:
+    """Where steering stands between two epochs; computations are shares of all FLOPs."""
+
+    alpha: float
+    computation: float  # of the network at its threshold of one half
+
+
+class Steering:
+    """The alpha of every epoch, from what the epochs before it have led to.
+
+    Args:
+        alpha: where it starts.
+        steps: batches of an epoch.
+        fixed: keep alpha as it is.
+    """
+
+    def __init__(
+        self, budget: Budget, cost: NetworkCost, *, alpha: float, epochs: int, steps: int, device: torch.device,
+        fixed: bool,
+    ):  # fmt: skip
+        self.budget, self.skippable, self.epochs, self.steps = budget, cost.skippable, epochs, steps
+        self.device, self.fixed = device, fixed
+        self.now = Waypoint(alpha, 1.0)
+        self.best = self.now
+        self.start = self.setpoint = 1.0
+
+    def begin(self, accuracy: float, computation: float) -> None:
+        """Take note of the network that stage 3 starts from, and plan the first epoch."""
+        self.start = computation
+        self.now = self.best = Waypoint(self.now.alpha, computation)
+        self.plan(1, accuracy, computation)
+
+    def plan(self, epoch: int, accuracy: float, computation: float) -> None:
+        """Choose the setpoint of an epoch, counted from 1, by where the network stands, at its operating point."""
+        self.setpoint = next_setpoint(self.budget, accuracy, computation, self.start, epoch, self.epochs)
+
+    def controller(self) -> FixedAlpha | SteeredAlpha:
+        """What gives each step of the next epoch its alpha."""
+        if self.fixed:
+            return FixedAlpha(self.now.alpha)
+        # From shares of all FLOPs to shares of those that can be skipped.
+        now, end = (max(0.0, 1 - (1 - share) / self.skippable) for share in (self.now.computation, self.setpoint))
+        return SteeredAlpha(self.now.alpha, now, end, self.steps, self.device)
+
+    def observe(self, controller: FixedAlpha | SteeredAlpha, computation: float) -> None:
+        """Take note of where an epoch has led: its alpha, and the computation at the threshold of one half."""
+        self.now = Waypoint(controller.final, computation)
+
+    def remember(self, computation: float) -> None:
+        """Keep this place as that of the best network, which executes ``computation``."""
+        self.best = Waypoint(self.now.alpha, computation)
+
+    def go_back(self) -> None:
+        """Go on from the best network."""
+        self.now = self.best
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"now": asdict(self.now), "best": asdict(self.best), "start": self.start, "setpoint": self.setpoint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.now, self.best = Waypoint(**state["now"]), Waypoint(**state["best"])
+        self.start, self.setpoint = state["start"], state["setpoint"]

@@ -1,6 +1,6 @@
 """Supervised training of network and switches together: cross-entropy through straight-through decisions."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,10 @@ from gating.forward import Forward, training_forward
 from models import ResNet, all_on, by_image, sampled_straight_through
 from models.decisions import DecisionRule
 from utils import parallel
+from utils.data.batches import TrainingBatches
 from utils.device import mixed_precision
 from utils.errors import UserError
-from utils.schedule import set_learning_rate
+from utils.optimisers import set_learning_rate
 
 # Half of the images of a batch pass with every switch held open, so that the whole network, which static pruning works
 # on, is trained whatever the switches do.  On the other half decisions are drawn, not thresholded: switches that only
@@ -27,12 +28,11 @@ OPEN_SHARE = 0.5
 EXPLORATION = 0.15
 CHECK_EVERY = 50  # steps between looks at the loss, each of which makes a GPU wait
 
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of images, logits in float32 and labels: a scalar, the mean
+LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # of images, logits in float32 and labels: a scalar, the mean
 
 
 @dataclass(frozen=True)
-class EpochFigures:
+class EpochMeans:
     """Means over the images of one epoch of training."""
 
     loss: float
@@ -41,55 +41,54 @@ class EpochFigures:
 
 def supervised_epoch(
     network: ResNet,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    steps: int,
+    batches: TrainingBatches,
     optimiser: Optimizer,
+    *,
     learning_rate: Callable[[float], float],
     draws: torch.Generator,
     title: str,
-    loss_of: Loss | None = None,
+    loss_fn: LossFn | None = None,
     forward: Forward | None = None,
-) -> EpochFigures:
+) -> EpochMeans:
     """Train for one epoch.
 
     Args:
-        batches: normalised images [B, 3, H, W] and labels [B] on the network's device; where several processes share
-            the batches, the images of this process's part and the labels of the whole (``utils.parallel``).
-        steps: number of batches.
+        batches: on the network's device.
         learning_rate: rate as a function of the share of this epoch that is done.
         draws: generator, on the network's device, of decisions and of the images whose switches are held open.
         title: what the progress bar says.
-        loss_of: what is minimised and reported; the cross-entropy by default.
+        loss_fn: what is minimised and reported; the cross-entropy by default.
         forward: the network's forward pass, from ``gating.forward.training_forward``; not compiled by default.
 
     Raises:
         UserError: if the loss stops being finite.
     """
-    parallel.same_everywhere(network)
+    parallel.broadcast_weights(network)
     network.train()
     forward = training_forward(network) if forward is None else forward
     device = next(network.parameters()).device
+    steps = len(batches)
     loss_sum = correct = torch.zeros((), device=device)
     seen = 0
-    for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.no_bar())):
+    for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())):
         set_learning_rate(optimiser, learning_rate(step / steps))
-        images, y = len(labels), parallel.part(labels)
+        images, y = len(labels), parallel.local_part(labels)
         drawn = torch.rand(images, 1 + network.switches, generator=draws, device=device)
         with mixed_precision(device):
-            output = forward(x, half_held_open, (parallel.part(drawn),), False)
+            output = forward(x, half_held_open, (parallel.local_part(drawn),), False)
         logits = output.logits.float()
-        loss = F.cross_entropy(logits, y) if loss_of is None else loss_of(x, logits, y)
+        loss = F.cross_entropy(logits, y) if loss_fn is None else loss_fn(x, logits, y)
         optimiser.zero_grad(set_to_none=True)
         (loss * (len(y) / images)).backward()
-        parallel.sum_gradients(network.parameters())
+        parallel.all_reduce_gradients(network.parameters())
         optimiser.step()
         loss_sum = loss_sum + loss.detach() * len(y)
         correct = correct + (output.logits.detach().argmax(dim=1) == y).sum()
         seen += images
         if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(loss_sum):
             raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
-    loss, accuracy = (parallel.summed(torch.stack([loss_sum, correct.float()])) / seen).tolist()
-    return EpochFigures(loss, accuracy)
+    loss, accuracy = (parallel.all_reduced(torch.stack([loss_sum, correct.float()])) / seen).tolist()
+    return EpochMeans(loss, accuracy)
 
 
 def half_held_open(drawn: Tensor) -> DecisionRule:

@@ -11,7 +11,6 @@ from models.convolution import SafeConv2d
 from models.decisions import DecisionRule, thresholded
 from models.gates import FeedForwardGate, RecurrentGate
 from models.lowrank import LowRankConv2d
-from utils.errors import UserError
 
 NETWORKS = ("resnet",)
 GATES = ("rnn", "ff1", "ff2", "none")
@@ -23,10 +22,10 @@ def check_depth(depth: int) -> None:
     """Refuse a depth that no network has.
 
     Raises:
-        UserError: unless it is 6n + 2, n >= 1.
+        ValueError: unless it is 6n + 2, n >= 1.
     """
     if depth < 8 or (depth - 2) % 6 != 0:
-        raise UserError(f"depth {depth} is not of the form 6n+2: use 8, 14, 20, 26, 32, 38, 44, 56 or 110")
+        raise ValueError(f"depth {depth} is not of the form 6n+2: use 8, 14, 20, 26, 32, 38, 44, 56 or 110")
 
 
 class RoutedOutput(NamedTuple):
@@ -104,7 +103,7 @@ class ResNet(nn.Module):
             convolutions.
 
     Raises:
-        UserError: for a depth, gate, rank or inner width that does not exist.
+        ValueError: for a depth, gate, rank or inner width that does not exist.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class ResNet(nn.Module):
         super().__init__()
         check_depth(depth)
         if gate not in GATES:
-            raise UserError(f"gate {gate!r} is unknown: use one of {', '.join(GATES)}")
+            raise ValueError(f"gate {gate!r} is unknown: use one of {', '.join(GATES)}")
         self.architecture = {
             "network": "resnet",
             "depth": depth,
@@ -137,7 +136,7 @@ class ResNet(nn.Module):
         names = [f"blocks.{block}" for block in range(len(widths))]
         for name, channels in self.architecture["inner"].items():
             if name not in names or channels < 1:
-                raise UserError(f"inner gives {name!r} {channels} channels: it takes names of blocks and 1 or more")
+                raise ValueError(f"inner gives {name!r} {channels} channels: it takes names of blocks and 1 or more")
         self.blocks = nn.ModuleList(
             BasicBlock(i, o, 1 if i == o else 2, self.architecture["inner"].get(name))
             for name, i, o in zip(names, inputs, widths, strict=True)
@@ -148,7 +147,7 @@ class ResNet(nn.Module):
         for name in self.architecture["depthwise"]:
             rank_in, rank_out = self.architecture["ranks"].get(name, (None, None))
             if rank_in is None or rank_in != rank_out:
-                raise UserError(f"depthwise names the layer {name!r}, which has no two equal ranks")
+                raise ValueError(f"depthwise names the layer {name!r}, which has no two equal ranks")
         for name, (rank_in, rank_out) in self.architecture["ranks"].items():
             self._reduce(name, rank_in, rank_out)
 
@@ -165,7 +164,7 @@ class ResNet(nn.Module):
     def _reduce(self, name: str, rank_in: int | None, rank_out: int | None) -> None:
         conv = dict(self.named_modules()).get(name)
         if not isinstance(conv, nn.Conv2d) or name.startswith("gate."):
-            raise UserError(f"ranks name the layer {name!r}, which is no convolution of this network")
+            raise ValueError(f"ranks name the layer {name!r}, which is no convolution of this network")
         replacement = LowRankConv2d(
             conv.in_channels,
             conv.out_channels,
@@ -228,8 +227,8 @@ def build_network(
     """The network that an architecture describes, with fresh weights.
 
     Raises:
-        UserError: if the network, depth, gate, a rank or an inner width does not exist.
+        ValueError: if the network, depth, gate, a rank or an inner width does not exist.
     """
     if network not in NETWORKS:
-        raise UserError(f"network {network!r} is unknown: use one of {', '.join(NETWORKS)}")
+        raise ValueError(f"network {network!r} is unknown: use one of {', '.join(NETWORKS)}")
     return ResNet(depth, num_classes, width, gate, ranks, inner, depthwise)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from models import ResNet, all_on
 from utils import parallel
-from utils.modes import mode_kept
+from utils.modes import evaluation_mode
 
 FISHER_TYPES = ("true", "empirical")
 
@@ -49,14 +49,14 @@ def visit_gradients(
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)  # weight gradients are not needed: a third of the pass is saved
-        with mode_kept(network, training=False):
+        with evaluation_mode(network):
             for x, given in batches:
                 x = x.detach().requires_grad_()
                 logits = network(x, decide=all_on, skip=False).logits
                 if fisher_type == "true":
-                    labels = parallel.part(_drawn_labels(logits.detach(), len(given), repeats, draws))
+                    labels = parallel.local_part(_drawn_labels(logits.detach(), len(given), repeats, draws))
                 else:
-                    labels = parallel.part(given)[:, None]
+                    labels = parallel.local_part(given)[:, None]
                 images += len(given) * repeats
                 if len(x) == 0:  # the last batch may be too small for all processes
                     continue
@@ -77,7 +77,7 @@ def _drawn_labels(logits: Tensor, images: int, repeats: int, draws: torch.Genera
     So a process's labels are those that one process alone would draw for these images.
     """
     p = logits.new_ones(images, logits.shape[1])
-    parallel.part(p).copy_(logits.softmax(dim=1))
+    parallel.local_part(p).copy_(logits.softmax(dim=1))
     return torch.multinomial(p, repeats, replacement=True, generator=draws)
 
 

@@ -49,19 +49,61 @@ def gradient_squares(
     fisher_type: str,
     draws: torch.Generator,
     fisher_draws: int = 1,
-    accumulate: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """s_ijt = E[(Q_g^T grad W Q_a)_ijt^2], the exact diagonal of the Fisher in the eigenbasis, layer by layer.
 
     Source: EK-FAC (arXiv:1806.03884), proposition 1.  A layer without an entry in ``bases`` is measured in the
     coordinates it has.  The other arguments are those of ``pruning.factors.collect_factors``.
     """
-    sums = {name: torch.zeros_like(layer.weight, dtype=accumulate) for name, layer in layers.items()}
+    sums = {name: torch.zeros_like(layer.weight, dtype=torch.float64) for name, layer in layers.items()}
 
     def add(name: str, layer: nn.Conv2d, a: Tensor, g: Tensor) -> None:
         rotations = (bases[name].Q_a, bases[name].Q_g) if name in bases else (None, None)
         for part_a, part_g in zip(a.split(CHUNK), g.split(CHUNK), strict=True):
-            sums[name] += rotated_gradient_squares(layer, part_a, part_g, *rotations).to(accumulate)
+            sums[name] += rotated_gradient_squares(layer, part_a, part_g, *rotations).double()
 
     images = visit_gradients(network, layers, batches, fisher_type, draws, add, fisher_draws)
-    return {name: parallel.summed(total).double() / images for name, total in sums.items()}
+    return {name: parallel.all_reduced(total).double() / images for name, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Predicted rise of the loss, in nats, when entries or whole directions of one rotated layer are zeroed."""
+
+    entries: Tensor  # [out, in, kh, kw]
+
+    @property
+    def pairs(self) -> Tensor:
+        """[in, out]: of each pair of an input and an output direction."""
+        return self.entries.sum(dim=(2, 3)).t()
+
+    @property
+    def rows(self) -> Tensor:
+        """[out]: of removing each output direction."""
+        return self.entries.sum(dim=(1, 2, 3))
+
+    @property
+    def columns(self) -> Tensor:
+        """[in]: of removing each input direction."""
+        return self.entries.sum(dim=(0, 2, 3))
+
+
+def eigendamage(rotated: Tensor, curvature: Tensor, regularization: float) -> Saliency:
+    """1/2 (s_ijt + regularization) W'_ijt^2 for every entry of the rotated weight.
+
+    Given the part of a weight that surgery takes away instead of the weight, the sum of the entries is the predicted
+    rise of the loss.  Source: EigenDamage (arXiv:1905.05934), section 4; with s from the eigenvalue correction,
+    EK-FAC.
+
+    Args:
+        rotated: W' [out, in, kh, kw].
+        curvature: s, the same shape.
+        regularization: curvature that is added to every direction.
+    """
+    return Saliency(0.5 * (curvature + regularization) * rotated.square())
+
+
+def share(values: Tensor) -> Tensor:
+    """Saliencies as shares of their sum; zeros stay as they are."""
+    total = values.sum()
+    return values if total == 0 else values / total

@@ -81,19 +81,15 @@ def collect_factors(
     fisher_type: str,
     draws: torch.Generator,
     fisher_draws: int = 1,
-    accumulate: torch.dtype = torch.float64,
 ) -> dict[str, Factors]:
     """Factors of every layer over all images of ``batches``; memory does not grow with the images.
 
-    Args:
-        accumulate: type of the running sums; float32 halves their memory and loses digits as images add up.
-
-    The other arguments are those of ``pruning.capture.visit_gradients``.
+    Sums are kept in float64.  The other arguments are those of ``pruning.capture.visit_gradients``.
     """
     sums: dict[str, list[Tensor]] = {}
 
     def add(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
-        A, G = input_factor(layer, a).to(accumulate), output_factor(g).to(accumulate)
+        A, G = input_factor(layer, a).double(), output_factor(g).double()
         if name in sums:
             sums[name][0] += A
             sums[name][1] += G
@@ -102,7 +98,7 @@ def collect_factors(
 
     images = visit_gradients(network, layers, batches, fisher_type, draws, add, fisher_draws)
     # In one order in all processes.
-    return {name: Factors(*(parallel.summed(total) / images for total in sums[name])) for name in layers}
+    return {name: Factors(*(parallel.all_reduced(total) / images for total in sums[name])) for name in layers}
 
 
 def channel_effects(core: nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:

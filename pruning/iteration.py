@@ -6,29 +6,30 @@ import torch
 
 from models import ResNet
 from pruning.changes import Pruned
-from pruning.channel_pruning import channel_groups, prune_channels
-from pruning.depthwise_pruning import prune_to_depthwise, separable_groups
-from pruning.eigen_pruning import direction_groups, prune_directions
-from pruning.method import EIGENBASIS_CRITERIA, Batches, Method
+from pruning.prune_channels import channel_groups, prune_channels
+from pruning.prune_depthwise import prune_to_depthwise, separable_groups
+from pruning.prune_directions import direction_groups, prune_directions
 from pruning.selection import Goal, check_reachable, smallest_cost
-from utils.flops import network_cost
+from pruning.settings import EIGENBASIS_CRITERIA, Batches, Method
+from utils.flops import NetworkCost, network_cost
 
 
 def prune_once(
-    network: ResNet, batches: Batches, draws: torch.Generator, *, image_size: int, goal: Goal, method: Method
+    network: ResNet, batches: Batches, draws: torch.Generator, *, cost: NetworkCost, goal: Goal, method: Method
 ) -> Pruned:
     """Prune every layer, or the channels inside of every block, once and rebuild the network.
 
     Args:
         batches: called for each pass over the images that the Fisher is measured on.
         draws: generator of the labels of the "true" Fisher, on the network's device.
+        cost: of the network.
         goal: where to stop.
 
     Raises:
         UserError: for a budget out of reach, or a criterion that the network does not suit.
     """
     prune, _ = _family(method)
-    return prune(network, batches, draws, network_cost(network, image_size), goal, method)
+    return prune(network, batches, draws, cost, goal, method)
 
 
 def check_goal(network: ResNet, image_size: int, goal: Goal, method: Method) -> None:

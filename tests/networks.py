@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ResNet, build_network
-from utils.augment import Normalisation
+from utils.data.augment import Normalisation
 
 # Of every form: both sides, one side, a wide rotation that is worth multiplying out, a strided core, a 1x1 shortcut, a
 # depthwise core.

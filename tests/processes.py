@@ -17,24 +17,30 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from commands import SCRIPTS, arguments  # noqa: E402
 
-from gating.baselines import Baseline  # noqa: E402
-from gating.reinforce import Objective, reinforce_epoch  # noqa: E402
+from deploy import speeds  # noqa: E402
+from gating.reinforce import Reinforcement, reinforce_epoch  # noqa: E402
 from gating.steering import SteeredAlpha  # noqa: E402
 from gating.supervised import supervised_epoch  # noqa: E402
 from models import ResNet, all_on, build_network, thresholded  # noqa: E402
 from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
 from pruning.factors import collect_factors  # noqa: E402
 from pruning.layers import prunable_layers  # noqa: E402
-from utils import latency, parallel  # noqa: E402
-from utils.augment import Normalisation  # noqa: E402
-from utils.batch_norms import reestimate_batch_norms  # noqa: E402
-from utils.data import batch_ends, dealt_batches, shared_batches, training_batches, training_normalisation  # noqa: E402
+from utils import parallel  # noqa: E402
+from utils.data.augment import Normalisation  # noqa: E402
+from utils.data.batches import (  # noqa: E402
+    TrainingBatches,
+    batch_parts_by_process,
+    training_normalisation,
+    whole_batches_by_process,
+)
+from utils.data.images import ImageSet  # noqa: E402
 from utils.device import placed  # noqa: E402
 from utils.errors import UserError, run_command  # noqa: E402
 from utils.evaluate import evaluate  # noqa: E402
-from utils.images import ImageSet  # noqa: E402
+from utils.flops import network_cost  # noqa: E402
+from utils.norms import reestimate_batch_norms  # noqa: E402
+from utils.optimisers import reinforcement_optimisers, sgd  # noqa: E402
 from utils.run import Run  # noqa: E402
-from utils.training import reinforcement_optimisers, sgd  # noqa: E402
 
 CPU = torch.device("cpu")
 NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.3, 0.3, 0.3))
@@ -54,36 +60,33 @@ def network(gate: str = "rnn") -> ResNet:
 
 
 def batches(epoch: int, size: int = BATCH):
-    return training_batches(images(), size, torch.Generator().manual_seed(epoch), NORMALISATION, True)
+    return TrainingBatches(images(), size, torch.Generator().manual_seed(epoch), NORMALISATION, True)
 
 
 def supervised() -> dict:
     net, draws = network(), torch.Generator().manual_seed(3)
     optimiser = sgd(net, 0.05, 0.9, 5e-4)
-    steps = len(batch_ends(41, BATCH))
-    figures = [supervised_epoch(net, batches(e), steps, optimiser, lambda _: 0.05, draws, "") for e in range(2)]
-    return {"weights": net.state_dict(), "figures": [vars(f) for f in figures], "draws": draws.get_state()}
+    means = [
+        supervised_epoch(net, batches(e), optimiser, learning_rate=lambda _: 0.05, draws=draws, title="")
+        for e in range(2)
+    ]
+    return {"weights": net.state_dict(), "means": [vars(m) for m in means], "draws": draws.get_state()}
 
 
 def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH) -> dict:
     net, draws = network(gate), torch.Generator().manual_seed(3)
     optimisers = reinforcement_optimisers(net, 0.9, 5e-4)
-    judge, alpha = Baseline(baseline, 2, CPU), SteeredAlpha(0.5, 1.0, 0.2, 6, CPU)
-    shares, objective = torch.tensor([0.4, 0.6]), Objective(1.0, 1.0, 0.02)
+    alpha = SteeredAlpha(0.5, 1.0, 0.2, 6, CPU)
+    setup = Reinforcement(
+        network=net, optimisers=optimisers, shares=torch.tensor([0.4, 0.6]), draws=draws, rl_weight=1.0,
+        entropy_weight=0.02, baseline=baseline, batch_norm=batch_norm,
+    )  # fmt: skip
     # The first block is often skipped by all images of a batch, and its weights then have a gradient of zero.
     for layer in [net.gate.decision] if gate == "rnn" else net.gate.decisions:
         torch.nn.init.constant_(layer.bias, -2.0)
-    figures = [
-        reinforce_epoch(
-            net, batches(e, size), len(batch_ends(41, size)), optimisers, lambda _: (0.02, 0.2), objective, alpha,
-            shares, judge, batch_norm, draws, "",
-        )
-        for e in range(2)
-    ]  # fmt: skip
-    return {
-        "weights": net.state_dict(), "figures": [vars(f) for f in figures], "alpha": alpha.state(),
-        "baseline": judge.state(),
-    }  # fmt: skip
+    rates = (lambda _: 0.02, lambda _: 0.2)
+    means = [reinforce_epoch(setup, batches(e, size), rates, alpha, "") for e in range(2)]
+    return {"weights": net.state_dict(), "means": [vars(m) for m in means], "alpha": alpha.final}
 
 
 def measured() -> dict:
@@ -92,7 +95,7 @@ def measured() -> dict:
     layers = prunable_layers(net)
     for kind, repeats in (("true", 2), ("empirical", 1)):
         draws = torch.Generator().manual_seed(5)
-        pass_ = lambda: shared_batches(images(), 8, NORMALISATION)  # noqa: E731 - the last batch holds one image
+        pass_ = lambda: batch_parts_by_process(images(), 8, NORMALISATION)  # noqa: E731 - the last batch holds one image
         factors = collect_factors(net, layers, pass_(), kind, draws, repeats)
         bases = {name: eigenbasis(factor) for name, factor in factors.items()}
         # Signs of eigenvectors are no concern of the processes: squares in the layers' own coordinates, too.
@@ -104,9 +107,9 @@ def measured() -> dict:
     net.gate.decision.weight.data.mul_(30)
     net.gate.decision.bias.data.zero_()
     for rule in (all_on, thresholded):
-        reestimate_batch_norms(net, dealt_batches(images(), 8, NORMALISATION), rule)
+        reestimate_batch_norms(net, whole_batches_by_process(images(), 8, NORMALISATION), rule)
         found[rule.__name__] = {key: value.clone() for key, value in net.state_dict().items()}
-    evaluation = evaluate(net, images(), NORMALISATION, batch_size=6)
+    evaluation = evaluate(net, images(), NORMALISATION, network_cost(net, 8), batch_size=6)
     found["evaluation"] = vars(evaluation)
     found["normalisation"] = list(training_normalisation(images(), 4).mean)
     return found
@@ -157,16 +160,16 @@ def lose(given: list[str]) -> None:
 def main() -> None:
     task, output, *given = sys.argv[1:]
     torch.set_num_threads(1)
-    latency.SECONDS = 0.0
+    speeds.SECONDS = 0.0
     if task == "lose":
         lose(given)
         return
-    torch.save(all_figures(), f"{output}/figures.{parallel.rank()}")
+    torch.save(all_figures(), f"{output}/measured.{parallel.rank()}")
     chain(Path(given[0]), Path(output) / "two")
     if parallel.rank() == 1:
         raise UserError("process 1 has found a mistake")
-    parallel.wait()
+    parallel.barrier()
 
 
 if __name__ == "__main__":
-    run_command(parallel.joined(main))
+    run_command(parallel.distributed(main))

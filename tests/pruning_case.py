@@ -5,8 +5,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import LowRankConv2d, all_on, build_network
 from pruning.iteration import prune_once
-from pruning.method import Method
 from pruning.selection import least_kept
+from pruning.settings import Method
+from utils.flops import network_cost
 
 SIZE = 8
 
@@ -41,7 +42,9 @@ def pruned_by(network, images, goal, method):
     def batches():
         return zip(images[0].split(8), images[1].split(8), strict=True)
 
-    return prune_once(network, batches, torch.Generator().manual_seed(2), image_size=SIZE, goal=goal, method=method)
+    return prune_once(
+        network, batches, torch.Generator().manual_seed(2), cost=network_cost(network, SIZE), goal=goal, method=method
+    )
 
 
 def counted(network) -> tuple[int, int]:

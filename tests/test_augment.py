@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional as reference
 
-from utils.augment import PADDING, Normalisation, colour_histogram, crop_and_flip, draw_crops, normalisation_of
+from utils.data.augment import PADDING, Normalisation, colour_histogram, crop_and_flip, draw_crops, normalisation_of
 
 
 def augmented(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from conftest import write_shapes
 from PIL import Image
 
-from utils import cache, data
-from utils.cache import cache_files, content_key, read_cache, write_cache
-from utils.data import DataSet, load_data
+from utils.data import cache, folder
+from utils.data.cache import cache_files, content_key, read_cache, write_cache
+from utils.data.folder import DataSet, load_data
 
 PARTS = {"train": 4, "test": 2}
 FILES = 3 * sum(PARTS.values())
@@ -22,8 +22,8 @@ FILES = 3 * sum(PARTS.values())
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that have been decoded since."""
     seen: list[Path] = []
-    original = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path, size: (seen.append(path), original(path, size))[1])
+    original = folder.read_image
+    monkeypatch.setattr(folder, "read_image", lambda path, size: (seen.append(path), original(path, size))[1])
     return seen
 
 

@@ -13,9 +13,9 @@ import torch
 
 from models import ResNet, build_network, sampled
 from utils import checkpoint as module
-from utils.augment import Normalisation
-from utils.checkpoint import FORMAT, Checkpoint, describe, load_checkpoint, load_network, save_atomically
+from utils.checkpoint import FORMAT, Checkpoint, atomic_save, describe, load_checkpoint, load_network
 from utils.checkpoint import save_checkpoint as save
+from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 RANKS = {"stem.0": (2, None), "blocks.0.conv2": (3, 2), "blocks.1.shortcut.0": (None, 5), "blocks.2.conv1": (1, 7)}
@@ -170,13 +170,13 @@ def test_a_signal_in_the_middle_of_writing_stays_what_it_is(
 
     monkeypatch.setattr(os, "fdopen", interrupted)
     with pytest.raises(raised, match="by a signal"):
-        save_atomically(path, {"a": torch.zeros(10), "b": torch.zeros(5)})
+        atomic_save(path, {"a": torch.zeros(10), "b": torch.zeros(5)})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_a_missing_folder_is_reported(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be written"):
-        save_atomically(tmp_path / "none" / "best.pt", {})
+        atomic_save(tmp_path / "none" / "best.pt", {})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.999])

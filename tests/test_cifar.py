@@ -12,8 +12,8 @@ import torch
 import torchvision.datasets.cifar
 from PIL import Image
 
-from utils.cifar import read_cifar
-from utils.data import load_data
+from utils.data.cifar import read_cifar
+from utils.data.folder import load_data
 from utils.errors import UserError
 
 Dump = Callable[[object], bytes]

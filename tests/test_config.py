@@ -1,38 +1,44 @@
 """The settings of stage 2: config.json, --set, and what is refused."""
 
 import json
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 
-from utils.config import PruneSettings, as_dictionary, checked_settings, load_settings
+from pruning.settings import PruneSettings
 from utils.errors import UserError
-from utils.schedule import scheduled
+from utils.optimisers import scheduled
+from utils.settings import as_dictionary, checked_settings, keys, load_settings
 
 CONFIG = Path(__file__).parents[1] / "config.json"
 
 
+def checked(given: dict) -> PruneSettings:
+    """The settings with what has no default."""
+    return checked_settings(PruneSettings, {"data_dir": "data", **given})
+
+
 def test_config_json_holds_every_key_and_no_other():
     content = json.loads(CONFIG.read_text())
-    assert list(content) == [field.name for field in fields(PruneSettings)]
-    assert as_dictionary(load_settings(CONFIG, [])) == content
+    assert set(content) == {field.name for field in keys(PruneSettings)}
+    assert as_dictionary(load_settings(PruneSettings, CONFIG, [])) == content
 
 
 def test_config_json_holds_the_defaults_but_for_its_folders():
-    content, defaults = json.loads(CONFIG.read_text()), asdict(PruneSettings())
+    content, defaults = json.loads(CONFIG.read_text()), as_dictionary(PruneSettings(data_dir=""))
     differing = {key for key in content if content[key] != defaults[key]}
     assert differing == {"data_dir", "result_dir"}
 
 
 def test_keys_that_are_not_given_have_their_defaults(tmp_path: Path):
     path = tmp_path / "small.json"
-    path.write_text('{"depth": 14, "lr": 1}')
-    settings = load_settings(path, [])
+    path.write_text('{"depth": 14, "lr": 1, "data_dir": "data"}')
+    settings = load_settings(PruneSettings, path, [])
     assert (settings.depth, settings.lr, settings.width) == (14, 1.0, 64)
     assert isinstance(settings.lr, float)
     settings.scheduler_params["name"] = "step"
-    assert PruneSettings().scheduler_params == {"name": "cosine"}, "defaults are not shared"
+    assert PruneSettings(data_dir="").scheduler_params == {"name": "cosine"}, "defaults are not shared"
 
 
 @pytest.mark.parametrize(
@@ -54,19 +60,24 @@ def test_keys_that_are_not_given_have_their_defaults(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_overrides(override: str, key: str, value: object):
-    settings = load_settings(CONFIG, ["seed=3", override])
+    settings = load_settings(PruneSettings, CONFIG, ["seed=3", override])
     assert getattr(settings, key) == value and type(getattr(settings, key)) is type(value)
     expected = {**json.loads(CONFIG.read_text()), "seed": 3, key: value}
     assert as_dictionary(settings) == expected, "no other key changes"
 
 
 def test_the_last_override_counts():
-    assert load_settings(CONFIG, ["depth=14", "depth=20"]).depth == 20
+    assert load_settings(PruneSettings, CONFIG, ["depth=14", "depth=20"]).depth == 20
+
+
+def test_a_key_that_has_no_default_has_to_be_given():
+    with pytest.raises(UserError, match=r"^data_dir is not among the settings: add it"):
+        checked_settings(PruneSettings, {"depth": 14})
 
 
 def test_an_override_without_a_value():
     with pytest.raises(UserError, match=r"--set 'depth' has no '=': write --set key=value"):
-        load_settings(CONFIG, ["depth"])
+        load_settings(PruneSettings, CONFIG, ["depth"])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +87,7 @@ def test_an_override_without_a_value():
 )  # fmt: skip
 def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, nearest: str):
     with pytest.raises(UserError, match=f"^unknown key '{key}' in the settings: did you mean '{nearest}'\\?$"):
-        checked_settings({"depth": 14, key: 1})
+        checked({"depth": 14, key: 1})
 
 
 @pytest.mark.parametrize(
@@ -91,13 +102,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, nearest: str)
 )  # fmt: skip
 def test_a_wrong_type_is_refused(key: str, value: object, kind: str):
     with pytest.raises(UserError, match=f"^{key} is .*it takes a value of type {kind}$"):
-        checked_settings({key: value})
+        checked({key: value})
 
 
 def test_every_key_refuses_a_wrong_type():
-    for field in fields(PruneSettings):
+    for field in keys(PruneSettings):
         with pytest.raises(UserError, match=f"^{field.name} is "):
-            checked_settings({field.name: None})
+            checked({field.name: None})
 
 
 @pytest.mark.parametrize(
@@ -112,15 +123,16 @@ def test_every_key_refuses_a_wrong_type():
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused(key: str, value: float):
     with pytest.raises(UserError, match=f"^{key} is .*out of range"):
-        checked_settings({key: value})
+        checked({key: value})
 
 
 def test_the_ends_of_the_ranges_are_accepted():
-    for field in fields(PruneSettings):
+    for field in keys(PruneSettings):
         for end in ("low", "high"):
             if (value := field.metadata.get(end)) is not None:
-                assert getattr(checked_settings({field.name: value}), field.name) == value
-        assert field.metadata["help"] and (field.default is not MISSING or field.default_factory is not MISSING)
+                assert getattr(checked({field.name: value}), field.name) == value
+        given = field.default is not MISSING or field.default_factory is not MISSING
+        assert field.metadata["help"] and (given or field.name == "data_dir")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +141,7 @@ def test_the_ends_of_the_ranges_are_accepted():
 )
 def test_an_unknown_choice_is_refused_with_the_nearest(key: str, value: str, nearest: str):
     with pytest.raises(UserError, match=f"^{key} is '{value}', but takes one of .*did you mean '{nearest}'"):
-        checked_settings({key: value})
+        checked({key: value})
 
 
 @pytest.mark.parametrize(
@@ -146,15 +158,15 @@ def test_an_unknown_choice_is_refused_with_the_nearest(key: str, value: str, nea
 )
 def test_a_wrong_schedule_is_refused(given: dict, message: str):
     with pytest.raises(UserError, match=message):
-        checked_settings({"scheduler_params": given})
+        checked({"scheduler_params": given})
 
 
 def test_the_schedule_that_is_set_is_the_one_used():
     given = {"name": "step", "milestones": [0.25, 0.5], "gamma": 0.5}
-    arguments = checked_settings({"scheduler_params": given}).schedule()
+    arguments = checked({"scheduler_params": given}).schedule()
     rates = [scheduled(base=0.8, progress=p, **arguments) for p in (0.0, 0.24, 0.25, 0.5, 1.0)]
     assert rates == pytest.approx([0.8, 0.8, 0.4, 0.2, 0.2], rel=1e-12)
-    cosine = PruneSettings().schedule()
+    cosine = PruneSettings(data_dir="").schedule()
     rates = [scheduled(base=0.8, progress=p, **cosine) for p in (0.0, 1 / 3, 0.5, 1.0)]
     assert rates == pytest.approx([0.8, 0.6, 0.4, 0.0], abs=1e-12)
 
@@ -172,9 +184,9 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: str | bytes, message: 
     path = tmp_path / "config.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=f"settings file {path} {message}"):
-        load_settings(path, [])
+        load_settings(PruneSettings, path, [])
 
 
 def test_a_missing_file(tmp_path: Path):
     with pytest.raises(UserError, match=f"settings file {tmp_path / 'none.json'} does not exist"):
-        load_settings(tmp_path / "none.json", [])
+        load_settings(PruneSettings, tmp_path / "none.json", [])

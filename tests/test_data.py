@@ -10,18 +10,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
-from utils.augment import Normalisation
-from utils.data import (
-    DataSet,
-    ImageSet,
-    batch_ends,
-    load_data,
-    plain_batches,
-    split_data,
-    stratified_split,
-    training_batches,
-)
-from utils.decoding import read_image
+from utils.data.augment import Normalisation
+from utils.data.batches import TrainingBatches, batch_ends, plain_batches, split_data, stratified_split
+from utils.data.folder import DataSet, load_data
+from utils.data.images import ImageSet, read_image
 from utils.errors import UserError
 
 UNCHANGED = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -115,16 +107,16 @@ def test_val_beside_train_alone_is_the_test_set(tmp_path: Path):
     write_shapes(tmp_path, {"train": 4, "val": 2})
     data = load_data(str(tmp_path), "png", 8, 1)
     assert data.val is None and len(data.test) == 6
-    assert split_data(data, 0.25, 0).chosen_on == "validation"
+    assert not split_data(data, 0.25, 0).val_is_test
 
 
 def test_val_beside_test_is_the_validation_set_whatever_the_fraction(tmp_path: Path):
     write_shapes(tmp_path, {"train": 4, "val": 3, "test": 2})
     data = load_data(str(tmp_path), "png", 8, 1)
     splits = split_data(data, 0.5, 0)
-    assert (len(splits.train), len(splits.choose), len(splits.test)) == (12, 9, 6)
-    assert torch.equal(splits.choose.pixels, data.val.pixels)
-    assert splits.chosen_on == "validation"
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (12, 9, 6)
+    assert torch.equal(splits.val.pixels, data.val.pixels)
+    assert not splits.val_is_test
 
 
 def test_the_split_sets_the_exact_share_of_every_class_aside():
@@ -146,8 +138,8 @@ def test_the_split_depends_on_the_seed_alone():
 def test_without_validation_images_choices_look_at_the_test_images():
     data = DataSet("numbers", ("a", "b", "c"), numbered(9), None, numbered(3))
     splits = split_data(data, 0.0, 0)
-    assert splits.chosen_on == "test" and len(splits.train) == 9
-    assert torch.equal(splits.choose.pixels, data.test.pixels)
+    assert splits.val_is_test and len(splits.train) == 9
+    assert torch.equal(splits.val.pixels, data.test.pixels)
 
 
 def test_one_image_is_too_few_to_train_on():
@@ -161,7 +153,7 @@ def test_one_image_is_too_few_to_train_on():
 )
 def test_no_training_batch_holds_a_single_image(images: int, batch_size: int, ends: list[int]):
     assert batch_ends(images, batch_size) == ends
-    batches = training_batches(numbered(images), batch_size, torch.manual_seed(0), UNCHANGED, True)
+    batches = TrainingBatches(numbered(images), batch_size, torch.manual_seed(0), UNCHANGED, True)
     assert np.cumsum([len(labels) for _, labels in batches]).tolist() == ends
 
 
@@ -169,7 +161,7 @@ def test_an_epoch_visits_every_image_once_under_its_label():
     generator = torch.Generator().manual_seed(5)
     orders = []
     for _ in range(2):
-        epoch = list(training_batches(numbered(50), 16, generator, UNCHANGED, flip=True))
+        epoch = list(TrainingBatches(numbered(50), 16, generator, UNCHANGED, flip=True))
         values = torch.cat([x.amax(dim=(1, 2, 3)) for x, _ in epoch]).mul(255).round().long()
         assert sorted(values.tolist()) == list(range(1, 51))
         assert torch.equal(torch.cat([y for _, y in epoch]), values % 3)
@@ -179,12 +171,12 @@ def test_an_epoch_visits_every_image_once_under_its_label():
 
 def test_the_state_of_the_generator_resumes_the_batches():
     generator = torch.Generator().manual_seed(5)
-    list(training_batches(numbered(20), 8, generator, UNCHANGED, flip=True))
+    list(TrainingBatches(numbered(20), 8, generator, UNCHANGED, flip=True))
     state = generator.get_state()
-    expected = [x for x, _ in training_batches(numbered(20), 8, generator, UNCHANGED, flip=True)]
+    expected = [x for x, _ in TrainingBatches(numbered(20), 8, generator, UNCHANGED, flip=True)]
     resumed = torch.Generator()
     resumed.set_state(state)
-    again = [x for x, _ in training_batches(numbered(20), 8, resumed, UNCHANGED, flip=True)]
+    again = [x for x, _ in TrainingBatches(numbered(20), 8, resumed, UNCHANGED, flip=True)]
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 

@@ -12,10 +12,10 @@ from models import all_on, build_network
 from pruning import depthwise
 from pruning.channels import quadratic_rise
 from pruning.depthwise import captured_shares, separable, without_channels
-from pruning.depthwise_pruning import _channel_rises
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors
 from pruning.layers import ConvWeights, read_weights, separable_layers
+from pruning.prune_depthwise import _channel_rises
 from pruning.selection import Goal, Group, select
 from pruning.surgery import composed
 from utils.errors import UserError

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from models import all_on, build_network
 from pruning.capture import visit_gradients
-from pruning.criteria import eigendamage, share
-from pruning.eigenbasis import curvature, eigenbasis, rotate
+from pruning.eigenbasis import curvature, eigenbasis, eigendamage, rotate, share
 from pruning.factors import Factors, input_factor, output_factor, rotated_gradient_squares
 
 

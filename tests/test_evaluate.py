@@ -6,7 +6,7 @@ from networks import NORMALISATION, STAGES, lively_network, varied_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from gating.pictures import CLASSES_A_PAGE, draw_easy_and_hard
-from utils.data import ImageSet
+from utils.data.images import ImageSet
 from utils.evaluate import evaluate
 from utils.flops import network_cost
 
@@ -18,7 +18,7 @@ def test_executed_flops_equal_the_counters_over_an_evaluation(stage, gate):
     images = ImageSet(varied_images(70), torch.randint(0, 10, (70,)))
     cost = network_cost(network, 16)
     with FlopCounterMode(display=False) as counter:
-        measured = evaluate(network, images, NORMALISATION, batch_size=32)
+        measured = evaluate(network, images, NORMALISATION, network_cost(network, images.image_size), batch_size=32)
     assert measured.flops_all == cost.flops
     # The evaluation measures the network's cost on one image besides.
     assert measured.executed.sum().item() == counter.get_total_flops() - cost.flops

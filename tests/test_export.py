@@ -9,12 +9,12 @@ import torch
 from networks import NORMALISATION, STAGES, lively_network, varied_images
 from torch import nn
 
+from deploy import export
 from deploy.folding import deployable
 from deploy.graphs import batch_model, routed_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED
 from deploy.session import TOLERANCE, check_session, open_session, run_session
 from models import GATES, build_network
-from utils import export
 from utils.checkpoint import Checkpoint, describe, save_checkpoint
 from utils.errors import UserError
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gating.distillation import TEMPERATURE, distillation_loss, distillation_loss_fn
 from gating.supervised import supervised_epoch
 from models import all_on, build_network
-from pruning.picture import layer_ranks, ranks_picture
-from utils.batch_norms import reestimate_batch_norms
-from utils.distillation import TEMPERATURE, distilled_loss, following
+from pruning.changes import layer_ranks, ranks_picture
+from utils.norms import reestimate_batch_norms
 
 
 def small(gate: str = "rnn"):
@@ -34,12 +34,14 @@ def test_reestimated_statistics_are_those_of_the_images():
 def test_distillation_weighs_two_losses_and_vanishes_where_predictions_agree():
     torch.manual_seed(0)
     logits, teacher, labels = torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
-    assert distilled_loss(logits, teacher, labels, 0.0).item() == pytest.approx(F.cross_entropy(logits, labels).item())
-    assert distilled_loss(logits, logits, labels, 1.0).item() == pytest.approx(0.0, abs=1e-6)
+    assert distillation_loss(logits, teacher, labels, 0.0).item() == pytest.approx(
+        F.cross_entropy(logits, labels).item()
+    )
+    assert distillation_loss(logits, logits, labels, 1.0).item() == pytest.approx(0.0, abs=1e-6)
     p, q = ((t / TEMPERATURE).softmax(1) for t in (teacher, logits))
     kl = (p * (p / q).log()).sum(1).mean() * TEMPERATURE**2
     half = 0.5 * F.cross_entropy(logits, labels) + 0.5 * kl
-    assert distilled_loss(logits, teacher, labels, 0.5).item() == pytest.approx(half.item(), rel=1e-5)
+    assert distillation_loss(logits, teacher, labels, 0.5).item() == pytest.approx(half.item(), rel=1e-5)
 
 
 def test_a_distilled_epoch_brings_predictions_together():
@@ -52,8 +54,10 @@ def test_a_distilled_epoch_brings_predictions_together():
 
     def epoch() -> float:
         batches = [(x, y)] * 4
-        loss_of = following(teacher, weight=1.0)
-        return supervised_epoch(network, batches, 4, optimiser, lambda _: 0.05, draws, "test", loss_of).loss
+        loss_fn = distillation_loss_fn(teacher, weight=1.0)
+        return supervised_epoch(
+            network, batches, optimiser, learning_rate=lambda _: 0.05, draws=draws, title="test", loss_fn=loss_fn
+        ).loss
 
     first = epoch()
     assert [epoch() for _ in range(6)][-1] < 0.5 * first

@@ -12,12 +12,15 @@ from test_data import UNCHANGED, numbered
 from test_fine_tuning import small
 
 import main_sp
-from utils import images, memory, parallel
-from utils.augment import colour_histogram, normalisation_of
-from utils.data import load_data, plain_batches, split_data, training_batches, training_normalisation
+from utils import parallel
+from utils.data import images, memory
+from utils.data.augment import colour_histogram, normalisation_of
+from utils.data.batches import TrainingBatches, plain_batches, split_data, training_normalisation
+from utils.data.folder import load_data
+from utils.data.images import FetchedSet, HostPixels, ImageSet
 from utils.errors import UserError
 from utils.evaluate import evaluate
-from utils.images import FetchedSet, HostPixels, ImageSet
+from utils.flops import network_cost
 from utils.run import BEST, LAST, Run
 
 CPU = torch.device("cpu")
@@ -52,16 +55,14 @@ def test_streamed_batches_equal_those_in_memory(shapes: Path, streamed):
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     for _ in range(2):  # epochs
         a, b = (
-            list(training_batches(s.train, 16, g, UNCHANGED, flip=True))
+            list(TrainingBatches(s.train, 16, g, UNCHANGED, flip=True))
             for s, g in zip((splits, expected), generators, strict=True)
         )
         assert len(a) == 6
         for (x, y), (x_held, y_held) in zip(a, b, strict=True):
             assert torch.equal(x, x_held) and torch.equal(y, y_held)
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
-    for a, b in zip(
-        plain_batches(splits.choose, 7, UNCHANGED), plain_batches(expected.choose, 7, UNCHANGED), strict=True
-    ):
+    for a, b in zip(plain_batches(splits.val, 7, UNCHANGED), plain_batches(expected.val, 7, UNCHANGED), strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     assert training_normalisation(splits.train, 10) == normalisation_of(colour_histogram(expected.train.pixels))
 
@@ -79,7 +80,7 @@ def test_subsets_and_evaluations_are_those_of_images_in_memory():
         assert torch.equal(fetched[index].pixels, held[index].pixels)
         assert torch.equal(fetched[index][1:].labels, held[index][1:].labels)
     assert (len(fetched), fetched.image_size) == (30, 8)
-    a, b = (evaluate(small(), s, UNCHANGED, batch_size=8) for s in (fetched, held))
+    a, b = (evaluate(small(), s, UNCHANGED, network_cost(small(), 8), batch_size=8) for s in (fetched, held))
     assert (a.loss, a.accuracy) == (b.loss, b.accuracy) and torch.equal(a.decisions, b.decisions)
 
 
@@ -147,8 +148,7 @@ def test_images_that_do_not_fit_on_the_gpu_come_there_batch_by_batch(monkeypatch
     fetched = held.to(device)
     assert (type(resident), type(fetched)) == (ImageSet, FetchedSet)
     epochs = [
-        list(training_batches(s, 8, torch.Generator().manual_seed(0), UNCHANGED, flip=True))
-        for s in (resident, fetched)
+        list(TrainingBatches(s, 8, torch.Generator().manual_seed(0), UNCHANGED, flip=True)) for s in (resident, fetched)
     ]
     for (x, y), (x_fetched, y_fetched) in zip(*epochs, strict=True):
         assert x.is_cuda and x_fetched.is_cuda and torch.equal(x, x_fetched) and torch.equal(y, y_fetched)

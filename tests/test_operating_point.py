@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 import main_rl_prune
+from deploy import speeds
 from gating import operating_point
-from gating.operating_point import REACH, SEARCH, offset_to, seek_operating_point, shifts_undone
+from gating.operating_point import REACH, SEARCH, find_operating_point, gate_biases_restored, offset_to
 from gating.steering import Budget
 from models import build_network
-from utils import latency
-from utils.augment import Normalisation
 from utils.checkpoint import load_checkpoint
-from utils.data import ImageSet, load_data, split_data
+from utils.data.augment import Normalisation
+from utils.data.batches import split_data
+from utils.data.folder import load_data
+from utils.data.images import ImageSet
 from utils.device import placed
 from utils.evaluate import Evaluation, evaluate
 from utils.flops import NetworkCost, network_cost
@@ -67,16 +69,16 @@ class Toy(nn.Module):
 def sought(monkeypatch, budget, accuracy) -> tuple[Toy, Evaluation, Evaluation]:
     toy = Toy(logits_of(2000), accuracy)
     monkeypatch.setattr(operating_point, "evaluate", toy.evaluated)
-    found = toy.evaluated()
-    return toy, found, seek_operating_point(toy, None, None, budget, COST, found)
+    at_half = toy.evaluated()
+    return toy, at_half, find_operating_point(toy, None, None, budget, COST, at_half)
 
 
 def test_the_least_computation_that_keeps_the_accuracy_is_found_from_both_sides(monkeypatch):
     for needed in (0.56, 0.75):  # the threshold of one half executes 67 %
-        _, found, best = sought(monkeypatch, Budget(0.9), lambda c, n=needed: 0.95 if c >= n else 0.8)
-        assert found.computation == pytest.approx(0.67, abs=0.01)
+        _, at_half, best = sought(monkeypatch, Budget(0.9), lambda c, n=needed: 0.95 if c >= n else 0.8)
+        assert at_half.computation == pytest.approx(0.67, abs=0.01)
         assert best.accuracy == 0.95
-        width = REACH if needed < found.computation else 1 - found.computation
+        width = REACH if needed < at_half.computation else 1 - at_half.computation
         assert needed <= best.computation <= needed + width / 2**SEARCH + 0.001
 
 
@@ -103,12 +105,13 @@ def test_the_network_stands_where_it_was_evaluated_and_goes_back(gate):
     pixels = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
     images, normalisation = ImageSet(pixels, torch.randint(0, 4, (200,))), Normalisation((0.5,) * 3, (0.29,) * 3)
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    found, cost = evaluate(network, images, normalisation), network_cost(network, 8)
-    assert found.computation == 1
-    with shifts_undone(network):
-        best = seek_operating_point(network, images, normalisation, Budget(0.0, 0.8), cost, found)
+    cost = network_cost(network, 8)
+    at_half = evaluate(network, images, normalisation, cost)
+    assert at_half.computation == 1
+    with gate_biases_restored(network):
+        best = find_operating_point(network, images, normalisation, Budget(0.0, 0.8), cost, at_half)
         assert 0.8 - REACH < best.computation <= 0.805
-        again = evaluate(network, images, normalisation)
+        again = evaluate(network, images, normalisation, cost)
         assert again.accuracy == best.accuracy and torch.equal(again.decisions, best.decisions)
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
 
@@ -117,15 +120,16 @@ def test_a_run_keeps_the_shift_in_its_best_network_alone(chain, shapes):
     (folder,) = (path.parent for path in chain.glob("rl_pruned/*/*/*/best.pt"))
     best, last = (load_checkpoint(folder / name) for name in (BEST, LAST))
     data = load_data(str(shapes), "png", best.data["image_size"], 0)
-    images = split_data(data, best.data["val_fraction"], best.data["split_seed"]).choose
-    chosen = evaluate(placed(best.network(), torch.device("cpu")), images, best.normaliser())
+    images = split_data(data, best.data["val_fraction"], best.data["split_seed"]).val
+    cost = network_cost(best.network(), best.data["image_size"])
+    chosen = evaluate(placed(best.network(), torch.device("cpu")), images, best.normaliser(), cost)
     assert (chosen.accuracy, chosen.computation) == pytest.approx(
         (best.metrics["accuracy"], best.metrics["computation"])
     )
-    found = evaluate(placed(last.network(), torch.device("cpu")), images, last.normaliser())
+    at_half = evaluate(placed(last.network(), torch.device("cpu")), images, last.normaliser(), cost)
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     own = (line["Policy/accuracy"], line["Policy/computation_percentage"] / 100)
-    assert (found.accuracy, found.computation) == pytest.approx(own)
+    assert (at_half.accuracy, at_half.computation) == pytest.approx(own)
     assert line["Performance/val_acc"] >= own[0] or line["Indicator/computation_percentage"] < 100 * own[1]
 
 
@@ -145,14 +149,14 @@ def test_fixed_alpha_has_no_operating_point_and_a_target_is_met(flag, chain, sha
     ]
     given += ["--epochs", 2, "--bs", 16, "--resize", 8, "--num_workers", 0, flag]
     monkeypatch.setattr("sys.argv", ["main_rl_prune.py", *map(str, given)])
-    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    monkeypatch.setattr(speeds, "SECONDS", 0.0)
     main_rl_prune.main()
     (folder,) = (path.parent for path in tmp_path.glob("rl_pruned/*/*/*/best.pt"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "Policy/accuracy" in line):
         own, chosen = line["Policy/computation_percentage"], line["Indicator/computation_percentage"]
         if flag == "--fixed_alpha":
-            assert own == chosen and "Policy/aim_computation_percentage" not in line
+            assert own == chosen and "Policy/setpoint_computation_percentage" not in line
         else:
             assert chosen <= 70.5
     record = json.loads((tmp_path / "results.json").read_text())[-1]

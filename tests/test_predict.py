@@ -14,7 +14,7 @@ from networks import NORMALISATION, lively_network, varied_images
 from PIL import Image
 from test_export import checkpoint_file, run_main
 
-from utils import export, predict
+from deploy import export, predict
 from utils.errors import UserError, run_command
 from utils.flops import network_cost
 
@@ -53,7 +53,7 @@ def test_answers_are_the_networks(folder, source, monkeypatch, capsys):
 
 def command(*arguments, cwd=ROOT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "utils.predict", *map(str, arguments)]
+    command = [sys.executable, "-m", "deploy.predict", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 

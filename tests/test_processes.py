@@ -14,11 +14,12 @@ import torch
 from commands import ENVIRONMENT, EPOCHS, ROOT, SCRIPTS, arguments, metrics, run, run_folder
 from torch import nn
 
-from utils import latency, parallel
-from utils.data import batch_ends, check_batches
+from deploy import speeds
+from utils import parallel
+from utils.data.batches import batch_ends, check_batches
 from utils.errors import UserError
+from utils.norms import SharedBatchNorm, with_shared_norms
 from utils.run import BEST, LAST
-from utils.shared_norms import SharedBatchNorm, with_shared_norms
 
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
 HELPER = str(ROOT / "tests" / "processes.py")
@@ -79,7 +80,7 @@ def test_the_first_process_that_fails_says_why_and_the_others_nothing(two):
 
 def test_training_measuring_and_evaluating(two):
     """Every baseline and mode of batch norms, uneven parts, blocks that a process or all of them skip."""
-    found, other = (torch.load(two[0] / f"figures.{rank}", weights_only=False) for rank in range(2))
+    found, other = (torch.load(two[0] / f"measured.{rank}", weights_only=False) for rank in range(2))
     alone = processes.all_figures()
     for name, expected in alone.items():
         assert_close(found[name], expected, name)
@@ -92,7 +93,7 @@ def test_training_measuring_and_evaluating(two):
 
 
 def test_the_three_stages(two, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    monkeypatch.setattr(speeds, "SECONDS", 0.0)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     processes.chain(shapes, tmp_path / "one")
@@ -169,12 +170,12 @@ def test_processes_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE is 2, but nothing tells which process this is: use torchrun"):
-        parallel.joined(lambda: None)()
+        parallel.distributed(lambda: None)()
 
 
 def test_one_process_needs_no_torchrun():
-    assert (parallel.processes(), parallel.rank(), parallel.is_writer()) == (1, 0, True)
+    assert (parallel.world_size(), parallel.rank(), parallel.is_main_process()) == (1, 0, True)
     tensor = torch.arange(5.0)
-    assert parallel.summed(tensor) is tensor and torch.equal(parallel.part(tensor), tensor)
-    assert parallel.own_slice(7) == slice(0, 7) and parallel.own_slice(0) == slice(0, 0)
-    assert parallel.from_writer(tensor) is tensor and "RANK" not in os.environ
+    assert parallel.all_reduced(tensor) is tensor and torch.equal(parallel.local_part(tensor), tensor)
+    assert parallel.local_slice(7) == slice(0, 7) and parallel.local_slice(0) == slice(0, 0)
+    assert parallel.broadcast_object(tensor) is tensor and "RANK" not in os.environ

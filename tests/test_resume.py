@@ -15,7 +15,8 @@ from conftest import write_shapes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.errors import UserError
-from utils.run import BEST, LAST, Run, write_json
+from utils.files import write_json
+from utils.run import BEST, LAST, Run
 
 CTRL_C = "interrupted; what was saved is kept: the same command with --resume continues from there\n"
 # Where each stage is interrupted, first by Ctrl-C, then by a kill: in its first epoch, and again later.

@@ -8,8 +8,9 @@ import torch
 from networks import lively_network, varied_images
 from test_export import checkpoint_file
 
+from deploy import speeds
 from deploy.timing import alternated
-from utils import latency, results
+from utils import results
 
 
 def test_times_are_averages_over_items_that_differ():
@@ -42,7 +43,7 @@ def chain(tmp_path):
 
 
 def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "SECONDS", 0.1)
+    monkeypatch.setattr(speeds, "SECONDS", 0.1)
     started = time.perf_counter()
     results.measure_speeds(chain, tmp_path, varied_images(20))
     assert time.perf_counter() - started < 15
@@ -54,7 +55,7 @@ def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):
 
 
 def test_checkpoint_that_is_gone_has_a_dash(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "SECONDS", 0.1)
+    monkeypatch.setattr(speeds, "SECONDS", 0.1)
     (tmp_path / "sp" / "best.pt").unlink()
     results.measure_speeds(chain, tmp_path, varied_images(20))
     assert [record["latency_ms"] is None for record in chain] == [True, False, False]

@@ -2,8 +2,7 @@
 
 import torch
 
-from gating.pictures import class_averages
-from gating.statistics import cheapest_and_dearest, passing_by_class
+from gating.pictures import cheapest_and_dearest, class_averages, passing_by_class
 
 DECISIONS = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
 LABELS = torch.tensor([0, 0, 1, 1])

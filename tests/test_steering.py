@@ -12,7 +12,7 @@ from gating.steering import (
     SMOOTHING,
     Budget,
     SteeredAlpha,
-    next_aim,
+    next_setpoint,
 )
 
 CPU = torch.device("cpu")
@@ -49,17 +49,19 @@ def test_far_below_the_floor_is_lost():
 
 def test_the_aim_is_a_stride_below_what_the_accuracy_bears():
     budget = Budget(floor=0.90)
-    assert next_aim(budget, 0.95, 0.8, start=1.0, epoch=1, epochs=30) == pytest.approx(0.76)
-    assert next_aim(budget, 0.90, 0.05, start=1.0, epoch=9, epochs=6) == 0.0
-    assert next_aim(budget, 0.95, 0.8, start=1.0, epoch=1, epochs=200) == pytest.approx(0.78)
-    assert next_aim(budget, 0.89, 0.8, start=1.0, epoch=5, epochs=30) == 1.0  # no operating point keeps the accuracy
+    assert next_setpoint(budget, 0.95, 0.8, start=1.0, epoch=1, epochs=30) == pytest.approx(0.76)
+    assert next_setpoint(budget, 0.90, 0.05, start=1.0, epoch=9, epochs=6) == 0.0
+    assert next_setpoint(budget, 0.95, 0.8, start=1.0, epoch=1, epochs=200) == pytest.approx(0.78)
+    assert (
+        next_setpoint(budget, 0.89, 0.8, start=1.0, epoch=5, epochs=30) == 1.0
+    )  # no operating point keeps the accuracy
 
 
 def test_a_target_is_approached_in_a_straight_line_until_half_time():
     budget = Budget(floor=0.0, target_computation=0.6)
-    aims = [next_aim(budget, 0.1, 0.99, 0.9, epoch, 8) for epoch in range(1, 9)]
+    aims = [next_setpoint(budget, 0.1, 0.99, 0.9, epoch, 8) for epoch in range(1, 9)]
     assert aims == pytest.approx([0.825, 0.75, 0.675, 0.6, 0.6, 0.6, 0.6, 0.6])
-    assert next_aim(budget, 0.9, 1.0, 1.0, 1, epochs=1) == 0.6
+    assert next_setpoint(budget, 0.9, 1.0, 1.0, 1, epochs=1) == 0.6
 
 
 def test_alpha_follows_its_recurrence_written_out():
@@ -72,7 +74,7 @@ def test_alpha_follows_its_recurrence_written_out():
         log_alpha += INTEGRAL * max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
         alpha.observe(torch.tensor(executed))
         assert alpha.value().item() == pytest.approx(math.exp(log_alpha + PROPORTIONAL * error), rel=1e-5)
-    assert alpha.state()["alpha"] == pytest.approx(math.exp(log_alpha))
+    assert alpha.final == pytest.approx(math.exp(log_alpha))
 
 
 @pytest.mark.parametrize("start_alpha", [0.01, 1.0, 30.0])

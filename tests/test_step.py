@@ -12,19 +12,18 @@ from commands import arguments, metrics, run_folder
 from torch.nn import functional as F
 
 import main_sp
-from gating.baselines import Baseline
+from deploy import speeds
+from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
-from gating.reinforce import Objective, partly_sampled, reinforce_epoch
+from gating.reinforce import Reinforcement, partly_sampled, reinforce_epoch
 from gating.steering import SteeredAlpha
 from gating.supervised import half_held_open, supervised_epoch
 from models import ResNet, build_network, sampled, sampled_straight_through
-from utils import latency
-from utils.augment import Normalisation
-from utils.data import training_batches
+from utils.data.augment import Normalisation
+from utils.data.batches import TrainingBatches
+from utils.data.images import ImageSet
 from utils.device import placed
-from utils.distillation import following
-from utils.images import ImageSet
-from utils.training import reinforcement_optimisers, restore_optimiser, sgd
+from utils.optimisers import reinforcement_optimisers, sgd
 
 CPU = torch.device("cpu")
 
@@ -117,7 +116,7 @@ def test_bf16_autocast(compiled: bool, traced):
 def test_stage_1_with_compile(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced):
     """The flag, and a checkpoint that anyone can load."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    monkeypatch.setattr(speeds, "SECONDS", 0.0)
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         given = [*arguments("sp", shapes, tmp_path / name), "--epochs", "1", *more]
         monkeypatch.setattr(sys, "argv", ["main_sp.py", *given])
@@ -146,7 +145,7 @@ def test_an_optimiser_keeps_its_own_kernels_when_its_state_comes_from_another_de
     for group in state["param_groups"]:
         group["fused"] = True  # as a GPU saves it
         group["lr"] = 0.3
-    restore_optimiser(optimiser, state)
+    optimiser.load_state_dict(state)
     assert all(group["fused"] is None and group["lr"] == 0.3 for group in optimiser.param_groups)
 
 
@@ -163,20 +162,22 @@ def test_a_step_does_not_wait_for_the_gpu(stage: str):
 
     def epoch(steps: int) -> int:
         images = ImageSet(torch.zeros(16 * steps, 3, 8, 8, dtype=torch.uint8), torch.arange(16 * steps) % 5).to(device)
-        batches = training_batches(images, 16, torch.Generator().manual_seed(0), normalisation, True)
+        batches = TrainingBatches(images, 16, torch.Generator().manual_seed(0), normalisation, True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 if stage == "sp":
-                    supervised_epoch(net, batches, steps, sgd(net, 0.1, 0.9, 0.0), lambda _: 0.1, draws, "")
+                    optimiser = sgd(net, 0.1, 0.9, 0.0)
+                    supervised_epoch(net, batches, optimiser, learning_rate=lambda _: 0.1, draws=draws, title="")
                 else:
-                    reinforce_epoch(
-                        net, batches, steps, reinforcement_optimisers(net, 0.9, 0.0), lambda _: (0.1, 0.1),
-                        Objective(1.0, 1.0, 0.0), SteeredAlpha(0.1, 1.0, 0.5, steps, device),
-                        torch.tensor([0.5, 0.5]), Baseline("greedy", 2, device), "frozen", draws, "",
-                        following(placed(network(), device).eval(), 0.5),
+                    setup = Reinforcement(
+                        network=net, optimisers=reinforcement_optimisers(net, 0.9, 0.0),
+                        shares=torch.tensor([0.5, 0.5]), draws=draws,
+                        loss_fn=distillation_loss_fn(placed(network(), device).eval(), 0.5),
                     )  # fmt: skip
+                    alpha = SteeredAlpha(0.1, 1.0, 0.5, steps, device)
+                    reinforce_epoch(setup, batches, [lambda _: 0.1] * 2, alpha, "")
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchroniz" in str(warning.message) for warning in caught)

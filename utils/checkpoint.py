@@ -14,9 +14,11 @@ from torch import Tensor
 
 from models import ResNet, build_network
 from utils import parallel
-from utils.augment import Normalisation
+from utils.data.augment import Normalisation
+from utils.data.folder import DataSet
 from utils.errors import UserError
-from utils.files import written_whole
+from utils.files import atomic_write
+from utils.flops import NetworkCost
 
 FORMAT = "switched-resnet-checkpoint-1"
 
@@ -54,15 +56,19 @@ class Checkpoint:
             raise UserError(f"the checkpoint's weights do not fit the architecture that it names ({reason})") from error
         return network.eval()
 
+    def compression(self, cost: NetworkCost) -> float:
+        """Share of stage 1's parameters that a network of this cost has lost."""
+        return 1 - cost.parameters / self.original["parameters"]
+
     def normaliser(self) -> Normalisation:
         return Normalisation(tuple(self.normalisation["mean"]), tuple(self.normalisation["std"]))
 
 
-def save_atomically(path: Path, content: Any) -> None:
+def atomic_save(path: Path, content: Any) -> None:
     """``torch.save`` to a temporary file beside ``path``, then rename: a reader sees the old file or the new one."""
     path = Path(path)
     try:
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         # What a signal raises in the middle of torch.save comes out as a writing error of its own.
@@ -79,12 +85,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: if the file cannot be written; an older file at ``path`` is left as it was.
     """
-    with parallel.writer_first():
-        if not parallel.is_writer():
+    with parallel.main_process_first():
+        if not parallel.is_main_process():
             return
         content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
         content["weights"] = {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()}
-        save_atomically(path, {"format": FORMAT, **content})
+        atomic_save(path, {"format": FORMAT, **content})
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -128,3 +134,21 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> ResNet
 def describe(normalisation: Normalisation) -> dict[str, list[float]]:
     """The normalisation in a checkpoint's plain types."""
     return {name: list(value) for name, value in asdict(normalisation).items()}
+
+
+def check_data(checkpoint: Checkpoint, data: DataSet, image_size: int) -> None:
+    """Refuse data that a checkpoint's network was not trained on.
+
+    Raises:
+        UserError: if the classes or the image size differ.
+    """
+    if list(data.classes) != checkpoint.classes:
+        raise UserError(
+            f"the checkpoint was trained on {len(checkpoint.classes)} classes ({', '.join(checkpoint.classes[:3])}, "
+            f"...), the data has {len(data.classes)} ({', '.join(data.classes[:3])}, ...): use the same data"
+        )
+    if image_size != checkpoint.data["image_size"]:
+        raise UserError(
+            f"the checkpoint was trained on images of {checkpoint.data['image_size']} pixels, not {image_size}: "
+            f"change resize"
+        )

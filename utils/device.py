@@ -7,7 +7,7 @@ import torch
 
 from models import ResNet
 from utils import parallel
-from utils.shared_norms import with_shared_norms
+from utils.norms import with_shared_norms
 
 
 def pick_device() -> torch.device:
@@ -21,7 +21,7 @@ def placed(network: ResNet, device: torch.device) -> ResNet:
     Where several processes train it, its batch norms share their statistics.
     """
     network = network.to(device, memory_format=torch.channels_last)
-    return network if parallel.processes() == 1 else with_shared_norms(network)
+    return network if parallel.world_size() == 1 else with_shared_norms(network)
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:
@@ -39,9 +39,9 @@ class Randomness:
         self.data = torch.Generator().manual_seed(seed)
         self.draws = torch.Generator(device).manual_seed(seed + 1)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"data": self.data.get_state(), "draws": self.draws.get_state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.data.set_state(state["data"])
         self.draws.set_state(state["draws"])

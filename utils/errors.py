@@ -17,10 +17,10 @@ def run_command(main: Callable[[], None], resumable: bool = True) -> None:
     try:
         main()
     except (UserError, KeyboardInterrupt) as error:
-        sys.exit(told(error, resumable))
+        sys.exit(report_error(error, resumable))
 
 
-def told(error: UserError | KeyboardInterrupt, resumable: bool = True) -> int:
+def report_error(error: UserError | KeyboardInterrupt, resumable: bool = True) -> int:
     """Report an error in one line on standard error; the exit code that goes with it."""
     if isinstance(error, UserError):
         # What a library says of a damaged file may run over many lines.

@@ -1,5 +1,6 @@
 """Accuracy, loss and executed FLOPs of a network on a set of images."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,16 +10,17 @@ from torch.nn import functional as F
 from models import ResNet, thresholded
 from models.decisions import DecisionRule
 from utils import parallel
-from utils.augment import Normalisation
-from utils.data import plain_batches
-from utils.flops import network_cost
-from utils.images import Images
-from utils.modes import mode_kept
+from utils.data.augment import Normalisation
+from utils.data.batches import plain_batches
+from utils.data.images import Images
+from utils.errors import UserError
+from utils.flops import NetworkCost
+from utils.modes import evaluation_mode
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network's figures over N images."""
+    """What was measured of a network on N images."""
 
     loss: float  # mean cross-entropy
     accuracy: float  # 0 to 1
@@ -38,6 +40,11 @@ class Evaluation:
         return self.flops_executed / self.flops_all
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """What a checkpoint says of its network."""
+        return {"accuracy": self.accuracy, "computation": self.computation}
+
+    @property
     def passing(self) -> list[float]:
         """Share of the images that each switch lets pass."""
         return self.decisions.mean(dim=0).tolist()
@@ -48,27 +55,30 @@ def evaluate(
     network: ResNet,
     images: Images,
     normalisation: Normalisation,
+    cost: NetworkCost,
     decide: DecisionRule = thresholded,
     batch_size: int = 256,
 ) -> Evaluation:
     """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards.
 
-    Each of several processes runs it on its part of the images, and all get the figures of all images.
+    Args:
+        cost: of the network for one such image (``utils.flops.network_cost``).
+
+    Each of several processes runs it on its part of the images, and all get what was measured on all.
     """
     loss = correct = torch.zeros((), device=images.device, dtype=torch.float64)
-    own = parallel.own_slice(len(images))
+    local = parallel.local_slice(len(images))
     switches = torch.zeros(2, len(images), network.switches)  # decisions and probabilities
     seen = [switches.new_empty(2, 0, network.switches, device=images.device)]
-    with mode_kept(network, training=False):
-        for x, y in plain_batches(images[own], batch_size, normalisation):
+    with evaluation_mode(network):
+        for x, y in plain_batches(images[local], batch_size, normalisation):
             output = network(x, decide=decide)
             loss = loss + F.cross_entropy(output.logits.float(), y, reduction="sum")
             correct = correct + (output.logits.argmax(dim=1) == y).sum()
             seen.append(torch.stack([output.decisions, output.probabilities]).float())
-    loss, correct = parallel.summed(torch.stack([loss, correct])).tolist()
-    switches[:, own] = torch.cat(seen, dim=1).cpu()
-    decisions, probabilities = parallel.summed(switches)
-    cost = network_cost(network, images.image_size)
+    loss, correct = parallel.all_reduced(torch.stack([loss, correct])).tolist()
+    switches[:, local] = torch.cat(seen, dim=1).cpu()
+    decisions, probabilities = parallel.all_reduced(switches)
     return Evaluation(
         loss=loss / len(images),
         accuracy=correct / len(images),
@@ -79,3 +89,14 @@ def evaluate(
         decisions=decisions,
         probabilities=probabilities,
     )
+
+
+def check_finite(network: ResNet, val: Evaluation, title: str) -> None:
+    """Refuse to save a network that the last step of an epoch has ruined, which no training loss has shown yet.
+
+    Raises:
+        UserError: if its loss or one of its weights is not finite.
+    """
+    weights = all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
+    if not math.isfinite(val.loss) or not weights:
+        raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")

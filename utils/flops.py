@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ResNet, all_on
-from utils.modes import mode_kept
+from utils.modes import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def network_cost(network: ResNet, image_size: int) -> NetworkCost:
     ]
     parameter = next(network.parameters())
     try:
-        with torch.no_grad(), mode_kept(network, training=False):
+        with torch.no_grad(), evaluation_mode(network):
             blank = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
             network(blank, decide=all_on)
     finally:

@@ -1,4 +1,4 @@
-"""Training and evaluation mode, module by module."""
+"""Evaluation mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ from torch import nn
 
 
 @contextmanager
-def mode_kept(network: nn.Module, training: bool) -> Iterator[None]:
-    """The network in training or evaluation mode; afterwards every module is in the mode it was in."""
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; afterwards every module is in the mode it was in."""
     modes = {module: module.training for module in network.modules()}
-    network.train(training)
+    network.eval()
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.errors import UserError, told
+from utils.errors import UserError, report_error
 
 # A process that dies is noticed at once by its closed connections.  This bounds how long processes wait for one that
 # is busy: with reading images, say, or with measuring the exported networks.
@@ -31,12 +31,12 @@ class ProcessLostError(UserError):
 
     def __init__(self):
         super().__init__(
-            f"a process of this run has ended, so process {rank()} of {processes()} ends too; what was saved is kept: "
+            f"a process of this run has ended, so process {rank()} of {world_size()} ends too; what was saved is kept: "
             f"the same command with --resume continues from there"
         )
 
 
-def processes() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -44,21 +44,21 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_writer() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes files and speaks."""
     return rank() == 0
 
 
-def no_bar() -> bool | None:
+def hide_progress_bar() -> bool | None:
     """``disable`` of tqdm: one process shows a bar, where standard error is a terminal."""
-    return None if is_writer() else True
+    return None if is_main_process() else True
 
 
-def processes_of_this_machine() -> int:
+def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
-def joined(main: Callable[[], None]) -> Callable[[], None]:
+def distributed(main: Callable[[], None]) -> Callable[[], None]:
     """``main`` as one of the processes that torchrun started, or alone where it did not.
 
     The first process that fails tells why; the others, which fail because of it, end without a word.
@@ -73,7 +73,7 @@ def joined(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except (UserError, KeyboardInterrupt) as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
-            code = told(error) if _first_to_fail() else 1
+            code = report_error(error) if _first_to_fail() else 1
             sys.stdout.flush()
             os._exit(code)  # at once: PyTorch's own way out may wait for processes that are gone
         dist.destroy_process_group()
@@ -117,20 +117,20 @@ def _lost_if_it_fails() -> Iterator[None]:
         raise ProcessLostError from error
 
 
-def part(values: Tensor) -> Tensor:
+def local_part(values: Tensor) -> Tensor:
     """This process's part of what belongs to the images of a whole batch, along the first axis."""
-    return values.tensor_split(processes())[rank()]
+    return values.tensor_split(world_size())[rank()]
 
 
-def own_slice(images: int) -> slice:
+def local_slice(images: int) -> slice:
     """``part`` of so many images as a slice."""
-    own = part(torch.arange(images))
+    own = local_part(torch.arange(images))
     return slice(own[0].item(), own[-1].item() + 1) if len(own) else slice(0, 0)
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduced(values: Tensor) -> Tensor:
     """The sum over all processes; no gradient flows through it."""
-    if processes() == 1:
+    if world_size() == 1:
         return values
     total = values.detach().clone(memory_format=torch.contiguous_format)
     with _lost_if_it_fails():
@@ -138,7 +138,7 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all processes, each of its own part of the batch's mean loss.
 
     A parameter that was not used, in a block that every image skipped, gets a gradient of zero: momentum and weight
@@ -148,16 +148,16 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if processes() == 1:
+    if world_size() == 1:
         return
-    total = summed(torch.cat([p.grad.flatten() for p in parameters]))
+    total = all_reduced(torch.cat([p.grad.flatten() for p in parameters]))
     for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
         p.grad.copy_(gradient.view_as(p))
 
 
-def same_everywhere(network: nn.Module) -> None:
+def broadcast_weights(network: nn.Module) -> None:
     """Give every process the parameters and buffers of the first, whatever rounding has made of its own."""
-    if processes() == 1:
+    if world_size() == 1:
         return
     with torch.no_grad(), _lost_if_it_fails():
         for tensor in network.state_dict().values():
@@ -166,9 +166,9 @@ def same_everywhere(network: nn.Module) -> None:
             tensor.copy_(sent)
 
 
-def from_writer(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The writer's value in every process."""
-    if processes() == 1:
+    if world_size() == 1:
         return value
     values = [value]
     with _lost_if_it_fails():
@@ -176,16 +176,16 @@ def from_writer(value: Any) -> Any:
     return values[0]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every process has come here."""
-    summed(torch.zeros(1))
+    all_reduced(torch.zeros(1))
 
 
 @contextmanager
-def writer_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The writer goes first and the others follow when it is done: with a file that it leaves for them, say."""
-    if not is_writer():
-        wait()
+    if not is_main_process():
+        barrier()
     yield
-    if is_writer():
-        wait()
+    if is_main_process():
+        barrier()

@@ -2,25 +2,27 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from models import all_on
 from utils import parallel
 from utils.checkpoint import Checkpoint
+from utils.data.images import Images
 from utils.device import placed
 from utils.errors import UserError
 from utils.evaluate import evaluate
-from utils.images import Images
-from utils.latency import BATCH, measured_speeds
-from utils.run import BEST, Run, relative_to_results, write_json
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from utils.files import write_json
+from utils.flops import network_cost
+from utils.predecessors import relative_to_results
+from utils.run import BEST, Run
 
 METHODS = {
     "sp": "w/o Pruning",
@@ -29,16 +31,20 @@ METHODS = {
 }
 TIMED_IMAGES = 1000  # test images at most that speeds are measured on
 NOT_MEASURED = {"latency_ms": None, "throughput": None}
+BATCH = 128  # images of a batch that throughput is measured with
 Record = dict[str, Any]
+# Of checkpoints by name and test images, uint8 [N, 3, H, W]: latency_ms and throughput by name, see ``deploy.speeds``.
+MeasureSpeeds = Callable[[dict[str, Path], Tensor], dict[str, dict[str, float]]]
 
 
 def report(
-    result_dir: Path,
+    result_dir: str | Path,
     run: Run,
     best: Checkpoint,
     test: Images,
     selected_on: str,
     device: torch.device,
+    measure_speeds: MeasureSpeeds,
     points: list[dict[str, float]] | None = None,
     within_budget: bool = True,
 ) -> Record:
@@ -48,15 +54,16 @@ def report(
 
     Args:
         best: the checkpoint the run chose.
+        measure_speeds: of the exported networks.
         selected_on: what it was chosen on: "validation", "test" or "last epoch".
         points: gflops and accuracy of other networks of the run, for the picture.
         within_budget: whether it kept the accuracy (or the computation) that the run was asked for.
     """
-    result_dir = result_dir.expanduser()
+    result_dir = Path(result_dir).expanduser()
     network = placed(best.network(), device)
     test = test.to(device)
-    measured = evaluate(network, test, best.normaliser())
-    parameters = sum(p.numel() for p in network.parameters())
+    cost = network_cost(network, best.data["image_size"])
+    measured = evaluate(network, test, best.normaliser(), cost)
     counted = measured.flops_executed if best.stage == "rl_pruned" else measured.flops_all
     record = {
         "method": METHODS[best.stage],
@@ -64,12 +71,12 @@ def report(
         "dataset": best.data["name"],
         **{key: best.architecture[key] for key in ("network", "depth", "width", "num_classes", "gate")},
         "accuracy": measured.accuracy,
-        "accuracy_every_block": evaluate(network, test, best.normaliser(), all_on).accuracy,
+        "accuracy_every_block": evaluate(network, test, best.normaliser(), cost, all_on).accuracy,
         "gflops": counted / 1e9,
         "gflops_all": measured.flops_all / 1e9,
         "gflops_executed": measured.flops_executed / 1e9,
-        "parameters": parameters,
-        "compression": 1 - parameters / best.original["parameters"],
+        "parameters": cost.parameters,
+        "compression": best.compression(cost),
         "computation": measured.computation,
         "seed": best.seed,
         "checkpoint": relative_to_results(run.path / BEST, result_dir),
@@ -79,14 +86,18 @@ def report(
         "points": points or [],
         **NOT_MEASURED,
     }
-    if not parallel.is_writer():
+    if not parallel.is_main_process():
         return record
     records = [r for r in read_records(result_dir) if r["checkpoint"] != record["checkpoint"]] + [record]
     write_results(result_dir, records)  # first without the speeds, so that nothing can keep a finished run from it
     run.say("measuring the exported networks")
-    measure_speeds(latest_chain(records, record), result_dir, test[:: -(-len(test) // TIMED_IMAGES)].pixels.cpu())
+    chain = latest_chain(records, record)
+    files = {r["checkpoint"]: result_dir / r["checkpoint"] for r in chain}
+    speeds = measure_speeds(files, test[:: -(-len(test) // TIMED_IMAGES)].pixels.cpu())
+    for r in chain:
+        r.update(speeds.get(r["checkpoint"], NOT_MEASURED))
     write_results(result_dir, records)
-    run.say(f"\n{results_table(latest_chain(records, record))}")
+    run.say(f"\n{results_table(chain)}")
     run.say(f"table    {result_dir / 'results.md'}")
     run.say(f"picture  {result_dir / 'results.png'}")
     run.say(f"watch    tensorboard --logdir {result_dir}")
@@ -105,17 +116,6 @@ def write_results(result_dir: Path, records: list[Record]) -> None:
         draw_results(records, result_dir / "results.png")
     except OSError as error:
         raise UserError(f"results cannot be written to {result_dir} ({error}): free space or mend its rights") from None
-
-
-def measure_speeds(chain: list[Record], result_dir: Path, pixels: Tensor) -> None:
-    """Fill in ``latency_ms`` and ``throughput`` of a chain of records, all measured in one run, None where they cannot.
-
-    Args:
-        pixels: test images, uint8 [N, 3, H, W].
-    """
-    speeds = measured_speeds({r["checkpoint"]: result_dir / r["checkpoint"] for r in chain}, pixels)
-    for record in chain:
-        record.update(speeds.get(record["checkpoint"], NOT_MEASURED))
 
 
 def read_records(result_dir: Path) -> list[Record]:
@@ -224,9 +224,8 @@ def draw_results(records: list[Record], path: Path) -> None:
     subjects = list(dict.fromkeys(_subject(r) for r in records))
     chains = [latest_chain([r for r in records if _subject(r) == subject]) for subject in subjects]
     rows = 2 if any(r.get("latency_ms") for chain in chains for r in chain) else 1
-    figure, axes = plt.subplots(
-        rows, len(subjects), figsize=(6 * len(subjects), 4.2 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(6 * len(subjects), 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(subjects), squeeze=False)
     for column, (subject, chain) in enumerate(zip(subjects, chains, strict=True)):
         title = f"{subject[0]}, {subject[1]}{subject[2]}, width {subject[3]}"
         _draw_panel(axes[0][column], chain, "gflops", "GFLOPs for one image")
@@ -235,10 +234,9 @@ def draw_results(records: list[Record], path: Path) -> None:
             measured = [r for r in chain if r.get("latency_ms")]
             _draw_panel(axes[1][column], measured, "latency_ms", "measured milliseconds for one image")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def _draw_panel(axis: plt.Axes, chain: list[Record], key: str, label: str) -> None:
+def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:
     """Accuracy of the records of one chain against ``key``."""
     styles = {"sp": ("o", "#333333"), "pruned": ("s", "#1f77b4"), "rl_pruned": ("^", "#d62728")}
     for record in chain:
@@ -249,7 +247,7 @@ def _draw_panel(axis: plt.Axes, chain: list[Record], key: str, label: str) -> No
         axis.plot(record[key], _accuracy(record), marker, color=colour, markersize=9, label=record["method"])
     axis.set(xlabel=label, ylabel="accuracy on the test images")
     axis.set_xlim(left=0)
-    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.grid(alpha=0.3)
     if chain:
         axis.axhline(_accuracy(chain[0]) - 0.01, color="#999999", linestyle=":", label="one point below the first")

@@ -1,9 +1,11 @@
 """The folder of one run: arguments, log, metrics, TensorBoard events and checkpoints."""
 
+import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,18 @@ from tqdm import tqdm
 from utils import parallel
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
-from utils.files import written_whole
+from utils.files import write_json
+from utils.settings import NOT_COMPARED, as_dictionary
 
 LAST, BEST = "last.pt", "best.pt"
-COMMANDS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """A run that can go on, and the checkpoint to go on from."""
+
+    path: Path
+    checkpoint: Checkpoint
 
 
 def stage_folder(result_dir: str | Path, stage: str, data: str, network: str, depth: int) -> Path:
@@ -38,7 +48,7 @@ class Run:
 
     def __init__(self, path: Path, purge_after: int | None = None):
         self.path, self._log, self._handlers, self._writer = path, None, [], None
-        if not parallel.is_writer():
+        if not parallel.is_main_process():
             return
         self._trim_metrics(purge_after)
         self._log = logging.getLogger(f"run.{path}")
@@ -58,52 +68,16 @@ class Run:
         Raises:
             UserError: if the folder cannot be written.
         """
-        made = cls._made(parent, arguments, name) if parallel.is_writer() else None
-        path = parallel.from_writer(made and made.path)
-        return made or cls(path)
+        path = _new_folder(parent, arguments, name) if parallel.is_main_process() else None
+        return cls(parallel.broadcast_object(path))
 
     @classmethod
-    def _made(cls, parent: Path, arguments: Mapping[str, Any], name: str) -> "Run":
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S") + (f"-{name}" if name else "")
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            path, attempt = parent / stamp, 1
-            while path.exists():
-                attempt += 1
-                path = parent / f"{stamp}-{attempt}"
-            path.mkdir()
-            write_json(path / "arguments.json", dict(arguments))
-            return cls(path)
-        except OSError as error:
-            raise UserError(
-                f"result folder {parent} cannot be written ({error}): choose another --result_dir"
-            ) from None
-
-    @classmethod
-    def resume(cls, parent: Path, arguments: Mapping[str, Any], may_differ: Iterable[str]) -> tuple["Run", Checkpoint]:
-        """Open the newest run below ``parent`` and the checkpoint to go on from; what came after it is forgotten.
-
-        Raises:
-            UserError: if there is none, or if it was started with other settings than ``arguments``.
-        """
-        runs = sorted(path for path in parent.glob("*") if (path / LAST).is_file())
-        if not runs:
-            raise UserError(f"--resume found no run with a {LAST} in {parent}: start one without --resume")
-        try:
-            before = dict(json.loads((runs[-1] / "arguments.json").read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{runs[-1]} has no readable arguments.json ({error}): start a new run") from None
-        for key in sorted((set(before) | set(arguments)) - set(may_differ)):
-            if before.get(key) != arguments.get(key):
-                raise UserError(
-                    f"{runs[-1]} was started with {key}={before.get(key)!r}, not {arguments.get(key)!r}: "
-                    f"resume with the same settings or start a new run"
-                )
-        checkpoint = load_checkpoint(runs[-1] / LAST)
-        if parallel.is_writer():
-            for leftover in runs[-1].glob(f".{LAST}.*"):  # of a save that was killed
+    def reopened(cls, last: "LastRun") -> "Run":
+        """A run to go on with; what it wrote after its last checkpoint is forgotten."""
+        if parallel.is_main_process():
+            for leftover in last.path.glob(f".{LAST}.*"):  # of a save that was killed
                 leftover.unlink()
-        return cls(runs[-1], purge_after=checkpoint.progress["step"]), checkpoint
+        return cls(last.path, purge_after=last.checkpoint.progress["step"])
 
     def _trim_metrics(self, purge_after: int | None) -> None:
         metrics = self.path / "metrics.jsonl"
@@ -152,58 +126,72 @@ class Run:
         self.close()
 
 
+def find_last_run(parent: Path, settings: Any) -> LastRun | None:
+    """The newest run below ``parent`` that was started with these settings, None where there is none.
+
+    Raises:
+        UserError: if its checkpoint cannot be read.
+    """
+    wanted = as_dictionary(settings)
+    for path in sorted(parent.glob("*"), reverse=True):
+        if (path / LAST).is_file() and not _differing(path, wanted):
+            return LastRun(path, load_checkpoint(path / LAST))
+    return None
+
+
+def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool) -> Run:
+    """The run to go on with, or a new one below ``parent`` where there is none.
+
+    Args:
+        resume: whether the user asked to go on; a new run then says why it is one.
+    """
+    if last is not None:
+        return Run.reopened(last)
+    arguments = as_dictionary(settings)
+    earlier = sorted(path for path in parent.glob("*") if (path / LAST).is_file())
+    run = Run.new(parent, arguments, arguments.get("exp_name", ""))
+    if resume and not earlier:
+        run.say(f"there is no run to go on with in {parent}: this is a new one")
+    elif resume:
+        run.say(
+            f"no run in {parent} has these settings ({earlier[-1].name}: {_differing(earlier[-1], arguments)}): "
+            f"this is a new one"
+        )
+    return run
+
+
+def _differing(path: Path, wanted: Mapping[str, Any]) -> str:
+    """The first setting that a run was started with another value of, empty where there is none."""
+    try:
+        before = dict(json.loads((path / "arguments.json").read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        return f"arguments.json cannot be read, {error}"
+    for key in wanted:
+        if key not in NOT_COMPARED and before.get(key) != wanted[key]:
+            return f"{key}={before.get(key)!r}, not {wanted[key]!r}"
+    return ""
+
+
+def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S") + (f"-{name}" if name else "")
+    for attempt in itertools.count(1):
+        path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+            write_json(path / "arguments.json", dict(arguments))
+            return path
+        except FileExistsError:  # of a run that started in the same second
+            if parent.is_dir():
+                continue
+            error = f"{parent} is no folder"
+        except OSError as other:
+            error = str(other)
+        raise UserError(f"result folder {parent} cannot be written ({error}): choose another --result_dir")
+
+
 class _AboveTheBar(logging.Handler):
     """Prints to standard output without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON through a temporary file, so that a reader never sees half of it."""
-    with written_whole(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-def saved_checkpoints(
-    result_dir: str | Path, stage: str, data: str, network: str, depth: int, name: str
-) -> list[tuple[Path, Checkpoint]]:
-    """Every checkpoint of a stage for this data set and network whose file is called ``name``, oldest run first."""
-    folder = stage_folder(result_dir, stage, data, network, depth)
-    return [(path, load_checkpoint(path)) for path in sorted(folder.glob(f"*/{name}"))]
-
-
-def finished_checkpoints(
-    result_dir: str | Path, stage: str, data: str, network: str, depth: int
-) -> list[tuple[Path, Checkpoint]]:
-    """Every ``best.pt`` of a stage, as ``saved_checkpoints``.
-
-    Raises:
-        UserError: if there is none; the message says which command makes one.
-    """
-    found = saved_checkpoints(result_dir, stage, data, network, depth, BEST)
-    if not found:
-        folder = stage_folder(result_dir, stage, data, network, depth)
-        raise UserError(f"no checkpoint {folder}/*/{BEST}: run {COMMANDS[stage]} with the same data and network first")
-    return found
-
-
-def epochs_missing(path: Path) -> int:
-    """Epochs that the run which wrote a checkpoint of stage 1 or 3 has yet to train; 0 where nothing tells."""
-    try:
-        wanted = json.loads((path.parent / "arguments.json").read_text())["epochs"]
-        return max(0, wanted - load_checkpoint(path.parent / LAST).progress["step"])
-    except (OSError, KeyError, TypeError, ValueError, UserError):
-        return 0
-
-
-def relative_to_results(path: Path, result_dir: str | Path) -> str:
-    """``path`` below ``result_dir``, so that the folder can be moved; as it is where it lies elsewhere."""
-    path, root = Path(path).resolve(), Path(result_dir).expanduser().resolve()
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-
-
-def source_path(source: str, result_dir: str | Path) -> Path:
-    """The file that a checkpoint's ``source`` names."""
-    return Path(result_dir).expanduser() / source  # an absolute source stays as it is

@@ -15,11 +15,10 @@ from models import LowRankConv2d, ResNet
 from pruning import channels
 from pruning.changes import LayerChange, Pruned
 from pruning.costs import Convolution, Seconds
-from pruning.criteria import share
-from pruning.eigenbasis import gradient_squares
+from pruning.eigenbasis import gradient_squares, share
 from pruning.factors import Factors, collect_factors
-from pruning.method import Batches, Method
 from pruning.selection import Goal, Group, least_kept, select
+from pruning.settings import Batches, Method
 from pruning.surgery import rebuild_channels
 from utils.errors import UserError
 from utils.flops import NetworkCost

@@ -6,10 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deploy.folding import deployable, without_switches
+from deploy.graphs import batch_model, routed_model
+from deploy.session import open_session, run_session
+from deploy.timing import alternated
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
+from utils.results import BATCH
 
-BATCH = 128
 IMAGES = 16  # test images that latency is averaged over: a switched network is faster on some than on others
 SECONDS = 4.0  # of each of the two measurements, where every network is fast enough for the least number of rounds
 
@@ -25,16 +29,8 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
         pixels: test images, uint8 [N, 3, H, W].
 
     Returns:
-        for each name latency_ms, of one image, and throughput, images a second in batches of ``BATCH``; nothing at all
-        where onnx or onnxruntime is not installed.
+        for each name latency_ms, of one image, and throughput, images a second in batches of ``BATCH``.
     """
-    try:
-        from deploy.folding import deployable, without_switches
-        from deploy.graphs import batch_model, routed_model
-        from deploy.session import open_session, run_session
-        from deploy.timing import alternated
-    except ImportError:
-        return {}
     single, batched = {}, {}
     for name, checkpoint in _readable(checkpoints).items():
         network = deployable(checkpoint.network(), checkpoint.normaliser())

@@ -13,14 +13,13 @@ from models import ResNet
 from pruning.capture import visit_gradients
 from pruning.changes import LayerChange, Pruned
 from pruning.costs import separable_cost
-from pruning.criteria import eigendamage, share
 from pruning.depthwise import captured_shares, separable, without_channels
-from pruning.eigen_pruning import layer_shape, measured
-from pruning.eigenbasis import rotate
+from pruning.eigenbasis import eigendamage, rotate, share
 from pruning.factors import channel_effects
 from pruning.layers import prunable_layers, read_weights, separable_layers
-from pruning.method import Batches, Method
+from pruning.prune_directions import layer_shape, measured
 from pruning.selection import Goal, Group, least_kept, select
+from pruning.settings import Batches, Method
 from pruning.surgery import composed, merged, rebuild
 from utils import parallel
 from utils.flops import NetworkCost
@@ -118,5 +117,5 @@ def _channel_rises(
     rises = {}
     for name, core in separated.items():
         norms = core.weight.detach().double().square().sum(dim=(1, 2, 3))
-        rises[name] = 0.5 * (parallel.summed(sums[name]) / images + method.regularization * norms)
+        rises[name] = 0.5 * (parallel.all_reduced(sums[name]) / images + method.regularization * norms)
     return rises

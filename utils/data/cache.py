@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from utils.files import written_whole
+from utils.files import atomic_write
 
 HEADER = struct.Struct("<16s32sQII")  # magic, key, number of images, their size, checksum of their pixels
 MAGIC = b"decoded-images-1"
@@ -83,7 +83,7 @@ def write_cache(files: Sequence[Path], key: bytes, pixels: np.ndarray) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < 2 * pixels.nbytes:
                 continue  # a disk must not be filled for convenience
-            with written_whole(path) as file:
+            with atomic_write(path) as file:
                 file.write(header)
                 file.write(pixels.data)
             return

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from models import ResNet, all_on
-from utils.modes import mode_kept
+from utils.modes import evaluation_mode
 
 LOGIT = 2.0  # mean size of a softened switch's logit: it is followed about seven times in eight
 
 
 @torch.no_grad()
-def soften_switches(network: ResNet, images: Tensor) -> None:
+def rescale_gate_logits(network: ResNet, images: Tensor) -> None:
     """Scale the gates' last layers down until the mean size of their logits is at most ``LOGIT``.
 
     Supervised training leaves switches that let pass with probability near 1.  Sampling then never tries to skip, and
@@ -20,7 +20,7 @@ def soften_switches(network: ResNet, images: Tensor) -> None:
     Args:
         images: normalised [N, 3, H, W], to measure the logits on.
     """
-    with mode_kept(network, training=False):
+    with evaluation_mode(network):
         p = network(images, decide=all_on).probabilities.double().clamp(1e-7, 1 - 1e-7)
     sizes = torch.logit(p).abs().mean(dim=0)  # [K]
     last = network.gate.last_layers

@@ -1,4 +1,4 @@
-"""Classify images: ``python -m utils.predict --checkpoint PATH IMAGE...``, or ``--onnx FOLDER`` for an export.
+"""Classify images: ``python -m deploy.predict --checkpoint PATH IMAGE...``, or ``--onnx FOLDER`` for an export.
 
 Prints class, probability, FLOPs spent and blocks skipped for each image.  Exit code 1 if an image could not be read.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from deploy.folding import deployable
 from deploy.labels import NETWORK, ROUTED, Labels, describe, read_labels
 from utils.checkpoint import load_checkpoint
-from utils.decoding import read_image
+from utils.data.images import read_image
 from utils.errors import UserError, run_command
 
 # uint8 [1, 3, H, W] to logits [classes] and decisions [K]; K is 0 for a network without switches.
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Classify images.", allow_abbrev=False)
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--checkpoint", type=Path, help="checkpoint of any stage")
-    network.add_argument("--onnx", type=Path, help="folder written by python -m utils.export")
+    network.add_argument("--onnx", type=Path, help="folder written by python -m deploy.export")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files of any size")
     return parser.parse_args()
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gating.supervised import Loss
+from gating.supervised import LossFn
 from models import ResNet, all_on
 from utils.device import mixed_precision
 
@@ -13,7 +13,7 @@ from utils.device import mixed_precision
 TEMPERATURE = 4.0
 
 
-def distilled_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: float) -> Tensor:
+def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: float) -> Tensor:
     """(1 - weight) * cross-entropy + weight * T^2 * KL(teacher || network) at temperature T, means over the images.
 
     Source: Hinton et al. (arXiv:1503.02531), section 2; T^2 keeps the gradients of both terms of one size.
@@ -31,17 +31,17 @@ def distilled_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: floa
     return (1 - weight) * F.cross_entropy(logits, labels) + weight * TEMPERATURE**2 * softened
 
 
-def following(teacher: ResNet, weight: float) -> Loss:
-    """``distilled_loss`` as the epochs of training take it (``gating.supervised``, ``gating.reinforce``).
+def distillation_loss_fn(teacher: ResNet, weight: float) -> LossFn:
+    """``distillation_loss`` as the epochs of training take it (``gating.supervised``, ``gating.reinforce``).
 
     Args:
         teacher: in evaluation mode; every block of it runs.
         weight: of the distillation in the loss.
     """
 
-    def loss_of(x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss_fn(x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), mixed_precision(x.device):
             target = teacher(x, decide=all_on, skip=False).logits  # skipping makes a GPU wait
-        return distilled_loss(logits, target.float(), labels, weight)
+        return distillation_loss(logits, target.float(), labels, weight)
 
-    return loss_of
+    return loss_fn

@@ -1,4 +1,4 @@
-"""Turn a checkpoint of any stage into files to deploy: ``python -m utils.export --checkpoint PATH --output FOLDER``.
+"""Turn a checkpoint of any stage into files to deploy: ``python -m deploy.export --checkpoint PATH --output FOLDER``.
 
 Writes network.onnx (any number of images), routed.onnx (one image, skipped blocks not executed; only for a network
 with switches), labels.json, and with --int8 network_int8.onnx.  All take uint8 images [N, 3, H, W] in RGB.
@@ -18,13 +18,12 @@ from deploy.graphs import batch_model, routed_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
 from deploy.session import check_session, open_session, run_session
 from models import ResNet
-from utils.arguments import image_type, number
-from utils.checkpoint import load_checkpoint
-from utils.data import DataSet, load_data
+from utils.checkpoint import check_data, load_checkpoint
+from utils.data.folder import DataSet, load_data
+from utils.data.images import Images
 from utils.errors import UserError, run_command
-from utils.images import Images
-from utils.run import write_json
-from utils.training import check_data
+from utils.files import write_json
+from utils.settings import image_type, number
 
 CHECKED_IMAGES = 256
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from models import ResNet
 from pruning.changes import LayerChange, Pruned
 from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
-from pruning.criteria import eigendamage, share
-from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, gradient_squares, rotate
+from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate, share
 from pruning.factors import collect_factors
 from pruning.layers import ConvWeights, prunable_layers, read_weights
-from pruning.method import Batches, Method
 from pruning.selection import Goal, Group, least_kept, select
+from pruning.settings import Batches, Method
 from pruning.surgery import composed, merged, rebuild, truncated
 from pruning.tucker import tucker
 from utils.flops import NetworkCost

@@ -1,0 +1,56 @@
+"""What the switches of a finished run do with the test images: pictures, a histogram and ``routing.json``."""
+
+import json
+
+import torch
+
+from gating.pictures import (
+    CLASSES_A_PAGE,
+    class_averages,
+    draw_easy_and_hard,
+    draw_executed,
+    draw_passing,
+    draw_path,
+    passing_by_class,
+)
+from utils import parallel
+from utils.checkpoint import Checkpoint
+from utils.data.images import Images
+from utils.device import placed
+from utils.evaluate import evaluate
+from utils.files import write_json
+from utils.flops import NetworkCost
+from utils.run import Run
+
+
+def record_routing(
+    run: Run, best: Checkpoint, test: Images, cost: NetworkCost, floor: float, device: torch.device
+) -> None:
+    """Draw and write what the switches of the best network do.
+
+    Args:
+        floor: accuracy that the budget asks for.
+    """
+    step, classes = best.progress["step"], best.classes
+    measured = evaluate(placed(best.network(), device), test, best.normaliser(), cost)
+    if not parallel.is_main_process():
+        return
+    labels = test.labels.cpu()
+    passing = passing_by_class(measured.decisions, labels, len(classes))
+    run.picture("passing_by_class", draw_passing(passing, classes), step)
+    run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all), step)
+    for page, figure in enumerate(draw_easy_and_hard(test, measured.executed, classes), start=1):
+        run.picture("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}", figure, step)
+    run.histogram("Routing/executed_mflops", measured.executed / 1e6, step)
+    epochs = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    epochs = [values for values in epochs if "Performance/val_acc" in values]
+    path = [[values[tag] for values in epochs] for tag in ("Performance/val_acc", "Indicator/executed_flops")]
+    run.picture("accuracy_against_flops", draw_path(*path, floor), step)
+    routing = {
+        "flops_every_block": measured.flops_all,
+        "flops_executed": measured.flops_executed,
+        "flops_executed_by_class": class_averages(measured.executed, labels, classes),
+        "passing": measured.passing,
+        "passing_by_class": dict(zip(classes, passing.tolist(), strict=True)),
+    }
+    write_json(run.path / "routing.json", routing)

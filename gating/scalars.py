@@ -1,0 +1,106 @@
+"""The scalars of an epoch and of a network, by their TensorBoard tags."""
+
+from torch import nn
+
+from gating.reinforce import ReinforceMeans
+from gating.steering import Steering
+from gating.supervised import EpochMeans
+from models import LowRankConv2d, ResNet
+from utils.evaluate import Evaluation
+from utils.flops import NetworkCost
+
+
+def epoch_scalars(
+    train: EpochMeans,
+    val: Evaluation,
+    every_block: Evaluation,
+    parameters: int,
+    prune_ratio: float,
+    learning_rate: float,
+) -> dict[str, float]:
+    """The scalars of one epoch, by their TensorBoard tags.
+
+    Args:
+        train: means over the epoch's training.
+        val: evaluation with thresholded switches, on the images that choices look at.
+        every_block: the same with every block run.
+        parameters: of the network.
+        prune_ratio: share of stage 1's parameters that is gone.
+    """
+    scalars = {
+        "Performance/train_loss": train.loss,
+        "Performance/train_acc": train.accuracy,
+        "Performance/val_loss": val.loss,
+        "Performance/val_acc": val.accuracy,
+        "Performance/val_acc_every_block": every_block.accuracy,
+        "Indicator/computation_percentage": 100 * val.computation,
+        "Indicator/total_flops": val.flops_all,
+        "Indicator/executed_flops": val.flops_executed,
+        "Indicator/total_parameters": parameters,
+        "Indicator/prune_ratio": prune_ratio,
+        "Optimiser/learning_rate": learning_rate,
+    }
+    for switch, share in enumerate(val.passing, start=1):
+        scalars[f"Switches/passing_{switch:02d}"] = share
+    return scalars
+
+
+def layer_scalars(network: ResNet, cost: NetworkCost) -> dict[str, float]:
+    """Parameters and ranks of every convolution of the network, rotations counted with the layer they belong to."""
+    scalars = {}
+    for name, module in network.named_modules():
+        if isinstance(module, LowRankConv2d):
+            core = module.core
+        elif isinstance(module, nn.Conv2d) and name in cost.layers and not _inside_low_rank(network, name):
+            core = module
+        else:
+            continue
+        scalars[f"Layers/parameters/{name}"] = sum(p.numel() for p in module.parameters())
+        scalars[f"Layers/rank_in/{name}"] = core.in_channels
+        scalars[f"Layers/rank_out/{name}"] = core.out_channels
+    return scalars
+
+
+def _inside_low_rank(network: ResNet, name: str) -> bool:
+    return isinstance(network.get_submodule(name.rpartition(".")[0]), LowRankConv2d)
+
+
+def epoch_line(title: str, train: EpochMeans, val: Evaluation, every_block: Evaluation, val_name: str) -> str:
+    """What the log says of an epoch; arguments as in ``epoch_scalars``."""
+    return (
+        f"{title}  loss {train.loss:.4f}  accuracy {train.accuracy:.2%}  {val_name}: loss {val.loss:.4f}  accuracy "
+        f"{val.accuracy:.2%} (every block {every_block.accuracy:.2%})  computation {val.computation:.1%}"
+    )
+
+
+def policy_scalars(train: ReinforceMeans, at_half: Evaluation, steering: Steering) -> dict[str, float]:
+    """What the policy did in an epoch of stage 3.
+
+    Args:
+        at_half: the network at the threshold of one half that it was trained with.
+        steering: as the epoch was steered.
+    """
+    scalars = {
+        "Policy/alpha": train.alpha,
+        "Policy/return": train.total_return,
+        "Policy/return_deviation": train.return_deviation,
+        "Policy/advantage_deviation": train.advantage_deviation,
+        "Policy/entropy": train.entropy,
+        "Policy/sampled_share_of_skippable_flops": train.executed,
+        "Policy/accuracy": at_half.accuracy,
+        "Policy/computation_percentage": 100 * at_half.computation,
+    }
+    if not steering.fixed:
+        scalars["Policy/setpoint_computation_percentage"] = 100 * steering.setpoint
+    return scalars
+
+
+def policy_line(
+    title: str, train: ReinforceMeans, val: Evaluation, every_block: Evaluation, at_half: Evaluation, val_name: str
+) -> str:
+    """What the log says of an epoch of stage 3; arguments as in ``epoch_scalars`` and ``policy_scalars``."""
+    return (
+        f"{title}  alpha {train.alpha:.3g}  loss {train.loss:.4f}  return {train.total_return:.4f}  entropy "
+        f"{train.entropy:.3f}  {val_name}: accuracy {val.accuracy:.2%} (every block {every_block.accuracy:.2%})  "
+        f"computation {val.computation:.1%} (at one half {at_half.accuracy:.2%} at {at_half.computation:.1%})"
+    )

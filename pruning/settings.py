@@ -1,0 +1,136 @@
+"""The settings of stage 2, a typed key each, and those among them that say how an iteration prunes."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruning.capture import FISHER_TYPES
+from pruning.costs import Seconds
+from pruning.selection import OBJECTIVES
+from utils.errors import UserError
+from utils.optimisers import SCHEDULES
+from utils.settings import StageSettings, setting
+
+EIGENBASIS_CRITERIA = ("eigendamage",)
+CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
+CRITERIA = EIGENBASIS_CRITERIA + CHANNEL_CRITERIA
+DECOMPOSITIONS = ("truncate", "tucker", "depthwise")
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # makes a new pass over the same images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How an iteration of pruning measures, chooses and rebuilds."""
+
+    criterion: str = setting(
+        "eigendamage",
+        "what decides: directions of the eigenbasis (eigendamage), or whole channels inside of blocks (the others)",
+        choices=CRITERIA,
+    )
+    decomposition: str = setting(
+        "tucker",
+        "what eigendamage makes of a layer: 1x1 - core - 1x1 of the kept directions (truncate) or of the best "
+        "subspaces of their number (tucker), or a depthwise separable layer (depthwise)",
+        choices=DECOMPOSITIONS,
+    )
+    objective: str = setting(
+        "flops",
+        "rank by saliency, or by saliency per FLOP, per parameter or (latency) per second really saved, the last "
+        "measured layer by layer with ONNX Runtime on this machine",
+        choices=OBJECTIVES,
+    )
+    round_to: int = setting(
+        16, "kept ranks and channels are raised to multiples of this; of less where a layer has few channels", low=1
+    )
+    prune_ratio_limit: float = setting(
+        0.9, "largest share of its directions that a layer may lose in all", low=0, below=1
+    )
+    normalize: bool = setting(False, "rank directions by their share of the layer's saliency, not by the saliency")
+    fisher_type: str = setting("true", "labels drawn from the prediction, or taken from the data", choices=FISHER_TYPES)
+    fisher_draws: int = setting(1, "labels drawn for each image of the true Fisher", low=1)
+    correct_eigenvalues: bool = setting(True, "measure the curvature in the eigenbasis (EK-FAC), at one pass more")
+    regularization: float = setting(
+        0.0, "curvature added to every direction (eigendamage) or weight (c_obd, kron_obd)", low=0
+    )
+    # Not a setting: what measures the time of a layer's form, for the objective "latency" only.
+    seconds: Seconds | None = None
+
+    def fisher(self, draws: torch.Generator) -> dict[str, Any]:
+        """The arguments of a pass that measures the Fisher, with labels from the generator ``draws``."""
+        return {"fisher_type": self.fisher_type, "draws": draws, "fisher_draws": self.fisher_draws}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(Method, StageSettings):
+    """Every key of ``config.json``.
+
+    Raises:
+        UserError: for a schedule or a name that there is not.
+    """
+
+    width: int = setting(64, "width of the network of stage 1", low=1)
+    checkpoint: str = setting("", "checkpoint to prune; empty: the best of stage 1 in result_dir")
+    batch_size: int = setting(128, "images in a batch", low=2)
+    lr: float = setting(0.02, "learning rate at the start of each fine-tuning", low=0)
+    scheduler_params: dict = setting(
+        {"name": "cosine"}, 'schedule of each fine-tuning: {"name": "cosine"}, or "step" with milestones and gamma'
+    )
+    epochs_start: int = setting(10, "epochs of fine-tuning while nothing is removed yet", low=0)
+    epochs_end: int = setting(
+        40, "epochs of fine-tuning when everything is removed; interpolated by compression", low=0
+    )
+    prune_ratio: float = setting(
+        0.3, "share of all directions that one iteration drops, where there is no target", low=0, below=1
+    )
+    target_flops: float = setting(
+        0.0, "FLOPs after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0
+    )
+    target_parameters: float = setting(
+        0.0, "parameters after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0
+    )
+    fisher_images: int = setting(
+        10000, "training images that the Fisher is measured on (all, if there are fewer)", low=1
+    )
+    reestimate_batch_norm: bool = setting(
+        True, "measure the batch norms' statistics anew after surgery, on the images of the Fisher"
+    )
+    distill: float = setting(
+        0.5, "weight of following stage 1's predictions in fine-tuning, the rest being the labels'", low=0, high=1
+    )
+    max_iter: int = setting(8, "iterations of prune, fine-tune, measure", low=1)
+    max_accuracy_drop: float = setting(
+        0.01, "accuracy that may be lost against stage 1, 0.01 being a point", low=0, high=1
+    )
+    log_interval: int = setting(1, "fine-tuning epochs between lines of the log", low=1)
+    exp_name: str = setting("", "name added to the folder of the run")
+
+    def __post_init__(self) -> None:
+        _check_schedule(self.scheduler_params)
+        if Path(self.exp_name).name != self.exp_name:
+            raise UserError(f"exp_name is {self.exp_name!r}: it becomes part of a folder's name, so use no separators")
+
+    def schedule(self) -> dict[str, Any]:
+        """Arguments of ``utils.optimisers.scheduled`` from ``scheduler_params``."""
+        given = dict(self.scheduler_params)
+        name = given.pop("name", "cosine")
+        if "gamma" in given:
+            given["factor"] = given.pop("gamma")
+        return {"schedule": name, **given}
+
+
+def _check_schedule(given: Mapping[str, Any]) -> None:
+    unknown = set(given) - {"name", "milestones", "gamma"}
+    if unknown:
+        raise UserError(f"unknown key {sorted(unknown)[0]!r} in scheduler_params: it takes name, milestones and gamma")
+    if given.get("name", "cosine") not in SCHEDULES:
+        raise UserError(f"scheduler_params.name is {given['name']!r}: it takes one of {', '.join(SCHEDULES)}")
+    milestones, gamma = given.get("milestones", []), given.get("gamma", 0.1)
+    if not isinstance(milestones, list) or not all(isinstance(m, int | float) and 0 < m < 1 for m in milestones):
+        raise UserError(f"scheduler_params.milestones is {milestones!r}: it takes a list of shares between 0 and 1")
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 < gamma <= 1:
+        raise UserError(f"scheduler_params.gamma is {gamma!r}: it takes a number above 0, at most 1")

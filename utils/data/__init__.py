@@ -1,0 +1,1 @@
+"""From files to batches: finding, decoding, caching, splitting, augmenting and normalising images."""

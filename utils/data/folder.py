@@ -1,0 +1,178 @@
+"""Labelled images: found on disk, decoded once into memory, split, and served in batches.
+
+A data folder is either image files (``train/`` and ``test/``, one folder a class) or the files that torchvision
+downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that are too many for the memory are decoded
+batch by batch instead; the batches are the same.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import parallel
+from utils.data import memory
+from utils.data.cache import cache_files, content_key, read_cache, write_cache
+from utils.data.cifar import CIFAR_FOLDERS, download_cifar, read_cifar
+from utils.data.images import (
+    FetchedSet,
+    ImageFiles,
+    Images,
+    ImageSet,
+    in_rgb,
+    read_image,
+)
+from utils.errors import UserError
+
+IMAGE_TYPES = {
+    "png": (".png",),
+    "jpg": (".jpg", ".jpeg"),
+    "jpeg": (".jpg", ".jpeg"),
+    "bmp": (".bmp",),
+    "webp": (".webp",),
+}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set as found on disk, before any split of the training images."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    val: Images | None  # only where the data has validation images of its own
+    test: Images
+
+
+def load_data(folder: str, image_type: str, size: int, workers: int, download: bool = False) -> DataSet:
+    """Read a data set.
+
+    Args:
+        folder: the data folder.
+        image_type: one of ``IMAGE_TYPES``; ignored for CIFAR's own files.
+        size: height and width that every image is brought to.
+        workers: threads that decode.
+        download: fetch CIFAR-100 or CIFAR-10 (by the folder's name) through torchvision if it is not there.
+
+    Image files are decoded into memory, or taken from the cache that an earlier run has left (``utils.data.cache``).
+    Where all of them would take more than a third of the available memory (``utils.data.memory``) they are only
+    listed, and decoded whenever a batch needs them.
+
+    Raises:
+        UserError: for anything that is missing, empty, unreadable or inconsistent.
+    """
+    with parallel.main_process_first():  # the others find what it has downloaded and cached
+        return _load(folder, image_type, size, workers, download)
+
+
+def _load(folder: str, image_type: str, size: int, workers: int, download: bool) -> DataSet:
+    root = Path(folder).expanduser()
+    if download:
+        download_cifar(root)
+    if not root.is_dir():
+        raise UserError(f"data folder {root} does not exist: point --data_dir (data_dir in config.json) at one")
+    if any((root / name).is_dir() for name in CIFAR_FOLDERS):
+        classes, train, test = read_cifar(root)
+        train, test = (ImageSet(_resized(pixels, size), torch.from_numpy(labels)) for pixels, labels in (train, test))
+        return DataSet(_name(root), classes, train, None, test)
+    parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
+    if "train" not in parts or len(parts) == 1:
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
+        raise UserError(
+            f"data folder {root} holds {found}, but needs train/ and test/ with one folder a class, or one of "
+            f"{', '.join(CIFAR_FOLDERS)} (--download fetches those)"
+        )
+    if "test" not in parts:
+        parts["test"] = parts.pop("val")
+    classes = _class_names(parts["train"])
+    for part in parts.values():
+        others = _class_names(part)
+        if others != classes:
+            odd = sorted(set(classes) ^ set(others))
+            raise UserError(f"classes differ between {parts['train']} and {part}: {', '.join(odd[:5])} in one only")
+    suffixes = IMAGE_TYPES[image_type.lower()]
+    found = {part: _files(path, classes, suffixes) for part, path in parts.items()}
+    needed = sum(len(files) for files, _ in found.values()) * 3 * size * size
+    limit = memory.HOST_SHARE * memory.available_memory() / parallel.local_world_size()
+    if needed > limit:
+        sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
+    else:
+        caches = {part: cache_files(root, part, suffixes[0][1:], size) for part in parts}
+        sets = {p: _decoded(parts[p], *listed, size, workers, caches[p]) for p, listed in found.items()}
+    return DataSet(_name(root), tuple(classes), sets["train"], sets.get("val"), sets["test"])
+
+
+def _name(root: Path) -> str:
+    return root.resolve().name
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise UserError(f"data folder {folder} has no class folders: it needs one folder of images for each class")
+    return names
+
+
+def _files(folder: Path, classes: list[str], suffixes: tuple[str, ...]) -> tuple[list[Path], Tensor]:
+    """The image files in the order of their names, class by class, and their labels, int64 [N]."""
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        inside = folder / name
+        found = sorted(p for p in os.listdir(inside) if p.lower().endswith(suffixes) and not p.startswith("."))
+        if not found:
+            raise UserError(
+                f"class folder {inside} holds no {' or '.join(suffixes)} file: add images or change --img_type"
+            )
+        files += [inside / p for p in found]
+        labels += [label] * len(found)
+    return files, torch.tensor(labels)
+
+
+def _streamed(files: list[Path], labels: Tensor, size: int, workers: int) -> FetchedSet:
+    paths = np.empty(len(files), dtype=object)
+    paths[:] = files
+    return FetchedSet(ImageFiles(paths, size, workers), torch.arange(len(files)), labels, torch.device("cpu"))
+
+
+def _decoded(folder: Path, files: list[Path], labels: Tensor, size: int, workers: int, caches: list[Path]) -> ImageSet:
+    key = content_key(folder, files, size)
+    pixels = read_cache(caches, key, len(files), size)
+    if pixels is None:
+        pixels = _decode(folder, files, size, workers)
+        write_cache(caches, key, pixels)
+    return ImageSet(torch.from_numpy(pixels), labels)
+
+
+def _decode(folder: Path, files: list[Path], size: int, workers: int) -> np.ndarray:
+    """uint8 [N, 3, size, size]."""
+    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        decoded = pool.map(lambda path: read_image(path, size), files)
+        try:
+            bar = tqdm(
+                decoded,
+                f"reading {folder}",
+                len(files),
+                leave=False,
+                disable=parallel.hide_progress_bar(),
+                unit="image",
+            )
+            for i, image in enumerate(bar):
+                pixels[i] = image.transpose(2, 0, 1)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return pixels
+
+
+def _resized(pixels: np.ndarray, size: int) -> Tensor:
+    if pixels.shape[1] != size:
+        pixels = np.stack([np.asarray(in_rgb(Image.fromarray(image), size)) for image in pixels])
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))

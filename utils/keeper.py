@@ -1,0 +1,104 @@
+"""What a run keeps: the best network so far, and everything that an interrupted run needs to go on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Protocol
+
+from models import ResNet
+from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.errors import UserError
+from utils.evaluate import Evaluation
+from utils.run import BEST, LAST, Run
+
+
+class Stateful(Protocol):
+    """What can be saved and restored, as PyTorch's optimisers can."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a stage that needs to remember more adds fields."""
+
+    step: int = 0  # epochs that are done; in stage 2 every pruning counts as one more
+    best: list | None = None  # score of the best network so far, None before the first
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for f in fields(self):
+            setattr(self, f.name, state[f.name])
+
+
+class Keeper:
+    """Writes ``best.pt`` and ``last.pt`` of a run, and restores from them.
+
+    Args:
+        described: what the run's checkpoints say, weights, metrics and progress aside.
+        network: whose weights they hold.
+        stateful: what a resumed run needs besides, by name: optimisers, random numbers.
+        best_name: file of the best network.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        described: Checkpoint,
+        network: ResNet,
+        progress: Progress,
+        stateful: Mapping[str, Stateful],
+        best_name: str = BEST,
+    ):
+        self.described, self.network, self.progress, self.stateful = described, network, progress, dict(stateful)
+        self.best_path, self._last_path = run.path / best_name, run.path / LAST
+
+    def offer(self, score: Sequence[float], evaluation: Evaluation) -> bool:
+        """Keep the network as the best if its score is above that of every one before; whether it was."""
+        score = list(score)
+        if self.progress.best is not None and score <= self.progress.best:
+            return False
+        self.progress.best = score
+        save_checkpoint(self.best_path, self._checkpoint(evaluation.metrics))
+        return True
+
+    def save_last(self) -> None:
+        """Save all that a resumed run needs."""
+        training = {name: item.state_dict() for name, item in self.stateful.items()}
+        save_checkpoint(self._last_path, replace(self._checkpoint(self.described.metrics), training=training))
+
+    def resume(self, last: Checkpoint) -> None:
+        """Go on from where ``last`` was saved.
+
+        Raises:
+            UserError: if another version of this program saved it.
+        """
+        try:
+            self.network.load_state_dict(last.weights)
+            self.progress.load_state_dict(last.progress)
+            for name, item in self.stateful.items():
+                item.load_state_dict(last.training[name])
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"{self._last_path} cannot be resumed ({type(error).__name__}: {error}): it was saved by another "
+                f"version; start a new run without --resume"
+            ) from error
+
+    def best(self) -> Checkpoint:
+        return load_checkpoint(self.best_path)
+
+    def _checkpoint(self, metrics: dict[str, float]) -> Checkpoint:
+        original = self.described.original
+        if self.described.stage == "sp":  # stage 1's network is the one that all others are compared with
+            original = {**original, "accuracy": metrics["accuracy"]}
+        return replace(
+            self.described,
+            architecture=self.network.architecture,
+            weights=self.network.state_dict(),
+            metrics=metrics,
+            original=original,
+            progress=self.progress.state_dict(),
+        )

@@ -1,0 +1,250 @@
+"""Settings of the stages, each declared once: type, default, meaning and range, read from flags or from a JSON file."""
+
+import argparse
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from models import NETWORKS, check_depth
+from utils.data.folder import IMAGE_TYPES
+from utils.errors import UserError
+from utils.optimisers import SCHEDULES
+
+# What may change between the start of a run and its resumption without changing its outcome but for rounding.
+NOT_COMPARED = ("download", "num_workers", "data_dir", "result_dir", "compile")
+
+RESUME = "go on with the newest run of this stage that has these settings, or start one"
+
+Settings = TypeVar("Settings", bound="StageSettings")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] | None = None,
+    check: Callable[[Any], None] | None = None,
+) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default: MISSING for one that has to be given.
+        help: its meaning in a sentence.
+        low, high, below: its range, low <= value <= high and value < below.
+        choices: the values that it takes.
+        check: raises ValueError for a value that there is not.
+    """
+    rule = {"help": help, "low": low, "high": high, "below": below, "choices": choices, "check": check}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=rule)
+    return field(default=default, metadata=rule)
+
+
+def with_default(cls: type, name: str, default: Any) -> Any:
+    """The setting ``name`` of a base class with another default."""
+    return field(default=default, metadata=_field(cls, name).metadata)
+
+
+def _field(cls: type, name: str) -> Field:
+    return next(f for f in fields(cls) if f.name == name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """What all three stages take."""
+
+    network: str = setting("resnet", "kind of network", choices=NETWORKS)
+    depth: int = setting(32, "depth of the network, 6n+2", check=check_depth)
+    data_dir: str = setting(MISSING, "folder with train/ and test/, or with the CIFAR files of torchvision")
+    result_dir: str = setting("results", "folder that all stages write to")
+    img_type: str = setting("png", "image files to read", choices=tuple(IMAGE_TYPES))
+    resize: int = setting(32, "height and width images are brought to", low=8)
+    num_workers: int = setting(16, "threads that decode images", low=0)
+    momentum: float = setting(0.9, "momentum of SGD, Nesterov's form", low=0, below=1)
+    weight_decay: float = setting(0.0005, "L2 penalty on every weight but the gates'", low=0)
+    seed: int = setting(0, "seed of weights, order, augmentation, drawn labels and decisions", low=0, high=2**32 - 1)
+    compile: bool = setting(False, "compile the training step, for long runs on a GPU")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(StageSettings):
+    """What stages 1 and 3 take, with the defaults of stage 1."""
+
+    epochs: int = setting(200, "passes over the training images", low=1)
+    lr: float = setting(0.1, "learning rate at the start", low=0)
+    schedule: str = setting("cosine", "cosine to 0, or step: x0.1 at 50 % and 75 % of the epochs", choices=SCHEDULES)
+    bs: int = setting(128, "images in a batch", low=2)
+    download: bool = setting(False, "fetch CIFAR-100 (CIFAR-10 by the folder's name) if missing")
+
+
+def keys(cls: type) -> list[Field]:
+    """The settings among the fields of a class."""
+    return [f for f in fields(cls) if "help" in f.metadata]
+
+
+def as_dictionary(settings: Any) -> dict[str, Any]:
+    content = asdict(settings)
+    return {f.name: content[f.name] for f in keys(type(settings))}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as every other mistake is reported, in one sentence."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def settings_parser(cls: type, description: str) -> Parser:
+    """A parser with a flag for every setting of the class, and ``--resume``."""
+    parser = Parser(description)
+    for f in keys(cls):
+        help = f.metadata["help"].replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", help=help)
+            continue
+        given = {"required": True} if f.default is MISSING else {"default": f.default}
+        kind = _flag_type(_kind(f), f.name, f.metadata)
+        parser.add_argument(f"--{f.name}", type=kind, help=help, metavar=_metavar(f), **given)
+    parser.add_argument("--resume", action="store_true", help=RESUME)
+    return parser
+
+
+def parse_flags(cls: type[Settings], description: str) -> tuple[Settings, bool]:
+    """The settings on the command line, and whether ``--resume`` was given.
+
+    Raises:
+        UserError: for a flag or a value that is wrong.
+    """
+    given = vars(settings_parser(cls, description).parse_args())
+    resume = given.pop("resume")
+    return cls(**given), resume
+
+
+def _metavar(f: Field) -> str:
+    choices = f.metadata["choices"]
+    return "{" + ",".join(choices) + "}" if choices else _kind(f).__name__.upper()
+
+
+def _kind(f: Field) -> type:
+    """The type of a setting's values, None aside."""
+    return next((kind for kind in get_args(f.type) if kind is not type(None)), f.type)
+
+
+def _flag_type(kind: type, name: str, rule: Mapping[str, Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        try:
+            return checked_value(name, value, rule)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def number(kind: type, low: float | None = None, high: float | None = None, below: float | None = None) -> Callable:
+    """An argparse type: an int or float in a range, see ``setting``."""
+    return _flag_type(kind, "the value", setting(0, "", low=low, high=high, below=below).metadata)
+
+
+def image_type(text: str) -> str:
+    """An argparse type: an image type in lower case."""
+    return _flag_type(str, "img_type", _field(StageSettings, "img_type").metadata)(text)
+
+
+def checked_value(name: str, value: Any, rule: Mapping[str, Any]) -> Any:
+    """The value of a setting, text that has choices in lower case.
+
+    Raises:
+        ValueError: if it is outside of the setting's range.
+    """
+    if rule["choices"] and isinstance(value, str):
+        lowered = value.lower()
+        if lowered not in rule["choices"]:
+            near = difflib.get_close_matches(lowered, rule["choices"], n=1, cutoff=0)[0]
+            raise ValueError(
+                f"{name} is {value!r}, but takes one of {', '.join(rule['choices'])}: did you mean {near!r}?"
+            )
+        return lowered
+    low, high, below = rule["low"], rule["high"], rule["below"]
+    outside = isinstance(value, float) and not math.isfinite(value)
+    outside |= (low is not None and value < low) or (high is not None and value > high)
+    if outside or (below is not None and value >= below):
+        upper = f" to {high}" if high is not None else f" and below {below}" if below is not None else " or more"
+        raise ValueError(f"{name} is {value}, out of range: it takes {'any number' if low is None else low}{upper}")
+    if rule["check"]:
+        rule["check"](value)
+    return value
+
+
+def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str]) -> Settings:
+    """Read a JSON file and apply overrides of the form ``key=value`` (the value in JSON, or a bare string).
+
+    Raises:
+        UserError: for a file that is no JSON object, an unknown key, or a value of the wrong type or range.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"settings file {path} does not exist: give --config_path config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"settings file {path} is no valid JSON ({error}): mend it there") from None
+    if not isinstance(content, dict):
+        raise UserError(f"settings file {path} holds a {type(content).__name__}, not an object with keys and values")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override!r} has no '=': write --set key=value")
+        content[key] = _parsed(cls, key, text)
+    return checked_settings(cls, content)
+
+
+def _parsed(cls: type, key: str, text: str) -> Any:
+    """The value of an override; a key that takes text takes what looks like a number as it stands, too."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    takes_text = any(f.name == key and f.type is str for f in keys(cls))
+    return text if takes_text and not isinstance(value, str) else value
+
+
+def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Settings:
+    """The settings, every value checked; keys that are not given have their defaults.
+
+    Raises:
+        UserError: for the first key or value that is wrong or missing.
+    """
+    known = {f.name: f for f in keys(cls)}
+    values = {}
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0)
+            raise UserError(f"unknown key {key!r} in the settings: did you mean {near[0]!r}?")
+        kind = known[key].type
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{key} is {value!r}, a {type(value).__name__}: it takes a value of type {kind.__name__}")
+        try:
+            value = checked_value(key, value, known[key].metadata)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        values[key] = float(value) if kind is float else value
+    for f in known.values():
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise UserError(f"{f.name} is not among the settings: add it ({f.metadata['help']})")
+    return cls(**values)
