@@ -6,7 +6,6 @@ import torch
 from models import all_on, build_network
 from pruning import channels
 from pruning.surgery import rebuild_channels
-from utils.errors import UserError
 
 IN, OUT = 5, 4
 
@@ -124,5 +123,5 @@ def test_inner_widths_are_part_of_the_architecture():
     assert network.blocks[1].conv1.out_channels == network.blocks[1].conv2.in_channels == 3
     assert build_network(**network.architecture).architecture == network.architecture
     for wrong in ({"blocks.7": 3}, {"blocks.1": 0}):
-        with pytest.raises(UserError, match="inner gives"):
+        with pytest.raises(ValueError, match="inner gives"):
             build_network("resnet", depth=8, num_classes=3, width=4, gate="none", inner=wrong)

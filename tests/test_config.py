@@ -114,7 +114,7 @@ def test_every_key_refuses_a_wrong_type():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("depth", 7), ("width", 0), ("resize", 7), ("batch_size", 1), ("num_workers", -1), ("lr", -0.1),
+        ("width", 0), ("resize", 7), ("batch_size", 1), ("num_workers", -1), ("lr", -0.1),
         ("lr", float("inf")), ("lr", float("nan")), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9),
         ("epochs_start", -1), ("prune_ratio", 1.0), ("prune_ratio", -0.1), ("prune_ratio_limit", 1),
         ("fisher_images", 0), ("regularization", -1), ("max_iter", 0), ("max_accuracy_drop", 1.1),
@@ -133,6 +133,11 @@ def test_the_ends_of_the_ranges_are_accepted():
                 assert getattr(checked({field.name: value}), field.name) == value
         given = field.default is not MISSING or field.default_factory is not MISSING
         assert field.metadata["help"] and (given or field.name == "data_dir")
+
+
+def test_a_depth_that_no_network_has_is_refused():
+    with pytest.raises(UserError, match=r"^depth 9 is not of the form 6n\+2"):
+        checked({"depth": 9})
 
 
 @pytest.mark.parametrize(

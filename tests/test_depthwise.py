@@ -18,7 +18,6 @@ from pruning.layers import ConvWeights, read_weights, separable_layers
 from pruning.prune_depthwise import _channel_rises
 from pruning.selection import Goal, Group, select
 from pruning.surgery import composed
-from utils.errors import UserError
 from utils.flops import network_cost
 
 TO_DEPTHWISE = replace(METHOD, decomposition="depthwise", objective="flops")
@@ -183,5 +182,5 @@ def test_what_changing_the_form_costs_counts_with_the_first_direction(objective)
 
 @pytest.mark.parametrize("ranks", [{}, {"blocks.1.conv1": [4, None]}, {"blocks.1.conv1": [4, 5]}])
 def test_a_depthwise_layer_without_equal_ranks_is_refused(ranks):
-    with pytest.raises(UserError, match="no two equal ranks"):
+    with pytest.raises(ValueError, match="no two equal ranks"):
         build_network("resnet", depth=8, num_classes=3, width=8, ranks=ranks, depthwise=["blocks.1.conv1"])

@@ -40,7 +40,7 @@ def test_the_rule_is_a_third_of_the_available_memory(shapes: Path, monkeypatch: 
         data = load_data(str(shapes), "png", 8, 2)
         assert type(data.train) is type(data.test) is kind
     monkeypatch.setattr(memory, "available_memory", lambda: 3.0 * needed)
-    monkeypatch.setattr(parallel, "processes_of_this_machine", lambda: 2)
+    monkeypatch.setattr(parallel, "local_world_size", lambda: 2)
     assert type(load_data(str(shapes), "png", 8, 2).train) is FetchedSet
 
 

@@ -135,7 +135,7 @@ def test_a_process_that_dies_ends_the_run_which_can_be_resumed(chain: Path, shap
 
 
 def test_batches_must_go_round(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(parallel, "processes", lambda: 4)
+    monkeypatch.setattr(parallel, "world_size", lambda: 4)
     check_batches(100, 4)
     with pytest.raises(UserError, match="4 processes cannot share batches of 3 images"):
         check_batches(100, 3)

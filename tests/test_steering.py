@@ -42,9 +42,9 @@ def test_computation_target_prefers_accuracy_within():
 
 
 def test_far_below_the_floor_is_lost():
-    assert Budget(0.9).lost(0.8699, drop=0.03) and not Budget(0.9).lost(0.8701, drop=0.03)
-    assert Budget(0.9).lost(0.8799, drop=0.0) and not Budget(0.9).lost(0.8801, drop=0.0)
-    assert not Budget(0.9, target_computation=0.5).lost(0.1, drop=0.0)
+    assert Budget(0.9, drop=0.03).lost(0.8699) and not Budget(0.9, drop=0.03).lost(0.8701)
+    assert Budget(0.9).lost(0.8799) and not Budget(0.9).lost(0.8801)
+    assert not Budget(0.9, target_computation=0.5).lost(0.1)
 
 
 def test_the_aim_is_a_stride_below_what_the_accuracy_bears():

@@ -117,6 +117,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         or not all(isinstance(content[name], kind) for name, kind in kinds.items())
     ):
         raise UserError(f"{path} is no checkpoint of this program (format {FORMAT}): give one made by the three stages")
+    if not all(torch.isfinite(weight).all() for weight in content["weights"].values()):
+        raise UserError(f"checkpoint {path} holds weights that are not finite: its training diverged, use another one")
     return Checkpoint(**content)
 
 

@@ -101,4 +101,5 @@ class Keeper:
             metrics=metrics,
             original=original,
             progress=self.progress.state_dict(),
+            training={},
         )
