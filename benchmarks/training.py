@@ -190,7 +190,7 @@ def first_batches(folder: Path, args: argparse.Namespace, device: torch.device) 
         next(iter(TrainingBatches(images, args.bs, generator, given, flip=True)))
 
     def cold(_: int) -> None:
-        for cache in (folder / ".decoded").glob("*.images"):
+        for cache in (folder / ".decoded").glob("*.npy"):
             cache.unlink()
         finished(ours, device)()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deploy.folding import deployable
 from deploy.labels import NETWORK, ROUTED, Labels, describe, read_labels
+from deploy.session import open_session, run_session
 from utils.checkpoint import load_checkpoint
 from utils.data.images import read_image
 from utils.errors import UserError, run_command
@@ -66,9 +67,6 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
     Raises:
         UserError: if a file is missing, damaged or of another export.
     """
-    # Imported here: predicting from a checkpoint does not need ONNX Runtime.
-    from deploy.session import open_session, run_session
-
     labels = read_labels(folder)
     path = folder / (ROUTED if labels.flops_of_switched_blocks else NETWORK)
     session = open_session(path)

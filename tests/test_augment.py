@@ -21,18 +21,17 @@ def random_pixels(n: int, height: int, width: int, seed: int = 0) -> torch.Tenso
     return torch.randint(0, 256, (n, 3, height, width), generator=torch.manual_seed(seed), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_crop_and_flip_is_torchvisions_pad_crop_and_hflip(flip: bool):
-    """Every one of the 81 offsets, mirrored and not, on images that are not square."""
+def test_crop_and_flip_is_torchvisions_pad_crop_and_hflip():
+    """Every one of the 81 offsets, on images that are not square, half of them mirrored."""
     height, width = 6, 9
     top, left = (grid.flatten() for grid in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"))
-    mirrored = torch.rand(81, generator=torch.manual_seed(1)) < 0.5 if flip else None
+    mirrored = torch.rand(81, generator=torch.manual_seed(1)) < 0.5
     pixels = random_pixels(81, height, width)
     result = crop_and_flip(pixels, top, left, mirrored)
     for i in range(81):
         expected = reference.pad(pixels[i], [PADDING] * 4, fill=0)
         expected = reference.crop(expected, top[i].item(), left[i].item(), height, width)
-        if flip and mirrored[i]:
+        if mirrored[i]:
             expected = reference.hflip(expected)
         assert torch.equal(result[i], expected), (i, top[i], left[i])
 

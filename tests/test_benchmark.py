@@ -5,12 +5,9 @@ import json
 import pytest
 import torch
 
-from utils.flops import network_cost
-
-pytest.importorskip("torch_pruning")
-
 from benchmarks import inference
 from benchmarks.networks import channel_pruned, with_random_weights
+from utils.flops import network_cost
 
 
 def test_channel_pruned_network_has_the_flops_asked_for():

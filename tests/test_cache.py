@@ -1,7 +1,10 @@
 """The cache of decoded images: used when nothing has changed, made anew when something has, never in the way."""
 
+import io
 import os
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,11 @@ def load(root: Path, size: int = 8) -> DataSet:
     return load_data(str(root), "png", size, 2)
 
 
+def names(root: Path) -> list[str]:
+    """Of the caches in the data folder, without their keys."""
+    return sorted(path.name.rpartition("-")[0] for path in (root / ".decoded").iterdir())
+
+
 def assert_same(a: DataSet, b: DataSet) -> None:
     for one, other in ((a.train, b.train), (a.test, b.test)):
         assert torch.equal(one.pixels, other.pixels) and torch.equal(one.labels, other.labels)
@@ -48,13 +56,13 @@ def test_the_second_start_does_not_decode(root: Path, decodes: list[Path]):
     decodes.clear()
     assert_same(load(root), first)
     assert decodes == []
-    assert sorted(path.name for path in (root / ".decoded").iterdir()) == ["test-png-8.images", "train-png-8.images"]
+    assert names(root) == ["test-png-8", "train-png-8"]
 
 
 def test_each_size_has_its_own(root: Path, decodes: list[Path]):
     load(root), load(root, 16)
     decodes.clear()
-    assert load(root).train.image_size == 8 and load(root, 16).train.image_size == 16
+    assert load(root).train.pixels.shape[2:] == (8, 8) and load(root, 16).train.pixels.shape[2:] == (16, 16)
     assert decodes == []
 
 
@@ -90,34 +98,57 @@ def test_it_is_made_anew_when_a_file_changes(root: Path, decodes: list[Path], ch
     decodes.clear()
     load(root)
     assert decodes == []
+    assert names(root) == ["test-png-8", "train-png-8"], "the old one is gone"
 
 
-def half_written(content: bytes) -> bytes:
-    return content[: len(content) // 2]
+def test_the_old_one_of_another_size_or_part_stays(root: Path):
+    load(root), load(root, 80)
+    before = set((root / ".decoded").iterdir())
+    add(root / "train" / "middle")
+    load(root)
+    after = set((root / ".decoded").iterdir())
+    assert names(root) == ["test-png-8", "test-png-80", "train-png-8", "train-png-80"]
+    assert [path.name.rpartition("-")[0] for path in before - after] == ["train-png-8"]
 
 
-def one_bit_of_a_pixel(content: bytes) -> bytes:
-    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+def with_shape(shape: tuple[int, ...], dtype: type = np.uint8) -> Callable[[bytes], bytes]:
+    def written(_: bytes) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros(shape, dtype))
+        return buffer.getvalue()
+
+    return written
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        half_written,
-        one_bit_of_a_pixel,
-        lambda content: content + b"\0",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content[:100],
         lambda content: content[:10],
         lambda content: b"",
         lambda content: b"x" + content[1:],
-        lambda content: content[:-500] + bytes(500),  # what a crash leaves of a file that was not synchronised
+        lambda content: content.replace(b"{'descr'", b"{'descr("),
+        lambda content: content.replace(b"(12, 3, 8, 8)", b"(9" + 6 * b"0" + b",)  "),
+        lambda content: bytes(len(content)),  # what a crash leaves of a file that was not synchronised
+        lambda content: b"PK\x03\x04" + content[4:],  # how NumPy knows an archive of arrays
+        lambda content: pickle.dumps(np.zeros((12, 3, 8, 8), np.uint8)),
+        with_shape((11, 3, 8, 8)),
+        with_shape((12, 3, 8, 8), np.float32),
     ],
-    ids=["half", "bit", "longer", "header", "empty", "magic", "zeros"],
-)
+    ids=[
+        "half", "one byte less", "within header", "start of header", "empty", "magic", "header", "huge", "zeros",
+        "archive", "pickle", "other shape", "other type",
+    ],
+)  # fmt: skip
 def test_damage_is_noticed(root: Path, decodes: list[Path], damage):
     first = load(root)
-    file = root / ".decoded" / "train-png-8.images"
+    (file,) = (root / ".decoded").glob("train-png-8-*.npy")
     whole = file.read_bytes()
-    file.write_bytes(damage(whole))
+    damaged = damage(whole)
+    assert damaged != whole
+    file.write_bytes(damaged)
     decodes.clear()
     assert_same(load(root), first)
     assert len(decodes) == 3 * PARTS["train"]
@@ -136,7 +167,7 @@ def test_a_copy_of_the_folder_keeps_its_cache(root: Path, decodes: list[Path], t
 def test_a_folder_that_cannot_be_written_has_its_cache_in_the_users(root: Path, decodes: list[Path], tmp_path: Path):
     (root / ".decoded").write_text("in the way: a file, where even root can make no folder")
     first = load(root)
-    assert len(list((tmp_path / "user" / "decoded-images").glob("data-*/*.images"))) == 2
+    assert len(list((tmp_path / "user" / "decoded-images").glob("data-*/*.npy"))) == 2
     decodes.clear()
     assert_same(load(root), first)
     assert decodes == []
@@ -153,21 +184,22 @@ def test_a_full_disk_is_left_alone(root: Path, monkeypatch: pytest.MonkeyPatch, 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=10))
     load(root)
-    assert not list(tmp_path.rglob("*.images"))
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_an_interrupted_write_leaves_the_old_file(root: Path, monkeypatch: pytest.MonkeyPatch):
     pixels = np.zeros((2, 3, 4, 4), np.uint8)
-    files = cache_files(root, "train", "png", 4)[:1]
-    write_cache(files, bytes(32), pixels)
+    files, others = (cache_files(root, "train-png-4", key)[:1] for key in ("a", "b"))
+    write_cache(files, pixels)
 
     def interrupted(source, target):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cache.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_cache(files, bytes(32), pixels + 1)
-    assert np.array_equal(read_cache(files, bytes(32), 2, 4), pixels)
+    for interrupted_files in (files, others):
+        with pytest.raises(KeyboardInterrupt):
+            write_cache(interrupted_files, pixels + 1)
+    assert np.array_equal(read_cache(files, (2, 3, 4, 4)), pixels)
     assert [path.name for path in files[0].parent.iterdir()] == [files[0].name], "no temporary file stays"
 
 

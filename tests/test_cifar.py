@@ -1,155 +1,201 @@
-"""The files that torchvision downloads, imitated in small: as Python 2 wrote them and as Python 3 would."""
+"""The files that torchvision downloads, imitated in small: published by the checksums that a test gives torchvision."""
 
-import io
+import hashlib
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-import torchvision.datasets.cifar
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
-from utils.data.cifar import read_cifar
 from utils.data.folder import load_data
 from utils.errors import UserError
 
-Dump = Callable[[object], bytes]
+# Of each file its images and the first label; the labels go up from there.
+FILES = {
+    CIFAR100: {"train": (12, 93), "test": (5, 40)},
+    CIFAR10: {"test_batch": (3, 1)} | {f"data_batch_{i}": (4, i) for i in range(1, 6)},
+}
+CLASSES = {CIFAR100: [f"class {i}" for i in range(100)], CIFAR10: [f"c{i}" for i in range(10)]}
 
 
-class _Python2Pickler(pickle._Pickler):
-    """Writes text and bytes as the byte strings of Python 2, which the real files are full of."""
-
-    def save_string(self, value: str | bytes) -> None:
-        raw = value.encode("latin1") if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
-        self.memoize(value)
-
-    dispatch = {**pickle._Pickler.dispatch, str: save_string, bytes: save_string}  # noqa: RUF012
+def pixels_of(name: str) -> np.ndarray:
+    """uint8 [N, 3, 32, 32] of a file."""
+    n, first = next(files[name] for files in FILES.values() if name in files)
+    return np.random.default_rng(first).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
 
 
-def python2(content: object) -> bytes:
-    buffer = io.BytesIO()
-    _Python2Pickler(buffer, protocol=2).dump(content)
-    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+def labels_of(source: type[CIFAR10], name: str) -> list[int]:
+    n, first = FILES[source][name]
+    return [(first + i) % len(CLASSES[source]) for i in range(n)]
 
 
-def python3(content: object) -> bytes:
-    return pickle.dumps(content)
+def contents(source: type[CIFAR10]) -> dict[str, bytes]:
+    label_key = "fine_labels" if source is CIFAR100 else "labels"
+    found = {
+        name: {"data": pixels_of(name).reshape(-1, 3072), label_key: labels_of(source, name), "coarse_labels": [0] * n}
+        for name, (n, _) in FILES[source].items()
+    }
+    found[source.meta["filename"]] = {source.meta["key"]: CLASSES[source], "coarse_label_names": ["all"]}
+    return {name: pickle.dumps(content) for name, content in found.items()}
 
 
-def images_of(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, 3072), dtype=np.uint8)
-
-
-def write_cifar100(root: Path, dump: Dump = python3) -> Path:
-    folder = root / "cifar-100-python"
+def write(root: Path, source: type[CIFAR10]) -> Path:
+    """The files under ``root``; returns their folder."""
+    folder = root / source.base_folder
     folder.mkdir(parents=True)
-    names = [f"class {i}" for i in range(100)]
-    (folder / "meta").write_bytes(dump({"fine_label_names": names, "coarse_label_names": ["all"]}))
-    for part, n in (("train", 12), ("test", 5)):
-        content = {"data": images_of(n, n), "fine_labels": [(7 * i) % 100 for i in range(n)], "coarse_labels": [0] * n}
-        (folder / part).write_bytes(dump({**content, "filenames": [f"{i}.png" for i in range(n)]}))
-    return root
+    for name, content in contents(source).items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
-def write_cifar10(root: Path, dump: Dump = python3) -> Path:
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    (folder / "batches.meta").write_bytes(dump({"label_names": [f"c{i}" for i in range(10)], "num_vis": 3072}))
-    for number, name in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
-        content = {"data": images_of(4, number), "labels": [(number + i) % 10 for i in range(4)], "batch_label": name}
-        (folder / name).write_bytes(dump(content))
-    return root
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torchvision take our files for those that were published."""
+    for source in FILES:
+        md5 = {name: hashlib.md5(content).hexdigest() for name, content in contents(source).items()}
+        for files in ("train_list", "test_list"):
+            monkeypatch.setattr(source, files, [[name, md5[name]] for name, _ in getattr(source, files)])
+        monkeypatch.setattr(source, "meta", source.meta | {"md5": md5[source.meta["filename"]]})
 
 
-@pytest.mark.parametrize("dump", [python2, python3])
-@pytest.mark.parametrize(
-    ("write", "source"),
-    [(write_cifar100, torchvision.datasets.CIFAR100), (write_cifar10, torchvision.datasets.CIFAR10)],
-)
-def test_reads_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write, source, dump: Dump):
-    root = write(tmp_path / "cifar", dump)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)  # ours have other checksums
-    data = load_data(str(root), "png", 32, 1)
-    for images, train in ((data.train, True), (data.test, False)):
-        expected = source(str(root), train=train)
-        assert list(data.classes) == expected.classes
-        assert images.labels.tolist() == list(expected.targets)
-        assert np.array_equal(images.pixels.numpy(), expected.data.transpose(0, 3, 1, 2))
+def refusal(root: Path, download: bool = False) -> str:
+    with pytest.raises(UserError) as refused:
+        load_data(str(root), "png", 32, 1, download)
+    message = str(refused.value)
+    assert "\n" not in message and ". " not in message, "one sentence"
+    return message
+
+
+@pytest.mark.parametrize("source", FILES)
+def test_pixels_labels_and_classes_are_those_of_the_files(tmp_path: Path, published: None, source: type[CIFAR10]):
+    write(tmp_path, source)
+    data = load_data(str(tmp_path), "png", 32, 1)
+    assert list(data.classes) == CLASSES[source] and data.val is None
+    for images, files in ((data.train, source.train_list), (data.test, source.test_list)):
+        names = [name for name, _ in files]
+        assert np.array_equal(images.pixels.numpy(), np.concatenate([pixels_of(name) for name in names]))
+        assert images.labels.tolist() == [label for name in names for label in labels_of(source, name)]
         assert images.pixels.dtype == torch.uint8 and images.labels.dtype == torch.int64
 
 
-def test_images_are_brought_to_the_size_asked_for(tmp_path: Path):
-    root = write_cifar10(tmp_path / "cifar")
-    _, (pixels, _), _ = read_cifar(root)
-    expected = np.asarray(Image.fromarray(pixels[3]).resize((16, 16), Image.Resampling.BILINEAR))
-    assert np.array_equal(load_data(str(root), "png", 16, 1).train.pixels[3].numpy(), expected.transpose(2, 0, 1))
+def test_images_are_brought_to_the_size_asked_for(tmp_path: Path, published: None):
+    write(tmp_path, CIFAR10)
+    image = Image.fromarray(pixels_of("data_batch_1")[3].transpose(1, 2, 0))
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert np.array_equal(load_data(str(tmp_path), "png", 16, 1).train.pixels[3].numpy(), expected)
 
 
-@pytest.mark.parametrize("name", ["meta", "train", "test"])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.98])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, share: float):
-    path = write_cifar100(tmp_path) / "cifar-100-python" / name
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(UserError, match=f"CIFAR file {path} cannot be read"):
-        read_cifar(tmp_path)
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["batches.meta", "data_batch_3", "test_batch"])
-def test_a_missing_file_is_named(tmp_path: Path, name: str):
-    path = write_cifar10(tmp_path) / "cifar-10-batches-py" / name
-    path.unlink()
-    with pytest.raises(UserError, match=f"CIFAR file {path} is missing"):
-        read_cifar(tmp_path)
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
+@pytest.mark.parametrize("damage", [one_bit, half, Path.unlink])
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"data": images_of(3, 0), "fine_labels": [0, 1]}, "not images of 3072 bytes each"),
-        ({"data": images_of(3, 0)[:, :100], "fine_labels": [0, 1, 2]}, "not images of 3072 bytes each"),
-        ({"data": images_of(3, 0).astype(float), "fine_labels": [0, 1, 2]}, "not images of 3072 bytes each"),
-        ({"data": images_of(3, 0), "fine_labels": [0, 1, 100]}, "label outside of the 100 classes"),
-        ({"data": images_of(3, 0), "fine_labels": [0, 1, -1]}, "label outside of the 100 classes"),
-        ({"data": images_of(3, 0)}, "cannot be read"),
-    ],
-    ids=["fewer labels", "narrow", "floats", "large label", "negative label", "no labels"],
+    ("source", "name"),
+    [(CIFAR100, "train"), (CIFAR100, "meta"), (CIFAR10, "data_batch_3"), (CIFAR10, "test_batch")],
 )
-def test_contents_that_are_not_cifars(tmp_path: Path, content: dict, message: str):
-    (write_cifar100(tmp_path) / "cifar-100-python" / "train").write_bytes(python3(content))
-    with pytest.raises(UserError, match=message):
-        read_cifar(tmp_path)
+def test_a_folder_with_a_damaged_or_missing_file_is_refused(
+    tmp_path: Path, published: None, source: type[CIFAR10], name: str, damage
+):
+    folder = write(tmp_path, source)
+    damage(folder / name)
+    assert f"{folder} lacks a file of {source.__name__} or has one that is not as it was published" in refusal(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, published: None, monkeypatch: pytest.MonkeyPatch):
+    folder = write(tmp_path, CIFAR10)
+
+    def denied(path: str, md5: str) -> bool:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(cifar, "check_integrity", denied)
+    assert "CIFAR10 could not be read" in (message := refusal(tmp_path)) and f"{folder}/data_batch_1" in message
 
 
 class _Call:
-    """Pickles to a call of a function."""
+    """Pickles to a call that makes a folder."""
 
-    def __init__(self, function: Callable, *arguments: object):
-        self.call = (function, arguments)
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
 
     def __reduce__(self):
-        return self.call
+        return os.mkdir, (self.folder,)
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-@pytest.mark.parametrize("gadget", ["os", "builtins", "numpy"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, gadget: str, protocol: int):
-    victim = tmp_path / "victim.npy"
-    call = {
-        "os": _Call(os.mkdir, str(victim)),
-        "builtins": _Call(exec, f"open({str(victim)!r}, 'w')"),
-        "numpy": _Call(np.save, str(victim), [1]),  # of NumPy itself only what arrays are made of may be called
-    }[gadget]
-    hostile = pickle.dumps({"data": call, "fine_labels": [0]}, protocol=protocol)
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, published: None, name: str):
+    victim = tmp_path / "victim"
+    hostile = pickle.dumps({"data": _Call(victim), "fine_labels": [0], "fine_label_names": []})
     pickle.loads(hostile)
-    assert victim.exists(), "the test's own pickle must be able to do harm"
-    victim.rmdir() if victim.is_dir() else victim.unlink()
-
-    path = write_cifar100(tmp_path / "data") / "cifar-100-python" / "train"
-    path.write_bytes(hostile)
-    with pytest.raises(UserError, match=f"CIFAR file {path} cannot be read .*it asks for"):
-        read_cifar(tmp_path / "data")
+    victim.rmdir()  # the test's own pickle is able to do harm
+    folder = write(tmp_path, CIFAR100)
+    (folder / name).write_bytes(hostile)
+    assert f"{folder} lacks a file" in refusal(tmp_path)
     assert not victim.exists()
+
+
+@pytest.fixture
+def downloads(published: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses that torchvision has fetched and unpacked since."""
+    fetched: list[str] = []
+
+    def fetch(url: str, root: str | Path, **_: str) -> None:
+        fetched.append(url)
+        source = CIFAR100 if url == CIFAR100.url else CIFAR10
+        for name, content in contents(source).items():
+            (Path(root) / source.base_folder).mkdir(parents=True, exist_ok=True)
+            (Path(root) / source.base_folder / name).write_bytes(content)
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", fetch)
+    return fetched
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("CIFAR-10", CIFAR10), ("cifar_10_jpeg", CIFAR10), ("cifar_100", CIFAR100), ("x", CIFAR100)]
+)
+def test_what_is_missing_is_downloaded_by_the_folders_name_once(
+    tmp_path: Path, downloads: list[str], name: str, source: type[CIFAR10]
+):
+    for _ in range(2):
+        data = load_data(str(tmp_path / name), "png", 32, 1, download=True)
+        assert list(data.classes) == CLASSES[source] and data.name == name
+    assert downloads == [source.url]
+
+
+@pytest.mark.parametrize("damage", [one_bit, Path.unlink])
+def test_what_is_damaged_is_downloaded_again_whatever_the_folders_name(tmp_path: Path, downloads: list[str], damage):
+    damage(write(tmp_path / "data", CIFAR10) / "data_batch_2")
+    assert len(load_data(str(tmp_path / "data"), "png", 32, 1, download=True).train) == 20
+    assert downloads == [CIFAR10.url]
+
+
+def test_a_folder_that_was_emptied_is_filled(tmp_path: Path, downloads: list[str]):
+    """What the message advises helps, even where the file with the classes is the damaged one."""
+    folder = write(tmp_path / "data", CIFAR10)
+    one_bit(folder / "batches.meta")
+    assert "empty it and fetch the files with --download" in refusal(tmp_path / "data", download=True)
+    for path in folder.iterdir():
+        path.unlink()
+    assert list(load_data(str(tmp_path / "data"), "png", 32, 1, download=True).classes) == CLASSES[CIFAR10]
+
+
+@pytest.mark.parametrize("error", [URLError("no route to host"), OSError(28, "No space left on device")])
+def test_a_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
+    message = refusal(tmp_path / "cifar_100", download=True)
+    assert message.startswith(f"CIFAR100 could not be read from {tmp_path / 'cifar_100'} or downloaded to it (")
+    assert str(error) in message

@@ -180,7 +180,7 @@ def results_table(records: list[Record]) -> str:
             "rows in one run; in the third, blocks are skipped on single images and masked in batches.",
         ]
         if any(r.get("latency_ms") is None for r in chain):
-            lines += ["", "–: not measured; it needs the packages onnx and onnxruntime and the row's checkpoint."]
+            lines += ["", "–: not measured; it needs the row's checkpoint."]
         if any(r["selected_on"] == "test" for r in chain):
             lines += ["", "[^test]: chosen on the test images, for want of validation images: its accuracy flatters."]
         if not all(r.get("within_budget", True) for r in chain):

@@ -56,20 +56,19 @@ def draw_crops(images: int, generator: torch.Generator, flip: bool) -> Tensor:
     return torch.stack([*offsets, mirrored.long()], dim=1)
 
 
-def crop_and_flip(pixels: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None) -> Tensor:
+def crop_and_flip(pixels: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
     """Pad each image [3, H, W] by 4 black pixels, crop it at (top, left) and mirror the marked ones.
 
     Args:
         pixels: uint8 [N, 3, H, W].
         top, left: int64 [N] in 0..8.
-        mirrored: [N], true or 1 where an image is mirrored; None mirrors none.
+        mirrored: [N], true or 1 where an image is mirrored.
     """
     n, channels, height, width = pixels.shape
     padded = F.pad(pixels, (PADDING,) * 4)
     rows = top[:, None] + torch.arange(height, device=pixels.device)
     columns = left[:, None] + torch.arange(width, device=pixels.device)
-    if mirrored is not None:
-        columns = torch.where(mirrored.bool()[:, None], columns.flip(1), columns)
+    columns = torch.where(mirrored.bool()[:, None], columns.flip(1), columns)
     image = torch.arange(n, device=pixels.device)[:, None, None, None]
     channel = torch.arange(channels, device=pixels.device)[None, :, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,16 +1,15 @@
 """Decoded images on disk, so that the next run does not decode them again.
 
-One file for each part of a data folder, image type and size.  It begins with a key, a digest of what it was made from;
-a file with another key, of another length or with a wrong checksum counts as missing and is made anew.  Where nothing
-can be written there is no cache, and nobody is bothered with it.
+One NumPy array for each part of a data folder, image type and size.  Its file's name ends with a key, a digest of what
+it was made from: where anything has changed since, no file has that name, and the images are decoded anew.  So they are
+where the file is damaged.  Where nothing can be written there is no cache, and nobody is bothered with it.
 """
 
 import hashlib
 import os
 import shutil
-import struct
-import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,8 @@ import PIL
 
 from utils.files import atomic_write
 
-HEADER = struct.Struct("<16s32sQII")  # magic, key, number of images, their size, checksum of their pixels
-MAGIC = b"decoded-images-1"
 
-
-def content_key(folder: Path, files: Sequence[Path], size: int) -> bytes:
+def content_key(folder: Path, files: Sequence[Path], size: int) -> str:
     """Digest of the files' paths below ``folder``, lengths and times of change, of ``size`` and of Pillow's version."""
     digest = hashlib.sha256(f"{size} {PIL.__version__}\n".encode())
     below = len(str(folder)) + 1
@@ -32,60 +28,57 @@ def content_key(folder: Path, files: Sequence[Path], size: int) -> bytes:
             state = f"{found.st_size} {found.st_mtime_ns}"
         except OSError:  # whoever reads it will say so
             state = "missing"
-        digest.update(f"{path[below:]}\0{state}\n".encode("utf-8", "surrogateescape"))
-    return digest.digest()
+        digest.update(os.fsencode(f"{path[below:]}\0{state}\n"))
+    return digest.hexdigest()[:32]
 
 
-def cache_files(root: Path, part: str, image_type: str, size: int) -> list[Path]:
-    """Where the cache of a part may lie: in the data folder, or in the user's own cache, by the data folder's path."""
-    name = f"{part}-{image_type}-{size}.images"
-    files = [root / ".decoded" / name]
+def cache_files(root: Path, name: str, key: str) -> list[Path]:
+    """Where a cache may lie: in the data folder, or in the user's own cache, by the data folder's path.
+
+    Args:
+        name: says part, image type and size; a folder keeps one file of a name, the newest.
+    """
+    file = f"{name}-{key}.npy"
+    files = [root / ".decoded" / file]
     try:
         own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home
         return files
     digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    return [*files, own / "decoded-images" / f"{root.resolve().name}-{digest}" / name]
+    return [*files, own / "decoded-images" / f"{root.resolve().name}-{digest}" / file]
 
 
-def read_cache(files: Sequence[Path], key: bytes, count: int, size: int) -> np.ndarray | None:
-    """The pixels, uint8 [count, 3, size, size], from the first of ``files`` that is whole and has this key."""
+def read_cache(files: Sequence[Path], shape: tuple[int, int, int, int]) -> np.ndarray | None:
+    """The pixels, uint8 [N, 3, size, size] of this shape, from the first of ``files`` that is there and whole."""
     for path in files:
         try:
-            pixels = _read(path, key, count, size)
-        except OSError:
+            pixels = np.load(path)
+            if pixels.dtype == np.uint8 and pixels.shape == shape:
+                return pixels
+        except Exception:  # missing, or damaged, which NumPy may notice anywhere
             continue
-        if pixels is not None:
-            return pixels
     return None
 
 
-def _read(path: Path, key: bytes, count: int, size: int) -> np.ndarray | None:
-    length = count * 3 * size * size
-    with open(path, "rb") as file:
-        header = file.read(HEADER.size)
-        if len(header) < HEADER.size or os.fstat(file.fileno()).st_size != HEADER.size + length:
-            return None
-        *expected, checksum = HEADER.unpack(header)
-        if expected != [MAGIC, key, count, size]:
-            return None
-        pixels = np.fromfile(file, np.uint8, length)
-    if len(pixels) != length or zlib.crc32(pixels) != checksum:
-        return None
-    return pixels.reshape(count, 3, size, size)
-
-
-def write_cache(files: Sequence[Path], key: bytes, pixels: np.ndarray) -> None:
+def write_cache(files: Sequence[Path], pixels: np.ndarray) -> None:
     """Write ``pixels``, uint8 [N, 3, size, size], to the first of ``files`` that can be written, if there is one."""
-    header = HEADER.pack(MAGIC, key, len(pixels), pixels.shape[-1], zlib.crc32(pixels))
     for path in files:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < 2 * pixels.nbytes:
                 continue  # a disk must not be filled for convenience
             with atomic_write(path) as file:
-                file.write(header)
-                file.write(pixels.data)
-            return
+                np.save(file, pixels)
         except OSError:
             continue
+        _remove_older(path)
+        return
+
+
+def _remove_older(path: Path) -> None:
+    """Remove the files beside ``path`` that have its name but another key."""
+    name, _, _ = path.name.rpartition("-")
+    for other in path.parent.glob(f"{name}-*.npy"):
+        if other != path:
+            with suppress(OSError):
+                other.unlink()

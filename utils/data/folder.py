@@ -1,4 +1,4 @@
-"""Labelled images: found on disk, decoded once into memory, split, and served in batches.
+"""Labelled images, found on disk and decoded once into memory.
 
 A data folder is either image files (``train/`` and ``test/``, one folder a class) or the files that torchvision
 downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that are too many for the memory are decoded
@@ -19,15 +19,8 @@ from tqdm import tqdm
 from utils import parallel
 from utils.data import memory
 from utils.data.cache import cache_files, content_key, read_cache, write_cache
-from utils.data.cifar import CIFAR_FOLDERS, download_cifar, read_cifar
-from utils.data.images import (
-    FetchedSet,
-    ImageFiles,
-    Images,
-    ImageSet,
-    in_rgb,
-    read_image,
-)
+from utils.data.cifar import CIFAR_FOLDERS, read_cifar
+from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, read_image
 from utils.errors import UserError
 
 IMAGE_TYPES = {
@@ -73,20 +66,19 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
 
 def _load(folder: str, image_type: str, size: int, workers: int, download: bool) -> DataSet:
     root = Path(folder).expanduser()
-    if download:
-        download_cifar(root)
+    name = root.resolve().name
+    if download or any((root / cifar).is_dir() for cifar in CIFAR_FOLDERS.values()):
+        classes, train, test = read_cifar(root, download)
+        train, test = (ImageSet(_resized(pixels, size), torch.from_numpy(labels)) for pixels, labels in (train, test))
+        return DataSet(name, classes, train, None, test)
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist: point --data_dir (data_dir in config.json) at one")
-    if any((root / name).is_dir() for name in CIFAR_FOLDERS):
-        classes, train, test = read_cifar(root)
-        train, test = (ImageSet(_resized(pixels, size), torch.from_numpy(labels)) for pixels, labels in (train, test))
-        return DataSet(_name(root), classes, train, None, test)
     parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     if "train" not in parts or len(parts) == 1:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
         raise UserError(
             f"data folder {root} holds {found}, but needs train/ and test/ with one folder a class, or one of "
-            f"{', '.join(CIFAR_FOLDERS)} (--download fetches those)"
+            f"{', '.join(CIFAR_FOLDERS.values())} (--download fetches those)"
         )
     if "test" not in parts:
         parts["test"] = parts.pop("val")
@@ -96,20 +88,15 @@ def _load(folder: str, image_type: str, size: int, workers: int, download: bool)
         if others != classes:
             odd = sorted(set(classes) ^ set(others))
             raise UserError(f"classes differ between {parts['train']} and {part}: {', '.join(odd[:5])} in one only")
-    suffixes = IMAGE_TYPES[image_type.lower()]
+    suffixes = IMAGE_TYPES[image_type]
     found = {part: _files(path, classes, suffixes) for part, path in parts.items()}
     needed = sum(len(files) for files, _ in found.values()) * 3 * size * size
     limit = memory.HOST_SHARE * memory.available_memory() / parallel.local_world_size()
     if needed > limit:
         sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
     else:
-        caches = {part: cache_files(root, part, suffixes[0][1:], size) for part in parts}
-        sets = {p: _decoded(parts[p], *listed, size, workers, caches[p]) for p, listed in found.items()}
-    return DataSet(_name(root), tuple(classes), sets["train"], sets.get("val"), sets["test"])
-
-
-def _name(root: Path) -> str:
-    return root.resolve().name
+        sets = {part: _decoded(parts[part], suffixes[0], *listed, size, workers) for part, listed in found.items()}
+    return DataSet(name, tuple(classes), sets["train"], sets.get("val"), sets["test"])
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -136,17 +123,16 @@ def _files(folder: Path, classes: list[str], suffixes: tuple[str, ...]) -> tuple
 
 
 def _streamed(files: list[Path], labels: Tensor, size: int, workers: int) -> FetchedSet:
-    paths = np.empty(len(files), dtype=object)
-    paths[:] = files
-    return FetchedSet(ImageFiles(paths, size, workers), torch.arange(len(files)), labels, torch.device("cpu"))
+    return FetchedSet(ImageFiles(files, size, workers), torch.arange(len(files)), labels, torch.device("cpu"))
 
 
-def _decoded(folder: Path, files: list[Path], labels: Tensor, size: int, workers: int, caches: list[Path]) -> ImageSet:
-    key = content_key(folder, files, size)
-    pixels = read_cache(caches, key, len(files), size)
+def _decoded(folder: Path, suffix: str, files: list[Path], labels: Tensor, size: int, workers: int) -> ImageSet:
+    name = f"{folder.name}-{suffix[1:]}-{size}"
+    caches = cache_files(folder.parent, name, content_key(folder, files, size))
+    pixels = read_cache(caches, (len(files), 3, size, size))
     if pixels is None:
         pixels = _decode(folder, files, size, workers)
-        write_cache(caches, key, pixels)
+        write_cache(caches, pixels)
     return ImageSet(torch.from_numpy(pixels), labels)
 
 

@@ -40,10 +40,6 @@ class ImageSet:
         return self.pixels.device
 
     @property
-    def image_size(self) -> int:
-        return self.pixels.shape[-1]
-
-    @property
     def place(self) -> str:
         return "in memory" if self.device.type == "cpu" else "in the GPU's memory"
 
@@ -66,9 +62,6 @@ class Source(Protocol):
     """Where the pixels of a ``FetchedSet`` come from."""
 
     @property
-    def image_size(self) -> int: ...
-
-    @property
     def workers(self) -> int: ...
 
     @property
@@ -86,10 +79,6 @@ class HostPixels:
     workers = AHEAD
     place = "in main memory"
 
-    @property
-    def image_size(self) -> int:
-        return self.pixels.shape[-1]
-
     def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
         return pool.submit(self.pixels.__getitem__, members).result
 
@@ -98,16 +87,16 @@ class HostPixels:
 class ImageFiles:
     """Images in files, where they do not fit into memory at all."""
 
-    paths: np.ndarray  # of Path, [all images]
-    image_size: int
+    paths: Sequence[Path]  # of all images
+    size: int  # height and width that they are brought to
     workers: int
     place = "decoded batch by batch"
 
     def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
-        waiting = [pool.submit(read_image, path, self.image_size) for path in self.paths[members.numpy()]]
+        waiting = [pool.submit(read_image, self.paths[i], self.size) for i in members.tolist()]
 
         def arrived() -> Tensor:
-            pixels = np.empty((len(waiting), 3, self.image_size, self.image_size), dtype=np.uint8)
+            pixels = np.empty((len(waiting), 3, self.size, self.size), dtype=np.uint8)
             for i, future in enumerate(waiting):
                 pixels[i] = future.result().transpose(2, 0, 1)
             return torch.from_numpy(pixels)
@@ -132,10 +121,6 @@ class FetchedSet:
 
     def __getitem__(self, index: Tensor | slice) -> "FetchedSet":
         return replace(self, members=self.members[index], labels=self.labels[index])
-
-    @property
-    def image_size(self) -> int:
-        return self.source.image_size
 
     @property
     def place(self) -> str:
