@@ -1,16 +1,14 @@
 """The three scripts as a user runs them, at the smallest size: shared by the tests of commands and of resuming."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
+
+from forks import Forked
 
 from utils.run import stage_folder
 
 ROOT = Path(__file__).parents[1]
-# One thread: sums over threads may round differently, and some tests compare bits.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SCRIPTS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
 EPOCHS = {"sp": 5, "rl_pruned": 4}
 FINE_TUNING = {"iterations": 2, "epochs": 2}
@@ -35,9 +33,7 @@ def arguments(stage: str, data: Path, results: Path, source: str = "") -> list[s
 
 def run(stage: str, given: list[str], code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a stage in a process of its own; it must end with the exit code."""
-    done = subprocess.run(
-        [sys.executable, ROOT / SCRIPTS[stage], *given], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    done = Forked(ROOT / SCRIPTS[stage], given).finished(timeout=240)
     assert done.returncode == code, done.stderr
     return done
 

@@ -32,8 +32,6 @@ def main() -> None:
             os.kill(os.getpid(), signal.Signals[name])  # last.pt is complete under its temporary name only
         replace(source, target)
 
-    # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     Run.record, os.replace = recording, replacing
     sys.argv = [script, *flags]
     runpy.run_path(str(ROOT / script), run_name="__main__")

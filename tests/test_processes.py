@@ -11,7 +11,8 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from commands import ENVIRONMENT, EPOCHS, ROOT, SCRIPTS, arguments, metrics, run, run_folder
+from commands import EPOCHS, ROOT, SCRIPTS, arguments, metrics, run, run_folder
+from forks import ENVIRONMENT, Forked
 from torch import nn
 
 from deploy import speeds
@@ -22,27 +23,16 @@ from utils.norms import SharedBatchNorm, with_shared_norms
 from utils.run import BEST, LAST
 
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
-HELPER = str(ROOT / "tests" / "processes.py")
+HELPER = ROOT / "tests" / "processes.py"
 
 
 def together(*given: str, count: int = 2) -> list[subprocess.CompletedProcess[str]]:
     """The helper in several processes as torchrun starts them, without the seconds that torchrun takes itself."""
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {**ENVIRONMENT, **shared, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, HELPER, *given], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=150) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [subprocess.CompletedProcess(given, p.returncode, *o) for p, o in zip(started, outputs, strict=True)]
+    shared = {**shared, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = [Forked(HELPER, given, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    return [forked.finished(timeout=300) for forked in started]
 
 
 def assert_close(a: object, b: object, where: str, **tolerance: float) -> None:
@@ -118,7 +108,7 @@ def test_the_three_stages(two, shapes: Path, tmp_path: Path, monkeypatch: pytest
 def test_a_process_that_dies_ends_the_run_which_can_be_resumed(chain: Path, shapes: Path, tmp_path: Path):
     """By torchrun itself; what it leaves is gone on with by one process and ends where that alone would have ended."""
     given = arguments("sp", shapes, tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HELPER, "lose"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HELPER), "lose"]
     done = subprocess.run([*command, "-", *given], env=ENVIRONMENT, capture_output=True, text=True, timeout=150)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

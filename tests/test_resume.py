@@ -2,9 +2,9 @@
 
 import io
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, ROOT, SCRIPTS, arguments, metrics, run, run_folder
+from commands import ROOT, SCRIPTS, arguments, metrics, run, run_folder
 from conftest import write_shapes
+from forks import Forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deploy import speeds
@@ -32,8 +33,8 @@ INTERRUPTIONS = {
 
 
 def interrupt(stage: str, given: list[str], place: str, step: int, name: str) -> None:
-    command = [sys.executable, ROOT / "tests" / "interrupting.py", SCRIPTS[stage], place, str(step), name, *given]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    arguments = [SCRIPTS[stage], place, str(step), name, *given]
+    done = Forked(ROOT / "tests" / "interrupting.py", arguments).finished(timeout=240)
     if name == "SIGINT":
         assert (done.returncode, done.stderr) == (130, CTRL_C)
     else:
@@ -86,29 +87,15 @@ def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes:
         assert [event.value for event in events.Scalars(tag)] == pytest.approx([r[tag] for r in recorded], rel=1e-6)
 
 
-def heeding_ctrl_c() -> None:
-    """In a child: SIGINT as a terminal has it, also where the tests run in the background, which ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_from_outside(shapes: Path, tmp_path: Path):
     """The signal of a terminal, somewhere in a run that would take hours."""
-    given = [*arguments("sp", shapes, tmp_path), "--epochs", "1000000"]
-    command = [sys.executable, ROOT / SCRIPTS["sp"], *given]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=heeding_ctrl_c,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 90
-        while not list(tmp_path.glob("sp/*/*/*/best.pt")):
-            assert process.poll() is None and time.monotonic() < deadline, "the first epoch never ended"
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, stderr) == (130, CTRL_C)
+    forked = Forked(ROOT / SCRIPTS["sp"], [*arguments("sp", shapes, tmp_path), "--epochs", "1000000"])
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("sp/*/*/*/best.pt")) and time.monotonic() < deadline and forked.process.is_alive():
+        time.sleep(0.02)
+    os.kill(forked.process.pid, signal.SIGINT)
+    done = forked.finished(timeout=240)
+    assert (done.returncode, done.stderr) == (130, CTRL_C)
     folder = run_folder(tmp_path, "sp")
     last = torch.load(folder / LAST, weights_only=True)
     steps = [line["step"] for line in metrics(folder)]
