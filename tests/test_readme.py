@@ -8,19 +8,23 @@ from dataclasses import MISSING, Field
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import torch
 from networks import NORMALISATION, lively_network, varied_images
+from PIL import Image
 from test_export import checkpoint_file
 
 import main_prune
 import main_rl_prune
 import main_sp
 from pruning.settings import PruneSettings
+from scripts import draw_idea
 from utils.settings import TrainingSettings, keys, settings_parser
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+KEPT_PICTURE = ROOT / "docs" / "idea.png"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
 FLAGS = {"main_sp.py": main_sp.Settings, "main_rl_prune.py": main_rl_prune.Settings}
@@ -163,3 +167,10 @@ def test_a_network_is_loaded_as_the_readme_loads_it(tmp_path: Path, monkeypatch:
 
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 130
+
+
+def test_the_picture_of_the_idea_is_what_its_script_draws(tmp_path: Path):
+    draw_idea.main(tmp_path / "idea.png")
+    drawn, kept = (np.asarray(Image.open(path).convert("L"), float) for path in (tmp_path / "idea.png", KEPT_PICTURE))
+    assert drawn.shape == kept.shape
+    assert np.abs(drawn - kept).mean() < 2, "of 255; versions of matplotlib place letters differently"
