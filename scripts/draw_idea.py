@@ -54,7 +54,7 @@ def heading(axis: Axes, x: float, y: float, words: str) -> None:
 
 
 def draw_block(axis: Axes) -> None:
-    """A residual block: the shortcut always runs, the two convolutions where the gate closes the switch."""
+    """A residual block: the shortcut always runs, the two convolutions where the gate switches them on."""
     heading(axis, 10, 582, "A block with its switch")
     carried, residual, fork, sum_ = 345, 435, 62, 400
     line(axis, (14, carried), (sum_ - 12, carried), arrow=True)
