@@ -1,31 +1,176 @@
-"""The README names every flag and key that there is, and none that there is not."""
+"""README and docs: links lead somewhere, commands are accepted, and docs/options.md has every option and no other."""
 
+import json
 import re
-import subprocess
-import sys
+import shlex
+from collections.abc import Iterator
+from dataclasses import MISSING, Field
 from pathlib import Path
+from urllib.parse import unquote
 
+import numpy as np
 import pytest
+import torch
+from networks import NORMALISATION, lively_network, varied_images
+from PIL import Image
+from test_export import checkpoint_file
 
+import main_prune
+import main_rl_prune
+import main_sp
 from pruning.settings import PruneSettings
-from utils.settings import keys
+from scripts import draw_idea
+from utils.settings import TrainingSettings, keys, settings_parser
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-TABLES = README[README.index("## Flags and keys") :]
+README = ROOT / "README.md"
+KEPT_PICTURE = ROOT / "docs" / "idea.png"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
+FLAGS = {"main_sp.py": main_sp.Settings, "main_rl_prune.py": main_rl_prune.Settings}
+SHARED, OF_STAGE_1, OF_STAGE_3, OF_STAGE_2 = (
+    "## Flags of stages 1 and 3",
+    "### Stage 1 only",
+    "### Stage 3 only",
+    "## Keys of stage 2",
+)
 
 
-@pytest.mark.parametrize("script", ["main_sp.py", "main_rl_prune.py"])
-def test_every_flag_is_in_the_readme(script):
-    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    flags = set(re.findall(r"--[a-z_]+", shown.stdout)) - {"--help"}
-    assert flags and all(f"`{flag}`" in TABLES for flag in flags), sorted(f for f in flags if f"`{f}`" not in TABLES)
+def rows(heading: str) -> dict[str, tuple[str, str]]:
+    """Default and meaning of every option in the table below a heading of docs/options.md."""
+    below = OPTIONS[OPTIONS.index(f"\n{heading}\n") + len(heading) + 2 :]
+    section = re.split(r"^##", below, maxsplit=1, flags=re.M)[0]
+    found = re.findall(r"^\| `(?:--)?(\w+)` \| (.*?) \| (.*) \|$", section, re.M)
+    assert len({name for name, *_ in found}) == len(found), "an option has two rows"
+    return {name: (default, meaning) for name, default, meaning in found}
 
 
-def test_keys_of_the_readme_are_those_of_the_settings():
-    stage2 = TABLES[TABLES.index("Stage 2, ") : TABLES.index("## How the stages")]
-    assert sorted(re.findall(r"^\| `(\w+)`", stage2, re.M)) == sorted(f.name for f in keys(PruneSettings))
+def shown(value: object) -> str:
+    """A default as the tables show it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def test_no_placeholder_is_left():
-    assert "@@" not in README
+def default_flag(f: Field) -> str:
+    if f.default is MISSING:
+        return "required"
+    return "off" if f.default is False else {"": "empty", None: "none"}.get(f.default) or shown(f.default)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every command in a page's bash blocks; a placeholder such as <run> or [IMG_TYPE] is one of them."""
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = [word for word in shlex.split(line, comments=True) if not word.startswith("CUDA_VISIBLE_DEVICES=")]
+            if words:
+                yield words
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_shared_flags_are_those_of_the_settings():
+    first, third = ({f.name: default_flag(f) for f in keys(settings)} for settings in FLAGS.values())
+    wanted = {f.name: f"{first[f.name]} / {third[f.name]}" for f in keys(TrainingSettings)}
+    wanted = {name: pair.split(" / ")[0] if len(set(pair.split(" / "))) == 1 else pair for name, pair in wanted.items()}
+    assert {name: default for name, (default, _) in rows(SHARED).items()} == {**wanted, "resume": "off"}
+
+
+@pytest.mark.parametrize(("script", "heading"), [("main_sp.py", OF_STAGE_1), ("main_rl_prune.py", OF_STAGE_3)])
+def test_the_flags_of_a_stage_are_those_of_its_settings(script: str, heading: str):
+    shared = {f.name for f in keys(TrainingSettings)}
+    wanted = {f.name: default_flag(f) for f in keys(FLAGS[script]) if f.name not in shared}
+    assert {name: default for name, (default, _) in rows(heading).items()} == wanted
+
+
+def test_the_keys_of_stage_2_are_those_of_config_json():
+    config = json.loads((ROOT / "config.json").read_text())
+    wanted = {f.name: shown(config[f.name]) or "empty" for f in keys(PruneSettings)}
+    wanted |= {name: str(value).lower() for name, value in config.items() if isinstance(value, bool)}
+    assert {name: default for name, (default, _) in rows(OF_STAGE_2).items()} == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "headings"),
+    [
+        (main_sp.Settings, (SHARED, OF_STAGE_1)),
+        (main_rl_prune.Settings, (SHARED, OF_STAGE_3)),
+        (PruneSettings, (OF_STAGE_2,)),
+    ],
+)
+def test_every_value_that_can_be_chosen_is_named(settings: type, headings: tuple[str, ...]):
+    described = {name: row for heading in headings for name, row in rows(heading).items()}
+    for f in keys(settings):
+        for choice in f.metadata["choices"] or ():
+            assert choice == str(f.default) or f"`{choice}`" in described[f.name][1], (f.name, choice)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page: Path):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if not re.match(r"https?://", link)]
+    for link in links:
+        target, _, anchor = unquote(link).partition("#")
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(file), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch):
+    """Flags, keys and values of the three stages are parsed; of other commands file and flags have to exist."""
+    monkeypatch.chdir(ROOT)
+    for program, *given in commands(page):
+        if program == "torchrun":
+            program, given = "python", given[[word.startswith("--") for word in given].index(False) :]
+        if program == "bash":
+            assert Path(given[0]).is_file(), given
+        elif program == "pip":
+            assert given[:2] == ["install", "-r"] and Path(given[2]).is_file(), given
+        elif program == "python" and given[0] in FLAGS:
+            flags = given[1:] if "..." not in given else [*given[1 : given.index("...")], "--data_dir", "data"]
+            settings_parser(FLAGS[given[0]], "").parse_args(flags)
+        elif program == "python" and given[0] == "main_prune.py":
+            monkeypatch.setattr("sys.argv", given)
+            main_prune.parse_arguments()
+        else:
+            assert (program, given[0]) == ("python", "-m"), given
+            module = Path(given[1].replace(".", "/")).with_suffix(".py")
+            sources = [path.read_text() for path in (module, module.with_name("common.py")) if path.exists()]
+            for flag in re.findall(r"--\w+", " ".join(given)):
+                assert any(f'"{flag}"' in source for source in sources), (given[1], flag)
+
+
+def test_the_options_of_the_readme_exist():
+    table = README.read_text().split("## The options that matter")[1]
+    named = re.findall(r"`(?:--)?(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.M)))
+    known = {f.name for settings in (*FLAGS.values(), PruneSettings) for f in keys(settings)}
+    assert len(named) > 10 and set(named) <= known
+
+
+def test_a_network_is_loaded_as_the_readme_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snippet = re.search(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)[1]
+    network = lively_network("rl_pruned", "rnn")
+    checkpoint_file(tmp_path / "best.pt", network, [f"class{i}" for i in range(10)])
+    monkeypatch.chdir(tmp_path)
+    images = varied_images(8)
+    names = {"images": images}
+    with torch.no_grad():
+        exec(snippet, names)
+        expected = network(NORMALISATION.apply(images))
+    torch.testing.assert_close(names["logits"], expected.logits)
+    assert torch.equal(names["decisions"], expected.decisions)
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 130
+
+
+def test_the_picture_of_the_idea_is_what_its_script_draws(tmp_path: Path):
+    draw_idea.main(tmp_path / "idea.png")
+    drawn, kept = (np.asarray(Image.open(path).convert("L"), float) for path in (tmp_path / "idea.png", KEPT_PICTURE))
+    assert drawn.shape == kept.shape
+    assert np.abs(drawn - kept).mean() < 2, "of 255; versions of matplotlib place letters differently"
