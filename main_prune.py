@@ -114,12 +114,14 @@ def main() -> None:
             if progress.iteration > 0:
                 network, accuracy = fine_tune(stage, network, progress, last and last.checkpoint)
                 last = None
-            run.say(f"after iteration {progress.iteration}: accuracy {accuracy:.2%}, to stay above {floor:.2%}")
+            run.say(
+                f"after iteration {progress.iteration}: accuracy {accuracy:.2%}, budget at least {max(floor, 0):.2%}"
+            )
             if progress.iteration == settings.max_iter or accuracy < floor - 1e-9:
                 break
             smaller = prune(stage, network, progress)
             if smaller is None:
-                run.say("no layer needs or bears more: the target is met, or prune_ratio_limit or prune_ratio stops it")
+                run.say("nothing more to prune: the target is met, or prune_ratio or prune_ratio_limit leaves nothing")
                 break
             network = smaller
 
@@ -138,12 +140,12 @@ def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Che
     path = source_path(start.source, settings.result_dir)
     missing = epochs_missing(path)
     if missing:
-        run.say(f"{start.source} is of a run that still has {missing} epochs to go: main_sp.py --resume ends it")
+        run.say(f"{start.source} is of a run of stage 1 with {missing} epochs left: its command with --resume ends it")
     return load_checkpoint(path)
 
 
 def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:
-    """Where the last iteration is to arrive."""
+    """The budget of the last iteration."""
     budgets = {}
     for key in ("flops", "parameters"):
         target = getattr(settings, f"target_{key}")
@@ -152,7 +154,7 @@ def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:
 
 
 def next_goal(stage: Stage, progress: PruningProgress, cost: NetworkCost) -> Goal:
-    """Where the next iteration is to arrive, so that the last one lands on the target."""
+    """The budget of the next iteration, so that the last one lands on the target."""
     goal = last_goal(stage.settings, stage.start.original)
     left = stage.settings.max_iter - progress.iteration
     flops = part_of_the_way(cost.flops, goal.flops, left)

@@ -57,12 +57,18 @@ class Settings(TrainingSettings):
     gamma: float = setting(1.0, "discount of what follows a decision", low=0, high=1)
     gate_lr: float = setting(0.01, "learning rate of the gates at the start, of Adam", low=0)
     rl_weight: float = setting(0.1, "weight of the policy loss beside the cross-entropy", low=0)
-    distill: float = setting(0.5, "weight of following the start's predictions", low=0, high=1)
+    distill: float = setting(0.5, "weight of following the predictions of the network it starts from", low=0, high=1)
     entropy_weight: float = setting(0.02, "bonus for undecided switches, in nats of return", low=0)
     baseline: str = setting("greedy", "what a return is compared with", choices=BASELINES)
-    batch_norm: str = setting("frozen", "statistics under drawn decisions", choices=BATCH_NORM_MODES)
+    batch_norm: str = setting(
+        "frozen",
+        "batch norms in training: frozen, reestimate (anew before each validation), or follow (as published)",
+        choices=BATCH_NORM_MODES,
+    )
     max_accuracy_drop: float = setting(0.01, "accuracy that may be lost against stage 1", low=0, high=1)
-    target_computation: float | None = setting(None, "steer to this share of executed FLOPs instead", low=0, high=1)
+    target_computation: float | None = setting(
+        None, "share of the FLOPs to execute, instead of the accuracy budget", low=0, high=1
+    )
 
     def rates(self, epoch: int) -> list[Callable[[float], float]]:
         """Learning rates of an epoch, of the network and of its gates, see ``rates_of_epoch``."""
@@ -160,11 +166,11 @@ def reinforcement(
 
 
 def begin(run: Run, keeper: Keeper, steering: Steering, splits: Splits, cost: NetworkCost) -> None:
-    """Make the switches doubt, and keep the network as it came: it is the first candidate."""
+    """Rescale the gates' logits, and keep the network as it came: it is the first candidate."""
     network, normalisation, budget = keeper.network, keeper.described.normaliser(), steering.budget
     start = evaluate(network, splits.val, normalisation, cost)
     run.say(
-        f"{splits.val_name} accuracy {start.accuracy:.2%}, to stay above {budget.floor:.2%} (stage 1 had "
+        f"{splits.val_name} accuracy {start.accuracy:.2%}, budget at least {max(budget.floor, 0):.2%} (stage 1 had "
         f"{keeper.described.original['accuracy']:.2%}); computation {start.computation:.1%}"
     )
     rescale_gate_logits(network, normalisation.apply(splits.train[:RESCALING_IMAGES].pixels))
@@ -199,8 +205,8 @@ def finish(
 def go_back(run: Run, keeper: Keeper, steering: Steering, setup: Reinforcement, budget: Budget) -> dict[str, float]:
     """After a collapse: train on from the best network; its accuracy and computation."""
     run.say(
-        f"accuracy is far below {budget.floor:.2%}: back to the best network (it may be kept by a smaller --lr or by "
-        f"--batch_norm reestimate)"
+        f"accuracy is far below {budget.floor:.2%}: back to the best network (a smaller --lr or "
+        f"--batch_norm reestimate may prevent this)"
     )
     best = keeper.best()
     setup.network.load_state_dict(best.weights)

@@ -1,6 +1,6 @@
 """Stage 1: train a CIFAR ResNet together with its switches, supervised.
 
-Cross-entropy through drawn decisions with straight-through gradients; half of the images pass with every switch open.
+Cross-entropy through drawn decisions with straight-through gradients; half of the images run every block.
 Writes result_dir/sp/<data set>/<network><depth>/<run>/ and the results table.  The README shows the use.
 """
 
@@ -35,7 +35,7 @@ class Settings(TrainingSettings):
 
     width: int = setting(64, "channels of the first group; the others have 2x and 4x", low=1)
     gate: str = setting("rnn", "kind of switch: recurrent, two feed-forward kinds, or none", choices=GATES)
-    val_fraction: float = setting(0.1, "share of training images to choose by", low=0, below=1)
+    val_fraction: float = setting(0.1, "share of the training images set aside for validation", low=0, below=1)
     no_flip: bool = setting(False, "do not mirror images (for digits and the like)")
 
 
@@ -61,7 +61,10 @@ def main() -> None:
 
     with open_run(parent, settings, last, resume) as run:
         splits = splits.to(device)
-        run.say(f"{run.path} on {device}, {splits.place}: {len(splits.train)} to train, {len(splits.val)} to choose by")
+        run.say(
+            f"{run.path} on {device}, {splits.place}: {len(splits.train):,} training images, "
+            f"{len(splits.val):,} {splits.val_name} images"
+        )
         run.say(f"{settings.network}{settings.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
         progress = Progress()
         described = description(settings, data, normalisation, cost)
@@ -95,7 +98,7 @@ def main() -> None:
 
 
 def description(settings: Settings, data: DataSet, normalisation: Normalisation, cost: NetworkCost) -> Checkpoint:
-    """What every checkpoint of the run says."""
+    """What every checkpoint of the run holds."""
     return Checkpoint(
         stage="sp",
         architecture={},  # the keeper fills in what belongs to the network

@@ -56,7 +56,7 @@ def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str],
                 for column, i in enumerate(members.tolist(), start):
                     row[column].imshow(images[i : i + 1].pixels[0].cpu().permute(1, 2, 0).numpy())
                     row[column].set_title(f"{executed[i].item() / 1e6:.2f}", fontsize=7, pad=2)
-        figure.suptitle("cheapest <- class -> dearest test images (MFLOPs)")
+        figure.suptitle("least costly <- class -> most costly test images (MFLOPs)")
         yield figure
 
 

@@ -102,5 +102,5 @@ def policy_line(
     return (
         f"{title}  alpha {train.alpha:.3g}  loss {train.loss:.4f}  return {train.total_return:.4f}  entropy "
         f"{train.entropy:.3f}  {val_name}: accuracy {val.accuracy:.2%} (every block {every_block.accuracy:.2%})  "
-        f"computation {val.computation:.1%} (at one half {at_half.accuracy:.2%} at {at_half.computation:.1%})"
+        f"computation {val.computation:.1%} (threshold 0.5: {at_half.accuracy:.2%} at {at_half.computation:.1%})"
     )

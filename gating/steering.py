@@ -139,7 +139,7 @@ class SteeredAlpha:
 
 
 @dataclass
-class Waypoint:
+class SteeringPoint:
     """Where steering stands between two epochs; computations are shares of all FLOPs."""
 
     alpha: float
@@ -161,14 +161,14 @@ class Steering:
     ):  # fmt: skip
         self.budget, self.skippable, self.epochs, self.steps = budget, cost.skippable, epochs, steps
         self.device, self.fixed = device, fixed
-        self.now = Waypoint(alpha, 1.0)
+        self.now = SteeringPoint(alpha, 1.0)
         self.best = self.now
         self.start = self.setpoint = 1.0
 
     def begin(self, accuracy: float, computation: float) -> None:
         """Take note of the network that stage 3 starts from, and plan the first epoch."""
         self.start = computation
-        self.now = self.best = Waypoint(self.now.alpha, computation)
+        self.now = self.best = SteeringPoint(self.now.alpha, computation)
         self.plan(1, accuracy, computation)
 
     def plan(self, epoch: int, accuracy: float, computation: float) -> None:
@@ -185,11 +185,11 @@ class Steering:
 
     def observe(self, controller: FixedAlpha | SteeredAlpha, computation: float) -> None:
         """Take note of where an epoch has led: its alpha, and the computation at the threshold of one half."""
-        self.now = Waypoint(controller.final, computation)
+        self.now = SteeringPoint(controller.final, computation)
 
     def remember(self, computation: float) -> None:
         """Keep this place as that of the best network, which executes ``computation``."""
-        self.best = Waypoint(self.now.alpha, computation)
+        self.best = SteeringPoint(self.now.alpha, computation)
 
     def go_back(self) -> None:
         """Go on from the best network."""
@@ -199,5 +199,5 @@ class Steering:
         return {"now": asdict(self.now), "best": asdict(self.best), "start": self.start, "setpoint": self.setpoint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.now, self.best = Waypoint(**state["now"]), Waypoint(**state["best"])
+        self.now, self.best = SteeringPoint(**state["now"]), SteeringPoint(**state["best"])
         self.start, self.setpoint = state["start"], state["setpoint"]

@@ -1,4 +1,4 @@
-"""Switches that are sure of themselves made to doubt again, without changing what they decide."""
+"""The gates' logits scaled down, so that switches that are sure explore again; what they decide stays."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from models import ResNet, all_on
 from utils.modes import evaluation_mode
 
-LOGIT = 2.0  # mean size of a softened switch's logit: it is followed about seven times in eight
+LOGIT = 2.0  # mean size of a logit afterwards: a draw agrees with the threshold about seven times in eight
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def check_depth(depth: int) -> None:
         ValueError: unless it is 6n + 2, n >= 1.
     """
     if depth < 8 or (depth - 2) % 6 != 0:
-        raise ValueError(f"depth {depth} is not of the form 6n+2: use 8, 14, 20, 26, 32, 38, 44, 56 or 110")
+        raise ValueError(f"depth {depth} is not of the form 6n+2: use 8, 14, 20, 26, 32, 38, 44, 50, 56 or 110")
 
 
 class RoutedOutput(NamedTuple):
@@ -59,11 +59,11 @@ class BasicBlock(nn.Module):
             )
 
     def residual(self, x: Tensor) -> Tensor:
-        """The part that a switch can save."""
+        """The residual branch, which a skipped block leaves out."""
         return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
 
     def carried(self, x: Tensor) -> Tensor:
-        """What passes even where the block is skipped."""
+        """The shortcut branch, computed in any case."""
         return x if self.shortcut is None else self.shortcut(x)
 
     def forward(self, x: Tensor, decisions: Tensor | None = None) -> Tensor:
@@ -185,7 +185,7 @@ class ResNet(nn.Module):
             images: [N, 3, H, W], normalised as the checkpoint says.
             decide: how probabilities become decisions, see ``models.decisions``.
             skip: run a block on the images whose switch is on only (true), or on all images and multiply by the
-                decisions (false), which a gradient through the decisions needs.  By default as evaluation mode is on.
+                decisions (false), which a gradient through the decisions needs.  By default true in evaluation mode.
         """
         skip = not self.training if skip is None else skip
         x = F.relu(self.stem(images))

@@ -152,5 +152,5 @@ def check_data(checkpoint: Checkpoint, data: DataSet, image_size: int) -> None:
     if image_size != checkpoint.data["image_size"]:
         raise UserError(
             f"the checkpoint was trained on images of {checkpoint.data['image_size']} pixels, not {image_size}: "
-            f"change resize"
+            f"change --resize (resize in config.json)"
         )

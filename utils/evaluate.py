@@ -61,10 +61,10 @@ def evaluate(
 ) -> Evaluation:
     """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards.
 
+    Each of several processes runs it on its part of the images, and all get what was measured on all.
+
     Args:
         cost: of the network for one such image (``utils.flops.network_cost``).
-
-    Each of several processes runs it on its part of the images, and all get what was measured on all.
     """
     loss = correct = torch.zeros((), device=images.device, dtype=torch.float64)
     local = parallel.local_slice(len(images))
