@@ -1,0 +1,233 @@
+"""What could be done instead of skipping by image, at as many executed FLOPs: do the switches add anything?
+
+From the statically pruned network that stage 3 started from, and at the mean FLOPs that stage 3's network executes:
+
+* ``pruned further``: static pruning goes on to these FLOPs;
+* ``blocks removed``: whole blocks leave for all images alike, the least harmful one first, judged on the validation
+  images, until the FLOPs are reached;
+* ``switches``: stage 3's network as it is;
+* ``random switches``: stage 3's network, each switch deciding at random as often as it does by itself.
+
+The first two are fine-tuned for as many epochs as stage 3 took, following the network they come from, as stage 3 does;
+the epoch with the best validation accuracy counts.  Accuracies are those of the test images.  Finished measurements are
+kept in OUT.jsonl, so a run that is started again with the same arguments goes on.
+
+    python -m benchmarks.alternatives --static PRUNED/best.pt --dynamic RL_PRUNED/best.pt --data_dir DATA --out OUT
+"""
+
+import argparse
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Trained, append_line, beside, machine, read_lines
+from gating.distillation import distillation_loss_fn
+from gating.supervised import supervised_epoch
+from models import ResNet, RoutedOutput, all_on
+from models.decisions import DecisionRule
+from pruning.iteration import prune_once
+from pruning.selection import Goal
+from pruning.settings import Method
+from utils.checkpoint import check_data, load_checkpoint
+from utils.data.batches import Splits, TrainingBatches, plain_batches, split_data
+from utils.data.folder import load_data
+from utils.device import pick_device, placed
+from utils.errors import run_command
+from utils.evaluate import evaluate
+from utils.flops import NetworkCost, network_cost
+from utils.norms import reestimate_batch_norms
+from utils.optimisers import rates_of_epoch, sgd
+from utils.settings import image_type
+
+FISHER_IMAGES = 10000
+RANDOM_DRAWS = 5  # passes over the test images with random decisions
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What switches add.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--static", type=Path, required=True, help="best.pt of stage 2, which stage 3 started from")
+    add("--dynamic", type=Path, required=True, help="best.pt of stage 3")
+    add("--data_dir", required=True, help="data folder they were trained on")
+    add("--img_type", type=image_type, default="png", help="image files to read")
+    add("--num_workers", type=int, default=4, help="threads that decode images")
+    add("--epochs", type=int, default=10, help="of fine-tuning, as many as stage 3 took")
+    add("--lr", type=float, default=0.02, help="of fine-tuning, at its start")
+    add("--batch_size", type=int, default=128)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("alternatives"), help="path of the results, without .jsonl")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    static, dynamic, device = load_checkpoint(args.static), load_checkpoint(args.dynamic), pick_device()
+    size = static.data["image_size"]
+    data = load_data(args.data_dir, args.img_type, size, args.num_workers)
+    check_data(static, data, size)
+    splits = split_data(data, static.data["val_fraction"], static.data["split_seed"]).to(device)
+    start, switched = Trained(static, splits, device), Trained(dynamic, splits, device)
+    target = switched.evaluated(switched.network(), splits.val).flops_executed
+    lines = beside(args.out, ".jsonl")
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    done = {line["method"] for line in read_lines(lines)}
+    methods = {
+        "start": lambda: result(start, start.network(), all_on),
+        "switches": lambda: switches(switched),
+        "random switches": lambda: random_switches(switched, args.seed),
+        "pruned further": lambda: pruned_further(start, target, args),
+        "blocks removed": lambda: blocks_removed(start, target, args),
+    }
+    for method, measure in methods.items():
+        if method not in done:
+            torch.manual_seed(args.seed)
+            measured = {"method": method, "seed": args.seed, **measure(), "machine": machine()}
+            append_line(lines, measured)
+            print(json.dumps(measured), flush=True)
+
+
+def result(trained: Trained, network: ResNet, decide: DecisionRule) -> dict[str, float]:
+    """Accuracy and executed GFLOPs on the test images, and the network's parameters."""
+    measured = trained.evaluated(network, trained.splits.test, decide)
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"accuracy": measured.accuracy, "gflops": measured.flops_executed / 1e9, "parameters": parameters}
+
+
+def switches(trained: Trained) -> dict[str, float]:
+    """The switches' own decisions, and how many bits of them differ between images."""
+    network = trained.network()
+    measured = trained.evaluated(network, trained.splits.test)
+    bits = sum(-sum(p * math.log2(p) for p in (share, 1 - share) if p > 0) for share in measured.passing)
+    return {
+        "accuracy": measured.accuracy,
+        "gflops": measured.flops_executed / 1e9,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "bits": bits,
+        "passing": measured.passing,
+    }
+
+
+def random_switches(trained: Trained, seed: int) -> dict[str, float]:
+    """The same network with decisions that are drawn with the same rates, whatever the image."""
+    network = trained.network()
+    rates = trained.evaluated(network, trained.splits.val).passing
+    draws = torch.Generator(trained.device).manual_seed(seed)
+    found = [with_rates(trained, network, rates, draws) for _ in range(RANDOM_DRAWS)]
+    return {key: sum(one[key] for one in found) / len(found) for key in found[0]}
+
+
+@torch.no_grad()
+def with_rates(trained: Trained, network: ResNet, rates: list[float], draws: torch.Generator) -> dict[str, float]:
+    """One pass over the test images, every switch on with its rate."""
+    cost, test = network_cost(network, trained.image_size), trained.splits.test
+    correct, executed = 0, []
+    for x, y in plain_batches(test, 256, trained.normalisation):
+        passing = torch.rand(len(x), len(rates), generator=draws, device=x.device) < torch.tensor(
+            rates, device=x.device
+        )
+        output = network(x, decide=decided(passing.float()))
+        correct += (output.logits.argmax(dim=1) == y).sum().item()
+        executed.append(cost.executed(output.decisions.cpu()))
+    return {"accuracy": correct / len(test), "gflops": torch.cat(executed).mean().item() / 1e9}
+
+
+def decided(decisions: Tensor) -> DecisionRule:
+    """Rule for one forward pass that decides what was decided before, [N, K] or [K]."""
+    columns = iter(decisions.unbind(-1))
+    return lambda probabilities: next(columns).to(probabilities.dtype).expand_as(probabilities)
+
+
+def pruned_further(trained: Trained, target: float, args: argparse.Namespace) -> dict[str, float]:
+    """Static pruning that goes on to ``target`` FLOPs, in one step."""
+    network, splits = trained.network().eval(), trained.splits
+    order = torch.Generator().manual_seed(args.seed)
+    fisher = splits.train[torch.randperm(len(splits.train), generator=order)[:FISHER_IMAGES]]
+    batches = lambda: plain_batches(fisher, args.batch_size, trained.normalisation)  # noqa: E731
+    draws = torch.Generator(trained.device).manual_seed(args.seed)
+    cost = network_cost(network, trained.image_size)
+    pruned = prune_once(
+        network, batches, draws, cost=cost, goal=Goal(flops=target), method=Method(prune_ratio_limit=0.97)
+    )
+    smaller = placed(pruned.network, trained.device)
+    reestimate_batch_norms(smaller, batches(), all_on)
+    fine_tune(trained, smaller, args, all_on)
+    return result(trained, smaller, all_on)
+
+
+def blocks_removed(trained: Trained, target: float, args: argparse.Namespace) -> dict[str, float]:
+    """Whole blocks that leave for all images, greedily by the accuracy on the validation images."""
+    network, splits = trained.network(), trained.splits
+    cost = network_cost(network, trained.image_size)
+    kept = torch.ones(network.switches)
+    while executed(cost, kept) > target and kept.sum() > 0:
+        kept = least_harmful(trained, network, splits, cost, kept)
+    some = splits.train[torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:FISHER_IMAGES]]
+    reestimate_batch_norms(network, plain_batches(some, args.batch_size, trained.normalisation), Same(kept))
+    fine_tune(trained, network, args, Same(kept))
+    return {**result(trained, network, Same(kept)), "kept": kept.tolist()}
+
+
+class Same:
+    """Rule for any number of forward passes that decides alike for all images.
+
+    Args:
+        kept: [K], 1 where a block runs.
+    """
+
+    def __init__(self, kept: Tensor):
+        self.columns = itertools.cycle(kept.tolist())
+
+    def __call__(self, probabilities: Tensor) -> Tensor:
+        return torch.full_like(probabilities, next(self.columns))
+
+
+def executed(cost: NetworkCost, kept: Tensor) -> float:
+    return cost.executed(kept[None]).item()
+
+
+def least_harmful(trained: Trained, network: ResNet, splits: Splits, cost: NetworkCost, kept: Tensor) -> Tensor:
+    """The set of blocks without the one whose removal costs the least validation loss for each FLOP it saves."""
+    now = evaluate(network, splits.val, trained.normalisation, cost, Same(kept)).loss
+    best = None
+    for block in kept.nonzero().flatten().tolist():
+        without = kept.clone()
+        without[block] = 0
+        loss = evaluate(network, splits.val, trained.normalisation, cost, Same(without)).loss
+        price = (loss - now) / cost.blocks[block]
+        if best is None or price < best[0]:
+            best = price, without
+    return best[1]
+
+
+def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule: DecisionRule) -> None:
+    """Train ``network`` in place under a fixed rule; it ends with the weights of its best epoch."""
+
+    def forward(images: Tensor, _, drawn: tuple[Tensor, ...], skip: bool) -> RoutedOutput:
+        return network(images, decide=rule, skip=images.device.type == "cpu")
+
+    splits, order = trained.splits, torch.Generator().manual_seed(args.seed)
+    draws = torch.Generator(trained.device).manual_seed(args.seed)
+    optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
+    loss_fn = distillation_loss_fn(trained.network().eval(), 0.5)
+    cost = network_cost(network, trained.image_size)
+    flip = trained.checkpoint.data["flip"]
+    batches = TrainingBatches(splits.train, args.batch_size, order, trained.normalisation, flip)
+    best = -1.0, network.state_dict()
+    for epoch in range(1, args.epochs + 1):
+        rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
+        supervised_epoch(
+            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}",
+            loss_fn=loss_fn, forward=forward,
+        )  # fmt: skip
+        accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule).accuracy
+        if accuracy > best[0]:
+            best = accuracy, {name: weight.clone() for name, weight in network.state_dict().items()}
+    network.load_state_dict(best[1])
+
+
+if __name__ == "__main__":
+    run_command(main)

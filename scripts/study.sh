@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# What do switches save on top of static pruning, at one point of accuracy?  From nothing to tables and pictures.
+# Usage: bash scripts/study.sh small|medium|full RESULT_DIR [SEEDS]
+#   small    ResNet-20, width 32, 16x16 pixels, three seeds: the comparisons
+#   medium   the same network at 32x32, one seed: the headline
+#   full     ResNet-32, width 64, the published epochs, one seed: for a GPU
+# DATA_DIR and IMG_TYPE say where the images are (data/cifar10, jpg).  Stopped at any moment, within a run too, the same
+# command goes on; SECONDS_A_PIECE stops a run by itself after so long, for machines that are lent in pieces.
+# Uses the python on the PATH, one process at a time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 2 ] || { sed -n 3,9p "$0"; exit 2; }
+size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-jpg}
+case $size in
+small)  depth=20 width=32 pixels=16 first=30 tuning=3 third=12 seeds=${3:-3} images=20000 ;;
+medium) depth=20 width=32 pixels=32 first=30 tuning=3 third=8 seeds=${3:-1} images=20000 ;;
+full)   depth=32 width=64 pixels=32 first=200 tuning=20 third=100 seeds=${3:-1} images=50000 ;;
+*)      echo "error: study $size is unknown: use small, medium or full" >&2; exit 2 ;;
+esac
+network="$(basename "$(realpath "$data")")/resnet$depth"
+common=(--depth "$depth" --resize "$pixels" --img_type "$type" --data_dir "$data" --num_workers 4)
+
+run() {  # run COMMAND...: in pieces where SECONDS_A_PIECE asks for it; 130 is what an interrupted run ends with
+    echo "+ $*"
+    if [ -n "${SECONDS_A_PIECE:-}" ]; then timeout --signal=INT "$SECONDS_A_PIECE" "$@"; else "$@"; fi
+}
+has() { compgen -G "$1/$2/$network/*/record.json" > /dev/null; }  # has FOLDER STAGE: a run of it has reported
+chosen() { ls "$1/$2/$network"/*/best.pt | tail -n 1; }
+
+first() {  # first FOLDER SEED MORE...
+    local folder=$1 seed=$2; shift 2
+    has "$folder" sp || run python main_sp.py "${common[@]}" --width "$width" --epochs "$first" --lr 0.1 --bs 128 \
+        --seed "$seed" --result_dir "$folder" "$@" --resume
+}
+second() {  # second FOLDER SEED: the cheapest within one point
+    has "$1" pruned || run python main_prune.py --config_path config.json --set "depth=$depth" --set "width=$width" \
+        --set "resize=$pixels" --set "img_type=$type" --set "data_dir=$data" --set num_workers=4 --set "seed=$2" \
+        --set "result_dir=$1" --set target_flops=0.12 --set max_iter=8 --set "epochs_start=$tuning" \
+        --set "epochs_end=$((2 * tuning))" --resume
+}
+third() {  # third FOLDER SEED MORE...
+    local folder=$1 seed=$2; shift 2
+    has "$folder" rl_pruned || run python main_rl_prune.py "${common[@]}" --epochs "$third" --lr 0.02 --bs 128 \
+        --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
+}
+
+for ((seed = 0; seed < seeds; seed++)); do
+    chain=$results/seed_$seed
+    first "$chain" "$seed"
+    second "$chain" "$seed"
+    third "$chain" "$seed"
+    if [ "$size" != medium ]; then
+        first "$results/reference/seed_$seed" "$seed" --gate none
+        third "$results/dense_switched/seed_$seed" "$seed" --checkpoint "$(chosen "$chain" sp)"
+    fi
+    run python -m benchmarks.alternatives --static "$(chosen "$chain" pruned)" --dynamic "$(chosen "$chain" rl_pruned)" \
+        --data_dir "$data" --img_type "$type" --epochs "$third" --seed "$seed" --out "$results/alternatives_$seed"
+done
+[ "$size" = medium ] || run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \
+    --data_dir "$data" --img_type "$type" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" --epochs 2 \
+    --train_images "$images" --out "$results/criteria"
+run python -m benchmarks.study "$results"

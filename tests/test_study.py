@@ -1,0 +1,87 @@
+"""The study's measurements at a tiny size, and its tables by hand."""
+
+import json
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, run_folder
+
+from benchmarks import alternatives, study
+from benchmarks.alternatives import Same
+from models import all_on
+from utils.checkpoint import load_checkpoint
+from utils.flops import network_cost
+from utils.run import BEST
+
+
+@pytest.fixture(scope="module")
+def studied(chain: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study's folder with two seeds (of the same runs) and the alternatives of one."""
+    results = tmp_path_factory.mktemp("study")
+    for seed in range(2):
+        shutil.copytree(chain, results / f"seed_{seed}")
+    given = ["alternatives", "--static", str(run_folder(chain, "pruned") / BEST)]
+    given += ["--dynamic", str(run_folder(chain, "rl_pruned") / BEST), "--data_dir", str(shapes)]
+    given += ["--epochs", "1", "--batch_size", "32", "--out", str(results / "alternatives_0")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", given)
+        alternatives.main()
+        before = (results / "alternatives_0.jsonl").read_text()
+        alternatives.main()
+    assert (results / "alternatives_0.jsonl").read_text() == before, "what is measured is not measured again"
+    return results
+
+
+def test_alternatives_execute_what_the_switches_execute_or_less(studied: Path, chain: Path):
+    lines = [json.loads(line) for line in (studied / "alternatives_0.jsonl").read_text().splitlines()]
+    by_method = {line["method"]: line for line in lines}
+    assert list(by_method) == ["start", "switches", "random switches", "pruned further", "blocks removed"]
+    static, dynamic = (load_checkpoint(run_folder(chain, stage) / BEST) for stage in ("pruned", "rl_pruned"))
+    cost = network_cost(static.network(), 8)
+    assert by_method["start"]["gflops"] == pytest.approx(cost.flops / 1e9, rel=1e-12)
+    target = dynamic.metrics["computation"] * network_cost(dynamic.network(), 8).flops / 1e9
+    for method in ("pruned further", "blocks removed"):
+        assert by_method[method]["gflops"] <= target * (1 + 1e-9)
+    kept = torch.tensor(by_method["blocks removed"]["kept"])
+    assert by_method["blocks removed"]["gflops"] == pytest.approx(cost.executed(kept[None]).item() / 1e9, rel=1e-12)
+    record = json.loads((chain / "results.json").read_text())[2]
+    assert by_method["switches"]["accuracy"] == pytest.approx(record["accuracy"], abs=1e-12)
+    assert by_method["switches"]["gflops"] == pytest.approx(record["gflops"], rel=1e-9)
+
+
+def test_the_rule_that_is_the_same_for_all_images_removes_blocks(chain: Path):
+    network = load_checkpoint(run_folder(chain, "sp") / BEST).network()
+    x, rule = torch.randn(5, 3, 8, 8), Same(torch.tensor([1.0, 0.0]))
+    for _ in range(2):
+        assert network(x, decide=rule).decisions.tolist() == [[1.0, 0.0]] * 5
+    assert torch.equal(network(x, decide=Same(torch.ones(2))).logits, network(x, decide=all_on).logits)
+
+
+def test_tables_hold_means_and_deviations(studied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    path = studied / "seed_1" / "results.json"
+    records = json.loads(path.read_text())
+    records[0]["accuracy_every_block"] = 0.5
+    path.write_text(json.dumps(records))
+    monkeypatch.setattr("sys.argv", ["study", str(studied), "--keep", str(tmp_path / "kept")])
+    study.main()
+    table = capsys.readouterr().out
+    first = json.loads((studied / "seed_0" / "results.json").read_text())[0]["accuracy_every_block"]
+    mean, deviation = 100 * statistics.mean([first, 0.5]), 100 * statistics.stdev([first, 0.5])
+    assert f"| w/o Pruning | 2 | {mean:.2f} ± {deviation:.2f} % |" in table
+    assert (
+        "| (b) blocks removed for all images | 1 |" in table and "| (d) switches at random, same rates | 1 |" in table
+    )
+    monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "kept")])
+    study.main()
+    assert capsys.readouterr().out == table, "the records that were kept are enough"
+    assert not list((tmp_path / "kept").rglob("*.pt")) and (tmp_path / "kept" / "study.png").stat().st_size > 0
+
+
+def test_the_study_names_what_it_does_not_know(tmp_path: Path):
+    done = subprocess.run(["bash", ROOT / "scripts" / "study.sh", "tiny", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: study tiny is unknown: use small, medium or full\n"
