@@ -1,26 +1,34 @@
 """Timing in turns, and the columns and the panel made from it."""
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from networks import lively_network, varied_images
 from test_export import checkpoint_file
 
-from deploy import speeds
-from deploy.timing import alternated
+from deploy import speeds, timing
+from deploy.timing import Timing, alternated
 from utils import results
 
 
-def test_times_are_averages_over_items_that_differ():
-    runs = []
-    fast, slow = lambda i: (runs.append("f"), time.sleep(0.001)), lambda i: (runs.append("s"), time.sleep(0.01 * i))
-    timings = alternated({"fast": fast, "slow": slow}, items=3, seconds=0, least=3)
-    assert timings["slow"].median == pytest.approx(0.01, rel=0.5)  # sleeps of 0, 10 and 20 ms
-    assert timings["slow"].lower_quartile <= timings["slow"].upper_quartile
-    assert (timings["slow"].rounds, timings["slow"].items) == (3, 3)
-    assert timings["fast"].median < timings["slow"].median
-    assert runs.count("f") == runs.count("s") == 12
+def test_times_are_averages_over_items_that_differ(monkeypatch):
+    """By a clock that the competitors move themselves."""
+    runs, clock = [], [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def takes(name, seconds):
+        def run(item):
+            runs.append(name)
+            clock[0] += seconds(item)
+
+        return run
+
+    competitors = {"fast": takes("f", lambda i: 1.0), "slow": takes("s", lambda i: 10.0 * i)}
+    timings = alternated(competitors, items=3, seconds=0, least=3)
+    assert timings["slow"] == Timing(10.0, 10.0, 10.0, rounds=3, items=3)  # items of 0, 10 and 20 s
+    assert timings["fast"] == Timing(1.0, 1.0, 1.0, rounds=3, items=3)
+    assert runs.count("f") == runs.count("s") == 12, "three rounds of three items, and one that is not counted"
     assert all(set(runs[i : i + 2]) == {"f", "s"} for i in range(0, len(runs), 2)), "competitors take turns"
 
 
