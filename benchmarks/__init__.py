@@ -1,1 +1,1 @@
-"""Measurements that the README quotes, each with its command."""
+"""Measurements that docs/measurements.md quotes, each with its command."""

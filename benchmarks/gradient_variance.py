@@ -1,8 +1,8 @@
 """Variance of the gates' policy gradient with each baseline, at one network, over batches of training images.
 
-Method: the switches are softened as stage 3 softens them, batch norms are frozen, nothing is trained.  The learned
-baseline is fitted on as many batches before.  Given are the variance of the gradient, summed over the gates'
-parameters, and the norm of its mean, which is the same for all baselines but for the noise.
+Method: the gates' logits are rescaled as stage 3 does it, batch norms are frozen, nothing is trained.  Given are the
+variance of the gradient, summed over the gates' parameters, and the norm of its mean, which is the same for all
+baselines but for the noise.
 
     python -m benchmarks.gradient_variance --checkpoint best.pt --data_dir data/cifar_10
 """
@@ -37,7 +37,7 @@ def main() -> None:
     order, draws = torch.Generator().manual_seed(0), torch.Generator(trained.device).manual_seed(0)
     gradients = {kind: [] for kind in BASELINES}
     batch = 0
-    while batch < 2 * args.batches:
+    while batch < args.batches:
         for x, y in TrainingBatches(
             splits.train, args.bs, order, trained.normalisation, trained.checkpoint.data["flip"]
         ):
@@ -51,12 +51,11 @@ def main() -> None:
                     gained,
                     lambda x=x, y=y: thresholded_returns(network, x, y, shares, args.alpha, 1.0, skip=False),
                 )
-                if batch >= args.batches:
-                    loss = policy_loss(p, z, gained - compared)
-                    gradient = torch.autograd.grad(loss, gates, retain_graph=True, allow_unused=True)
-                    gradients[kind].append(torch.cat([g.flatten() for g in gradient if g is not None]))
+                loss = policy_loss(p, z, gained - compared)
+                gradient = torch.autograd.grad(loss, gates, retain_graph=True, allow_unused=True)
+                gradients[kind].append(torch.cat([g.flatten() for g in gradient if g is not None]))
             batch += 1
-            if batch == 2 * args.batches:
+            if batch == args.batches:
                 break
     print("| baseline | variance of the gradient | norm of its mean |\n|---|---|---|")
     for kind, values in gradients.items():
