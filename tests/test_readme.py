@@ -62,7 +62,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     """The words of every command in a page's bash blocks; a placeholder such as <run> or [IMG_TYPE] is one of them."""
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            words = [word for word in shlex.split(line, comments=True) if not word.startswith("CUDA_VISIBLE_DEVICES=")]
+            words = [word for word in shlex.split(line, comments=True) if not re.match("[A-Z_]+=", word)]
             if words:
                 yield words
 
