@@ -50,7 +50,7 @@ def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):
     assert all(record["latency_ms"] > 0 and record["throughput"] > 0 for record in chain)
     table = results.results_table(chain)
     assert table.count(" ms |") == 3 and table.count("/s |") == 3 and "not measured" not in table
-    results.draw_results(chain, tmp_path / "results.png")
+    results.results_picture(chain).savefig(tmp_path / "results.png")
     assert (tmp_path / "results.png").stat().st_size > 0
 
 
@@ -60,7 +60,7 @@ def test_checkpoint_that_is_gone_has_a_dash(chain, tmp_path, monkeypatch):
     results.measure_speeds(chain, tmp_path, varied_images(20))
     assert [record["latency_ms"] is None for record in chain] == [True, False, False]
     assert "| – | – |" in results.results_table(chain) and "not measured" in results.results_table(chain)
-    results.draw_results(chain, tmp_path / "results.png")
+    results.results_picture(chain).savefig(tmp_path / "results.png")
 
 
 def test_without_onnx_runtime_the_columns_have_a_dash(chain, tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_without_onnx_runtime_the_columns_have_a_dash(chain, tmp_path, monkeypat
     results.measure_speeds(chain, tmp_path, torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
     table = results.results_table(chain)
     assert table.count("| – | – |") == 3 and "onnxruntime" in table
-    results.draw_results(chain, tmp_path / "results.png")
+    results.results_picture(chain).savefig(tmp_path / "results.png")
 
 
 def test_a_chain_that_leads_back_to_itself_ends(chain):
