@@ -12,10 +12,10 @@ from deploy.layer_times import LayerTimes
 from deploy.speeds import measured_speeds
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
-from gating.scalars import epoch_line, epoch_scalars, layer_scalars
+from gating.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
 from gating.supervised import LossFn, supervised_epoch
 from models import ResNet, all_on
-from pruning.changes import Pruned, changes_table, layer_ranks, ranks_picture
+from pruning.changes import Pruned, changes_table, eigenvalues_picture, layer_ranks, ranks_picture
 from pruning.iteration import check_goal, prune_once
 from pruning.selection import Goal, part_of_the_way
 from pruning.settings import PruneSettings
@@ -95,7 +95,7 @@ def main() -> None:
     randomness = Randomness(settings.seed, device)
     accuracy, floor = start.metrics["accuracy"], start.original["accuracy"] - settings.max_accuracy_drop
 
-    with open_run(parent, settings, last, resume) as run:
+    with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
         run.say(f"{run.path} on {device}, {splits.place}: pruning {start.source}")
         unpruned = stage_1_network(run, start, settings)
         loss_fn = None
@@ -263,19 +263,17 @@ def record_pruning(
         f"(predicted {predicted}), accuracy before fine-tuning {ready.accuracy:.2%}"
     )
     scalars = {
-        "Indicator/total_flops": cost.flops,
-        "Indicator/total_parameters": cost.parameters,
-        "Indicator/prune_ratio": compression,
+        "Size/flops": cost.flops,
+        "Size/parameters": cost.parameters,
+        "Size/prune_ratio": compression,
         "Pruning/measured_rise": rise,
         "Pruning/accuracy_before_fine_tuning": ready.accuracy,
-        **layer_scalars(after, cost),
     }
     if pruned.predicted_rise is not None:
         scalars["Pruning/predicted_rise"] = pruned.predicted_rise
-    run.record(step, scalars, iteration=iteration)
-    for name, basis in pruned.bases.items():
-        run.histogram(f"Eigenvalues/log10_d_a/{name}", basis.d_a.clamp(min=1e-20).log10(), step)
-        run.histogram(f"Eigenvalues/log10_d_g/{name}", basis.d_g.clamp(min=1e-20).log10(), step)
+    run.record(step, scalars, iteration=iteration, **layer_scalars(after, cost))
+    if pruned.bases:
+        run.picture("eigenvalues", eigenvalues_picture(pruned.bases), step, iteration)
 
 
 def smallest_within_budget(
@@ -293,11 +291,9 @@ def smallest_within_budget(
 
 def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> None:
     """``ranks.png`` in the run's folder: the ranks by layer, of stage 1's network and after every iteration."""
-    if not parallel.is_main_process():
-        return
     networks = [("stage 1", unpruned)]
     networks += [(f"iteration {c.progress['iteration']}", c) for c in iterations]
-    ranks_picture(run.path / "ranks.png", [(label, layer_ranks(c.network())) for label, c in networks])
+    run.picture("ranks", ranks_picture([(label, layer_ranks(c.network())) for label, c in networks]))
 
 
 def test_point(checkpoint: Checkpoint, stage: Stage) -> dict[str, float]:

@@ -16,7 +16,7 @@ from gating.forward import training_forward
 from gating.operating_point import find_operating_point, gate_biases_restored
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.routing import record_routing
-from gating.scalars import epoch_scalars, layer_scalars, policy_line, policy_scalars
+from gating.scalars import POLICY_CHARTS, epoch_scalars, layer_scalars, policy_line, policy_scalars
 from gating.steering import Budget, Steering
 from gating.temperature import rescale_gate_logits
 from models import ResNet, all_on, thresholded
@@ -104,7 +104,7 @@ def main() -> None:
         fixed=settings.fixed_alpha,
     )  # fmt: skip
 
-    with open_run(parent, settings, last, resume) as run:
+    with open_run(parent, settings, last, resume, POLICY_CHARTS) as run:
         run.say(f"{run.path} on {device}, {splits.place}: starting from {start.source}")
         progress = Progress()
         stateful = {"random": randomness, "steering": steering, "sgd": setup.optimisers[0], "adam": setup.optimisers[1]}
@@ -174,7 +174,7 @@ def begin(run: Run, keeper: Keeper, steering: Steering, splits: Splits, cost: Ne
         f"{keeper.described.original['accuracy']:.2%}); computation {start.computation:.1%}"
     )
     rescale_gate_logits(network, normalisation.apply(splits.train[:RESCALING_IMAGES].pixels))
-    run.record(0, layer_scalars(network, cost))
+    run.record(0, {}, **layer_scalars(network, cost))
     steering.begin(**start.metrics)
     keeper.offer(budget.score(start.accuracy, start.computation), start)
     keeper.save_last()

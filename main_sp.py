@@ -10,7 +10,7 @@ import torch
 
 from deploy.speeds import measured_speeds
 from gating.forward import training_forward
-from gating.scalars import epoch_line, epoch_scalars, layer_scalars
+from gating.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
 from gating.supervised import supervised_epoch
 from models import GATES, all_on, build_network
 from utils import parallel
@@ -59,7 +59,7 @@ def main() -> None:
     if last:
         check_data(last.checkpoint, data, settings.resize)
 
-    with open_run(parent, settings, last, resume) as run:
+    with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
         splits = splits.to(device)
         run.say(
             f"{run.path} on {device}, {splits.place}: {len(splits.train):,} training images, "
@@ -86,7 +86,7 @@ def main() -> None:
             check_finite(network, val, title)
             every_block = evaluate(network, splits.val, normalisation, cost, all_on)
             scalars = epoch_scalars(train, val, every_block, cost.parameters, 0.0, rate(0.0))
-            run.record(epoch, scalars | (layer_scalars(network, cost) if epoch == 1 else {}))
+            run.record(epoch, scalars, **(layer_scalars(network, cost) if epoch == 1 else {}))
             run.say(epoch_line(title, train, val, every_block, splits.val_name))
             progress.step = epoch
             # Without validation images no epoch may be preferred: the last one counts.

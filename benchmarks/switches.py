@@ -90,13 +90,13 @@ def run_stage(args: argparse.Namespace, trained: Trained, out: Path, variant: st
         if given.get(key) != value:
             raise UserError(f"{run} was made with {key} {given.get(key)}, not {value}: choose another --out")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    epochs = [line for line in lines if "Performance/val_acc" in line]
+    epochs = [line for line in lines if "Overview/accuracy_val" in line]
     return {
         "test_accuracy": record["accuracy"],
         "computation": record["computation"],
         "within_budget": record["within_budget"],
-        "accuracies": [epoch["Performance/val_acc"] for epoch in epochs],
-        "computations": [epoch["Indicator/computation_percentage"] / 100 for epoch in epochs],
+        "accuracies": [epoch["Overview/accuracy_val"] for epoch in epochs],
+        "computations": [epoch["Overview/computation_percentage"] / 100 for epoch in epochs],
     }
 
 

@@ -1,4 +1,4 @@
-"""What the switches of a finished run do with the test images: pictures, a histogram and ``routing.json``."""
+"""What the switches of a finished run do with the test images: pictures and ``routing.json``."""
 
 import json
 
@@ -31,21 +31,20 @@ def record_routing(
     Args:
         floor: accuracy that the budget asks for.
     """
-    step, classes = best.progress["step"], best.classes
+    classes = best.classes
     measured = evaluate(placed(best.network(), device), test, best.normaliser(), cost)
     if not parallel.is_main_process():
         return
     labels = test.labels.cpu()
     passing = passing_by_class(measured.decisions, labels, len(classes))
-    run.picture("passing_by_class", draw_passing(passing, classes), step)
-    run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all), step)
+    run.picture("passing_by_class", draw_passing(passing, classes))
+    run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all))
     for page, figure in enumerate(draw_easy_and_hard(test, measured.executed, classes), start=1):
-        run.picture("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}", figure, step)
-    run.histogram("Routing/executed_mflops", measured.executed / 1e6, step)
+        run.picture("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}", figure)
     epochs = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    epochs = [values for values in epochs if "Performance/val_acc" in values]
-    path = [[values[tag] for values in epochs] for tag in ("Performance/val_acc", "Indicator/executed_flops")]
-    run.picture("accuracy_against_flops", draw_path(*path, floor), step)
+    epochs = [values for values in epochs if "Overview/accuracy_val" in values]
+    path = [[values[tag] for values in epochs] for tag in ("Overview/accuracy_val", "Overview/executed_flops")]
+    run.picture("accuracy_against_flops", draw_path(*path, floor))
     routing = {
         "flops_every_block": measured.flops_all,
         "flops_executed": measured.flops_executed,

@@ -1,4 +1,7 @@
-"""The scalars of an epoch and of a network, by their TensorBoard tags."""
+"""The scalars of an epoch and of a network, by their TensorBoard tags, and the charts that show them together.
+
+``Overview`` is what a run is judged by: it has to sort before all other groups, see ``utils.tensorboard``.
+"""
 
 from torch import nn
 
@@ -8,6 +11,28 @@ from gating.supervised import EpochMeans
 from models import LowRankConv2d, ResNet
 from utils.evaluate import Evaluation
 from utils.flops import NetworkCost
+
+EPOCH_CHARTS = {
+    "Overview": {
+        "accuracy": ["Overview/accuracy_.*"],
+        "loss": ["Overview/loss_.*"],
+        "computation, % of all FLOPs": ["Overview/computation_percentage", "Policy/setpoint_computation_percentage"],
+        "executed and all FLOPs": ["Overview/executed_flops", "Size/flops"],
+        "learning rate": ["Overview/learning_rate"],
+    },
+    "Switches": {
+        "share of images that each lets pass": ["Switches/passing_.*"],
+        "accuracy as they decide and with every block": ["Overview/accuracy_val", "Switches/accuracy_val_every_block"],
+    },
+}
+POLICY_CHARTS = EPOCH_CHARTS | {
+    "Overview": EPOCH_CHARTS["Overview"] | {"alpha": ["Overview/alpha"]},
+    "Policy": {
+        "return": ["Policy/return$"],
+        "deviation of the return and of the advantage": ["Policy/.*_deviation"],
+        "entropy": ["Policy/entropy"],
+    },
+}
 
 
 def epoch_scalars(
@@ -28,17 +53,17 @@ def epoch_scalars(
         prune_ratio: share of stage 1's parameters that is gone.
     """
     scalars = {
-        "Performance/train_loss": train.loss,
-        "Performance/train_acc": train.accuracy,
-        "Performance/val_loss": val.loss,
-        "Performance/val_acc": val.accuracy,
-        "Performance/val_acc_every_block": every_block.accuracy,
-        "Indicator/computation_percentage": 100 * val.computation,
-        "Indicator/total_flops": val.flops_all,
-        "Indicator/executed_flops": val.flops_executed,
-        "Indicator/total_parameters": parameters,
-        "Indicator/prune_ratio": prune_ratio,
-        "Optimiser/learning_rate": learning_rate,
+        "Overview/accuracy_train": train.accuracy,
+        "Overview/accuracy_val": val.accuracy,
+        "Switches/accuracy_val_every_block": every_block.accuracy,
+        "Overview/computation_percentage": 100 * val.computation,
+        "Overview/executed_flops": val.flops_executed,
+        "Overview/learning_rate": learning_rate,
+        "Overview/loss_train": train.loss,
+        "Overview/loss_val": val.loss,
+        "Size/flops": val.flops_all,
+        "Size/parameters": parameters,
+        "Size/prune_ratio": prune_ratio,
     }
     for switch, share in enumerate(val.passing, start=1):
         scalars[f"Switches/passing_{switch:02d}"] = share
@@ -46,7 +71,10 @@ def epoch_scalars(
 
 
 def layer_scalars(network: ResNet, cost: NetworkCost) -> dict[str, float]:
-    """Parameters and ranks of every convolution of the network, rotations counted with the layer they belong to."""
+    """Parameters and ranks of every convolution of the network, rotations counted with the layer they belong to.
+
+    For ``metrics.jsonl``: three curves a layer with a point a pruning would bury TensorBoard's others.
+    """
     scalars = {}
     for name, module in network.named_modules():
         if isinstance(module, LowRankConv2d):
@@ -81,7 +109,7 @@ def policy_scalars(train: ReinforceMeans, at_half: Evaluation, steering: Steerin
         steering: as the epoch was steered.
     """
     scalars = {
-        "Policy/alpha": train.alpha,
+        "Overview/alpha": train.alpha,
         "Policy/return": train.total_return,
         "Policy/return_deviation": train.return_deviation,
         "Policy/advantage_deviation": train.advantage_deviation,

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -11,6 +10,8 @@ from matplotlib.figure import Figure
 from models import ResNet
 from pruning.eigenbasis import Eigenbasis
 from pruning.layers import prunable_layers, separable_layers
+
+SMALLEST_DRAWN = 1e-20  # eigenvalue: zero has no logarithm
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,10 @@ def layer_ranks(network: ResNet) -> dict[str, tuple[int, int]]:
     return {name: (conv.in_channels, conv.out_channels) for name, conv in layers.items()}
 
 
-def ranks_picture(path: Path, iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]]) -> None:
-    """Draw the input ranks above and the output ranks below, a step line for each entry of ``iterations``.
+def ranks_picture(iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]]) -> Figure:
+    """The input ranks above and the output ranks below, a step line for each entry of ``iterations``.
 
     Args:
-        path: the PNG to write.
         iterations: a label and ``layer_ranks`` of the network, from the unpruned one to the last.
     """
     names = list(iterations[0][1])
@@ -93,4 +93,24 @@ def ranks_picture(path: Path, iterations: Sequence[tuple[str, Mapping[str, tuple
         axis.grid(axis="y", alpha=0.3)
     axes[1].set_xticks(range(len(names)), [name.removeprefix("blocks.") for name in names], rotation=90, fontsize=7)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def eigenvalues_picture(bases: Mapping[str, Eigenbasis]) -> Figure:
+    """The eigenvalues of both factors, a box a layer: median, quartiles and, as whiskers, the least and the largest.
+
+    The longer a box, the more directions of the layer matter little beside its others.
+    """
+    names = list(bases)
+    figure = Figure(figsize=(max(6.0, 0.32 * len(names)), 6.4), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, title, values in (
+        (axes[0], "of A, input directions", [bases[name].d_a for name in names]),
+        (axes[1], "of G, output directions", [bases[name].d_g for name in names]),
+    ):
+        logarithms = [d.clamp(min=SMALLEST_DRAWN).log10().cpu().numpy() for d in values]
+        axis.boxplot(logarithms, positions=range(len(names)), whis=(0, 100), widths=0.6)
+        axis.set_ylabel(f"log10 of the eigenvalues\n{title}")
+        axis.grid(axis="y", alpha=0.3)
+    axes[1].set_xticks(range(len(names)), [name.removeprefix("blocks.") for name in names], rotation=90, fontsize=7)
+    return figure

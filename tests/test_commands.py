@@ -20,12 +20,12 @@ from utils.checkpoint import load_network
 from utils.errors import UserError, run_command
 
 METHODS = ["w/o Pruning", "w/ Static Pruning only", "w/ Static and Dynamic Pruning"]
-PERFORMANCE = {f"Performance/{part}_{figure}" for part in ("train", "val") for figure in ("loss", "acc")}
-INDICATORS = {
-    f"Indicator/{name}"
-    for name in ("computation_percentage", "total_flops", "executed_flops", "total_parameters", "prune_ratio")
-}
-EVERY_EPOCH = PERFORMANCE | INDICATORS | {"Optimiser/learning_rate", "Switches/passing_01", "Switches/passing_02"}
+OVERVIEW = {f"Overview/{figure}_{part}" for part in ("train", "val") for figure in ("loss", "accuracy")}
+OVERVIEW |= {f"Overview/{name}" for name in ("computation_percentage", "executed_flops", "learning_rate")}
+SIZE = {f"Size/{name}" for name in ("flops", "parameters", "prune_ratio")}
+SWITCHES = {f"Switches/{name}" for name in ("accuracy_val_every_block", "passing_01", "passing_02")}
+EVERY_EPOCH = OVERVIEW | SIZE | SWITCHES
+RESULTS = {"accuracy", "compression", "computation", "gflops", "latency_ms", "parameters", "throughput"}
 CONVOLUTIONS = ["stem.0", *(f"blocks.{b}.conv{c}" for b in range(3) for c in (1, 2))]
 CONVOLUTIONS += ["blocks.1.shortcut.0", "blocks.2.shortcut.0"]
 LAYERS = {f"Layers/{what}/{name}" for what in ("parameters", "rank_in", "rank_out") for name in CONVOLUTIONS}
@@ -40,9 +40,10 @@ def test_files_of_a_run(chain: Path, stage: str):
     folder = run_folder(chain, stage)
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
     iterations = {f"iteration_{i:02d}.pt" for i in range(1, FINE_TUNING["iterations"] + 1)}
-    expected = {"arguments.json", "log.txt", "metrics.jsonl", "best.pt", "last.pt"}
+    bases = {f"eigenvalues_{i:02d}.png" for i in range(1, FINE_TUNING["iterations"] + 1)}
+    expected = {"arguments.json", "log.txt", "metrics.jsonl", "best.pt", "last.pt", "record.json", "results.png"}
     routing = {"accuracy_against_flops.png", "easy_and_hard.png", "executed_flops.png", "passing_by_class.png"}
-    own = {"sp": set(), "pruned": iterations | {"ranks.png"}, "rl_pruned": routing | {"routing.json"}}
+    own = {"sp": set(), "pruned": iterations | bases | {"ranks.png"}, "rl_pruned": routing | {"routing.json"}}
     assert names == expected | own[stage]
     asked = json.loads((folder / "arguments.json").read_text())
     assert (asked["depth"], asked["seed"], asked["result_dir"]) == (8, 0, str(chain))
@@ -53,25 +54,32 @@ def test_files_of_a_run(chain: Path, stage: str):
 def test_scalars_in_metrics_and_in_tensorboard(chain: Path, stage: str):
     folder = run_folder(chain, stage)
     lines = metrics(folder)
-    epochs = [line for line in lines if "Performance/val_acc" in line]
+    epochs = [line for line in lines if "Overview/accuracy_val" in line]
     count = FINE_TUNING["iterations"] * FINE_TUNING["epochs"] if stage == "pruned" else EPOCHS[stage]
     assert len(epochs) == count and all(line.keys() >= EVERY_EPOCH for line in epochs)
     assert any(line.keys() >= LAYERS for line in lines)
+    assert all(("Overview/alpha" in line) == (stage == "rl_pruned") for line in epochs)
 
     events = EventAccumulator(str(folder)).Reload()
-    recorded = {key for line in lines for key in line} - {"step", "iteration"}
-    assert set(events.Tags()["scalars"]) == recorded
+    recorded = {key for line in lines for key in line} - {"step", "iteration"} - LAYERS
+    results = {f"Overview-results/{name}" for name in RESULTS}
+    assert set(events.Tags()["scalars"]) == recorded | results
+    assert min(tag.partition("/")[0] for tag in recorded) == "Overview", "TensorBoard shows the first in order first"
+    assert set(sorted(recorded | results)[: len(results)]) == results, "and the first metrics beside hyperparameters"
     for tag in recorded:
         expected = [(line["step"], line[tag]) for line in lines if tag in line]
         read = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in read] == [step for step, _ in expected]
         assert [v for _, v in read] == pytest.approx([v for _, v in expected], rel=1e-6), tag  # kept in float32
-    histograms = set(events.Tags()["histograms"])
-    pruned = {f"Eigenvalues/log10_d_{side}/{name}" for side in "ag" for name in CONVOLUTIONS if "shortcut" not in name}
-    assert histograms == {"sp": set(), "pruned": pruned, "rl_pruned": {"Routing/executed_mflops"}}[stage]
-    if stage == "rl_pruned":
-        routing = {"accuracy_against_flops", "easy_and_hard", "executed_flops", "passing_by_class"}
-        assert {tag.removeprefix("Pictures/") for tag in events.Tags()["images"]} == routing
+    record = json.loads((folder / "record.json").read_text())
+    for name in RESULTS - {"latency_ms", "throughput"}:  # which the next stage measures again
+        (event,) = events.Scalars(f"Overview-results/{name}")
+        assert event.value == pytest.approx(record[name], rel=1e-6)
+    routing = {"accuracy_against_flops", "easy_and_hard", "executed_flops", "passing_by_class"}
+    pictures = {"sp": set(), "pruned": {"eigenvalues", "ranks"}, "rl_pruned": routing}[stage] | {"results"}
+    assert {tag.removeprefix("Pictures/") for tag in events.Tags()["images"]} == pictures
+    texts = {"settings/text_summary", "results/text_summary", "custom_scalars__config__"}
+    assert texts <= set(events.Tags()["tensors"])
 
 
 def test_parameters_of_the_layers_are_those_of_the_network(chain: Path):

@@ -67,5 +67,5 @@ def test_the_picture_of_ranks_is_drawn(tmp_path):
     network = small()
     ranks = layer_ranks(network)
     assert ranks["blocks.1.conv1"] == (4, 8) and "blocks.1.shortcut.0" not in ranks
-    ranks_picture(tmp_path / "ranks.png", [("stage 1", ranks), ("iteration 1", {n: (1, 2) for n in ranks})])
+    ranks_picture([("stage 1", ranks), ("iteration 1", {n: (1, 2) for n in ranks})]).savefig(tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")

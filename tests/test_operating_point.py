@@ -130,7 +130,7 @@ def test_a_run_keeps_the_shift_in_its_best_network_alone(chain, shapes):
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     own = (line["Policy/accuracy"], line["Policy/computation_percentage"] / 100)
     assert (at_half.accuracy, at_half.computation) == pytest.approx(own)
-    assert line["Performance/val_acc"] >= own[0] or line["Indicator/computation_percentage"] < 100 * own[1]
+    assert line["Overview/accuracy_val"] >= own[0] or line["Overview/computation_percentage"] < 100 * own[1]
 
 
 @pytest.mark.parametrize("flag", ["--fixed_alpha", "--target_computation=0.7"])
@@ -154,7 +154,7 @@ def test_fixed_alpha_has_no_operating_point_and_a_target_is_met(flag, chain, sha
     (folder,) = (path.parent for path in tmp_path.glob("rl_pruned/*/*/*/best.pt"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "Policy/accuracy" in line):
-        own, chosen = line["Policy/computation_percentage"], line["Indicator/computation_percentage"]
+        own, chosen = line["Policy/computation_percentage"], line["Overview/computation_percentage"]
         if flag == "--fixed_alpha":
             assert own == chosen and "Policy/setpoint_computation_percentage" not in line
         else:

@@ -15,7 +15,8 @@ import torch
 from commands import ROOT, SCRIPTS, arguments, metrics, run, run_folder
 from conftest import write_shapes
 from forks import Forked
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from deploy import speeds
 from utils.errors import UserError
@@ -79,12 +80,16 @@ def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes:
         assert_equal(a, b, name)
     assert metrics(resumed) == metrics(whole), "no step is missing, repeated or different"
 
-    # TensorBoard, reading the event files of all three attempts, sees each step once as well.
-    events = EventAccumulator(str(resumed)).Reload()
-    recorded = [line for line in metrics(whole) if "Performance/val_acc" in line]
-    for tag in ("Performance/val_acc", "Performance/train_loss"):
-        assert [event.step for event in events.Scalars(tag)] == [line["step"] for line in recorded]
-        assert [event.value for event in events.Scalars(tag)] == pytest.approx([r[tag] for r in recorded], rel=1e-6)
+    # TensorBoard, reading the event files of all three attempts, sees each step, text and picture once as well.
+    events, uninterrupted = (EventAccumulator(str(folder)).Reload() for folder in (resumed, whole))
+    assert events.Tags() == uninterrupted.Tags()
+    for tag in events.Tags()["tensors"]:  # of scalars, too
+        assert [e.step for e in events.Tensors(tag)] == [e.step for e in uninterrupted.Tensors(tag)], tag
+    recorded = [line for line in metrics(whole) if "Overview/accuracy_val" in line]
+    for tag in ("Overview/accuracy_val", "Overview/loss_train"):
+        assert [event.step for event in events.Tensors(tag)] == [line["step"] for line in recorded]
+        values = [make_ndarray(event.tensor_proto).item() for event in events.Tensors(tag)]
+        assert values == pytest.approx([r[tag] for r in recorded], rel=1e-6)
 
 
 def test_ctrl_c_from_outside(shapes: Path, tmp_path: Path):

@@ -62,7 +62,7 @@ def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):
     assert all(record["latency_ms"] > 0 and record["throughput"] > 0 for record in records)
     table = results.results_table(records)
     assert table.count(" ms |") == 3 and table.count("/s |") == 3 and "not measured" not in table
-    results.draw_results(records, tmp_path / "results.png")
+    results.results_picture(records).savefig(tmp_path / "results.png")
     assert (tmp_path / "results.png").stat().st_size > 0
 
 
@@ -73,7 +73,7 @@ def test_checkpoint_that_is_gone_has_a_dash(chain, tmp_path, monkeypatch):
     assert [record["latency_ms"] is None for record in records] == [True, False, False]
     table = results.results_table(records)
     assert table.count("| – | – |") == 1 and "not measured; it needs the row's checkpoint" in table
-    results.draw_results(records, tmp_path / "results.png")
+    results.results_picture(records).savefig(tmp_path / "results.png")
 
 
 def test_a_chain_that_leads_back_to_itself_ends(chain):

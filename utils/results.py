@@ -1,10 +1,8 @@
-"""The results of all stages: one list of records, a table and a picture made from it."""
+"""The results of all stages: what a finished run measures, and the table and the picture of all runs."""
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -19,20 +17,16 @@ from utils.data.images import Images
 from utils.device import placed
 from utils.errors import UserError
 from utils.evaluate import evaluate
-from utils.files import write_json
+from utils.files import atomic_write, write_json
 from utils.flops import network_cost
 from utils.predecessors import relative_to_results
+from utils.records import METHODS, RESULTS, Record, latest_chain, read_records, results_locked, save_records
 from utils.run import BEST, Run
 
-METHODS = {
-    "sp": "w/o Pruning",
-    "pruned": "w/ Static Pruning only",
-    "rl_pruned": "w/ Static and Dynamic Pruning",
-}
 TIMED_IMAGES = 1000  # test images at most that speeds are measured on
+SHOWN = ("compression", "computation", "gflops", "latency_ms", "parameters", "throughput")  # beside hyperparameters
 NOT_MEASURED = {"latency_ms": None, "throughput": None}
 BATCH = 128  # images of a batch that throughput is measured with
-Record = dict[str, Any]
 # Of checkpoints by name and test images, uint8 [N, 3, H, W]: latency_ms and throughput by name, see ``deploy.speeds``.
 MeasureSpeeds = Callable[[dict[str, Path], Tensor], dict[str, dict[str, float]]]
 
@@ -88,19 +82,29 @@ def report(
     }
     if not parallel.is_main_process():
         return record
-    records = [r for r in read_records(result_dir) if r["checkpoint"] != record["checkpoint"]] + [record]
-    write_results(result_dir, records)  # first without the speeds, so that nothing can keep a finished run from it
+    save_records(result_dir, [record])  # first of all, so that nothing can keep a finished run from it
+    with results_locked(result_dir, run.say):
+        records = read_records(result_dir)
+        write_results(result_dir, records)
     run.say("measuring the exported networks")
-    chain = latest_chain(records, record)
-    files = {r["checkpoint"]: result_dir / r["checkpoint"] for r in chain}
+    files = {r["checkpoint"]: result_dir / r["checkpoint"] for r in latest_chain(records, record)}
     speeds = measure_speeds(files, test[:: -(-len(test) // TIMED_IMAGES)].pixels.cpu())
-    for r in chain:
-        r.update(speeds.get(r["checkpoint"], NOT_MEASURED))
-    write_results(result_dir, records)
+    with results_locked(result_dir, run.say):
+        records = read_records(result_dir)  # anew: other runs may have ended meanwhile
+        measured_now = [r for r in records if r["checkpoint"] in files]
+        for r in measured_now:
+            r.update(speeds.get(r["checkpoint"], NOT_MEASURED))
+        save_records(result_dir, measured_now)
+        write_results(result_dir, records)
+    record = next((r for r in records if r["checkpoint"] == record["checkpoint"]), record)
+    chain = latest_chain(records, record)
     run.say(f"\n{results_table(chain)}")
+    shown = {"accuracy": _accuracy(record)} | {key: record[key] for key in SHOWN if record[key] is not None}
+    run.results(results_table(chain), shown)
+    run.picture("results", results_picture(chain))
     run.say(f"table    {result_dir / 'results.md'}")
     run.say(f"picture  {result_dir / 'results.png'}")
-    run.say(f"watch    tensorboard --logdir {result_dir}")
+    run.say(f"watch    tensorboard --logdir {result_dir}  (overview: http://localhost:6006/#custom_scalars)")
     return record
 
 
@@ -111,42 +115,17 @@ def write_results(result_dir: Path, records: list[Record]) -> None:
         UserError: if they cannot be written.
     """
     try:
-        write_json(result_dir / "results.json", records)
-        (result_dir / "results.md").write_text(results_table(records))
-        draw_results(records, result_dir / "results.png")
+        write_json(result_dir / RESULTS, records)
+        with atomic_write(result_dir / "results.md") as file:
+            file.write(results_table(records).encode())
+        with atomic_write(result_dir / "results.png") as file:
+            results_picture(records).savefig(file, format="png", dpi=120)
     except OSError as error:
         raise UserError(f"results cannot be written to {result_dir} ({error}): free space or mend its rights") from None
 
 
-def read_records(result_dir: Path) -> list[Record]:
-    """The records of ``results.json``, oldest first; an empty list where there is none yet."""
-    path = result_dir / "results.json"
-    if not path.exists():
-        return []
-    try:
-        records = json.loads(path.read_text())
-        if not isinstance(records, list) or not all(isinstance(r, dict) and "checkpoint" in r for r in records):
-            raise ValueError("it is no list of records")
-        return records
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): move it away, and the next stage starts a new one") from None
-
-
 def _subject(record: Record) -> tuple:
     return tuple(record[key] for key in ("dataset", "network", "depth", "width"))
-
-
-def latest_chain(records: list[Record], last: Record | None = None) -> list[Record]:
-    """The newest record of one network and those of the stages it was made from, first stage first."""
-    by_run = {Path(record["checkpoint"]).parent: record for record in records}
-    chain = [last or records[-1]]
-    by_run.pop(Path(chain[0]["checkpoint"]).parent, None)
-    while chain[0]["source"] is not None:
-        earlier = by_run.pop(Path(chain[0]["source"]).parent, None)  # popped: no record leads back to itself
-        if earlier is None:
-            break
-        chain.insert(0, earlier)
-    return chain
 
 
 def results_table(records: list[Record]) -> str:
@@ -216,7 +195,7 @@ def _three_digits(gflops: float) -> str:
     return f"{gflops:.3g}" if gflops < 1 else f"{gflops:.2f}"
 
 
-def draw_results(records: list[Record], path: Path) -> None:
+def results_picture(records: list[Record]) -> Figure:
     """A column for each data set and network: accuracy against GFLOPs and, where measured, against latency.
 
     Every iteration of static pruning is a point of the first.
@@ -233,7 +212,7 @@ def draw_results(records: list[Record], path: Path) -> None:
         if rows == 2:
             measured = [r for r in chain if r.get("latency_ms")]
             _draw_panel(axes[1][column], measured, "latency_ms", "measured milliseconds for one image")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils import parallel
@@ -20,6 +18,7 @@ from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.files import write_json
 from utils.settings import NOT_COMPARED, as_dictionary
+from utils.tensorboard import Charts, TensorBoard
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -41,13 +40,13 @@ class Run:
     """One run's folder, open for writing.
 
     ``arguments.json`` what the run was asked for; ``log.txt`` what it said; ``metrics.jsonl`` one line a step;
-    TensorBoard events; ``last.pt`` to resume from; ``best.pt`` the network it chose.
+    TensorBoard events; ``last.pt`` to resume from; ``best.pt`` the network it chose; ``record.json`` its results.
 
     Of several processes one writes; in the others nothing that is said or recorded goes anywhere.
     """
 
     def __init__(self, path: Path, purge_after: int | None = None):
-        self.path, self._log, self._handlers, self._writer = path, None, [], None
+        self.path, self._log, self._handlers, self._board = path, None, [], None
         if not parallel.is_main_process():
             return
         self._trim_metrics(purge_after)
@@ -59,17 +58,23 @@ class Run:
         self._handlers = [to_file, _AboveTheBar()]
         for handler in self._handlers:
             self._log.addHandler(handler)
-        self._writer = SummaryWriter(str(path), purge_step=None if purge_after is None else purge_after + 1)
+        self._board = TensorBoard(path, purge_after)
 
     @classmethod
-    def new(cls, parent: Path, arguments: Mapping[str, Any], name: str = "") -> "Run":
+    def new(cls, parent: Path, arguments: Mapping[str, Any], charts: Charts, name: str = "") -> "Run":
         """Make a folder of its own for a new run.
+
+        Args:
+            charts: that TensorBoard shows several curves in.
 
         Raises:
             UserError: if the folder cannot be written.
         """
         path = _new_folder(parent, arguments, name) if parallel.is_main_process() else None
-        return cls(parallel.broadcast_object(path))
+        run = cls(parallel.broadcast_object(path))
+        if run._board is not None:
+            run._board.describe(arguments, charts)
+        return run
 
     @classmethod
     def reopened(cls, last: "LastRun") -> "Run":
@@ -93,28 +98,33 @@ class Run:
 
     def record(self, step: int, values: Mapping[str, float], **notes: Any) -> None:
         """Append one line to ``metrics.jsonl``; ``values`` go to TensorBoard too, under their names."""
-        if self._writer is None:
+        if self._board is None:
             return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **notes, **values}) + "\n")
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+        self._board.scalars(values, step)
 
-    def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        if self._writer is not None:
-            self._writer.add_histogram(tag, values.detach().float().cpu(), step)
+    def picture(self, name: str, figure: Figure, step: int | None = None, number: int | None = None) -> None:
+        """Keep a figure as ``name``.png in the folder and under Pictures in TensorBoard.
 
-    def picture(self, name: str, figure: Figure, step: int) -> None:
-        """Keep a figure as ``name``.png in the folder and under Pictures in TensorBoard."""
-        if self._writer is None:
+        Args:
+            step: that it shows; None for a picture of the whole run.
+            number: of several pictures in turn, a part of the file's name.
+        """
+        if self._board is None:
             return
-        figure.savefig(self.path / f"{name}.png", dpi=110)
-        self._writer.add_figure(f"Pictures/{name}", figure, step)  # closes the figure
+        suffix = "" if number is None else f"_{number:02d}"
+        figure.savefig(self.path / f"{name}{suffix}.png", dpi=110)
+        self._board.figure(name, figure, step)
+
+    def results(self, table: str, values: Mapping[str, float]) -> None:
+        """Show the run's results in TensorBoard: a table in Markdown, and ``values`` beside the hyperparameters."""
+        if self._board is not None:
+            self._board.results(table, values)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._board is not None:
+            self._board.close()
         for handler in self._handlers:
             self._log.removeHandler(handler)
             handler.close()
@@ -139,17 +149,18 @@ def find_last_run(parent: Path, settings: Any) -> LastRun | None:
     return None
 
 
-def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool) -> Run:
+def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, charts: Charts) -> Run:
     """The run to go on with, or a new one below ``parent`` where there is none.
 
     Args:
         resume: whether the user asked to go on; a new run then says why it is one.
+        charts: that TensorBoard shows several curves of a new run in.
     """
     if last is not None:
         return Run.reopened(last)
     arguments = as_dictionary(settings)
     earlier = sorted(path for path in parent.glob("*") if (path / LAST).is_file())
-    run = Run.new(parent, arguments, arguments.get("exp_name", ""))
+    run = Run.new(parent, arguments, charts, arguments.get("exp_name", ""))
     if resume and not earlier:
         run.say(f"there is no run to go on with in {parent}: this is a new one")
     elif resume:

@@ -1,0 +1,207 @@
+"""The results of runs that end at the same moment, of older versions, of damaged files and of folders without locks."""
+
+import errno
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ENVIRONMENT, ROOT
+from networks import lively_network, varied_images
+from test_export import checkpoint_file
+
+from utils import records, results
+from utils.checkpoint import load_checkpoint
+from utils.data.images import ImageSet
+from utils.errors import UserError
+from utils.run import BEST, Run, stage_folder
+
+RUN_NAMES = ("20250101-000000", "20250101-000000-2")
+
+
+def record(stage: str, name: str, source: str | None = None, **changed: object) -> dict:
+    return {
+        "method": records.METHODS[stage], "stage": stage, "dataset": "shapes", "network": "resnet", "depth": 8,
+        "width": 8, "accuracy": 0.9, "gflops": 0.1, "compression": 0.5, "parameters": 10, "computation": 0.5,
+        "checkpoint": f"{stage}/shapes/resnet8/{name}/best.pt", "source": source, "selected_on": "validation",
+        "points": [], **changed,
+    }  # fmt: skip
+
+
+def folder_of(result_dir: Path, made: dict) -> Path:
+    folder = (result_dir / made["checkpoint"]).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def saved(result_dir: Path, made: dict) -> dict:
+    (folder_of(result_dir, made) / "record.json").write_text(json.dumps(made))
+    return made
+
+
+def finished_run(result_dir: Path, name: str) -> Run:
+    """A run of stage 1 with its network, as it is before its report."""
+    folder = stage_folder(result_dir, "sp", "shapes", "resnet", 8) / name
+    folder.mkdir(parents=True)
+    checkpoint_file(folder / BEST, lively_network("sp", "rnn"), list("abcdefghij"), "sp")
+    return Run(folder)
+
+
+def reported(result_dir: Path, run: Run, measure_speeds: results.MeasureSpeeds) -> dict:
+    test = ImageSet(varied_images(8), torch.arange(8) % 10)
+    best = load_checkpoint(run.path / BEST)
+    with run:
+        return results.report(result_dir, run, best, test, "validation", torch.device("cpu"), measure_speeds)
+
+
+def test_runs_that_end_at_the_same_moment_lose_nothing(tmp_path):
+    """Both measure, which takes seconds, before either writes what it measured."""
+    measuring, done = threading.Barrier(2, timeout=60), []
+
+    def measure_speeds(files, pixels):
+        measuring.wait()
+        return {
+            name: {"latency_ms": 1.0 + RUN_NAMES.index(Path(name).parent.name), "throughput": 9.0} for name in files
+        }
+
+    runs = [finished_run(tmp_path, name) for name in RUN_NAMES]
+    threads = [
+        threading.Thread(target=lambda run=run: done.append(reported(tmp_path, run, measure_speeds))) for run in runs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(done) == 2
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [Path(r["checkpoint"]).parent.name for r in content] == list(RUN_NAMES)
+    assert [(r["latency_ms"], r["throughput"]) for r in content] == [(1.0, 9.0), (2.0, 9.0)]
+    assert [json.loads((run.path / "record.json").read_text()) for run in runs] == content
+
+
+def test_a_run_that_ends_while_another_measures_stays(tmp_path):
+    """The other one begins and ends in the middle of this one's measurement; this one has the last word."""
+    first, second = (finished_run(tmp_path, name) for name in RUN_NAMES)
+
+    def measure_at_once(files, pixels):
+        return {name: {"latency_ms": 2.0, "throughput": 2.0} for name in files}
+
+    def measure_slowly(files, pixels):
+        reported(tmp_path, second, measure_at_once)
+        return {name: {"latency_ms": 1.0, "throughput": 1.0} for name in files}
+
+    reported(tmp_path, first, measure_slowly)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [r["latency_ms"] for r in content] == [1.0, 2.0]
+    assert "2.00 ms" in (tmp_path / "results.md").read_text(), "the table shows the newest run"
+
+
+def test_speeds_go_into_the_records_of_the_chain(tmp_path):
+    """Of a predecessor that has a record, of one that only results.json has, and of none that is no predecessor."""
+    start = record("sp", "20240101-000000")
+    folder_of(tmp_path, start)
+    pruned = saved(tmp_path, record("pruned", "20240102-000000", start["checkpoint"], latency_ms=7.0))
+    other = saved(tmp_path, record("sp", "20240103-000000", latency_ms=8.0))
+    (tmp_path / "results.json").write_text(json.dumps([start]))
+    run = finished_run(tmp_path, RUN_NAMES[0])
+    best = load_checkpoint(run.path / BEST)
+    best.source = pruned["checkpoint"]
+    speeds = {start["checkpoint"]: {"latency_ms": 3.0, "throughput": 4.0}}
+    with run:
+        own = results.report(
+            tmp_path, run, best, ImageSet(varied_images(8), torch.arange(8)), "validation", torch.device("cpu"),
+            lambda files, pixels: speeds | {list(files)[-1]: {"latency_ms": 5.0, "throughput": 6.0}},
+        )  # fmt: skip
+    files = [folder_of(tmp_path, r) / "record.json" for r in (start, pruned, other, own)]
+    latencies = [json.loads(file.read_text())["latency_ms"] for file in files]
+    assert latencies == [3.0, None, 8.0, 5.0], "no speed of another measurement stands beside those of this one"
+
+
+def test_records_of_older_versions_stay(tmp_path):
+    """They stand in results.json only; a run's own file counts where there is one."""
+    gone, kept = record("sp", "20240101-000000", accuracy=0.1), record("sp", "20240102-000000", accuracy=0.2)
+    folder_of(tmp_path, kept)
+    newer = saved(tmp_path, record("sp", "20240103-000000", accuracy=0.3))
+    (tmp_path / "results.json").write_text(json.dumps([kept, gone, newer | {"accuracy": 0.9}]))
+    assert records.read_records(tmp_path) == [gone, kept, newer]
+    own = reported(tmp_path, finished_run(tmp_path, RUN_NAMES[0]), lambda files, pixels: {})
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content == [gone, kept, newer, own] and records.read_records(tmp_path) == content
+
+
+def test_the_oldest_run_comes_first(tmp_path):
+    """By the time in the folder's name; runs of one second by stage and name, whatever the file system's order."""
+    made = [
+        saved(tmp_path, record(stage, name))
+        for stage, name in (
+            ("rl_pruned", "20250101-000000"),
+            ("pruned", "20250101-000000"),
+            ("sp", "20250101-000000-2"),
+            ("sp", "20250101-000000"),
+            ("pruned", "20241231-235959-name"),
+        )
+    ]
+    assert records.read_records(tmp_path) == [made[i] for i in (4, 3, 1, 0, 2)]
+    assert records.read_records(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "3", "[]", "{}", '{"checkpoint": "best.pt"}', json.dumps(record("sp", "1") | {"stage": ["sp"]})],
+)
+def test_a_damaged_record_is_named(tmp_path, content):
+    file = folder_of(tmp_path, record("sp", RUN_NAMES[0])) / "record.json"
+    file.write_text(content)
+    with pytest.raises(
+        UserError, match=rf"^{file} cannot be read \(.*\): move it away, and .* --resume makes a new one$"
+    ):
+        records.read_records(tmp_path)
+
+
+def test_a_damaged_record_of_another_run_keeps_none_from_being_saved(tmp_path):
+    (folder_of(tmp_path, record("sp", RUN_NAMES[0])) / "record.json").write_text("{")
+    run = finished_run(tmp_path, RUN_NAMES[1])
+    with pytest.raises(UserError, match=f"{RUN_NAMES[0]}/record.json cannot be read"):
+        reported(tmp_path, run, lambda files, pixels: {})
+    assert json.loads((run.path / "record.json").read_text())["stage"] == "sp"
+
+
+HOLD = """
+import os, sys
+from pathlib import Path
+from utils.records import results_locked
+with results_locked(Path(sys.argv[1]), print):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_another_process_waits_and_a_dead_one_lets_go(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", HOLD, tmp_path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    said = []
+    with subprocess.Popen(command, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, **pipes) as holder:
+        try:
+            assert holder.stdout.readline() == "locked\n"
+            monkeypatch.setattr(records, "PATIENCE", 0.1)
+            with records.results_locked(tmp_path, said.append):
+                assert len(said) == 1 and f"{tmp_path} cannot be locked" in said[0], "it goes on when patience ends"
+        finally:
+            holder.kill()
+    with records.results_locked(tmp_path, said.append):
+        assert len(said) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, error):
+    def acquire(self):
+        raise error
+
+    monkeypatch.setattr(records.FileLock, "acquire", acquire)
+    run = finished_run(tmp_path, RUN_NAMES[0])
+    reported(tmp_path, run, lambda files, pixels: {})
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 1
+    assert f"{tmp_path} cannot be locked ({error})" in (run.path / "log.txt").read_text()

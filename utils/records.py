@@ -1,0 +1,119 @@
+"""The records of finished runs: each lies in the folder of its run, and the results are made from all of them.
+
+Runs may end at the same moment.  A record is written by its own run, whole and where no other run writes, so that none
+can be lost; what all runs share is written under a lock.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from utils.errors import UserError
+from utils.files import write_json
+
+METHODS = {
+    "sp": "w/o Pruning",
+    "pruned": "w/ Static Pruning only",
+    "rl_pruned": "w/ Static and Dynamic Pruning",
+}
+RECORD, RESULTS, LOCK = "record.json", "results.json", ".results.lock"
+PATIENCE = 60.0  # seconds to wait for a run that writes its results, which takes one or two
+Record = dict[str, Any]
+NEEDED = {  # to be shown in the table and the picture
+    "stage", "method", "dataset", "network", "depth", "width", "accuracy", "gflops", "compression", "parameters",
+    "computation", "checkpoint", "source", "selected_on", "points",
+}  # fmt: skip
+
+
+def read_records(result_dir: Path) -> list[Record]:
+    """Every record below ``result_dir``, the run that was started first before the others.
+
+    Of a run that has no record in its folder, the one in ``results.json`` counts: older versions wrote no other.
+
+    Raises:
+        UserError: if a file cannot be read.
+    """
+    records = {}
+    earlier = result_dir / RESULTS
+    if earlier.exists():
+        records = {r["checkpoint"]: r for r in _content(earlier, list, "the next stage that ends makes a new one")}
+    for stage in METHODS:
+        for path in result_dir.glob(f"{stage}/*/*/*/{RECORD}"):  # data set, network, run
+            (record,) = _content(path, dict, "its stage with the same settings and --resume makes a new one")
+            records[record["checkpoint"]] = record
+    return sorted(records.values(), key=_age)
+
+
+def save_records(result_dir: Path, records: list[Record]) -> None:
+    """Write each record into the folder of its run; one whose folder is gone stays in ``results.json`` only.
+
+    Raises:
+        UserError: if one cannot be written.
+    """
+    for record in records:
+        folder = (result_dir / record["checkpoint"]).parent
+        if not folder.is_dir():
+            continue
+        try:
+            write_json(folder / RECORD, record)
+        except OSError as error:
+            raise UserError(f"results cannot be written to {folder} ({error}): free space or mend its rights") from None
+
+
+@contextmanager
+def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """No other run reads or writes the shared results meanwhile.
+
+    A process that ends, however it ends, gives the lock back.  Where there is none to be had, because the file system
+    has no locks or a run that is stopped holds it, this run goes on without it and says so: records are safe in any
+    case, and the next run that ends makes the results of all of them.
+    """
+    lock = FileLock(result_dir / LOCK, timeout=PATIENCE)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # running out of patience is an OSError, too
+        say(
+            f"{result_dir} cannot be locked ({error}): of runs that end just now one may miss in results.md for a while"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def latest_chain(records: list[Record], last: Record | None = None) -> list[Record]:
+    """The newest record of one network and those of the stages it was made from, first stage first."""
+    by_run = {Path(record["checkpoint"]).parent: record for record in records}
+    chain = [last or records[-1]]
+    by_run.pop(Path(chain[0]["checkpoint"]).parent, None)
+    while chain[0]["source"] is not None:
+        earlier = by_run.pop(Path(chain[0]["source"]).parent, None)  # popped: no record leads back to itself
+        if earlier is None:
+            break
+        chain.insert(0, earlier)
+    return chain
+
+
+def _content(path: Path, kind: type, cure: str) -> list[Record]:
+    """The records of a file that holds a list of them, or one."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
+        records = content if kind is list else [content]
+        for record in records:
+            if not isinstance(record, dict) or not record.keys() >= NEEDED or record["stage"] not in list(METHODS):
+                raise ValueError("it is no record of a run" if kind is dict else "it is no list of records of runs")
+        return records
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): move it away, and {cure}") from None
+
+
+def _age(record: Record) -> tuple[str, int, str]:
+    """Orders by the time in the name of the run's folder, and runs of one second by what tells them apart."""
+    checkpoint = record["checkpoint"]
+    return Path(checkpoint).parent.name, list(METHODS).index(record["stage"]), checkpoint

@@ -1,0 +1,94 @@
+"""What TensorBoard shows of a run: its curves and their overview, its settings, its pictures and its results.
+
+TensorBoard opens on "Time Series", which sorts charts by their tags, unfolds the first two groups and folds up the
+others: ``Overview`` comes first, then ``Overview-results``, then all whose names sort behind.  "Custom Scalars" shows
+several curves in a chart, "HParams" the settings of all runs with the first five metrics.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # as its ``api``, which needs TensorFlow
+from torch.utils.tensorboard import SummaryWriter
+
+# In "Time Series" this group follows Overview; among metrics, which are sorted by character, "-" comes before "/".
+RESULTS_GROUP = "Overview-results"
+Charts = Mapping[str, Mapping[str, Sequence[str]]]  # section, chart, and regular expressions for the tags it shows
+
+
+class TensorBoard:
+    """The event file of a run, open for writing.
+
+    Args:
+        purge_after: what was shown of later steps before is forgotten; None for a new run.
+    """
+
+    def __init__(self, folder: Path, purge_after: int | None = None):
+        *subject, run = folder.parts[-4:]  # stage, data set, network
+        self._name = f"{run} {'/'.join(subject)}"  # the part that differs first: little of it is shown
+        self._last_step = purge_after or 0
+        # TensorBoard takes the first such mark for the start and purges at later ones: a new run needs one, too.
+        self._writer = SummaryWriter(str(folder), purge_step=0 if purge_after is None else purge_after + 1)
+
+    def describe(self, settings: Mapping[str, Any], charts: Charts) -> None:
+        """Once a run: what it was asked for, as text and as hyperparameters, and which curves share a chart.
+
+        ``SummaryWriter.add_hparams`` is of no use here: it makes a second run for its figures, and the list of
+        hyperparameters that it writes lets TensorBoard show those of one stage only.  Without a list TensorBoard
+        collects those of all runs, and offers the last value of every curve beside them.
+        """
+        layout = {section: {title: ["Multiline", list(tags)] for title, tags in group.items()}
+                  for section, group in charts.items()}  # fmt: skip
+        self._writer.add_custom_scalars(layout)
+        self._writer.add_text("settings", settings_table(settings), 0)
+        self._writer.file_writer.add_summary(hparams_pb(hyperparameters(settings), self._name), 0)
+        self._writer.flush()
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._last_step = max(self._last_step, step)
+        self._writer.flush()
+
+    def results(self, table: str, values: Mapping[str, float]) -> None:
+        """At the end of a run: the results table as text, and figures that stand beside the hyperparameters."""
+        self._writer.add_text("results", table, self._end)
+        for name, value in values.items():
+            self._writer.add_scalar(f"{RESULTS_GROUP}/{name}", value, self._end)
+        self._writer.flush()
+
+    def figure(self, name: str, figure: Figure, step: int | None = None) -> None:
+        """A figure, which is closed; without a step it belongs to the run as a whole."""
+        self._writer.add_figure(f"Pictures/{name}", figure, self._end if step is None else step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    @property
+    def _end(self) -> int:
+        """The step of what belongs to the run as a whole: behind the last one, so that a resumed run purges it."""
+        return self._last_step + 1
+
+
+def settings_table(settings: Mapping[str, Any]) -> str:
+    """The settings as a table in Markdown."""
+    cells = {name: _text(value).replace("\n", " ").replace("|", "\\|") for name, value in settings.items()}
+    rows = [f"| {name} | {cell} |" for name, cell in cells.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def hyperparameters(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """The settings in the types that TensorBoard compares runs by; what is not set is left out."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else _text(value)
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
