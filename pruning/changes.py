@@ -99,7 +99,7 @@ def ranks_picture(iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]
 def eigenvalues_picture(bases: Mapping[str, Eigenbasis]) -> Figure:
     """The eigenvalues of both factors, a box a layer: median, quartiles and, as whiskers, the least and the largest.
 
-    The longer a box, the more directions of the layer matter little beside its others.
+    The further a box reaches down, the more directions of the layer matter little beside the others.
     """
     names = list(bases)
     figure = Figure(figsize=(max(6.0, 0.32 * len(names)), 6.4), layout="constrained")

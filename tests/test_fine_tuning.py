@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from gating.distillation import TEMPERATURE, distillation_loss, distillation_loss_fn
 from gating.supervised import supervised_epoch
 from models import all_on, build_network
-from pruning.changes import layer_ranks, ranks_picture
+from pruning.changes import eigenvalues_picture, layer_ranks, ranks_picture
+from pruning.eigenbasis import Eigenbasis
 from utils.norms import reestimate_batch_norms
 
 
@@ -69,3 +70,17 @@ def test_the_picture_of_ranks_is_drawn(tmp_path):
     assert ranks["blocks.1.conv1"] == (4, 8) and "blocks.1.shortcut.0" not in ranks
     ranks_picture([("stage 1", ranks), ("iteration 1", {n: (1, 2) for n in ranks})]).savefig(tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_eigenvalues_has_a_box_a_layer():
+    """Medians and whiskers of values that are known, zero among them."""
+    identity = torch.eye(5)
+    d_a, d_g = torch.tensor([0, 1e-3, 1e-2, 1e-1, 1e2]), torch.tensor([1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+    bases = {name: Eigenbasis(identity, identity, d_a, d_g) for name in ("stem.0", "blocks.0.conv1")}
+    for axis, (least, median, largest) in zip(
+        eigenvalues_picture(bases).axes, ((-20, -2, 2), (-5, -3, -1)), strict=True
+    ):
+        medians = [line for line in axis.lines if list(line.get_ydata()) == pytest.approx([median, median], abs=1e-5)]
+        assert len(medians) == 2
+        ends = [y for line in axis.lines for y in line.get_ydata()]
+        assert (min(ends), max(ends)) == (pytest.approx(least, abs=1e-5), pytest.approx(largest, abs=1e-5))

@@ -76,9 +76,7 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
     try:
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # running out of patience is an OSError, too
-        say(
-            f"{result_dir} cannot be locked ({error}): of runs that end just now one may miss in results.md for a while"
-        )
+        say(f"{result_dir} cannot be locked ({error}): of runs that end together, results.md may lack one for a while")
     try:
         yield
     finally:
