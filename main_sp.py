@@ -18,7 +18,7 @@ from utils.checkpoint import Checkpoint, check_data, describe
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, check_batches, split_data, training_normalisation
 from utils.data.folder import DataSet, load_data
-from utils.device import Randomness, pick_device, placed
+from utils.device import Randomness, described, pick_device, pick_precision, placed
 from utils.errors import run_command
 from utils.evaluate import check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
@@ -42,6 +42,7 @@ class Settings(TrainingSettings):
 def main() -> None:
     settings, resume = parse_flags(Settings, "Stage 1: train network and switches together.")
     device = pick_device()
+    precision = pick_precision(settings.precision, device)
     torch.manual_seed(settings.seed)
     randomness = Randomness(settings.seed, device)
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers, settings.download)
@@ -61,11 +62,14 @@ def main() -> None:
 
     with open_run(parent, settings, last, resume) as run:
         splits = splits.to(device)
-        run.say(f"{run.path} on {device}, {splits.place}: {len(splits.train)} to train, {len(splits.val)} to choose by")
+        run.say(
+            f"{run.path} on {described(device, precision)}, {splits.place}: {len(splits.train)} to train, "
+            f"{len(splits.val)} to choose by"
+        )
         run.say(f"{settings.network}{settings.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
         progress = Progress()
-        described = description(settings, data, normalisation, cost)
-        keeper = Keeper(run, described, network, progress, {"optimiser": optimiser, "random": randomness})
+        start = description(settings, data, normalisation, cost)
+        keeper = Keeper(run, start, network, progress, {"optimiser": optimiser, "random": randomness})
         if last:
             keeper.resume(last.checkpoint)
         else:
@@ -77,11 +81,12 @@ def main() -> None:
             rate = rates_of_epoch(epoch, settings.epochs, settings.lr, schedule=settings.schedule)
             title = f"epoch {epoch:3d}/{settings.epochs}"
             train = supervised_epoch(
-                network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title, forward=forward
-            )
-            val = evaluate(network, splits.val, normalisation, cost)
+                network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title, forward=forward,
+                precision=precision,
+            )  # fmt: skip
+            val = evaluate(network, splits.val, normalisation, cost, precision=precision)
             check_finite(network, val, title)
-            every_block = evaluate(network, splits.val, normalisation, cost, all_on)
+            every_block = evaluate(network, splits.val, normalisation, cost, all_on, precision=precision)
             scalars = epoch_scalars(train, val, every_block, cost.parameters, 0.0, rate(0.0))
             run.record(epoch, scalars | (layer_scalars(network, cost) if epoch == 1 else {}))
             run.say(epoch_line(title, train, val, every_block, splits.val_name))

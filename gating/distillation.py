@@ -31,16 +31,17 @@ def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: f
     return (1 - weight) * F.cross_entropy(logits, labels) + weight * TEMPERATURE**2 * softened
 
 
-def distillation_loss_fn(teacher: ResNet, weight: float) -> LossFn:
+def distillation_loss_fn(teacher: ResNet, weight: float, precision: torch.dtype = torch.float32) -> LossFn:
     """``distillation_loss`` as the epochs of training take it (``gating.supervised``, ``gating.reinforce``).
 
     Args:
         teacher: in evaluation mode; every block of it runs.
         weight: of the distillation in the loss.
+        precision: of the teacher's products, from ``utils.device.pick_precision``.
     """
 
     def loss_fn(x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad(), mixed_precision(x.device):
+        with torch.no_grad(), mixed_precision(x.device, precision):
             target = teacher(x, decide=all_on, skip=False).logits  # skipping makes a GPU wait
         return distillation_loss(logits, target.float(), labels, weight)
 

@@ -55,6 +55,7 @@ class Reinforcement:
     batch_norm: str = "frozen"  # "frozen" uses running statistics; in other modes they follow the drawn paths
     loss_fn: LossFn | None = None
     forward: Forward | None = None  # from ``gating.forward.training_forward``; not compiled by default
+    precision: torch.dtype = torch.float32  # of products, from ``utils.device.pick_precision``
 
 
 def reinforce_epoch(
@@ -103,7 +104,7 @@ def reinforce_epoch(
             set_learning_rate(optimiser, rate(step / steps))
             optimiser.zero_grad(set_to_none=True)
         drawn = torch.rand(images, len(shares), generator=setup.draws, device=device)
-        with mixed_precision(device):
+        with mixed_precision(device, setup.precision):
             logits, probabilities, decisions = forward(x, partly_sampled, (exploring, parallel.local_part(drawn)), skip)
         cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")
         reward = alpha.value()
@@ -113,7 +114,7 @@ def reinforce_epoch(
         def greedy_returns(
             x: Tensor = x[explorers], y: Tensor = y[explorers], reward: float | Tensor = reward
         ) -> Tensor:
-            with mixed_precision(device):
+            with mixed_precision(device, setup.precision):
                 return thresholded_returns(
                     network, x, y, shares, reward, setup.gamma, skip=device.type == "cpu", forward=forward
                 )

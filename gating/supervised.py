@@ -49,6 +49,7 @@ def supervised_epoch(
     title: str,
     loss_fn: LossFn | None = None,
     forward: Forward | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> EpochMeans:
     """Train for one epoch.
 
@@ -59,6 +60,7 @@ def supervised_epoch(
         title: what the progress bar says.
         loss_fn: what is minimised and reported; the cross-entropy by default.
         forward: the network's forward pass, from ``gating.forward.training_forward``; not compiled by default.
+        precision: of products, from ``utils.device.pick_precision``.
 
     Raises:
         UserError: if the loss stops being finite.
@@ -74,7 +76,7 @@ def supervised_epoch(
         set_learning_rate(optimiser, learning_rate(step / steps))
         images, y = len(labels), parallel.local_part(labels)
         drawn = torch.rand(images, 1 + network.switches, generator=draws, device=device)
-        with mixed_precision(device):
+        with mixed_precision(device, precision):
             output = forward(x, half_held_open, (parallel.local_part(drawn),), False)
         logits = output.logits.float()
         loss = F.cross_entropy(logits, y) if loss_fn is None else loss_fn(x, logits, y)

@@ -61,7 +61,6 @@ def test_a_step_waits_for_nothing(stage: str, free: int):
         assert epoch(8) == epoch(4)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError)
 @pytest.mark.parametrize("saved_on_gpu", [True, False])
 def test_random_numbers_go_on_on_another_kind_of_device(saved_on_gpu: bool):
     with simulated():
@@ -89,7 +88,6 @@ def test_adam_goes_on_on_a_gpu():
         step(net, after, device)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError)
 def test_images_on_a_full_gpu_stay_there():
     with simulated():
         given = images(8).to(pick_device())

@@ -13,6 +13,7 @@ from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import plain_batches
 from utils.data.images import Images
+from utils.device import mixed_precision
 from utils.errors import UserError
 from utils.flops import NetworkCost
 from utils.modes import evaluation_mode
@@ -58,11 +59,13 @@ def evaluate(
     cost: NetworkCost,
     decide: DecisionRule = thresholded,
     batch_size: int = 256,
+    precision: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards.
 
     Args:
         cost: of the network for one such image (``utils.flops.network_cost``).
+        precision: of products, from ``utils.device.pick_precision``.
 
     Each of several processes runs it on its part of the images, and all get what was measured on all.
     """
@@ -70,7 +73,7 @@ def evaluate(
     local = parallel.local_slice(len(images))
     switches = torch.zeros(2, len(images), network.switches)  # decisions and probabilities
     seen = [switches.new_empty(2, 0, network.switches, device=images.device)]
-    with evaluation_mode(network):
+    with evaluation_mode(network), mixed_precision(images.device, precision):
         for x, y in plain_batches(images[local], batch_size, normalisation):
             output = network(x, decide=decide)
             loss = loss + F.cross_entropy(output.logits.float(), y, reduction="sum")
