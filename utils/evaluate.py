@@ -100,6 +100,6 @@ def check_finite(network: ResNet, val: Evaluation, title: str) -> None:
     Raises:
         UserError: if its loss or one of its weights is not finite.
     """
-    weights = all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
+    weights = torch.stack([torch.isfinite(tensor).all() for tensor in network.state_dict().values()]).all()
     if not math.isfinite(val.loss) or not weights:
         raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
