@@ -214,7 +214,7 @@ def fine_tune(
     batches = TrainingBatches(
         splits.train, settings.batch_size, randomness.data, stage.normalisation, stage.start.data["flip"]
     )
-    forward = training_forward(network, settings.compile)
+    forward = training_forward(network, stage.precision, settings.compile)
     stateful = {"optimiser": optimiser, "random": randomness}
     keeper = Keeper(run, stage.start, network, progress, stateful, f"iteration_{progress.iteration:02d}.pt")
     if last:
@@ -229,7 +229,7 @@ def fine_tune(
         rate = rates_of_epoch(epoch, progress.epochs, settings.lr, **settings.schedule())
         train = supervised_epoch(
             network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title,
-            loss_fn=stage.loss_fn, forward=forward, precision=stage.precision,
+            loss_fn=stage.loss_fn, forward=forward,
         )  # fmt: skip
         val = evaluate(network, splits.val, stage.normalisation, cost, precision=stage.precision)
         check_finite(network, val, title)

@@ -161,8 +161,7 @@ def reinforcement(
         baseline=settings.baseline,
         batch_norm=settings.batch_norm,
         loss_fn=loss_fn,
-        forward=training_forward(network, settings.compile),
-        precision=precision,
+        forward=training_forward(network, precision, settings.compile),
     )
 
 

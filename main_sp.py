@@ -75,15 +75,14 @@ def main() -> None:
         else:
             keeper.save_last()  # an interruption in the first epoch leaves a run to resume, too
         batches = TrainingBatches(splits.train, settings.bs, randomness.data, normalisation, not settings.no_flip)
-        forward = training_forward(network, settings.compile)
+        forward = training_forward(network, precision, settings.compile)
 
         for epoch in range(progress.step + 1, settings.epochs + 1):
             rate = rates_of_epoch(epoch, settings.epochs, settings.lr, schedule=settings.schedule)
             title = f"epoch {epoch:3d}/{settings.epochs}"
             train = supervised_epoch(
-                network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title, forward=forward,
-                precision=precision,
-            )  # fmt: skip
+                network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title, forward=forward
+            )
             val = evaluate(network, splits.val, normalisation, cost, precision=precision)
             check_finite(network, val, title)
             every_block = evaluate(network, splits.val, normalisation, cost, all_on, precision=precision)

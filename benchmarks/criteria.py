@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
+from gating.forward import training_forward
 from gating.supervised import supervised_epoch
 from models import all_on
 from pruning.iteration import prune_once
@@ -161,7 +162,7 @@ def fine_tune(args: argparse.Namespace, trained: Trained, network, order, draws)
         rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
         supervised_epoch(
             network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}",
-            precision=pick_precision("auto", trained.device),
+            forward=training_forward(network, pick_precision("auto", trained.device)),
         )  # fmt: skip
 
 

@@ -257,15 +257,14 @@ def supervised_run(
     optimiser = sgd(network, 0.01, 0.9, 5e-4)
     data, draws = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     forward, batches = (
-        training_forward(network, args.compile),
+        training_forward(network, pick_precision(args.precision, device), args.compile),
         TrainingBatches(images, args.bs, data, normalisation, True),
     )
 
     def epoch() -> None:
         supervised_epoch(
-            network, batches, optimiser, learning_rate=lambda _: 0.01, draws=draws, title="", forward=forward,
-            precision=pick_precision(args.precision, device),
-        )  # fmt: skip
+            network, batches, optimiser, learning_rate=lambda _: 0.01, draws=draws, title="", forward=forward
+        )
 
     return epoch
 
@@ -278,7 +277,7 @@ def reinforced_run(
     batches = TrainingBatches(images, args.bs, data, normalisation, True)
     setup = Reinforcement(
         network=network, optimisers=optimisers, shares=network_cost(network, args.resize).shares, draws=draws,
-        forward=training_forward(network, args.compile), precision=pick_precision(args.precision, device),
+        forward=training_forward(network, pick_precision(args.precision, device), args.compile),
     )  # fmt: skip
 
     def epoch() -> None:

@@ -390,7 +390,7 @@ class _LSTMCell(torch.autograd.Function):
             return gates, gates, gc * f, bias, bias
 
 
-REAL_LSTM_CELL = torch._VF.lstm_cell
+REAL_LSTM_CELL = torch.lstm_cell
 
 
 def _lstm_cell(x, state, w_ih, w_hh, b_ih, b_hh):
@@ -499,7 +499,8 @@ def simulated(free_memory: int = 100 * 2**30, capability: tuple[int, int] = (9, 
     replaced += [(torch, name, _made_on_gpu(getattr(torch, name))) for name in FACTORIES]
     replaced += [(Tensor, name, _made_on_gpu(getattr(Tensor, name))) for name in METHODS]
     replaced += [(torch, "Generator", _GeneratorOfDevice), (torch, "autocast", _Autocast)]
-    replaced += [(Tensor, "to", _moved), (Tensor, "pin_memory", _pinned), (torch._VF, "lstm_cell", _lstm_cell)]
+    replaced += [(Tensor, "to", _moved), (Tensor, "pin_memory", _pinned)]
+    replaced += [(owner, "lstm_cell", _lstm_cell) for owner in (torch, torch._VF)]
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
         for target, name, value in replaced:

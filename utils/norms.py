@@ -1,6 +1,7 @@
 """Batch norms whose statistics are those of a whole batch that several processes share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,20 @@ class SharedBatchNorm(_BatchNorm):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         if x.is_cuda:
-            self.num_batches_tracked += 1
+            self._count()
             running = (self.running_mean, self.running_var, self.momentum)
             return _NormalisedOnGpu.apply(x, self.weight, self.bias, *running, self.eps)
         y, mean, variance, count = _Normalised.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self._count()
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             unbiased = variance * count / (count - 1)
             self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
         return y
+
+    def _count(self) -> None:
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
 
 
 class _Normalised(Function):
@@ -136,6 +141,25 @@ def _shared(norm: _BatchNorm) -> SharedBatchNorm:
 
 def batch_norms(network: nn.Module) -> list[nn.Module]:
     return [m for m in network.modules() if isinstance(m, _BatchNorm)]
+
+
+@contextmanager
+def batches_counted_at_once(network: nn.Module, batches: int) -> Iterator[None]:
+    """Batch norms in training mode do not count batches one by one; afterwards ``batches`` more are counted.
+
+    There for launches alone: 47 fewer in a step of ResNet-32.
+    """
+    norms = [norm for norm in batch_norms(network) if norm.training]
+    counters = [norm.num_batches_tracked for norm in norms]
+    try:
+        for norm in norms:
+            norm.num_batches_tracked = None
+        yield
+        for counter in counters:
+            counter += batches
+    finally:
+        for norm, counter in zip(norms, counters, strict=True):
+            norm.num_batches_tracked = counter
 
 
 @torch.no_grad()
