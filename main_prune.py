@@ -31,7 +31,7 @@ from utils.data.batches import (
     whole_batches_by_process,
 )
 from utils.data.folder import load_data
-from utils.device import Randomness, pick_device, placed
+from utils.device import Randomness, described, pick_device, pick_precision, placed
 from utils.errors import run_command
 from utils.evaluate import check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
@@ -72,6 +72,7 @@ class Stage:
     splits: Splits
     settings: PruneSettings
     device: torch.device
+    precision: torch.dtype
     randomness: Randomness
     start: Checkpoint  # stage 1's network, or where an interrupted run goes on
     loss_fn: LossFn | None  # of fine-tuning, where it follows stage 1's network
@@ -84,6 +85,7 @@ class Stage:
 def main() -> None:
     settings, resume = parse_arguments()
     device = pick_device()
+    precision = pick_precision(settings.precision, device)
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
     parent = stage_folder(settings.result_dir, "pruned", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
@@ -96,12 +98,12 @@ def main() -> None:
     accuracy, floor = start.metrics["accuracy"], start.original["accuracy"] - settings.max_accuracy_drop
 
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
-        run.say(f"{run.path} on {device}, {splits.place}: pruning {start.source}")
+        run.say(f"{run.path} on {described(device, precision)}, {splits.place}: pruning {start.source}")
         unpruned = stage_1_network(run, start, settings)
         loss_fn = None
         if settings.distill:
-            loss_fn = distillation_loss_fn(placed(unpruned.network(), device), settings.distill)
-        stage = Stage(run, splits, settings, device, randomness, start, loss_fn)
+            loss_fn = distillation_loss_fn(placed(unpruned.network(), device), settings.distill, precision)
+        stage = Stage(run, splits, settings, device, precision, randomness, start, loss_fn)
         run.say(f"{splits.val_name} accuracy of stage 1 {start.original['accuracy']:.2%}")
         network, progress = placed(start.network(), device), PruningProgress()
         keeper = Keeper(run, start, network, progress, {"random": randomness})
@@ -187,8 +189,8 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
         return None
     smaller = placed(pruned.network, stage.device)
     smaller_cost = network_cost(smaller, settings.resize)
-    before = evaluate(network, splits.val, normalisation, cost, all_on)
-    cut = evaluate(smaller, splits.val, normalisation, smaller_cost, all_on)
+    before = evaluate(network, splits.val, normalisation, cost, all_on, precision=stage.precision)
+    cut = evaluate(smaller, splits.val, normalisation, smaller_cost, all_on, precision=stage.precision)
     if settings.reestimate_batch_norm:
         reestimate_batch_norms(smaller, whole_batches_by_process(fisher, settings.batch_size, normalisation), all_on)
     compression = stage.start.compression(smaller_cost)
@@ -214,13 +216,13 @@ def fine_tune(
     batches = TrainingBatches(
         splits.train, settings.batch_size, randomness.data, stage.normalisation, stage.start.data["flip"]
     )
-    forward = training_forward(network, settings.compile)
+    forward = training_forward(network, stage.precision, settings.compile)
     stateful = {"optimiser": optimiser, "random": randomness}
     keeper = Keeper(run, stage.start, network, progress, stateful, f"iteration_{progress.iteration:02d}.pt")
     if last:
         keeper.resume(last)
     else:
-        val = evaluate(network, splits.val, stage.normalisation, cost)
+        val = evaluate(network, splits.val, stage.normalisation, cost, precision=stage.precision)
         keeper.offer([0 if splits.val_is_test else val.accuracy], val)
         keeper.save_last()
 
@@ -231,9 +233,9 @@ def fine_tune(
             network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title,
             loss_fn=stage.loss_fn, forward=forward,
         )  # fmt: skip
-        val = evaluate(network, splits.val, stage.normalisation, cost)
+        val = evaluate(network, splits.val, stage.normalisation, cost, precision=stage.precision)
         check_finite(network, val, title)
-        every_block = evaluate(network, splits.val, stage.normalisation, cost, all_on)
+        every_block = evaluate(network, splits.val, stage.normalisation, cost, all_on, precision=stage.precision)
         progress.step, progress.epoch = progress.step + 1, epoch
         compression = stage.start.compression(cost)
         scalars = epoch_scalars(train, val, every_block, cost.parameters, compression, rate(0.0))
@@ -253,7 +255,7 @@ def record_pruning(
 ) -> None:
     """Say and record what an iteration removed, and the predicted and the measured rise of the loss by surgery."""
     run, step, iteration, original = stage.run, progress.step, progress.iteration, stage.start.original
-    ready = evaluate(after, stage.splits.val, stage.normalisation, cost, all_on)
+    ready = evaluate(after, stage.splits.val, stage.normalisation, cost, all_on, precision=stage.precision)
     compression = stage.start.compression(cost)
     predicted = "nothing" if pruned.predicted_rise is None else f"{pruned.predicted_rise:.4f}"
     run.say(f"\niteration {iteration}\n{changes_table(pruned.changes)}")

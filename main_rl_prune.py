@@ -24,7 +24,7 @@ from utils import parallel
 from utils.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.data.batches import Splits, TrainingBatches, check_batches, split_data
 from utils.data.folder import load_data
-from utils.device import Randomness, pick_device, placed
+from utils.device import Randomness, described, pick_device, pick_precision, placed
 from utils.errors import UserError, run_command
 from utils.evaluate import check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
@@ -84,6 +84,7 @@ class Settings(TrainingSettings):
 def main() -> None:
     settings, resume = parse_flags(Settings, "Stage 3: teach the switches to skip blocks.")
     device = pick_device()
+    precision = pick_precision(settings.precision, device)
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers, settings.download)
     parent = stage_folder(settings.result_dir, "rl_pruned", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
@@ -98,21 +99,21 @@ def main() -> None:
     budget.check(cost)
     randomness, normalisation = Randomness(settings.seed, device), start.normaliser()
     batches = TrainingBatches(splits.train, settings.bs, randomness.data, normalisation, start.data["flip"])
-    setup = reinforcement(settings, network, cost, randomness, start)
+    setup = reinforcement(settings, network, cost, randomness, start, precision)
     steering = Steering(
         budget, cost, alpha=settings.alpha, epochs=settings.epochs, steps=len(batches), device=device,
         fixed=settings.fixed_alpha,
     )  # fmt: skip
 
     with open_run(parent, settings, last, resume, POLICY_CHARTS) as run:
-        run.say(f"{run.path} on {device}, {splits.place}: starting from {start.source}")
+        run.say(f"{run.path} on {described(device, precision)}, {splits.place}: starting from {start.source}")
         progress = Progress()
         stateful = {"random": randomness, "steering": steering, "sgd": setup.optimisers[0], "adam": setup.optimisers[1]}
         keeper = Keeper(run, start, network, progress, stateful)
         if last:
             keeper.resume(last.checkpoint)
         else:
-            begin(run, keeper, steering, splits, cost)
+            begin(run, keeper, steering, splits, cost, precision)
 
         for epoch in range(progress.step + 1, settings.epochs + 1):
             rates = settings.rates(epoch)
@@ -120,14 +121,14 @@ def main() -> None:
             train = reinforce_epoch(setup, batches, rates, alpha, title)
             if settings.batch_norm == "reestimate":
                 reestimate(network, batches)
-            at_half = evaluate(network, splits.val, normalisation, cost)
+            at_half = evaluate(network, splits.val, normalisation, cost, precision=precision)
             check_finite(network, at_half, title)
-            every_block = evaluate(network, splits.val, normalisation, cost, all_on)
+            every_block = evaluate(network, splits.val, normalisation, cost, all_on, precision=precision)
             progress.step, val = epoch, at_half
             steering.observe(alpha, at_half.computation)
             with gate_biases_restored(network):
                 if not settings.fixed_alpha:
-                    val = find_operating_point(network, splits.val, normalisation, budget, cost, at_half)
+                    val = find_operating_point(network, splits.val, normalisation, budget, cost, at_half, precision)
                 if keeper.offer(budget.score(val.accuracy, val.computation), val):
                     steering.remember(val.computation)
             scalars = epoch_scalars(train, val, every_block, cost.parameters, start.compression(cost), rates[0](0.0))
@@ -143,13 +144,18 @@ def main() -> None:
 
 
 def reinforcement(
-    settings: Settings, network: ResNet, cost: NetworkCost, randomness: Randomness, start: Checkpoint
+    settings: Settings,
+    network: ResNet,
+    cost: NetworkCost,
+    randomness: Randomness,
+    start: Checkpoint,
+    precision: torch.dtype,
 ) -> Reinforcement:
     """What stage 3 trains and how."""
     device, loss_fn = next(network.parameters()).device, None
     if settings.distill:
         origin = load_checkpoint(source_path(start.source, settings.result_dir))
-        loss_fn = distillation_loss_fn(placed(origin.network(), device).eval(), settings.distill)
+        loss_fn = distillation_loss_fn(placed(origin.network(), device).eval(), settings.distill, precision)
     return Reinforcement(
         network=network,
         optimisers=reinforcement_optimisers(network, settings.momentum, settings.weight_decay),
@@ -161,14 +167,16 @@ def reinforcement(
         baseline=settings.baseline,
         batch_norm=settings.batch_norm,
         loss_fn=loss_fn,
-        forward=training_forward(network, settings.compile),
+        forward=training_forward(network, precision, settings.compile),
     )
 
 
-def begin(run: Run, keeper: Keeper, steering: Steering, splits: Splits, cost: NetworkCost) -> None:
+def begin(
+    run: Run, keeper: Keeper, steering: Steering, splits: Splits, cost: NetworkCost, precision: torch.dtype
+) -> None:
     """Rescale the gates' logits, and keep the network as it came: it is the first candidate."""
     network, normalisation, budget = keeper.network, keeper.described.normaliser(), steering.budget
-    start = evaluate(network, splits.val, normalisation, cost)
+    start = evaluate(network, splits.val, normalisation, cost, precision=precision)
     run.say(
         f"{splits.val_name} accuracy {start.accuracy:.2%}, budget at least {max(budget.floor, 0):.2%} (stage 1 had "
         f"{keeper.described.original['accuracy']:.2%}); computation {start.computation:.1%}"

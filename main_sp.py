@@ -18,7 +18,7 @@ from utils.checkpoint import Checkpoint, check_data, describe
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, check_batches, split_data, training_normalisation
 from utils.data.folder import DataSet, load_data
-from utils.device import Randomness, pick_device, placed
+from utils.device import Randomness, described, pick_device, pick_precision, placed
 from utils.errors import run_command
 from utils.evaluate import check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
@@ -42,6 +42,7 @@ class Settings(TrainingSettings):
 def main() -> None:
     settings, resume = parse_flags(Settings, "Stage 1: train network and switches together.")
     device = pick_device()
+    precision = pick_precision(settings.precision, device)
     torch.manual_seed(settings.seed)
     randomness = Randomness(settings.seed, device)
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers, settings.download)
@@ -62,19 +63,19 @@ def main() -> None:
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
         splits = splits.to(device)
         run.say(
-            f"{run.path} on {device}, {splits.place}: {len(splits.train):,} training images, "
+            f"{run.path} on {described(device, precision)}, {splits.place}: {len(splits.train):,} training images, "
             f"{len(splits.val):,} {splits.val_name} images"
         )
         run.say(f"{settings.network}{settings.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
         progress = Progress()
-        described = description(settings, data, normalisation, cost)
-        keeper = Keeper(run, described, network, progress, {"optimiser": optimiser, "random": randomness})
+        start = description(settings, data, normalisation, cost)
+        keeper = Keeper(run, start, network, progress, {"optimiser": optimiser, "random": randomness})
         if last:
             keeper.resume(last.checkpoint)
         else:
             keeper.save_last()  # an interruption in the first epoch leaves a run to resume, too
         batches = TrainingBatches(splits.train, settings.bs, randomness.data, normalisation, not settings.no_flip)
-        forward = training_forward(network, settings.compile)
+        forward = training_forward(network, precision, settings.compile)
 
         for epoch in range(progress.step + 1, settings.epochs + 1):
             rate = rates_of_epoch(epoch, settings.epochs, settings.lr, schedule=settings.schedule)
@@ -82,9 +83,9 @@ def main() -> None:
             train = supervised_epoch(
                 network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title, forward=forward
             )
-            val = evaluate(network, splits.val, normalisation, cost)
+            val = evaluate(network, splits.val, normalisation, cost, precision=precision)
             check_finite(network, val, title)
-            every_block = evaluate(network, splits.val, normalisation, cost, all_on)
+            every_block = evaluate(network, splits.val, normalisation, cost, all_on, precision=precision)
             scalars = epoch_scalars(train, val, every_block, cost.parameters, 0.0, rate(0.0))
             run.record(epoch, scalars, **(layer_scalars(network, cost) if epoch == 1 else {}))
             run.say(epoch_line(title, train, val, every_block, splits.val_name))

@@ -24,13 +24,14 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
+from gating.forward import training_forward
 from gating.supervised import supervised_epoch
 from models import all_on
 from pruning.iteration import prune_once
 from pruning.selection import Goal, part_of_the_way
 from pruning.settings import CHANNEL_CRITERIA, Method
 from utils.data.batches import TrainingBatches, plain_batches
-from utils.device import placed
+from utils.device import pick_precision, placed
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.flops import network_cost
@@ -160,8 +161,9 @@ def fine_tune(args: argparse.Namespace, trained: Trained, network, order, draws)
     for epoch in range(1, args.epochs + 1):
         rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
         supervised_epoch(
-            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}"
-        )
+            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}",
+            forward=training_forward(network, pick_precision("auto", trained.device)),
+        )  # fmt: skip
 
 
 def summarise(args: argparse.Namespace, measurements: list[dict]) -> list[dict]:

@@ -80,7 +80,8 @@ def measure(args: argparse.Namespace, trained: Trained) -> list[dict]:
     bases = {name: eigenbasis(factors[name]) for name in layers}
     spectra = gradient_squares(network, layers, bases, batches(), "true", draws, args.fisher_draws)
     logits = torch.cat([_logits(network, x) for x, _ in batches()])
-    loss = F.cross_entropy(logits, images.labels).item()
+    labels = images.labels.to(logits.device)
+    loss = F.cross_entropy(logits, labels).item()
     sides = [(name, side, size) for name, layer in layers.items() for side, size in enumerate(layer.weight.shape[:2])]
     every = [(name, side, i) for name, side, size in sides for i in range(size)]
     picked = torch.randperm(len(every), generator=choice)[: args.directions].tolist()
@@ -102,7 +103,7 @@ def measure(args: argparse.Namespace, trained: Trained) -> list[dict]:
             layer.weight.copy_(weight - outer)
             changed = torch.cat([_logits(network, x) for x, _ in batches()])
             layer.weight.copy_(weight)
-        point["loss_rise"] = F.cross_entropy(changed, images.labels).item() - loss
+        point["loss_rise"] = F.cross_entropy(changed, labels).item() - loss
         point["divergence"] = F.kl_div(
             changed.log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True
         ).item()

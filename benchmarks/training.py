@@ -46,7 +46,7 @@ from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, training_normalisation
 from utils.data.folder import load_data
 from utils.data.images import Images
-from utils.device import pick_device, placed
+from utils.device import PRECISIONS, pick_device, pick_precision, placed
 from utils.errors import UserError, run_command
 from utils.files import write_json
 from utils.flops import network_cost
@@ -101,6 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--resize", type=number(int, 8), default=32, help="height and width of the images")
     add("--bs", type=number(int, 2), default=128, help="images in a batch")
     add("--num_workers", type=number(int, 0), default=16, help="workers of the plain loop, and threads that decode")
+    add("--precision", choices=PRECISIONS, default="auto", help="of products in the three stages' steps")
     add("--compile", action="store_true", help="compile the three stages' steps")
     add("--threads", type=number(int, 1), default=torch.get_num_threads(), help="CPU threads of PyTorch")
     add("--seconds", type=number(float, 0), default=120.0, help="time of all rounds, 5 rounds at least")
@@ -256,7 +257,7 @@ def supervised_run(
     optimiser = sgd(network, 0.01, 0.9, 5e-4)
     data, draws = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     forward, batches = (
-        training_forward(network, args.compile),
+        training_forward(network, pick_precision(args.precision, device), args.compile),
         TrainingBatches(images, args.bs, data, normalisation, True),
     )
 
@@ -276,7 +277,7 @@ def reinforced_run(
     batches = TrainingBatches(images, args.bs, data, normalisation, True)
     setup = Reinforcement(
         network=network, optimisers=optimisers, shares=network_cost(network, args.resize).shares, draws=draws,
-        forward=training_forward(network, args.compile),
+        forward=training_forward(network, pick_precision(args.precision, device), args.compile),
     )  # fmt: skip
 
     def epoch() -> None:

@@ -52,7 +52,7 @@ def thresholded_returns(
 
     Args:
         skip: as in the network's forward pass.
-        forward: that forward pass, from ``gating.forward.training_forward``; not compiled by default.
+        forward: that forward pass, from ``gating.forward.training_forward``; plain by default.
     """
     forward = training_forward(network) if forward is None else forward
     with evaluation_mode(network):

@@ -43,6 +43,7 @@ def find_operating_point(
     budget: Budget,
     cost: NetworkCost,
     at_half: Evaluation,
+    precision: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Shift the switches' logits to what serves the budget best, and evaluate the network there.
 
@@ -52,6 +53,7 @@ def find_operating_point(
 
     Args:
         at_half: the network's evaluation on ``images`` at the threshold of one half.
+        precision: of evaluation, as in ``utils.evaluate.evaluate``.
     """
     layers = network.gate.last_layers
     biases = [layer.bias.clone() for layer in layers]
@@ -66,7 +68,7 @@ def find_operating_point(
         nonlocal best, best_offset
         offset = offset_to(computation, at_half.probabilities, cost)
         moved(offset)
-        tried = evaluate(network, images, normalisation, cost)
+        tried = evaluate(network, images, normalisation, cost, precision=precision)
         if budget.score(tried.accuracy, tried.computation) > budget.score(best.accuracy, best.computation):
             best, best_offset = tried, offset
         return budget.met(tried.accuracy, tried.computation)

@@ -14,11 +14,10 @@ from gating.forward import Forward, training_forward
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
 from gating.supervised import CHECK_EVERY, EpochMeans, LossFn
-from models import ResNet, by_image, sampled, thresholded
+from models import ResNet, sampled
 from models.decisions import DecisionRule
 from utils import parallel
 from utils.data.batches import TrainingBatches
-from utils.device import mixed_precision
 from utils.errors import UserError
 from utils.norms import freeze_batch_norms
 from utils.optimisers import set_learning_rate
@@ -54,7 +53,7 @@ class Reinforcement:
     baseline: str = "greedy"  # one of ``gating.baselines.BASELINES``
     batch_norm: str = "frozen"  # "frozen" uses running statistics; in other modes they follow the drawn paths
     loss_fn: LossFn | None = None
-    forward: Forward | None = None  # from ``gating.forward.training_forward``; not compiled by default
+    forward: Forward | None = None  # from ``gating.forward.training_forward``; plain by default
 
 
 def reinforce_epoch(
@@ -103,8 +102,7 @@ def reinforce_epoch(
             set_learning_rate(optimiser, rate(step / steps))
             optimiser.zero_grad(set_to_none=True)
         drawn = torch.rand(images, len(shares), generator=setup.draws, device=device)
-        with mixed_precision(device):
-            logits, probabilities, decisions = forward(x, partly_sampled, (exploring, parallel.local_part(drawn)), skip)
+        logits, probabilities, decisions = forward(x, partly_sampled, (exploring, parallel.local_part(drawn)), skip)
         cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")
         reward = alpha.value()
         p, z = probabilities[explorers], decisions[explorers]
@@ -113,10 +111,8 @@ def reinforce_epoch(
         def greedy_returns(
             x: Tensor = x[explorers], y: Tensor = y[explorers], reward: float | Tensor = reward
         ) -> Tensor:
-            with mixed_precision(device):
-                return thresholded_returns(
-                    network, x, y, shares, reward, setup.gamma, skip=device.type == "cpu", forward=forward
-                )
+            skip = device.type == "cpu"
+            return thresholded_returns(network, x, y, shares, reward, setup.gamma, skip=skip, forward=forward)
 
         advantages = gained - baseline(setup.baseline, gained, greedy_returns, drawing)
         uncertainty = entropy(p)
@@ -156,4 +152,4 @@ def partly_sampled(exploring: Tensor, drawn: Tensor) -> DecisionRule:
         exploring: boolean [N].
         drawn: [N, K], uniform in [0, 1).
     """
-    return by_image(exploring, sampled(drawn), thresholded)
+    return sampled(torch.where(exploring[:, None], drawn, 0.5))  # above one half, as thresholded

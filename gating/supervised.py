@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from gating.forward import Forward, training_forward
-from models import ResNet, all_on, by_image, sampled_straight_through
+from models import ResNet, sampled, straight_through
 from models.decisions import DecisionRule
 from utils import parallel
 from utils.data.batches import TrainingBatches
-from utils.device import mixed_precision
 from utils.errors import UserError
+from utils.norms import batches_counted_at_once
 from utils.optimisers import set_learning_rate
 
 # Half of the images of a batch pass with every switch held open, so that the whole network, which static pruning works
@@ -58,7 +58,7 @@ def supervised_epoch(
         draws: generator, on the network's device, of decisions and of the images whose switches are held open.
         title: what the progress bar says.
         loss_fn: what is minimised and reported; the cross-entropy by default.
-        forward: the network's forward pass, from ``gating.forward.training_forward``; not compiled by default.
+        forward: the network's forward pass, from ``gating.forward.training_forward``; plain by default.
 
     Raises:
         UserError: if the loss stops being finite.
@@ -70,23 +70,26 @@ def supervised_epoch(
     steps = len(batches)
     loss_sum = correct = torch.zeros((), device=device)
     seen = 0
-    for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())):
-        set_learning_rate(optimiser, learning_rate(step / steps))
-        images, y = len(labels), parallel.local_part(labels)
-        drawn = torch.rand(images, 1 + network.switches, generator=draws, device=device)
-        with mixed_precision(device):
+    progress = tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())
+    with batches_counted_at_once(network, steps):
+        for step, (x, labels) in enumerate(progress):
+            set_learning_rate(optimiser, learning_rate(step / steps))
+            images, y = len(labels), parallel.local_part(labels)
+            drawn = torch.rand(images, 1 + network.switches, generator=draws, device=device)
             output = forward(x, half_held_open, (parallel.local_part(drawn),), False)
-        logits = output.logits.float()
-        loss = F.cross_entropy(logits, y) if loss_fn is None else loss_fn(x, logits, y)
-        optimiser.zero_grad(set_to_none=True)
-        (loss * (len(y) / images)).backward()
-        parallel.all_reduce_gradients(network.parameters())
-        optimiser.step()
-        loss_sum = loss_sum + loss.detach() * len(y)
-        correct = correct + (output.logits.detach().argmax(dim=1) == y).sum()
-        seen += images
-        if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(loss_sum):
-            raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
+            logits = output.logits.float()
+            loss = F.cross_entropy(logits, y) if loss_fn is None else loss_fn(x, logits, y)
+            optimiser.zero_grad(set_to_none=True)
+            (loss * (len(y) / images)).backward()
+            parallel.all_reduce_gradients(network.parameters())
+            optimiser.step()
+            loss_sum = loss_sum + loss.detach() * len(y)
+            correct = correct + (output.logits.detach().argmax(dim=1) == y).sum()
+            seen += images
+            if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(loss_sum):
+                raise UserError(
+                    f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept"
+                )
     loss, accuracy = (parallel.all_reduced(torch.stack([loss_sum, correct.float()])) / seen).tolist()
     return EpochMeans(loss, accuracy)
 
@@ -97,4 +100,7 @@ def half_held_open(drawn: Tensor) -> DecisionRule:
     Args:
         drawn: [N, 1 + K], uniform in [0, 1): which images are held, and the decisions of K switches.
     """
-    return by_image(drawn[:, 0] < OPEN_SHARE, all_on, sampled_straight_through(drawn[:, 1:], EXPLORATION))
+    held = drawn[:, :1] < OPEN_SHARE
+    # Of all switches at once: a block runs where its number is below its probability.
+    numbers = torch.where(held, -1.0, drawn[:, 1:] / (1 - EXPLORATION))
+    return straight_through(sampled(numbers), (~held[:, 0]).to(drawn.dtype))

@@ -1,6 +1,6 @@
 """The switched CIFAR ResNet, its gates and its low-rank layers.  Nothing here knows of training or pruning."""
 
-from models.decisions import all_on, by_image, sampled, sampled_straight_through, straight_through, thresholded
+from models.decisions import all_on, sampled, straight_through, thresholded
 from models.lowrank import LowRankConv2d
 from models.resnet import GATES, NETWORKS, ResNet, RoutedOutput, build_network, check_depth
 
@@ -12,10 +12,8 @@ __all__ = [
     "RoutedOutput",
     "all_on",
     "build_network",
-    "by_image",
     "check_depth",
     "sampled",
-    "sampled_straight_through",
     "straight_through",
     "thresholded",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 DecisionRule = Callable[[Tensor], Tensor]
 
@@ -19,15 +20,7 @@ def all_on(probabilities: Tensor) -> Tensor:
 
 def thresholded(probabilities: Tensor) -> Tensor:
     """A block runs where its probability exceeds one half.  This is the rule of evaluation and deployment."""
-    return (probabilities > 0.5).to(probabilities.dtype)
-
-
-def straight_through(probabilities: Tensor) -> Tensor:
-    """Thresholded in the forward pass; in the backward pass the gradient of the probability itself.
-
-    Source: SkipNet (arXiv:1711.09485), section 3.3, the supervised warm-up.
-    """
-    return thresholded(probabilities) + (probabilities - probabilities.detach())
+    return torch.gt(probabilities.detach(), 0.5, out=torch.empty_like(probabilities))
 
 
 def sampled(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
@@ -41,7 +34,7 @@ def sampled(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
     """
     if isinstance(draws, Tensor):
         columns = iter(draws.unbind(1))
-        return lambda probabilities: (next(columns) < probabilities.detach()).to(probabilities.dtype)
+        return lambda p: torch.lt(next(columns), p.detach(), out=torch.empty_like(p))
 
     def draw(probabilities: Tensor) -> Tensor:
         # Where training has diverged a probability may be nan, which bernoulli dies of before the loss can be checked.
@@ -50,30 +43,24 @@ def sampled(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
     return draw
 
 
-def sampled_straight_through(draws: Tensor | torch.Generator | None = None, exploration: float = 0.0) -> DecisionRule:
-    """Rule that draws each decision, as ``sampled``, and passes the gradient of the probability on.
+def straight_through(rule: DecisionRule = thresholded, learning: Tensor | None = None) -> DecisionRule:
+    """The decisions of ``rule``; in the backward pass the gradient of the probability itself.
 
-    Source: the straight-through estimator of stochastic neurons (arXiv:1308.3432), section 4.
-
-    Args:
-        exploration: share of the decisions to run a block that are changed into skipping it.
-    """
-    draw = sampled(draws)
-
-    def decide(probabilities: Tensor) -> Tensor:
-        return draw(probabilities * (1 - exploration)) + (probabilities - probabilities.detach())
-
-    return decide
-
-
-def by_image(marked: Tensor, rule: DecisionRule, other: DecisionRule) -> DecisionRule:
-    """Rule that applies ``rule`` to the marked images and ``other`` to the rest.
+    Source: SkipNet (arXiv:1711.09485), section 3.3, for thresholded decisions, the supervised warm-up; the
+    straight-through estimator of stochastic neurons (arXiv:1308.3432), section 4, for drawn ones.
 
     Args:
-        marked: boolean [N].
+        learning: [N], 1 for images whose probabilities have a gradient and 0 for the others; all have one by default.
     """
+    return lambda probabilities: _StraightThrough.apply(probabilities, rule(probabilities.detach()), learning)
 
-    def decide(probabilities: Tensor) -> Tensor:
-        return torch.where(marked, rule(probabilities), other(probabilities))
 
-    return decide
+class _StraightThrough(Function):
+    @staticmethod
+    def forward(ctx, probabilities: Tensor, decisions: Tensor, learning: Tensor | None) -> Tensor:
+        ctx.learning = learning
+        return decisions.view_as(decisions)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
+        return g if ctx.learning is None else g * ctx.learning, None, None

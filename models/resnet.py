@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from models.convolution import SafeConv2d
-from models.decisions import DecisionRule, thresholded
+from models.decisions import DecisionRule, all_on, thresholded
 from models.gates import FeedForwardGate, RecurrentGate
 from models.lowrank import LowRankConv2d
 
@@ -34,6 +35,23 @@ class RoutedOutput(NamedTuple):
     logits: Tensor  # [N, classes]
     probabilities: Tensor  # [N, K], that each switched block runs
     decisions: Tensor  # [N, K], what was decided: 0 or 1
+
+
+class _GatedSum(Function):
+    """carried + z * residual, for [N, C, H, W] and decisions z [N], in one pass forward and three backward."""
+
+    @staticmethod
+    def forward(ctx, carried: Tensor, residual: Tensor, decisions: Tensor) -> Tensor:
+        z = decisions.to(residual.dtype).view(-1, 1, 1, 1)
+        ctx.save_for_backward(residual, z)
+        ctx.dtype = decisions.dtype
+        return torch.addcmul(carried, z, residual)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        residual, z = ctx.saved_tensors
+        of_decisions = (g * residual).sum(dim=(1, 2, 3), dtype=ctx.dtype) if ctx.needs_input_grad[2] else None
+        return g, g * z, of_decisions
 
 
 class BasicBlock(nn.Module):
@@ -68,10 +86,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, decisions: Tensor | None = None) -> Tensor:
         """relu(shortcut(x) + z * residual(x)), computed on all images, z = 1 where no ``decisions`` [N] are given."""
-        residual = self.residual(x)
-        if decisions is not None:
-            residual = decisions.to(residual.dtype).view(-1, 1, 1, 1) * residual
-        return F.relu(self.carried(x) + residual)
+        carried, residual = self.carried(x), self.residual(x)
+        if decisions is None:
+            return F.relu(carried + residual)
+        return F.relu(_GatedSum.apply(carried, residual, decisions))
 
     def skipping(self, x: Tensor, decisions: Tensor) -> Tensor:
         """The same output, the residual computed on the images whose decision is 1 only, and not at all if none is."""
@@ -197,7 +215,10 @@ class ResNet(nn.Module):
                 continue
             probability, state = self.gate(switch, x, state)
             decision = decide(probability)
-            x = block.skipping(x, decision) if skip else block(x, decision)
+            if skip and decide is not all_on:
+                x = block.skipping(x, decision)
+            else:
+                x = block(x, None if decide is all_on else decision)
             probabilities.append(probability)
             decisions.append(decision)
         logits = self.classifier(x.mean(dim=(2, 3)))

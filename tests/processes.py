@@ -1,13 +1,15 @@
 """What several processes do together, and one alone: ``python processes.py TASK OUTPUT ARGUMENT...``, RANK etc. given.
 
 Tasks: ``all`` trains and measures small networks and saves everything that comes of it, runs the three stages, and ends
-with a mistake that one process finds; ``lose`` runs stage 1, in which one process is killed after the third epoch.
+with a mistake that one process finds; ``gpus`` trains on simulated GPUs; ``lose`` runs stage 1, in which one process
+is killed after the third epoch; ``wait`` waits for a process that never comes.
 """
 
 import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from commands import SCRIPTS, arguments  # noqa: E402
+from simulated_gpu import simulated  # noqa: E402
 
 from deploy import speeds  # noqa: E402
 from gating.reinforce import Reinforcement, reinforce_epoch  # noqa: E402
@@ -34,7 +37,7 @@ from utils.data.batches import (  # noqa: E402
     whole_batches_by_process,
 )
 from utils.data.images import ImageSet  # noqa: E402
-from utils.device import placed  # noqa: E402
+from utils.device import pick_device, placed  # noqa: E402
 from utils.errors import UserError, run_command  # noqa: E402
 from utils.evaluate import evaluate  # noqa: E402
 from utils.flops import network_cost  # noqa: E402
@@ -54,29 +57,29 @@ def images() -> ImageSet:
     return ImageSet(pixels.to(torch.uint8), labels)
 
 
-def network(gate: str = "rnn") -> ResNet:
+def network(gate: str = "rnn", device: torch.device = CPU) -> ResNet:
     torch.manual_seed(0)
-    return placed(build_network("resnet", depth=8, num_classes=3, width=4, gate=gate), CPU)
+    return placed(build_network("resnet", depth=8, num_classes=3, width=4, gate=gate), device)
 
 
-def batches(epoch: int, size: int = BATCH):
-    return TrainingBatches(images(), size, torch.Generator().manual_seed(epoch), NORMALISATION, True)
+def batches(epoch: int, size: int = BATCH, device: torch.device = CPU):
+    return TrainingBatches(images().to(device), size, torch.Generator().manual_seed(epoch), NORMALISATION, True)
 
 
-def supervised() -> dict:
-    net, draws = network(), torch.Generator().manual_seed(3)
+def supervised(size: int = BATCH, device: torch.device = CPU) -> dict:
+    net, draws = network(device=device), torch.Generator(device).manual_seed(3)
     optimiser = sgd(net, 0.05, 0.9, 5e-4)
     means = [
-        supervised_epoch(net, batches(e), optimiser, learning_rate=lambda _: 0.05, draws=draws, title="")
+        supervised_epoch(net, batches(e, size, device), optimiser, learning_rate=lambda _: 0.05, draws=draws, title="")
         for e in range(2)
     ]
     return {"weights": net.state_dict(), "means": [vars(m) for m in means], "draws": draws.get_state()}
 
 
-def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH) -> dict:
-    net, draws = network(gate), torch.Generator().manual_seed(3)
+def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH, device: torch.device = CPU) -> dict:
+    net, draws = network(gate, device), torch.Generator(device).manual_seed(3)
     optimisers = reinforcement_optimisers(net, 0.9, 5e-4)
-    alpha = SteeredAlpha(0.5, 1.0, 0.2, 6, CPU)
+    alpha = SteeredAlpha(0.5, 1.0, 0.2, 6, device)
     setup = Reinforcement(
         network=net, optimisers=optimisers, shares=torch.tensor([0.4, 0.6]), draws=draws, rl_weight=1.0,
         entropy_weight=0.02, baseline=baseline, batch_norm=batch_norm,
@@ -85,7 +88,7 @@ def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH) -> 
     for layer in [net.gate.decision] if gate == "rnn" else net.gate.decisions:
         torch.nn.init.constant_(layer.bias, -2.0)
     rates = (lambda _: 0.02, lambda _: 0.2)
-    means = [reinforce_epoch(setup, batches(e, size), rates, alpha, "") for e in range(2)]
+    means = [reinforce_epoch(setup, batches(e, size, device), rates, alpha, "") for e in range(2)]
     return {"weights": net.state_dict(), "means": [vars(m) for m in means], "alpha": alpha.final}
 
 
@@ -127,6 +130,24 @@ def all_figures() -> dict:
     }
 
 
+def on_gpus() -> dict:
+    """In float32, so that sums in another order are all that differs; no batch of two, which makes that much."""
+    with simulated() as trace:
+        device = pick_device()
+        found = {
+            "supervised": supervised(12, device),
+            "follow": reinforced("batch", "follow", "rnn", 12, device),
+            "frozen": reinforced("greedy", "frozen", "ff1", 12, device),
+        }  # fmt: skip
+        trace.clear()
+        net, x = network(device=device), torch.randn(6, 3, 8, 8).to(device)
+        net(x, skip=False).logits.square().sum().backward()
+        waits = sum(trace.waits.values())
+        for result in found.values():
+            result["weights"] = {key: weight.cpu() for key, weight in result["weights"].items()}
+        return {**found, "waits": waits}
+
+
 def run_stage(stage: str, given: list[str]) -> None:
     sys.argv = [SCRIPTS[stage], *given]
     importlib.import_module(SCRIPTS[stage].removesuffix(".py")).main()
@@ -164,6 +185,15 @@ def main() -> None:
     if task == "lose":
         lose(given)
         return
+    if task == "gpus":
+        torch.save(on_gpus(), f"{output}/gpus.{parallel.rank()}")
+        return
+    if task == "wait":
+        parallel.LAST_WORDS = 0.1
+        print("ready", flush=True)
+        if parallel.rank() == 1:
+            time.sleep(100)
+        parallel.barrier()
     torch.save(all_figures(), f"{output}/measured.{parallel.rank()}")
     chain(Path(given[0]), Path(output) / "two")
     if parallel.rank() == 1:

@@ -8,9 +8,7 @@ from models import (
     GATES,
     all_on,
     build_network,
-    by_image,
     sampled,
-    sampled_straight_through,
     straight_through,
     thresholded,
 )
@@ -121,7 +119,7 @@ def test_a_single_image_costs_the_blocks_it_takes():
 def test_straight_through_is_hard_forward_and_soft_backward():
     p = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    z = straight_through(p)
+    z = straight_through()(p)
     assert z.tolist() == [0.0, 0.0, 1.0]
     (z * weights).sum().backward()
     assert p.grad.tolist() == [1.0, 2.0, 3.0]  # as if z were p
@@ -132,28 +130,32 @@ def test_straight_through_gradient_of_a_block_in_closed_form():
     x, r = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.25])
     logit = torch.tensor([0.3], requires_grad=True)
     p = torch.sigmoid(logit)
-    torch.relu(x + straight_through(p) * r).sum().backward()
+    torch.relu(x + straight_through()(p) * r).sum().backward()
     expected = (r.sum() * p * (1 - p)).item()
     assert logit.grad.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_sampled_rules_follow_the_probability():
     p = torch.full((100_000,), 0.3, requires_grad=True)
-    for rule in (sampled, sampled_straight_through):
-        z = rule(torch.Generator().manual_seed(0))(p)
+    drawn = sampled(torch.Generator().manual_seed(0))
+    for rule in (drawn, straight_through(drawn)):
+        z = rule(p)
         assert set(z.detach().unique().tolist()) == {0.0, 1.0}
         assert z.mean().item() == pytest.approx(0.3, abs=4 * (0.21 / 100_000) ** 0.5)  # four standard errors
     z.sum().backward()
     assert torch.equal(p.grad, torch.ones_like(p))
-    explored = sampled_straight_through(torch.Generator().manual_seed(0), exploration=0.5)(p)
-    assert explored.mean().item() == pytest.approx(0.15, abs=4 * (0.1275 / 100_000) ** 0.5)
+
+
+def test_images_that_do_not_learn_have_no_gradient():
+    p = torch.tensor([0.2, 0.7, 0.9], requires_grad=True)
+    straight_through(learning=torch.tensor([1.0, 0.0, 1.0]))(p).sum().backward()
+    assert p.grad.tolist() == [1, 0, 1]
 
 
 def test_other_rules():
     p = torch.tensor([0.1, 0.9, 0.4])
     assert all_on(p).tolist() == [1, 1, 1]
     assert thresholded(p).tolist() == [0, 1, 0]
-    assert by_image(torch.tensor([True, False, False]), all_on, thresholded)(p).tolist() == [1, 1, 0]
 
 
 def test_batches_of_one_decide_as_batches_of_many():

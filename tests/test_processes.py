@@ -4,8 +4,10 @@ Sums are the same up to the order of their terms, so figures agree to float32's 
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import processes
@@ -13,6 +15,7 @@ import pytest
 import torch
 from commands import EPOCHS, ROOT, SCRIPTS, arguments, metrics, run, run_folder
 from forks import ENVIRONMENT, Forked
+from simulated_gpu import simulated
 from torch import nn
 
 from deploy import speeds
@@ -26,12 +29,18 @@ TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
 HELPER = ROOT / "tests" / "processes.py"
 
 
-def together(*given: str, count: int = 2) -> list[subprocess.CompletedProcess[str]]:
-    """The helper in several processes as torchrun starts them, without the seconds that torchrun takes itself."""
+def meeting(count: int = 2) -> tuple[torch.distributed.TCPStore, list[dict[str, str]]]:
+    """What torchrun tells each of its processes; they need the store, by which they meet, as long as they live."""
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {**shared, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    started = [Forked(HELPER, given, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    return store, [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def together(*given: str) -> list[subprocess.CompletedProcess[str]]:
+    """What the helper's processes have said when they have ended."""
+    _store, environments = meeting()
+    started = [Forked(HELPER, given, environment) for environment in environments]
     return [forked.finished(timeout=300) for forked in started]
 
 
@@ -122,6 +131,52 @@ def test_a_process_that_dies_ends_the_run_which_can_be_resumed(chain: Path, shap
     resumed, whole = metrics(run_folder(tmp_path, "sp")), metrics(run_folder(chain, "sp"))
     assert [line["step"] for line in resumed] == list(range(1, EPOCHS["sp"] + 1))
     assert_close(resumed, whole, "metrics", rtol=0.02, atol=2e-3)
+
+
+def test_gpus_together_do_what_one_does(tmp_path: Path):
+    """Simulated ones: norms over uneven parts of batches, gradients and rewards summed, in few steps of float32."""
+    for done in together("gpus", str(tmp_path)):
+        assert (done.returncode, done.stderr) == (0, "")
+    alone = processes.on_gpus()
+    found, other = (torch.load(tmp_path / f"gpus.{rank}", weights_only=False) for rank in range(2))
+    assert_close(found, {**alone, "waits": found["waits"]}, "gpus")
+    for name in ("supervised", "follow", "frozen"):
+        for key, weight in found[name]["weights"].items():
+            assert torch.equal(weight, other[name]["weights"][key]), (name, key)
+    assert found["waits"] == alone["waits"], "shared norms wait for nothing that one GPU alone does not wait for"
+
+
+def test_a_process_that_waits_in_vain_ends_when_it_is_told_to():
+    """Neither a GPU nor a process that is waited for lets a signal handler run: torchrun would kill without a word."""
+    _store, environments = meeting()
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(HELPER), "wait", "-"], env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for environment in environments
+    ]  # fmt: skip
+    try:
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        time.sleep(1)  # until the first waits for the second, which sleeps
+        started[0].send_signal(signal.SIGTERM)
+        _, stderr = started[0].communicate(timeout=60)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert started[0].returncode == 2 and stderr.startswith("error: a process of this run has ended, so process 0 of 2")
+
+
+def test_what_is_sent_to_other_processes_is_on_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values, source: None)
+    with simulated():
+        sent = {"network": torch.nn.Linear(2, 2).to("cuda"), "factor": torch.ones(2, device="cuda")}
+        received = parallel.broadcast_object(sent)
+    assert type(received["factor"]) is torch.Tensor and type(received["network"].weight.data) is torch.Tensor
+    assert torch.equal(received["factor"], torch.ones(2))
 
 
 def test_batches_must_go_round(monkeypatch: pytest.MonkeyPatch):

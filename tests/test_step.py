@@ -18,7 +18,7 @@ from gating.forward import training_forward
 from gating.reinforce import Reinforcement, partly_sampled, reinforce_epoch
 from gating.steering import SteeredAlpha
 from gating.supervised import half_held_open, supervised_epoch
-from models import ResNet, build_network, sampled, sampled_straight_through
+from models import ResNet, build_network, sampled, straight_through
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches
 from utils.data.images import ImageSet
@@ -33,7 +33,11 @@ def every_other(drawn: torch.Tensor):
     return partly_sampled(torch.arange(len(drawn)) % 2 == 0, drawn)
 
 
-RULES = {"sp": (half_held_open, 1), "rl": (every_other, 0), "straight-through": (sampled_straight_through, 0)}
+def drawn_straight_through(drawn: torch.Tensor):
+    return straight_through(sampled(drawn))
+
+
+RULES = {"sp": (half_held_open, 1), "rl": (every_other, 0), "straight-through": (drawn_straight_through, 0)}
 
 
 @pytest.fixture
@@ -101,16 +105,20 @@ def test_bf16_autocast(compiled: bool, traced):
     """bf16 keeps 8 bits: a relative error of 2^-9 an operation, here over some twenty in a row."""
     plain = network()
     other = copy.deepcopy(plain)
-    loss, _ = step(plain, training_forward(plain), *drawn("sp"))
-    forward = training_forward(other, compiled)
+    forward = training_forward(plain)
+    loss, _ = step(plain, forward, *drawn("sp"))
 
     def autocast(*given):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return forward(*given)
 
-    loss_bf16, _ = step(other, autocast, *drawn("sp"))
+    _, gradients = step(plain, autocast, *drawn("sp"))
+    loss_bf16, gradients_bf16 = step(other, training_forward(other, torch.bfloat16, compiled), *drawn("sp"))
     torch.testing.assert_close(loss_bf16, loss, rtol=0.02, atol=0)
     assert loss_bf16 != loss, "it does run in bf16"
+    for a, b in zip(gradients_bf16, gradients, strict=True):  # as autocast makes them, weight by weight
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert next(other.parameters()).dtype == torch.float32, "weights stay as they are"
 
 
 def test_stage_1_with_compile(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced):
@@ -131,10 +139,13 @@ def test_stage_1_with_compile(shapes: Path, tmp_path: Path, monkeypatch: pytest.
 def test_drawn_numbers_decide_and_each_switch_has_its_own():
     numbers = torch.tensor([[0.2, 0.9], [0.6, 0.1]])
     p = torch.tensor([0.5, 0.5])
-    for rule in (sampled(numbers), sampled_straight_through(numbers)):
+    for rule in (sampled(numbers), drawn_straight_through(numbers)):
         assert rule(p).tolist() == [1, 0] and rule(p).tolist() == [0, 1]
     held = half_held_open(torch.tensor([[0.4, 0.9], [0.6, 0.9], [0.9, 0.1]]))
-    assert held(torch.full((3,), 0.5)).tolist() == [1, 0, 1]
+    p = torch.full((3,), 0.5, requires_grad=True)
+    assert held(p).tolist() == [1, 0, 1]
+    held = half_held_open(torch.tensor([[0.6, 0.424], [0.6, 0.426]]))
+    assert held(p[:2]).tolist() == [1, 0], "15 % of what would run is closed: 0.85 * 0.5 = 0.425"
     assert sampled(torch.zeros(1, 1))(torch.tensor([float("nan")])).item() == 0
 
 

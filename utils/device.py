@@ -1,5 +1,6 @@
-"""Where a run computes, and its random numbers."""
+"""Where a run computes, how precisely, and its random numbers."""
 
+import hashlib
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -7,12 +8,44 @@ import torch
 
 from models import ResNet
 from utils import parallel
+from utils.errors import UserError
 from utils.norms import with_shared_norms
+
+PRECISIONS = ("auto", "float32", "bf16")
+BF16_CAPABILITY = (8, 0)  # Ampere: GPUs before it emulate bf16, slower than float32
 
 
 def pick_device() -> torch.device:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves visible, or this process's own among several; else the CPU."""
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves visible, or this process's own among several; else the CPU.
+
+    float32 is float32 there: PyTorch lets convolutions round to TF32's 10 bits otherwise, those of the Fisher as well.
+    What is to be fast runs in bf16.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of products in training and in evaluation between epochs, see ``mixed_precision``.
+
+    Args:
+        wanted: one of ``PRECISIONS``; "auto" is bf16 on GPUs that have it and float32 anywhere else.
+
+    Raises:
+        UserError: for bf16 on a GPU that has none.
+    """
+    lacking = device.type == "cuda" and torch.cuda.get_device_capability(device) < BF16_CAPABILITY
+    if wanted == "bf16" and lacking:
+        raise UserError(f"the GPU {torch.cuda.get_device_name(device)} has no bf16: choose precision float32 or auto")
+    if wanted == "auto":
+        wanted = "bf16" if device.type == "cuda" and not lacking else "float32"
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def described(device: torch.device, precision: torch.dtype) -> str:
+    """Device and precision as a run's first line says them."""
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return f"{name} in {'bf16' if precision == torch.bfloat16 else 'float32'}"
 
 
 def placed(network: ResNet, device: torch.device) -> ResNet:
@@ -24,15 +57,17 @@ def placed(network: ResNet, device: torch.device) -> ResNet:
     return network if parallel.world_size() == 1 else with_shared_norms(network)
 
 
-def mixed_precision(device: torch.device) -> AbstractContextManager:
-    """bf16 autocast on CUDA; on the CPU everything stays in float32."""
-    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda")
+def mixed_precision(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """Autocast: convolutions and matrix products in bf16, weights and sums in float32; nothing where that is asked."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 class Randomness:
     """A run's random numbers: ``data`` (order, crops, flips) on the CPU, ``draws`` (labels, decisions) on ``device``.
 
-    Its state goes into every checkpoint, so that a resumed run draws what an uninterrupted one would have drawn.
+    Its state goes into every checkpoint, so that a resumed run draws what an uninterrupted one would have drawn.  GPUs
+    and CPUs draw differently, though: on another kind of device ``draws`` starts anew, from a seed that the saved state
+    gives, and what is drawn differs from then on.
     """
 
     def __init__(self, seed: int, device: torch.device):
@@ -44,4 +79,8 @@ class Randomness:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.data.set_state(state["data"])
-        self.draws.set_state(state["draws"])
+        if state["draws"].shape == self.draws.get_state().shape:
+            self.draws.set_state(state["draws"])
+        else:
+            digest = hashlib.sha256(bytes(state["draws"].tolist())).digest()
+            self.draws.manual_seed(int.from_bytes(digest[:4], "big"))

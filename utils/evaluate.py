@@ -13,6 +13,7 @@ from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import plain_batches
 from utils.data.images import Images
+from utils.device import mixed_precision
 from utils.errors import UserError
 from utils.flops import NetworkCost
 from utils.modes import evaluation_mode
@@ -58,6 +59,7 @@ def evaluate(
     cost: NetworkCost,
     decide: DecisionRule = thresholded,
     batch_size: int = 256,
+    precision: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards.
 
@@ -65,12 +67,13 @@ def evaluate(
 
     Args:
         cost: of the network for one such image (``utils.flops.network_cost``).
+        precision: of products, from ``utils.device.pick_precision``.
     """
     loss = correct = torch.zeros((), device=images.device, dtype=torch.float64)
     local = parallel.local_slice(len(images))
     switches = torch.zeros(2, len(images), network.switches)  # decisions and probabilities
     seen = [switches.new_empty(2, 0, network.switches, device=images.device)]
-    with evaluation_mode(network):
+    with evaluation_mode(network), mixed_precision(images.device, precision):
         for x, y in plain_batches(images[local], batch_size, normalisation):
             output = network(x, decide=decide)
             loss = loss + F.cross_entropy(output.logits.float(), y, reduction="sum")
@@ -97,6 +100,6 @@ def check_finite(network: ResNet, val: Evaluation, title: str) -> None:
     Raises:
         UserError: if its loss or one of its weights is not finite.
     """
-    weights = all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
+    weights = torch.stack([torch.isfinite(tensor).all() for tensor in network.state_dict().values()]).all()
     if not math.isfinite(val.loss) or not weights:
         raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")

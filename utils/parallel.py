@@ -7,9 +7,12 @@ one does.  Here a single process has rank 0 of 1 and every function below leaves
 Tensors on GPUs travel through NCCL, those on the CPU through gloo.
 """
 
+import io
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +26,9 @@ from utils.errors import UserError, report_error
 
 # A process that dies is noticed at once by its closed connections.  This bounds how long processes wait for one that
 # is busy: with reading images, say, or with measuring the exported networks.
+# Where nothing tells of its end, as on another machine, NCCL's watchdog ends the others after this time, too.
 PATIENCE = timedelta(hours=2)
+LAST_WORDS = 10.0  # seconds that a process that is told to end may take for it; torchrun kills it after 30
 
 
 class ProcessLostError(UserError):
@@ -96,10 +101,28 @@ def _join() -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot reach each other ({error}): start them with torchrun") from error
     signal.signal(signal.SIGTERM, _told_to_end)  # which torchrun sends to the others when one has died
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    threading.Thread(target=_end_after, args=(reading,), daemon=True).start()
 
 
 def _told_to_end(*_: Any) -> None:
     raise ProcessLostError
+
+
+def _end_after(signals: int) -> None:
+    """End the process some time after it was told to end: what waits for a GPU or a process does not hear of signals.
+
+    Args:
+        signals: file that each signal's number is written to.
+    """
+    while os.read(signals, 1)[0] != signal.SIGTERM:
+        pass
+    time.sleep(LAST_WORDS)
+    code = report_error(ProcessLostError()) if _first_to_fail() else 1
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _first_to_fail() -> bool:
@@ -138,6 +161,16 @@ def all_reduced(values: Tensor) -> Tensor:
     return total
 
 
+def all_gathered(values: Tensor) -> Tensor:
+    """The values [n] of each process on a GPU, [processes, n]."""
+    if world_size() == 1:
+        return values[None]
+    every = values.new_empty(world_size(), len(values))
+    with _lost_if_it_fails():
+        dist.all_gather_into_tensor(every, values)
+    return every
+
+
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all processes, each of its own part of the batch's mean loss.
 
@@ -167,13 +200,19 @@ def broadcast_weights(network: nn.Module) -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The writer's value in every process."""
+    """The writer's value in every process, its tensors on the CPU.
+
+    Plainly pickled, those of a GPU would be unpacked on the writer's GPU by all.
+    """
     if world_size() == 1:
         return value
-    values = [value]
+    packed = io.BytesIO()
+    if is_main_process():
+        torch.save(value, packed)
+    sent = [packed.getvalue()]
     with _lost_if_it_fails():
-        dist.broadcast_object_list(values, 0)
-    return values[0]
+        dist.broadcast_object_list(sent, 0)
+    return torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=False)  # from this program's own process
 
 
 def barrier() -> None:

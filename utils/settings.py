@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from models import NETWORKS, check_depth
 from utils.data.folder import IMAGE_TYPES
+from utils.device import PRECISIONS
 from utils.errors import UserError
 from utils.optimisers import SCHEDULES
 
@@ -70,6 +71,9 @@ class StageSettings:
     momentum: float = setting(0.9, "momentum of SGD, Nesterov's form", low=0, below=1)
     weight_decay: float = setting(0.0005, "L2 penalty on every weight but the gates'", low=0)
     seed: int = setting(0, "seed of weights, order, augmentation, drawn labels and decisions", low=0, high=2**32 - 1)
+    precision: str = setting(
+        "auto", "of products: bf16 or float32; auto is bf16 on GPUs that have it, else float32", choices=PRECISIONS
+    )
     compile: bool = setting(False, "compile the training step, for long runs on a GPU")
 
 

@@ -53,6 +53,8 @@ class ImageSet:
 
     def to(self, device: torch.device) -> "Images":
         """The images on ``device``, or fetched for it batch by batch where they do not fit into its free memory."""
+        if self.device.type == device.type:
+            return self
         if fits_on(device, self.pixels.numel()):
             return ImageSet(self.pixels.to(device), self.labels.to(device))
         return FetchedSet(HostPixels(self.pixels), torch.arange(len(self)), self.labels, device)

@@ -1,0 +1,510 @@
+"""A GPU that is not there: tensors that say they are on ``cuda:0`` and compute on the CPU.
+
+``SimulatedTensor`` holds its values in a CPU tensor.  PyTorch's C++ sees a CPU tensor, Python sees one on ``cuda:0``,
+and every operation on it comes by ``dispatch``, which
+
+* raises what CUDA raises where operands are on different devices, a generator is of the other kind of device, or
+  memory that is no main memory is to be pinned,
+* notes every operation for which a GPU is waited for (``item``, ``nonzero``, masks, copies that are not pinned and
+  asynchronous, decompositions that check for failure), with the line of the program that caused it,
+* counts operations, views left out: about the kernels that a step launches.
+
+    with simulated() as trace:
+        ...                     # a program that uses torch.cuda.is_available(), torch.device("cuda"), ...
+    trace.waits                 # Counter of (operation, "file:line")
+    trace.operations            # Counter of names
+
+What it does not show: speed, memory, the errors of cuDNN and cuBLAS, races between streams, inductor, NCCL.
+(``torch._subclasses.FakeTensorMode`` has no values, and its backward pass on CUDA tensors needs a GPU.)
+"""
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+ROOT = str(Path(__file__).resolve().parents[1])
+CUDA = torch.device("cuda", 0)
+aten = torch.ops.aten
+
+# The answer decides a shape or is read by the host, or a library reports failure through it.
+WAITING = {
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2", "bincount",
+    "_linalg_eigh", "_linalg_svd", "linalg_inv_ex", "_linalg_solve_ex", "_linalg_check_errors", "histc",
+    "repeat_interleave",
+}  # fmt: skip
+# Views and the like: nothing is launched.
+FREE = {
+    "detach", "alias", "view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "select",
+    "slice", "split", "split_with_sizes", "unbind", "as_strided", "_reshape_alias", "unfold", "diagonal", "squeeze_",
+    "unsqueeze_", "t_", "detach_", "empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense",
+    "is_same_size", "lift_fresh", "chunk", "unsafe_split", "tensor_split",
+}  # fmt: skip
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+class Trace:
+    """What was done on the simulated GPU."""
+
+    def __init__(self):
+        self.quiet = 0
+        self.clear()
+
+    def clear(self) -> None:
+        self.waits: Counter[tuple[str, str]] = Counter()
+        self.operations: Counter[str] = Counter()
+
+    @property
+    def launches(self) -> int:
+        return self.operations.total()
+
+    def launch(self, name: str, times: int = 1) -> None:
+        if not self.quiet and name not in FREE:
+            self.operations[name] += times
+
+    def wait(self, what: str) -> None:
+        if not self.quiet:
+            self.waits[what, _line_of_the_program()] += 1
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """One kernel stands for everything in here."""
+        self.quiet += 1
+        try:
+            yield
+        finally:
+            self.quiet -= 1
+
+
+TRACE = Trace()
+
+
+def _line_of_the_program() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(ROOT) and file != __file__:
+            return f"{file[len(ROOT) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+class SimulatedTensor(torch.Tensor):
+    """A tensor on the simulated GPU; ``inner`` holds the values."""
+
+    inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "SimulatedTensor":
+        assert type(inner) is torch.Tensor, type(inner)
+        inner = inner.detach()
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            layout=inner.layout, device="cpu",
+        )  # fmt: skip
+        self.inner = inner
+        return self
+
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+    def get_device(self) -> int:
+        return 0
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return dispatch(func, args, kwargs or {})
+
+    def cpu(self, *_, **__) -> Tensor:
+        return self.to("cpu")
+
+    def cuda(self, *_, **__) -> Tensor:
+        return self
+
+    def tolist(self) -> list:
+        TRACE.wait("tolist")
+        return self.inner.tolist()
+
+    def numpy(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def __array__(self, *_, **__):
+        return self.numpy()
+
+    def pin_memory(self, *_, **__):
+        raise RuntimeError("cannot pin 'torch.cuda.ByteTensor' only dense CPU tensors can be pinned")
+
+    def is_pinned(self, *_, **__) -> bool:
+        return False
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def __reduce_ex__(self, protocol):
+        # A file holds what torch.load(map_location="cpu") makes of a tensor on a GPU.
+        TRACE.wait("save")
+        if getattr(self, "_is_param", False):
+            return torch._utils._rebuild_parameter, (self.inner, self.requires_grad, {})
+        return self.inner.__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        new = SimulatedTensor(copy.deepcopy(self.inner, memo))
+        is_parameter = getattr(self, "_is_param", False)
+        new = nn.Parameter(new, self.requires_grad) if is_parameter else new.requires_grad_(self.requires_grad)
+        memo[id(self)] = new
+        return new
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
+
+    def __repr__(self, **_) -> str:
+        return f"SimulatedTensor({self.inner}, device=cuda:0)"
+
+
+def dispatch(func, args, kwargs):
+    """One operation with a tensor on the simulated GPU among its arguments."""
+    name = func.overloadpacket.__name__
+    if func.namespace == "c10d":
+        return _collective(func, args, kwargs)
+    if func.namespace == "aten" and name in KERNELS:
+        TRACE.launch(name)
+        return KERNELS[name](*args, **kwargs)
+    if func is aten.copy_.default and not (isinstance(args[0], SimulatedTensor) and isinstance(args[1], type(args[0]))):
+        return _copy_(*args, **kwargs)
+    leaves = tree_leaves((args, kwargs))
+    indices = [i for i in args[1] if i is not None] if func in INDEXING else []
+    for t in leaves:
+        if isinstance(t, Tensor) and not isinstance(t, SimulatedTensor):
+            if any(t is i for i in indices):
+                TRACE.wait(f"{name} by an index in main memory")
+            elif t.dim() > 0 or name.startswith(("_fused", "_foreach")):
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                    f"({func}: {tuple(t.shape)} {t.dtype} is on the CPU)"
+                )
+        if isinstance(t, REAL_GENERATOR):
+            _on_gpu(t, func).advance()
+    TRACE.launch(name)
+    without_replacement = name == "multinomial" and not (args[2] if len(args) > 2 else kwargs.get("replacement"))
+    if name in WAITING or without_replacement or (name == "multinomial" and args[1] == 1):
+        TRACE.wait(name)
+    if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+        TRACE.wait(f"{name} by a mask")
+    inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda t: t.inner, (args, dict(kwargs)))
+    if inner_kwargs.get("device") is not None:
+        inner_kwargs["device"] = torch.device("cpu")
+    if inner_kwargs.get("pin_memory"):
+        raise RuntimeError("Only dense CPU tensors can be pinned")
+    with _safe(name, inner_args):
+        out = func(*inner_args, **inner_kwargs)
+    return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, SimulatedTensor, out))
+
+
+@contextmanager
+def _safe(name: str, args: tuple) -> Iterator[None]:
+    """Without oneDNN, whose fault ``models.convolution.SafeConv2d`` avoids on the CPU only, where these are not."""
+    weight = {"convolution": 1, "convolution_backward": 2}.get(name)
+    unsafe = weight is not None and tuple(args[weight].shape[2:]) == (1, 1)
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(before and not unsafe)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Between main memory and the GPU."""
+    if isinstance(target, SimulatedTensor):
+        if source.dim() > 0 and not (non_blocking and _is_pinned(source)):
+            TRACE.wait("copy to the GPU")
+        TRACE.launch("copy to the GPU")
+        target.inner.copy_(source)
+    else:
+        TRACE.wait("copy from the GPU")
+        target.copy_(source.inner)
+    return target
+
+
+REAL_TO = torch.Tensor.to
+
+
+def _moved(self: Tensor, *args, **kwargs):
+    """``Tensor.to`` of tensors in main memory and on the GPU."""
+    if args and isinstance(args[0], Tensor):
+        args, kwargs = args[1:], {"device": args[0].device, "dtype": args[0].dtype, **kwargs}
+    given = {k: v for k, v in kwargs.items() if k != "copy"}
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **given)
+    here = isinstance(self, SimulatedTensor)
+    there = here if device is None else torch.device(device).type == "cuda"
+    layout = {} if memory_format is None else {"memory_format": memory_format}
+    if here == there:
+        elsewhere = {} if here or device is None else {"device": device}
+        return REAL_TO(self, dtype=dtype or self.dtype, copy=kwargs.get("copy", False), **elsewhere, **layout)
+    if self.requires_grad and torch.is_grad_enabled() and not isinstance(self, nn.Parameter):
+        raise NotImplementedError("a gradient through a copy between main memory and the GPU")
+    if here:
+        TRACE.wait("copy from the GPU")
+        return REAL_TO(self.inner.clone(), dtype or self.dtype)
+    if not (non_blocking and _is_pinned(self)):
+        TRACE.wait("copy to the GPU")
+    TRACE.launch("copy to the GPU")
+    plain = self.detach() if type(self) is Tensor else torch.Tensor(self.detach())
+    return SimulatedTensor(aten._to_copy.default(plain, dtype=dtype, **layout))
+
+
+def _pinned(self: Tensor, *_, **__) -> Tensor:
+    pinned = self.clone()
+    pinned.in_pinned_memory = True
+    return pinned
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return getattr(tensor, "in_pinned_memory", False)
+
+
+REAL_GENERATOR = torch.Generator
+ON_GPU: "WeakValueDictionary[int, SimulatedGenerator]" = WeakValueDictionary()
+
+
+class SimulatedGenerator(torch.Generator):
+    """A CUDA generator: its state is seed and offset in 16 bytes, and no CPU generator's state fits it."""
+
+    def __init__(self, device=None):
+        super().__init__()
+        self._seed, self._offset = 67280421310721, 0
+        ON_GPU[self._cdata] = self  # what comes out of C++ is another Python object for the same generator
+
+    device = property(lambda self: CUDA)
+
+    def manual_seed(self, seed: int) -> "SimulatedGenerator":
+        self._seed, self._offset = seed, 0
+        return self
+
+    def initial_seed(self) -> int:
+        return self._seed
+
+    def get_state(self) -> Tensor:
+        return torch.tensor([self._seed, self._offset]).view(torch.uint8).clone()
+
+    def set_state(self, state: Tensor) -> "SimulatedGenerator":
+        if isinstance(state, SimulatedTensor) or state.dtype != torch.uint8:
+            raise TypeError("RNG state must be a torch.ByteTensor")
+        if state.numel() not in (16, 8):
+            raise RuntimeError("RNG state is wrong size")
+        self._seed, self._offset = state.clone().view(torch.int64).tolist()
+        return self
+
+    def advance(self) -> None:
+        """Make ready for the next operation, which draws from the CPU generator that this is for C++."""
+        REAL_GENERATOR.manual_seed(self, hash((self._seed, self._offset)) % 2**63)
+        self._offset += 4
+
+
+class _GeneratorOfDevice(torch.Generator):
+    """What ``torch.Generator`` is meanwhile."""
+
+    def __new__(cls, device="cpu"):
+        return SimulatedGenerator() if torch.device(device).type == "cuda" else REAL_GENERATOR(device)
+
+
+def _on_gpu(generator: torch.Generator, func) -> SimulatedGenerator:
+    if generator._cdata not in ON_GPU:
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({func})")
+    return ON_GPU[generator._cdata]
+
+
+def _made_on_gpu(factory):
+    """A function that makes tensors, with ``device``."""
+
+    def make(*args, **kwargs):
+        device = kwargs.get("device")
+        if device is None or torch.device(device).type != "cuda":
+            return factory(*args, **kwargs)
+        kwargs["device"] = torch.device("cpu")
+        if factory.__name__ in ("tensor", "as_tensor"):
+            if args and isinstance(args[0], SimulatedTensor):
+                return args[0]
+            TRACE.wait("copy to the GPU")
+        TRACE.launch(factory.__name__)
+        if kwargs.get("generator") is not None:
+            _on_gpu(kwargs["generator"], factory.__name__).advance()
+        if kwargs.pop("pin_memory", False):
+            raise RuntimeError("Only dense CPU tensors can be pinned")
+        needs_gradient = kwargs.pop("requires_grad", False)
+        args = tree_map_only(SimulatedTensor, lambda t: t.inner, args)
+        return SimulatedTensor(factory(*args, **kwargs)).requires_grad_(needs_gradient)
+
+    return make
+
+
+FACTORIES = (
+    "tensor", "as_tensor", "zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "arange", "eye",
+    "linspace", "zeros_like", "ones_like", "empty_like", "full_like",
+)  # fmt: skip
+METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+
+
+class _Autocast(torch.autocast):
+    def __init__(self, device_type, *args, **kwargs):
+        super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+class _LSTMCell(torch.autograd.Function):
+    """``_thnn_fused_lstm_cell``: on a GPU all that follows the two products is one kernel, and one in the backward."""
+
+    @staticmethod
+    def forward(ctx, igates, hgates, c, b_ih, b_hh):
+        TRACE.launch("_thnn_fused_lstm_cell")
+        with TRACE.uncounted():
+            i, f, g, o = (igates + b_ih + hgates + b_hh).chunk(4, 1)
+            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+            cy = f * c + i * g
+            hy = o * cy.tanh()
+        ctx.save_for_backward(i, f, g, o, c, cy)
+        ctx.set_materialize_grads(False)  # autograd would make them in main memory
+        return hy, cy
+
+    @staticmethod
+    def backward(ctx, grad_hy, grad_cy):
+        TRACE.launch("_thnn_fused_lstm_cell_backward", 2)  # the second sums the bias's gradient
+        i, f, g, o, c, cy = ctx.saved_tensors
+        with TRACE.uncounted():
+            t = cy.tanh()
+            grad_hy = t * 0 if grad_hy is None else grad_hy
+            go = grad_hy * t * o * (1 - o)
+            gc = grad_hy * o * (1 - t * t) + (0 if grad_cy is None else grad_cy)
+            gates = torch.cat([gc * g * i * (1 - i), gc * c * f * (1 - f), gc * i * (1 - g * g), go], 1)
+            bias = gates.sum(0)
+            return gates, gates, gc * f, bias, bias
+
+
+REAL_LSTM_CELL = torch.lstm_cell
+
+
+def _lstm_cell(x, state, w_ih, w_hh, b_ih, b_hh):
+    if not isinstance(x, SimulatedTensor):
+        return REAL_LSTM_CELL(x, state, w_ih, w_hh, b_ih, b_hh)
+    return _LSTMCell.apply(torch.mm(x, w_ih.t()), torch.mm(state[0], w_hh.t()), state[1], b_ih, b_hh)
+
+
+# Kernels of batch norms over several processes, which exist for CUDA only.
+def _sums(x: Tensor) -> tuple[list[int], list[int]]:
+    """The axes that a channel is summed over, and the shape of a value for each channel."""
+    return [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
+
+
+def _wrapped(*tensors: Tensor) -> tuple[SimulatedTensor, ...]:
+    return tuple(SimulatedTensor(t) for t in tensors)
+
+
+def _batch_norm_stats(x, eps):
+    values = x.inner.to(torch.promote_types(x.dtype, torch.float32))
+    axes, _ = _sums(values)
+    return _wrapped(values.mean(axes), (values.var(axes, correction=0) + eps).rsqrt())
+
+
+def _batch_norm_gather(x, mean, invstd, running_mean, running_var, momentum, eps, counts):
+    kind = mean.dtype
+    mean, invstd, n = mean.inner.double(), invstd.inner.double(), counts.inner.double().view(-1, 1)
+    total = n.sum()
+    whole = (mean * n).sum(0) / total
+    variance = (((invstd**-2 - eps) + (mean - whole) ** 2) * n).sum(0) / total
+    running_mean.inner.lerp_(whole.to(running_mean.dtype), momentum)
+    running_var.inner.lerp_((variance * total / (total - 1)).to(running_var.dtype), momentum)
+    return _wrapped(whole.to(kind), (variance + eps).rsqrt().to(kind))
+
+
+def _batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+    _, shape = _sums(x)
+    y = (x.inner - mean.inner.view(shape)) * invstd.inner.view(shape)
+    return SimulatedTensor((y * weight.inner.view(shape) + bias.inner.view(shape)).to(x.dtype))
+
+
+def _batch_norm_backward_reduce(g, x, mean, invstd, weight, *_):
+    axes, shape = _sums(x)
+    grad, centred = g.inner.to(mean.dtype), x.inner - mean.inner.view(shape)
+    sum_dy, sum_dy_xmu = grad.sum(axes), (grad * centred).sum(axes)
+    return _wrapped(sum_dy, sum_dy_xmu, sum_dy_xmu * invstd.inner, sum_dy)
+
+
+def _batch_norm_backward_elemt(g, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):
+    assert counts.dtype == torch.int32
+    _, shape = _sums(x)
+    total = counts.inner.sum().to(mean.dtype)
+    inv, w = invstd.inner.view(shape), weight.inner.view(shape)
+    centred = x.inner - mean.inner.view(shape)
+    grad = g.inner - (sum_dy.inner / total).view(shape) - centred * inv**2 * (sum_dy_xmu.inner / total).view(shape)
+    return SimulatedTensor((grad * inv * w).to(g.dtype))
+
+
+KERNELS = {
+    "batch_norm_stats": _batch_norm_stats,
+    "batch_norm_gather_stats_with_counts": _batch_norm_gather,
+    "batch_norm_elemt": _batch_norm_elemt,
+    "batch_norm_backward_reduce": _batch_norm_backward_reduce,
+    "batch_norm_backward_elemt": _batch_norm_backward_elemt,
+}
+
+
+def _collective(func, args, kwargs):
+    """What NCCL would do, done by gloo; NCCL's conditions are checked."""
+    for t in tree_leaves((args, kwargs)):
+        if isinstance(t, Tensor) and not isinstance(t, SimulatedTensor):
+            raise RuntimeError(f"No backend type associated with device type cpu ({func})")
+        if isinstance(t, Tensor) and not t.is_contiguous():
+            raise ValueError("Tensors must be contiguous")
+    name = func.overloadpacket.__name__
+    TRACE.launch(f"c10d.{name}")
+    inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda t: t.inner, (args, kwargs))
+    if name == "_allgather_base_":  # which gloo does not have
+        target, source = inner_args[:2]
+        rows = list(target.view(-1, source.numel()).unbind())
+        _, work = torch.ops.c10d.allgather_.default([rows], [source.view(-1)], *inner_args[2:], **inner_kwargs)
+        return args[0], work
+    out = func(*inner_args, **inner_kwargs)
+    return (args[0], out[1]) if isinstance(out, tuple) and len(out) == 2 else out
+
+
+@contextmanager
+def simulated(free_memory: int = 100 * 2**30, capability: tuple[int, int] = (9, 0)) -> Iterator[Trace]:
+    """A GPU that is not there, for the time being; the trace of what is done on it.
+
+    Args:
+        free_memory: bytes that are free on it.
+        capability: of its generation; bf16 came with (8, 0).
+    """
+    global TRACE
+    TRACE = Trace()
+    cuda = {
+        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+        "mem_get_info": lambda *_: (free_memory, free_memory), "_lazy_init": lambda: None,
+        "is_bf16_supported": lambda *_, **__: True, "synchronize": lambda *_: None, "set_device": lambda *_: None,
+        "get_device_name": lambda *_: "simulated", "manual_seed_all": lambda *_: None, "manual_seed": lambda *_: None,
+        "max_memory_allocated": lambda *_: 0, "reset_peak_memory_stats": lambda *_: None,
+        "get_device_capability": lambda *_: capability, "is_current_stream_capturing": lambda: False,
+    }  # fmt: skip
+    replaced = [(torch.cuda, name, value) for name, value in cuda.items()]
+    replaced += [(torch, name, _made_on_gpu(getattr(torch, name))) for name in FACTORIES]
+    replaced += [(Tensor, name, _made_on_gpu(getattr(Tensor, name))) for name in METHODS]
+    replaced += [(torch, "Generator", _GeneratorOfDevice), (torch, "autocast", _Autocast)]
+    replaced += [(Tensor, "to", _moved), (Tensor, "pin_memory", _pinned)]
+    replaced += [(owner, "lstm_cell", _lstm_cell) for owner in (torch, torch._VF)]
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    with ExitStack() as stack:
+        for target, name, value in replaced:
+            stack.enter_context(mock.patch.object(target, name, value))
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
+        yield TRACE

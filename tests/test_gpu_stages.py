@@ -1,0 +1,100 @@
+"""The three stages on a simulated GPU, as a user runs them: every tensor where CUDA would have it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SCRIPTS, arguments, metrics, run_folder
+from processes import run_stage
+from simulated_gpu import simulated
+
+from deploy import speeds
+from utils.data import memory
+from utils.run import Run
+
+SHORT = {
+    "sp": ["--epochs", "2"],
+    "pruned": ["--set=max_iter=1", "--set=epochs_start=2", "--set=epochs_end=2"],
+    "rl_pruned": ["--epochs", "2"],
+}
+# What each stage is given besides, and where its images are: every kind of gate, of decomposition, of batch-norm mode
+# and of baseline is there once.
+CHAINS = {
+    "in the GPU's memory": {},
+    "in main memory": {
+        "sp": ["--gate", "ff1"],
+        "pruned": ["--set=decomposition=truncate", "--set=objective=parameters", "--set=correct_eigenvalues=false"],
+        "rl_pruned": ["--batch_norm", "reestimate", "--baseline", "batch", "--fixed_alpha"],
+    },
+    "decoded batch by batch": {
+        "sp": ["--gate", "ff2"],
+        "pruned": ["--set=decomposition=depthwise", "--set=fisher_type=empirical", "--set=target_flops=0.8"],
+        "rl_pruned": ["--batch_norm", "follow", "--baseline", "none", "--distill", "0"],
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(speeds, "SECONDS", 0.0)
+    monkeypatch.setattr(sys, "argv", [])
+
+
+@pytest.mark.parametrize("place", CHAINS)
+def test_a_chain(place: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From training to the report, exported networks and all; the first line says what was used."""
+    if place == "decoded batch by batch":
+        monkeypatch.setattr(memory, "available_memory", lambda: 1000.0)
+    with simulated(free_memory=2**30 if place == "in the GPU's memory" else 0):
+        for stage in SCRIPTS:
+            run_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *CHAINS[place].get(stage, [])])
+            folder = run_folder(tmp_path, stage)
+            assert f"on cuda (simulated) in bf16, images {place}: " in (folder / "log.txt").read_text().splitlines()[0]
+            best = torch.load(folder / "best.pt", weights_only=True)
+            assert all(type(weight) is torch.Tensor for weight in best["weights"].values()), "anyone can load it"
+    assert (tmp_path / "results.md").read_text().count("| w/") == 3
+
+
+def test_a_network_without_gates(shapes: Path, tmp_path: Path):
+    with simulated():
+        for stage, more in (("sp", ["--gate", "none"]), ("pruned", ["--set=criterion=magnitude"])):
+            run_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *more])
+
+
+@pytest.mark.parametrize("first_on_gpu", [True, False])
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_run_goes_on_on_another_kind_of_device(
+    stage: str, first_on_gpu: bool, chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Interrupted in its last epoch; the other device makes this epoch again and ends the run."""
+    source = {"sp": None, "pruned": "sp", "rl_pruned": "pruned"}[stage]
+    start = str(run_folder(chain, source) / "best.pt") if source else ""
+    given = [*arguments(stage, shapes, tmp_path, start), *SHORT[stage]]
+    last = 3 if stage == "pruned" else 2
+    record = Run.record
+
+    def interrupted(self: Run, step: int, *args, **kwargs) -> None:
+        record(self, step, *args, **kwargs)
+        if step == last:
+            raise KeyboardInterrupt
+
+    def run_on(gpu: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        if gpu:
+            with simulated():
+                run_stage(stage, given)
+        else:
+            run_stage(stage, given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "record", interrupted)
+        run_on(first_on_gpu)
+    given.append("--resume")
+    run_on(not first_on_gpu)
+    folder = run_folder(tmp_path, stage)
+    assert [line["step"] for line in metrics(folder)] == list(range(0 if stage == "rl_pruned" else 1, last + 1))
+    lines = [line.split(" ", 2)[2] for line in (folder / "log.txt").read_text().splitlines() if f"{folder} on " in line]
+    where = ["on cuda (simulated) in bf16", "on cpu in float32"]
+    places = where if first_on_gpu else where[::-1]
+    assert all(f"{folder} {place}," in line for line, place in zip(lines, places, strict=True))
