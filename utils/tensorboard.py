@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # as its ``api``, which needs TensorFlow
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # ``hparams.api`` imports TensorFlow
 from torch.utils.tensorboard import SummaryWriter
 
 # In "Time Series" this group follows Overview; among metrics, which are sorted by character, "-" comes before "/".
