@@ -5,6 +5,7 @@ approximated by A (x) G.  Sources: KFC (arXiv:1602.01407), section 3, for convol
 (arXiv:1905.05934), section 4, for factors of the size of the channels.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -34,6 +35,17 @@ def window_counts(size: int, kernel: int, stride: int, padding: int) -> Tensor:
     return counts[padding : padding + size]
 
 
+@functools.lru_cache(maxsize=64)  # a GPU would be waited for twice a layer and batch
+def _windows(
+    height: int, width: int, kernel: tuple, stride: tuple, padding: tuple, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, float | None]:
+    """How many windows touch each pixel, [height, width] on the device, and this number where it is one for all."""
+    axes = zip((height, width), kernel, stride, padding, strict=True)
+    counts = torch.outer(*(window_counts(*axis) for axis in axes))
+    common = counts[0, 0].item() if (counts == counts[0, 0]).all() else None
+    return counts.to(device, dtype), common
+
+
 def input_factor(layer: nn.Module, a: Tensor) -> Tensor:
     """Sum over images of (1/T) sum over taps and output positions of a a^T, [in, in].
 
@@ -46,12 +58,10 @@ def input_factor(layer: nn.Module, a: Tensor) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return a.t() @ a
-    (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
-    height, width = a.shape[2:]
-    weights = torch.outer(window_counts(height, kh, sh, ph), window_counts(width, kw, sw, pw)).to(a)
-    weighted = a if (weights == weights[0, 0]).all() else a * weights
-    scale = (weights[0, 0].item() if weighted is a else 1.0) / (kh * kw)
-    return _gram(weighted, a) * scale
+    weights, common = _windows(*a.shape[2:], layer.kernel_size, layer.stride, layer.padding, a.device, a.dtype)
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    weighted, scale = (a * weights, 1.0) if common is None else (a, common)
+    return _gram(weighted, a) * (scale / taps)
 
 
 def output_factor(g: Tensor) -> Tensor:

@@ -1,19 +1,41 @@
 """The GPU's path without a GPU: every tensor where it has to be, and no wait inside a training step."""
 
+import argparse
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
-from simulated_gpu import SimulatedTensor, simulated
+from commands import run_folder
+from simulated_gpu import SimulatedTensor, Trace, simulated
+from torch import nn
 
+from benchmarks import rank_correlation
+from benchmarks.common import load_trained
+from benchmarks.training import half_ranks
 from gating.baselines import BASELINES
 from gating.distillation import distillation_loss_fn
+from gating.forward import training_forward
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import SteeredAlpha
 from gating.supervised import supervised_epoch
-from models import ResNet, all_on, build_network
+from models import ResNet, all_on, build_network, thresholded
+from models.decisions import DecisionRule
+from pruning.factors import collect_factors
+from pruning.iteration import prune_once
+from pruning.layers import prunable_layers
+from pruning.selection import Goal
+from pruning.settings import CRITERIA, Method
 from utils.data.augment import Normalisation
-from utils.data.batches import TrainingBatches
+from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import ImageSet
-from utils.device import Randomness, pick_device, placed
+from utils.device import Randomness, described, pick_device, pick_precision, placed
+from utils.errors import UserError
+from utils.evaluate import evaluate
+from utils.flops import network_cost
+from utils.norms import with_shared_norms
 from utils.optimisers import reinforcement_optimisers, sgd
 
 CPU = torch.device("cpu")
@@ -21,44 +43,198 @@ BATCH = 8
 NORMALISATION = Normalisation((0.5,) * 3, (0.2,) * 3)
 
 
-def network(gate: str = "rnn") -> ResNet:
+def network(gate: str = "rnn", pruned: bool = True) -> ResNet:
     torch.manual_seed(0)
-    return build_network("resnet", depth=8, num_classes=5, width=4, gate=gate, ranks={"blocks.1.conv2": (4, 4)})
+    ranks = {"blocks.1.conv2": (4, 4)} if pruned else {}
+    return build_network("resnet", depth=8, num_classes=5, width=4, gate=gate, ranks=ranks)
 
 
 def images(count: int) -> ImageSet:
     return ImageSet(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.arange(count) % 5)
 
 
-@pytest.mark.parametrize("stage", ["sp", *BASELINES])
-@pytest.mark.parametrize("free", [2**30, 0])
-def test_a_step_waits_for_nothing(stage: str, free: int):
-    """As many waits in an epoch of eight steps as in one of four."""
-    with simulated(free_memory=free) as trace:
-        device = pick_device()
-        net, teacher = placed(network(), device), placed(network(), device).eval()
-        draws = torch.Generator(device).manual_seed(0)
-        loss_fn = distillation_loss_fn(teacher, 0.5)
+@dataclass
+class Training:
+    """Epochs of a stage on a simulated GPU."""
 
-        def epoch(steps: int):
-            given = images(BATCH * steps).to(device)
-            batches = TrainingBatches(given, BATCH, torch.Generator().manual_seed(0), NORMALISATION, True)
+    stage: str  # "sp", "pruned" or a baseline of stage 3
+    net: ResNet
+    teacher: ResNet
+    batch_norm: str = "frozen"
+
+    def __post_init__(self):
+        self.device = pick_device()
+        self.net, teacher = placed(self.net, self.device), placed(self.teacher, self.device)
+        self.forward = training_forward(self.net, torch.bfloat16)
+        self.draws = torch.Generator(self.device).manual_seed(0)
+        self.loss_fn = None if self.stage == "sp" else distillation_loss_fn(teacher, 0.5, torch.bfloat16)
+
+    def epoch(self, trace: Trace, steps: int) -> tuple[Counter, int]:
+        """What is waited for, and how many operations are launched."""
+        given = images(BATCH * steps).to(self.device)
+        batches = TrainingBatches(given, BATCH, torch.Generator().manual_seed(0), NORMALISATION, True)
+        trace.clear()
+        if self.stage in BASELINES:
+            shares = torch.full((self.net.switches,), 1 / self.net.switches)
+            setup = Reinforcement(
+                network=self.net, optimisers=reinforcement_optimisers(self.net, 0.9, 0.0), shares=shares,
+                draws=self.draws, baseline=self.stage, batch_norm=self.batch_norm, loss_fn=self.loss_fn,
+                forward=self.forward,
+            )  # fmt: skip
+            alpha = SteeredAlpha(0.1, 1.0, 0.5, steps, self.device)
+            reinforce_epoch(setup, batches, [lambda _: 1e-3] * 2, alpha, "")
+        else:
+            supervised_epoch(
+                self.net, batches, sgd(self.net, 1e-3, 0.9, 0.0), learning_rate=lambda _: 1e-3, draws=self.draws,
+                title="", loss_fn=self.loss_fn, forward=self.forward,
+            )  # fmt: skip
+        return trace.waits.copy(), trace.launches
+
+
+@pytest.mark.parametrize(
+    ("stage", "gate", "batch_norm"),
+    [
+        ("sp", "rnn", ""), ("sp", "ff1", ""), ("sp", "ff2", ""), ("sp", "none", ""), ("pruned", "rnn", ""),
+        ("greedy", "rnn", "frozen"), ("greedy", "ff1", "follow"), ("batch", "ff2", "frozen"), ("none", "rnn", "follow"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("free", [2**30, 0])
+def test_a_step_waits_for_nothing(stage: str, gate: str, batch_norm: str, free: int):
+    """As many waits in an epoch of five steps as in one of two, wherever the images are."""
+    with simulated(free_memory=free) as trace:
+        training = Training(stage, network(gate), network(gate), batch_norm)
+        assert training.epoch(trace, 2)[0] == training.epoch(trace, 5)[0]
+
+
+@pytest.mark.parametrize(("stage", "most"), [("sp", 700), ("pruned", 930), ("greedy", 1360)])
+def test_launches_of_a_step(stage: str, most: int):
+    """Of ResNet-32, from stage 2 on with reduced ranks and a teacher; its width makes no difference.
+
+    A GPU of today needs about 5 ms for the arithmetic of a step at width 64 and batch 128, and as long for being told
+    of a thousand operations.
+    """
+    with simulated() as trace:
+        ranks = {} if stage == "sp" else half_ranks(32, 4)
+        net, teacher = (
+            build_network("resnet", depth=32, num_classes=5, width=4, gate="rnn", ranks=r) for r in (ranks, {})
+        )
+        training = Training(stage, net, teacher)
+        (_, few), (_, many) = training.epoch(trace, 1), training.epoch(trace, 3)
+    assert (many - few) / 2 <= most
+
+
+@pytest.mark.parametrize("gate", ["rnn", "ff1", "ff2", "none"])
+def test_waits_of_an_evaluation(gate: str):
+    """One a switch and batch, which decides on the images that a block runs on; none where every block does."""
+    with simulated() as trace:
+        device = pick_device()
+        net = placed(network(gate), device)
+        cost = network_cost(net, 8)
+
+        def waits(batches: int, rule: DecisionRule) -> int:
+            given = images(BATCH * batches).to(device)
             trace.clear()
-            if stage == "sp":
-                optimiser = sgd(net, 1e-3, 0.9, 0.0)
-                supervised_epoch(
-                    net, batches, optimiser, learning_rate=lambda _: 1e-3, draws=draws, title="", loss_fn=loss_fn
-                )
-            else:
-                setup = Reinforcement(
-                    network=net, optimisers=reinforcement_optimisers(net, 0.9, 0.0), shares=torch.tensor([0.5, 0.5]),
-                    draws=draws, baseline=stage, loss_fn=loss_fn,
-                )  # fmt: skip
-                reinforce_epoch(setup, batches, [lambda _: 1e-3] * 2, SteeredAlpha(0.1, 1.0, 0.5, steps, device), "")
+            evaluate(net, given, NORMALISATION, cost, rule, BATCH, torch.bfloat16)
+            return sum(trace.waits.values())
+
+        assert waits(5, thresholded) - waits(2, thresholded) == 3 * net.switches
+        assert waits(5, all_on) == waits(2, all_on)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_pruning(criterion: str):
+    """Every criterion; a batch of the factors waits for the drawn labels alone."""
+    with simulated():
+        device = pick_device()
+        net, given = placed(network(pruned=False), device).eval(), images(24).to(device)
+        method = Method(criterion=criterion, round_to=1, objective="saliency")
+        pruned = prune_once(
+            net, lambda: plain_batches(given, 8, NORMALISATION), torch.Generator(device).manual_seed(0),
+            cost=network_cost(net, 8), goal=Goal(0.3), method=method,
+        )  # fmt: skip
+        assert not pruned.nothing_changed
+        placed(pruned.network, device)(NORMALISATION.apply(given.pixels))
+
+
+def test_waits_of_factors():
+    with simulated() as trace:
+        device = pick_device()
+        net = placed(network(), device).eval()
+
+        def waits(batches: int) -> Counter:
+            passes = plain_batches(images(BATCH * batches).to(device), BATCH, NORMALISATION)
+            draws = torch.Generator(device).manual_seed(0)
+            trace.clear()
+            collect_factors(net, prunable_layers(net), passes, "true", draws)
             return trace.waits.copy()
 
-        epoch(4)
-        assert epoch(8) == epoch(4)
+        waits(1)
+        more = waits(5) - waits(2)
+    assert sum(more.values()) == 3 and all(what == "multinomial" for what, _ in more)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "precision"),
+    [
+        ("auto", (9, 0), torch.bfloat16), ("auto", (8, 0), torch.bfloat16), ("auto", (7, 5), torch.float32),
+        ("float32", (9, 0), torch.float32), ("bf16", (8, 6), torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_precision_of_a_gpu(wanted: str, capability: tuple[int, int], precision: torch.dtype):
+    with simulated(capability=capability):
+        device = pick_device()
+        assert pick_precision(wanted, device) == precision
+        name = "bf16" if precision == torch.bfloat16 else "float32"
+        assert described(device, precision) == f"cuda (simulated) in {name}"
+        net, seen = placed(network(), device), set()
+        cost = network_cost(net, 8)
+        net.stem[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+        evaluate(net, images(4).to(device), NORMALISATION, cost, precision=precision)
+        training_forward(net, precision)(torch.zeros(4, 3, 8, 8).to(device), lambda: all_on, (), False)
+        assert seen == {precision}
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_bf16_that_a_gpu_does_not_have_is_refused():
+    with simulated(capability=(7, 5)), pytest.raises(UserError, match="the GPU simulated has no bf16: choose"):
+        pick_precision("bf16", pick_device())
+
+
+def test_precision_of_a_cpu():
+    assert pick_precision("auto", CPU) == torch.float32 and pick_precision("bf16", CPU) == torch.bfloat16
+    assert described(CPU, torch.bfloat16) == "cpu in bf16"
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (7, 4, 3, 3)])
+def test_a_shared_norm_of_one_gpu_is_a_plain_one(shape: tuple[int, ...]):
+    """In float64, so that a wrong term could not hide, and without a wait."""
+    torch.manual_seed(0)
+    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1]).double()
+    nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
+    x, g = torch.randn(shape, dtype=torch.float64) * 2 + 3, torch.randn(shape, dtype=torch.float64)
+    with simulated() as trace:
+        shared = with_shared_norms(nn.Sequential(copy.deepcopy(plain)).to("cuda"))[0]
+        results = []
+        for norm, device in ((plain, "cpu"), (shared, "cuda")):
+            own, upward = (t.clone().to(device) for t in (x, g))
+            own.requires_grad_()
+            trace.clear()
+            y = norm(own)
+            y.backward(upward)
+            assert not trace.waits
+            gradients = [own.grad, norm.weight.grad, norm.bias.grad]
+            results.append([t.detach().cpu() for t in (y, *gradients, *norm.state_dict().values())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+
+
+def test_rank_correlation_of_images_that_do_not_fit(chain: Path, shapes: Path):
+    given = argparse.Namespace(
+        checkpoint=str(run_folder(chain, "sp") / "best.pt"), data_dir=str(shapes), img_type="png", num_workers=1,
+        images=32, batch_size=16, fisher_draws=1, directions=2, seed=0,
+    )  # fmt: skip
+    with simulated(free_memory=0):
+        assert len(rank_correlation.measure(given, load_trained(given))) == 2
 
 
 @pytest.mark.parametrize("saved_on_gpu", [True, False])
@@ -66,7 +242,15 @@ def test_random_numbers_go_on_on_another_kind_of_device(saved_on_gpu: bool):
     with simulated():
         devices = [torch.device("cuda"), CPU]
         first, second = devices if saved_on_gpu else devices[::-1]
-        Randomness(0, second).load_state_dict(Randomness(0, first).state_dict())
+        saved = Randomness(0, first)
+        torch.rand(3, generator=saved.draws, device=first)
+        drawn = []
+        for _ in range(2):
+            resumed = Randomness(0, second)
+            resumed.load_state_dict(saved.state_dict())
+            drawn.append(torch.rand(5, generator=resumed.draws, device=second).tolist())
+            assert torch.equal(resumed.data.get_state(), saved.data.get_state())
+        assert drawn[0] == drawn[1] != torch.rand(5, generator=Randomness(0, second).draws, device=second).tolist()
 
 
 def test_adam_goes_on_on_a_gpu():

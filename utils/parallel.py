@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -183,9 +184,16 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
             p.grad = torch.zeros_like(p)
     if world_size() == 1:
         return
-    total = all_reduced(torch.cat([p.grad.flatten() for p in parameters]))
-    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(gradient.view_as(p))
+    flat = parameters[0].new_empty(sum(p.numel() for p in parameters))
+    torch._foreach_copy_(_pieces(flat, parameters), [p.grad for p in parameters])
+    for p, gradient in zip(parameters, _pieces(all_reduced(flat), parameters), strict=True):
+        p.grad = gradient
+
+
+def _pieces(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """One vector as tensors of the parameters' shapes and layouts: what is copied there takes one launch in all."""
+    offsets = accumulate((p.numel() for p in parameters), initial=0)
+    return [flat.as_strided(p.shape, p.stride(), offset) for p, offset in zip(parameters, offsets, strict=False)]
 
 
 def broadcast_weights(network: nn.Module) -> None:
