@@ -13,15 +13,16 @@ from torch import Tensor
 
 # Share of the mean eigenvalue that is added before a factor is inverted: channels that never fire have no inverse.
 DAMPING = 1e-6
+# Added at least, so that a factor of zeros has an inverse, too: below every saliency that is none of rounding, and far
+# enough from the smallest float64 that products of several such factors remain numbers.
+LEAST_DAMPING = 1e-30
 
 
 def damped(factor: Tensor) -> Tensor:
-    """The factor with DAMPING times its mean eigenvalue on the diagonal; a factor of zeros becomes the identity's."""
+    """The factor with DAMPING times its mean eigenvalue on the diagonal; what is all zero stays next to nothing."""
     size = len(factor)
-    mean = factor.double().trace() / size
-    return factor.double() + torch.eye(size, dtype=torch.float64, device=factor.device) * (
-        DAMPING * mean if mean > 0 else 1.0
-    )
+    added = (DAMPING * factor.double().trace() / size).clamp(min=LEAST_DAMPING)
+    return factor.double() + torch.eye(size, dtype=torch.float64, device=factor.device) * added
 
 
 def c_obd(weight: Tensor, diagonal: Tensor, regularization: float) -> Tensor:

@@ -16,7 +16,7 @@ from pruning.costs import separable_cost
 from pruning.depthwise import captured_shares, separable, without_channels
 from pruning.eigenbasis import eigendamage, rotate, share
 from pruning.factors import channel_effects
-from pruning.layers import prunable_layers, read_weights, separable_layers
+from pruning.layers import prunable_layers, read_weights, separable_layers, unpruned_channels
 from pruning.prune_directions import layer_shape, measured
 from pruning.selection import Goal, Group, least_kept, select
 from pruning.settings import Batches, Method
@@ -88,12 +88,13 @@ def separable_groups(
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in [*prunable_layers(network), *separable_layers(network)]:
         shape = layer_shape(read_weights(network, name), cost, name, method)
+        unpruned, _ = unpruned_channels(network, name)
         groups[name] = Group(
             (torch.zeros(shape.ranks[0]) if saliencies is None else saliencies[name].cpu(),),
-            (min(least_kept(shape.channels[0], method.prune_ratio_limit), shape.ranks[0]),),
+            (min(least_kept(unpruned, method.prune_ratio_limit), shape.ranks[0]),),
             partial(separable_cost, shape),
             entry=(entries or {}).get(name, 0.0),
-            channels=(shape.channels[0],),
+            channels=(unpruned,),
         )
         now = shape.cost(*shape.ranks)
         flops, parameters = flops - now[0], parameters - now[1]

@@ -14,7 +14,7 @@ from pruning.changes import LayerChange, Pruned
 from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
 from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate, share
 from pruning.factors import collect_factors
-from pruning.layers import ConvWeights, prunable_layers, read_weights
+from pruning.layers import ConvWeights, prunable_layers, read_weights, unpruned_channels
 from pruning.selection import Goal, Group, least_kept, select
 from pruning.settings import Batches, Method
 from pruning.surgery import composed, merged, rebuild, truncated
@@ -81,15 +81,15 @@ def direction_groups(
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in prunable_layers(network):
-        shape = layer_shape(read_weights(network, name), cost, name, method)
-        least = (least_kept(channels, method.prune_ratio_limit) for channels in shape.channels)
+        shape, unpruned = layer_shape(read_weights(network, name), cost, name, method), unpruned_channels(network, name)
+        least = (least_kept(channels, method.prune_ratio_limit) for channels in unpruned)
         pairs = (torch.zeros(shape.ranks) if saliencies is None else saliencies[name]).cpu()
         groups[name] = Group(
             (pairs.sum(dim=1), pairs.sum(dim=0)),
             tuple(min(pair) for pair in zip(least, shape.ranks, strict=True)),
             partial(cheapest_cost, shape),
             pairs,
-            shape.channels,
+            unpruned,
         )
         now = shape.cost(*shape.ranks)
         flops, parameters = flops - now[0], parameters - now[1]

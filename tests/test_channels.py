@@ -99,6 +99,25 @@ def test_a_channel_that_never_fires_costs_nothing_to_remove(example):
         assert saliency.isfinite().all() and saliency[2] < 1e-4 * saliency[[0, 1, 3, 4]].min()
 
 
+@pytest.mark.parametrize("dead", ["A", "G", "both"])
+def test_a_dead_block_is_the_least_salient(example, dead):
+    weight, A, G = example
+    factors = {"A": A, "G": G}
+    for name in factors if dead == "both" else dead:
+        factors[name] = torch.zeros_like(factors[name])
+    for saliency in (
+        channels.c_obs(weight, **factors),
+        channels.kron_obs(weight, **factors),
+        channels.kron_obd(weight, **factors, regularization=0.0),
+    ):
+        assert saliency.isfinite().all() and saliency.max() < 1e-20
+
+
+def test_damping_does_not_depend_on_the_scale_of_the_factor(example):
+    _, A, _ = example
+    torch.testing.assert_close(channels.damped(1e-12 * A), 1e-12 * channels.damped(A), rtol=1e-12, atol=0)
+
+
 def test_removing_a_channel_is_zeroing_its_column_of_the_second_convolution():
     torch.manual_seed(0)
     network = build_network("resnet", depth=14, num_classes=3, width=4, gate="rnn").double()

@@ -55,13 +55,36 @@ def test_terms_lose_what_the_singular_values_say_and_least_squares_lose_no_more(
     keep = torch.tensor([2, 4, 5])
     rises = {}
     for sweeps in (0, 1, 20):
-        monkeypatch.setattr(depthwise, "SWEEPS", sweeps)
+        monkeypatch.setattr(depthwise, "MOST_SWEEPS", sweeps)
         rises[sweeps] = quadratic_rise(core - composed(separable(core, basis, keep)), factors.A, factors.G).item()
     squares = 0.5 * basis.d_g[:, None] * basis.d_a * rotate(core, basis).square().sum(dim=(2, 3))
     columns = squares.sum(dim=0)
     expected = columns.sum() - (columns * captured_shares(core, basis))[keep].sum()
     assert rises[0] == pytest.approx(expected.item(), rel=1e-4)  # but for the damping of the factors
     assert rises[20] < rises[1] < rises[0]
+
+
+def test_terms_are_at_a_minimum_of_the_quadratic_model():
+    """A descent by its gradient, from the terms that were found, gains next to nothing."""
+    torch.manual_seed(0)
+    factors = random_factors(12, 10)
+    basis, core = eigenbasis(factors), torch.randn(10, 12, 3, 3, dtype=torch.float64)
+    found = separable(core, basis, torch.arange(4, 12))
+    terms = [found.rotate_in, found.core, found.rotate_out]
+    terms = [term.clone(memory_format=torch.contiguous_format).requires_grad_() for term in terms]
+    optimiser = torch.optim.LBFGS(terms, max_iter=500, history_size=50, line_search_fn="strong_wolfe")
+
+    def rise():
+        optimiser.zero_grad()
+        mix_in, filters, mix_out = terms
+        kernel = torch.einsum("ok,khw,ki->oihw", mix_out, filters[:, 0], mix_in)
+        value = quadratic_rise(core - kernel, factors.A, factors.G)
+        value.backward()
+        return value
+
+    before = rise().item()
+    optimiser.step(rise)
+    assert 0.98 * before < rise().item() <= before
 
 
 def test_captured_shares_against_the_best_term_found_by_gradient_descent():
