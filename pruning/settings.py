@@ -54,6 +54,9 @@ class Method:
     fisher_type: str = setting("true", "labels drawn from the prediction, or taken from the data", choices=FISHER_TYPES)
     fisher_draws: int = setting(1, "labels drawn for each image of the true Fisher", low=1)
     correct_eigenvalues: bool = setting(True, "measure the curvature in the eigenbasis (EK-FAC), at one pass more")
+    refit: bool = setting(
+        True, "refit every rebuilt layer, from the input on, to what it computed; one pass over images a layer"
+    )
     regularization: float = setting(
         0.0, "curvature added to every direction (eigendamage) or weight (c_obd, kron_obd)", low=0
     )

@@ -22,7 +22,7 @@ def made_up_seconds(chain, size):
     return total
 
 
-METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency")
+METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency", refit=False)
 
 
 def switched_network(depth=14, width=12):
