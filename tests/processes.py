@@ -24,9 +24,9 @@ from gating.supervised import supervised_epoch  # noqa: E402
 from models import ResNet, all_on, build_network, thresholded  # noqa: E402
 from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
 from pruning.factors import collect_factors  # noqa: E402
-from pruning.layers import prunable_layers, read_weights, rebuilt_layers
-from pruning.refit import refit
-from pruning.surgery import composed, merged, rebuild
+from pruning.layers import prunable_layers, read_weights, rebuilt_layers  # noqa: E402
+from pruning.refit import refit  # noqa: E402
+from pruning.surgery import composed, merged, rebuild  # noqa: E402
 from pruning.tucker import tucker  # noqa: E402
 from utils import parallel  # noqa: E402
 from utils.data.augment import Normalisation  # noqa: E402
