@@ -38,14 +38,18 @@ from utils.norms import reestimate_batch_norms
 from utils.optimisers import rates_of_epoch, sgd
 
 # Channel criteria may only take what lies inside of blocks, so a share of 12 % needs nearly all of it.
-BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency")
+BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency", refit=False)
 VARIANTS = {
     "eigendamage": BASE,
     "eigendamage per FLOP": replace(BASE, objective="flops"),
     "eigendamage, K-FAC": replace(BASE, correct_eigenvalues=False),
     "eigendamage, Tucker": replace(BASE, decomposition="tucker"),
     "eigendamage per FLOP, Tucker": replace(BASE, objective="flops", decomposition="tucker"),
+    "eigendamage per FLOP, Tucker, refitted": replace(BASE, objective="flops", decomposition="tucker", refit=True),
     "eigendamage per FLOP, depthwise": replace(BASE, objective="flops", decomposition="depthwise"),
+    "eigendamage per FLOP, depthwise, refitted": replace(
+        BASE, objective="flops", decomposition="depthwise", refit=True
+    ),
     **{criterion: replace(BASE, criterion=criterion) for criterion in CHANNEL_CRITERIA},
     **{
         f"{criterion} per FLOP": replace(BASE, criterion=criterion, objective="flops")
@@ -124,7 +128,7 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
     method = replace(VARIANTS[variant], round_to=args.round_to)
     smaller, rise = network, 0.0
     for left in range(args.steps, 0, -1):
-        if left < args.steps:
+        if left < args.steps and not method.refit:
             reestimate_batch_norms(smaller, batches(), all_on)
         cost = network_cost(smaller, trained.image_size)
         goal = Goal(flops=part_of_the_way(cost.flops, share * whole.flops, left))
@@ -137,7 +141,8 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
         return evaluate(smaller, splits.val, trained.normalisation, cost, all_on).accuracy
 
     accuracies = [judged()]
-    reestimate_batch_norms(smaller, batches(), all_on)
+    if not method.refit:  # which leaves norms as they are to be
+        reestimate_batch_norms(smaller, batches(), all_on)
     accuracies.append(judged())
     fine_tune(args, trained, smaller, order, draws)
     accuracies.append(judged())

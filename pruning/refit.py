@@ -84,8 +84,9 @@ def best_map(found: Moments, metric: Tensor, rank: int | None) -> tuple[Tensor, 
 def refit(network: ResNet, smaller: ResNet, names: Sequence[str], batches: Batches) -> None:
     """Refit layers of ``smaller``, in place and in the order given, to what they computed in ``network``.
 
-    An error counts as what the batch norm behind makes of it.  The norm's statistics become those of the new outputs,
-    whose mean is the intercept of the fit.  For each layer both networks run as far as that layer.
+    An error counts as what the batch norm behind makes of it.  The norm keeps its variance, so that it does to the new
+    outputs what the fit is about, and its mean takes up the fit's intercept: measured anew, on images without
+    augmentation, both would be others.  For each layer both networks run as far as that layer.
 
     Args:
         names: layers of both networks, from the input on: low-rank ones lose nothing of their ranks, of a depthwise
@@ -99,7 +100,10 @@ def refit(network: ResNet, smaller: ResNet, names: Sequence[str], batches: Batch
             metric = torch.diag(norm.weight.double().square() / (norm.running_var.double() + norm.eps))
             K, U = best_map(found, metric, _free_rank(layer))
             _write(layer, K, U)
-            _set_statistics(norm_behind(smaller, name), found, K if U is None else U @ K)
+            intercept = found.y - (K if U is None else U @ K) @ found.z
+            own = norm_behind(smaller, name)
+            own.running_mean.copy_(norm.running_mean - intercept)
+            own.running_var.copy_(norm.running_var)
 
 
 def patches(layer: nn.Module, a: Tensor) -> Tensor:
@@ -170,9 +174,3 @@ def _write(layer: nn.Module, K: Tensor, U: Tensor | None) -> None:
     changed.weight.copy_(K.view_as(changed.weight))
     if U is not None:
         layer.rotate_out.weight.copy_(U[:, :, None, None])
-
-
-def _set_statistics(norm: nn.BatchNorm2d, found: Moments, weight: Tensor) -> None:
-    """Mean and variance of the outputs weight z [out]."""
-    norm.running_mean.copy_(weight @ found.z)
-    norm.running_var.copy_(((weight @ found.zz) * weight).sum(dim=1))
