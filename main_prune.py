@@ -187,7 +187,7 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     smaller_cost = network_cost(smaller, settings.resize)
     before = evaluate(network, splits.val, normalisation, cost, all_on)
     cut = evaluate(smaller, splits.val, normalisation, smaller_cost, all_on)
-    if settings.reestimate_batch_norm:
+    if settings.reestimate_batch_norm and not settings.refit:
         reestimate_batch_norms(smaller, whole_batches_by_process(fisher, settings.batch_size, normalisation), all_on)
     compression = stage.start.compression(smaller_cost)
     progress.step += 1
@@ -253,23 +253,23 @@ def record_pruning(
     run, step, iteration, original = stage.run, progress.step, progress.iteration, stage.start.original
     ready = evaluate(after, stage.splits.val, stage.normalisation, cost, all_on)
     compression = stage.start.compression(cost)
-    predicted = "nothing" if pruned.predicted_rise is None else f"{pruned.predicted_rise:.4f}"
-    run.say(f"\niteration {iteration}\n{changes_table(pruned.changes)}")
+    run.say(f"\niteration {iteration}\n{changes_table(pruned)}")
+    predicted = f"{'predicted without refit' if stage.settings.refit else 'predicted'} {pruned.predicted_rise:.4f}"
     run.say(
         f"iteration {iteration}: {cost.parameters:,} parameters ({compression:.1%} removed), {cost.flops:,} FLOPs "
         f"({cost.flops / original['flops']:.1%} of stage 1); surgery raises the loss by {rise:.4f} "
-        f"(predicted {predicted}), accuracy before fine-tuning {ready.accuracy:.2%}"
+        f"({predicted}), accuracy before fine-tuning {ready.accuracy:.2%}"
     )
     scalars = {
         "Indicator/total_flops": cost.flops,
         "Indicator/total_parameters": cost.parameters,
         "Indicator/prune_ratio": compression,
         "Pruning/measured_rise": rise,
+        "Pruning/predicted_rise": pruned.predicted_rise,
+        **{f"Pruning/predicted_rise/{c.name}": c.predicted_rise for c in pruned.changes},
         "Pruning/accuracy_before_fine_tuning": ready.accuracy,
         **layer_scalars(after, cost),
     }
-    if pruned.predicted_rise is not None:
-        scalars["Pruning/predicted_rise"] = pruned.predicted_rise
     run.record(step, scalars, iteration=iteration)
     for name, basis in pruned.bases.items():
         run.histogram(f"Eigenvalues/log10_d_a/{name}", basis.d_a.clamp(min=1e-20).log10(), step)

@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
         goal = Goal(flops=part_of_the_way(cost.flops, share * whole.flops, left))
         pruned = prune_once(smaller, batches, draws, cost=cost, goal=goal, method=method)
         smaller = placed(pruned.network, trained.device)
-        rise = None if rise is None or pruned.predicted_rise is None else rise + pruned.predicted_rise
+        rise += pruned.predicted_rise
     cost = network_cost(smaller, trained.image_size)
 
     def judged() -> float:

@@ -39,6 +39,8 @@ def predicted_rise(
         changes: D by layer, in the shape of the layer's kernel.
         fisher_type, draws, fisher_draws: as in ``pruning.factors.collect_factors``.
     """
+    if not changes:
+        return PredictedRise({}, 0.0)
     names = list(changes)
     products: dict[str, Tensor] = {}  # of the draw that is being visited, [N] for each layer
     sums = next(network.parameters()).new_zeros(len(names) + 1, dtype=torch.float64)

@@ -100,7 +100,7 @@ class PruneSettings(Method, StageSettings):
         10000, "training images that the Fisher is measured on (all, if there are fewer)", low=1
     )
     reestimate_batch_norm: bool = setting(
-        True, "measure the batch norms' statistics anew after surgery, on the images of the Fisher"
+        True, "without refit, measure the batch norms' statistics anew after surgery, on the images of the Fisher"
     )
     distill: float = setting(
         0.5, "weight of following stage 1's predictions in fine-tuning, the rest being the labels'", low=0, high=1
