@@ -191,7 +191,7 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     smaller_cost = network_cost(smaller, settings.resize)
     before = evaluate(network, splits.val, normalisation, cost, all_on, precision=stage.precision)
     cut = evaluate(smaller, splits.val, normalisation, smaller_cost, all_on, precision=stage.precision)
-    if settings.reestimate_batch_norm:
+    if settings.reestimate_batch_norm and not settings.refit:
         reestimate_batch_norms(smaller, whole_batches_by_process(fisher, settings.batch_size, normalisation), all_on)
     compression = stage.start.compression(smaller_cost)
     progress.step += 1
@@ -257,23 +257,23 @@ def record_pruning(
     run, step, iteration, original = stage.run, progress.step, progress.iteration, stage.start.original
     ready = evaluate(after, stage.splits.val, stage.normalisation, cost, all_on, precision=stage.precision)
     compression = stage.start.compression(cost)
-    predicted = "nothing" if pruned.predicted_rise is None else f"{pruned.predicted_rise:.4f}"
-    run.say(f"\niteration {iteration}\n{changes_table(pruned.changes)}")
+    run.say(f"\niteration {iteration}\n{changes_table(pruned)}")
+    predicted = f"{'predicted without refit' if stage.settings.refit else 'predicted'} {pruned.predicted_rise:.4f}"
     run.say(
         f"iteration {iteration}: {cost.parameters:,} parameters ({compression:.1%} removed), {cost.flops:,} FLOPs "
         f"({cost.flops / original['flops']:.1%} of stage 1); surgery raises the loss by {rise:.4f} "
-        f"(predicted {predicted}), accuracy before fine-tuning {ready.accuracy:.2%}"
+        f"({predicted}), accuracy before fine-tuning {ready.accuracy:.2%}"
     )
     scalars = {
         "Size/flops": cost.flops,
         "Size/parameters": cost.parameters,
         "Size/prune_ratio": compression,
         "Pruning/measured_rise": rise,
+        "Pruning/predicted_rise": pruned.predicted_rise,
         "Pruning/accuracy_before_fine_tuning": ready.accuracy,
     }
-    if pruned.predicted_rise is not None:
-        scalars["Pruning/predicted_rise"] = pruned.predicted_rise
-    run.record(step, scalars, iteration=iteration, **layer_scalars(after, cost))
+    notes = {f"Layers/predicted_rise/{c.name}": c.predicted_rise for c in pruned.changes}
+    run.record(step, scalars, iteration=iteration, **layer_scalars(after, cost), **notes)
     if pruned.bases:
         run.picture("eigenvalues", eigenvalues_picture(pruned.bases), step, iteration)
 

@@ -1,11 +1,12 @@
 """Every criterion on one trained network at equal FLOPs: accuracy before any fine-tuning and after the same short one.
 
 Method: for each variant, share of FLOPs and seed the network is pruned to the share (at once, or in --steps geometric
-steps with the batch norms measured anew between them), judged as it is and with its batch norms measured anew,
-fine-tuned with the same epochs, order and schedule, and judged again.  Every accuracy is that of the validation images
-with every block run: defaults are chosen by it.  The seed decides the Fisher's images and labels, the random criterion
-and the order of fine-tuning.  Finished measurements are kept in OUT.jsonl, so a run that is started again with the same
-arguments goes on.
+steps with the batch norms measured anew between them), judged as it is and with its batch norms measured anew (where
+the refit has not set them), fine-tuned without its switches with the same epochs, order, schedule and distillation, and
+judged again.  Torch-Pruning prunes at once, all layers that share channels together.  Every accuracy is that of the
+validation images with every block run: defaults are chosen by it.  The seed decides the Fisher's images and labels, the
+random criterion and the order of fine-tuning.  Finished measurements are kept in OUT.jsonl, so a run that is started
+again with the same arguments goes on.
 
     python -m benchmarks.criteria --checkpoint best.pt --data_dir data/cifar_10 --out results/criteria
 """
@@ -24,12 +25,15 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
+from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
+from deploy.folding import without_switches
+from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
 from gating.supervised import supervised_epoch
-from models import all_on
+from models import ResNet, all_on
 from pruning.iteration import prune_once
 from pruning.selection import Goal, part_of_the_way
-from pruning.settings import CHANNEL_CRITERIA, Method
+from pruning.settings import CHANNEL_CRITERIA, Batches, Method
 from utils.data.batches import TrainingBatches, plain_batches
 from utils.device import pick_precision, placed
 from utils.errors import UserError, run_command
@@ -39,22 +43,31 @@ from utils.norms import reestimate_batch_norms
 from utils.optimisers import rates_of_epoch, sgd
 
 # Channel criteria may only take what lies inside of blocks, so a share of 12 % needs nearly all of it.
-BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency")
+BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency", refit=False)
 VARIANTS = {
     "eigendamage": BASE,
     "eigendamage per FLOP": replace(BASE, objective="flops"),
     "eigendamage, K-FAC": replace(BASE, correct_eigenvalues=False),
     "eigendamage, Tucker": replace(BASE, decomposition="tucker"),
     "eigendamage per FLOP, Tucker": replace(BASE, objective="flops", decomposition="tucker"),
+    "eigendamage per FLOP, Tucker, refitted": replace(BASE, objective="flops", decomposition="tucker", refit=True),
     "eigendamage per FLOP, depthwise": replace(BASE, objective="flops", decomposition="depthwise"),
+    "eigendamage per FLOP, depthwise, refitted": replace(
+        BASE, objective="flops", decomposition="depthwise", refit=True
+    ),
     **{criterion: replace(BASE, criterion=criterion) for criterion in CHANNEL_CRITERIA},
+    **{
+        f"Torch-Pruning, {importance}{', global' if everywhere else ''}": Competitor(importance, everywhere)
+        for importance in IMPORTANCES
+        for everywhere in (False, True)
+    },
     **{
         f"{criterion} per FLOP": replace(BASE, criterion=criterion, objective="flops")
         for criterion in ("kron_obs", "magnitude")
     },
 }
 # What a measurement depends on besides share, seed and variant.
-SETTINGS = ("checkpoint", "steps", "epochs", "lr", "batch_size", "fisher_images", "train_images", "round_to")
+SETTINGS = ("checkpoint", "steps", "epochs", "lr", "batch_size", "fisher_images", "train_images", "round_to", "distill")
 MEASURES = ("before", "before, batch norms anew", "after")
 
 
@@ -70,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fisher_images", type=int, default=4000)
     parser.add_argument("--train_images", type=int, help="training images of the fine-tuning, all by default")
     parser.add_argument("--round_to", type=int, default=1)
+    parser.add_argument("--distill", type=float, default=0.5, help="weight of following the unpruned network")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--out", default="criteria", help="path of the results, without .jsonl, .json, .md and .png")
     return parser.parse_args()
@@ -122,23 +136,20 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
     def batches():
         return plain_batches(fisher, args.batch_size, trained.normalisation)
 
-    method = replace(VARIANTS[variant], round_to=args.round_to)
-    smaller, rise = network, 0.0
-    for left in range(args.steps, 0, -1):
-        if left < args.steps:
-            reestimate_batch_norms(smaller, batches(), all_on)
-        cost = network_cost(smaller, trained.image_size)
-        goal = Goal(flops=part_of_the_way(cost.flops, share * whole.flops, left))
-        pruned = prune_once(smaller, batches, draws, cost=cost, goal=goal, method=method)
-        smaller = placed(pruned.network, trained.device)
-        rise = None if rise is None or pruned.predicted_rise is None else rise + pruned.predicted_rise
+    method, rise = VARIANTS[variant], None
+    if isinstance(method, Competitor):
+        smaller = torch_pruned(network, method, share * whole.flops, trained.image_size, list(batches()))
+    else:
+        smaller, rise = pruned_in_steps(args, trained, network, share * whole.flops, method, batches, draws)
+        smaller = without_switches(smaller)
     cost = network_cost(smaller, trained.image_size)
 
     def judged() -> float:
         return evaluate(smaller, splits.val, trained.normalisation, cost, all_on).accuracy
 
     accuracies = [judged()]
-    reestimate_batch_norms(smaller, batches(), all_on)
+    if isinstance(method, Competitor) or not method.refit:  # which leaves norms as they are to be
+        reestimate_batch_norms(smaller, batches(), all_on)
     accuracies.append(judged())
     fine_tune(args, trained, smaller, order, draws)
     accuracies.append(judged())
@@ -154,15 +165,38 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
     }
 
 
+def pruned_in_steps(
+    args: argparse.Namespace,
+    trained: Trained,
+    network: ResNet,
+    flops: float,
+    method: Method,
+    batches: Batches,
+    draws: torch.Generator,
+) -> tuple[ResNet, float]:
+    """The network brought to ``flops``, and the rise of the loss that was predicted for all steps."""
+    method, rise = replace(method, round_to=args.round_to), 0.0
+    for left in range(args.steps, 0, -1):
+        if left < args.steps and not method.refit:
+            reestimate_batch_norms(network, batches(), all_on)
+        cost = network_cost(network, trained.image_size)
+        goal = Goal(flops=part_of_the_way(cost.flops, flops, left))
+        pruned = prune_once(network, batches, draws, cost=cost, goal=goal, method=method)
+        network = placed(pruned.network, trained.device)
+        rise += pruned.predicted_rise
+    return network, rise
+
+
 def fine_tune(args: argparse.Namespace, trained: Trained, network, order, draws) -> None:
     optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
     flip = trained.checkpoint.data["flip"]
     batches = TrainingBatches(trained.splits.train, args.batch_size, order, trained.normalisation, flip)
+    teacher = distillation_loss_fn(without_switches(trained.network().eval()), args.distill) if args.distill else None
     for epoch in range(1, args.epochs + 1):
         rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
         supervised_epoch(
             network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}",
-            forward=training_forward(network, pick_precision("auto", trained.device)),
+            loss_fn=teacher, forward=training_forward(network, pick_precision("auto", trained.device)),
         )  # fmt: skip
 
 
@@ -198,6 +232,12 @@ def table(rows: list[dict], whole: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def marker(variant: Method | Competitor) -> str:
+    if isinstance(variant, Competitor):
+        return "^"
+    return "o" if variant.criterion == "eigendamage" else "s"
+
+
 def draw(path: Path, args: argparse.Namespace, rows: list[dict], whole: float) -> None:
     figure, axes = plt.subplots(1, len(MEASURES), sharey=True, figsize=(14, 4.6), layout="constrained")
     colours = matplotlib.colormaps["tab20"]
@@ -208,7 +248,7 @@ def draw(path: Path, args: argparse.Namespace, rows: list[dict], whole: float) -
                 [100 * row["flops"]["mean"] for row in own],
                 [100 * row[name]["mean"] for row in own],
                 [100 * row[name]["deviation"] for row in own],
-                marker="o" if VARIANTS[variant].criterion == "eigendamage" else "s",
+                marker=marker(VARIANTS[variant]),
                 color=colours(i % 20),
                 capsize=3,
                 label=variant,

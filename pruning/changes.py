@@ -1,6 +1,5 @@
 """What an iteration did, layer by layer: figures, a table and a picture."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ class LayerChange:
     parameters_after: int
     flops_before: int  # for one image
     flops_after: int
-    predicted_rise: float  # of the loss, in nats; not a number for a criterion that predicts none
+    predicted_rise: float  # of the loss, in nats, where this layer alone changes
 
 
 @dataclass(frozen=True)
@@ -35,37 +34,32 @@ class Pruned:
     network: ResNet
     bases: dict[str, Eigenbasis]  # empty for criteria that work on whole channels
     changes: list[LayerChange]
-
-    @property
-    def predicted_rise(self) -> float | None:
-        """Of the loss, in nats, before any fine-tuning: the sum over layers, None where the criterion predicts none."""
-        total = sum(change.predicted_rise for change in self.changes)
-        return None if math.isnan(total) else total
+    # Of the loss, in nats, by surgery before anything is refitted or fine-tuned; not the sum over layers: what they
+    # change adds up or cancels.
+    predicted_rise: float
 
     @property
     def nothing_changed(self) -> bool:
         return all(change.ranks_before == change.ranks_after for change in self.changes)
 
 
-def changes_table(changes: list[LayerChange]) -> str:
-    """The changes of one iteration as text, a line a layer and one for the sum."""
+def changes_table(pruned: Pruned) -> str:
+    """The changes of one iteration as text, a line a layer, one for the sum and one for the rise of all together."""
+    changes = pruned.changes
     lines = [f"{'layer':<16} {'ranks in, out':>22} {'parameters':>21} {'MFLOPs':>17} {'predicted rise':>15}"]
     for c in changes:
         ranks = f"{c.ranks_before[0]},{c.ranks_before[1]} -> {c.ranks_after[0]},{c.ranks_after[1]}"
         lines.append(
             f"{c.name:<16} {ranks:>22} {c.parameters_before:>9} -> {c.parameters_after:>8} "
-            f"{c.flops_before / 1e6:>7.2f} -> {c.flops_after / 1e6:>6.2f} {_rise(c.predicted_rise):>15}"
+            f"{c.flops_before / 1e6:>7.2f} -> {c.flops_after / 1e6:>6.2f} {c.predicted_rise:>15.5f}"
         )
     lines.append(
         f"{'sum':<16} {'':>22} {sum(c.parameters_before for c in changes):>9} -> "
         f"{sum(c.parameters_after for c in changes):>8} {sum(c.flops_before for c in changes) / 1e6:>7.2f} -> "
-        f"{sum(c.flops_after for c in changes) / 1e6:>6.2f} {_rise(sum(c.predicted_rise for c in changes)):>15}"
+        f"{sum(c.flops_after for c in changes) / 1e6:>6.2f} {sum(c.predicted_rise for c in changes):>15.5f}"
     )
+    lines.append(f"{'together':<16} {'':>22} {'':>21} {'':>17} {pruned.predicted_rise:>15.5f}")
     return "\n".join(lines)
-
-
-def _rise(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.5f}"
 
 
 def layer_ranks(network: ResNet) -> dict[str, tuple[int, int]]:

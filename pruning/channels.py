@@ -13,15 +13,16 @@ from torch import Tensor
 
 # Share of the mean eigenvalue that is added before a factor is inverted: channels that never fire have no inverse.
 DAMPING = 1e-6
+# Added at least, so that a factor of zeros has an inverse, too: below every saliency that is none of rounding, and far
+# enough from the smallest float64 that products of several such factors remain numbers.
+LEAST_DAMPING = 1e-30
 
 
 def damped(factor: Tensor) -> Tensor:
-    """The factor with DAMPING times its mean eigenvalue on the diagonal; a factor of zeros becomes the identity's."""
+    """The factor with DAMPING times its mean eigenvalue on the diagonal; what is all zero stays next to nothing."""
     size = len(factor)
-    mean = factor.double().trace() / size
-    return factor.double() + torch.eye(size, dtype=torch.float64, device=factor.device) * (
-        DAMPING * mean if mean > 0 else 1.0
-    )
+    added = (DAMPING * factor.double().trace() / size).clamp(min=LEAST_DAMPING)
+    return factor.double() + torch.eye(size, dtype=torch.float64, device=factor.device) * added
 
 
 def c_obd(weight: Tensor, diagonal: Tensor, regularization: float) -> Tensor:
@@ -33,13 +34,13 @@ def c_obd(weight: Tensor, diagonal: Tensor, regularization: float) -> Tensor:
 
 
 def c_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
-    """1/2 sum over the channel of w_q^2 / [F^-1]_qq, with F^-1 = A^-1 (x) G^-1.
+    """1/2 sum over the channel of w_q^2 / [F^-1]_qq, with F^-1 = A^-1 (x) G^-1, as channels go one by one.
 
     Source: C-OBS, EigenDamage (arXiv:1905.05934), section 3, from Optimal Brain Surgeon (Hassibi 1993).  Each weight
-    is priced as if the others of its channel could still make up for it.
+    is priced as if the others of its channel could still make up for it; channels that have gone cannot, see
+    ``removed_in_turn``.
     """
-    inverse = torch.outer(torch.linalg.inv(damped(G)).diagonal(), torch.linalg.inv(damped(A)).diagonal())
-    return 0.5 * (weight.double().square() / inverse[:, :, None, None]).sum(dim=(0, 2, 3))
+    return removed_in_turn(weight, A, torch.diag(1 / torch.linalg.inv(damped(G)).diagonal()))
 
 
 def kron_obd(weight: Tensor, A: Tensor, G: Tensor, regularization: float) -> Tensor:
@@ -53,11 +54,43 @@ def kron_obd(weight: Tensor, A: Tensor, G: Tensor, regularization: float) -> Ten
 
 
 def kron_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
-    """1/2 sum over taps of W_j^T G W_j / [A^-1]_jj: the channel zeroed, the others at their optimum.
+    """1/2 sum over taps of W_j^T G W_j / [A^-1]_jj as channels go one by one, the others at their optimum.
 
-    Source: Kron-OBS, EigenDamage (arXiv:1905.05934), section 3.
+    Source: Kron-OBS, EigenDamage (arXiv:1905.05934), section 3; in turn, see ``removed_in_turn``.
     """
-    return 0.5 * _through(weight, G) / torch.linalg.inv(damped(A)).diagonal()
+    return removed_in_turn(weight, A, G)
+
+
+def removed_in_turn(weight: Tensor, A: Tensor, price: Tensor) -> Tensor:
+    """What each channel costs when it goes, the cheapest one first and the others updated after each, [in].
+
+    Priced all at once, channels count on others to make up for them that go at the same time.  Here W and A^-1 are
+    those of the channels that are left: W_K -= W_j [A^-1]_jK / [A^-1]_jj, and A^-1 is downdated by column j.  The costs
+    of the first n add up to the rise of the quadratic model when these n go, with the rest at its optimum.  Source:
+    Optimal Brain Surgeon (Hassibi 1993), section 3, and its blocks, arXiv:2203.07259, section 3.
+
+    A cost that is below that of a channel before it is raised to it, so that sorting keeps the order.
+
+    Args:
+        price: [out, out], what an error of the outputs costs.
+    """
+    values, vectors = torch.linalg.eigh(price.double())
+    root = vectors * values.clamp(min=0).sqrt()
+    scaled = torch.einsum("op,oihw->iphw", root, weight.double()).flatten(1)  # what is wrong costs its squared norm
+    inverse = torch.linalg.inv(damped(A))
+    left = torch.ones(len(A), dtype=torch.bool, device=A.device)
+    costs, last = torch.zeros(len(A), dtype=torch.float64, device=A.device), None
+    for _ in range(len(A)):
+        diagonal = torch.where(left, inverse.diagonal(), 1.0)
+        every = torch.where(left, 0.5 * scaled.square().sum(dim=1) / diagonal, torch.inf)
+        j = every.argmin(keepdim=True)
+        cost = every[j]
+        last = cost if last is None else torch.maximum(cost, torch.nextafter(last, torch.full_like(last, torch.inf)))
+        costs[j], left[j] = last, False
+        share = inverse[j] / diagonal[j]  # [1, in]
+        scaled -= share.t() * scaled[j]
+        inverse -= inverse[:, j] * share
+    return costs
 
 
 def magnitude(row: Tensor, column: Tensor) -> Tensor:

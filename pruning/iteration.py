@@ -6,9 +6,11 @@ import torch
 
 from models import ResNet
 from pruning.changes import Pruned
+from pruning.layers import rebuilt_layers
 from pruning.prune_channels import channel_groups, prune_channels
 from pruning.prune_depthwise import prune_to_depthwise, separable_groups
 from pruning.prune_directions import direction_groups, prune_directions
+from pruning.refit import refit
 from pruning.selection import Goal, check_reachable, smallest_cost
 from pruning.settings import EIGENBASIS_CRITERIA, Batches, Method
 from utils.flops import NetworkCost, network_cost
@@ -29,7 +31,10 @@ def prune_once(
         UserError: for a budget out of reach, or a criterion that the network does not suit.
     """
     prune, _ = _family(method)
-    return prune(network, batches, draws, cost, goal, method)
+    pruned = prune(network, batches, draws, cost, goal, method)
+    if method.refit and not pruned.nothing_changed:
+        refit(network, pruned.network, rebuilt_layers(pruned.network), batches)
+    return pruned
 
 
 def check_goal(network: ResNet, image_size: int, goal: Goal, method: Method) -> None:

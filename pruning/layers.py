@@ -62,6 +62,33 @@ def separable_layers(network: ResNet) -> dict[str, nn.Conv2d]:
     return {name: m.core for name, m in modules if isinstance(m, LowRankConv2d) and m.core.groups > 1}
 
 
+def norm_behind(network: ResNet, name: str) -> nn.BatchNorm2d:
+    """The batch norm that a prunable layer's output goes through."""
+    parent, _, child = name.rpartition(".")
+    return network.stem[1] if parent == "stem" else getattr(network.get_submodule(parent), child.replace("conv", "bn"))
+
+
+def unpruned_channels(network: ResNet, name: str) -> tuple[int, int]:
+    """Input and output channels that a prunable layer had in stage 1's network, whatever it has lost since.
+
+    Between the convolutions of a block there were as many channels as behind the second one.
+    """
+    weights = read_weights(network, name)
+    inputs, outputs = weights.in_channels, weights.out_channels
+    block, _, convolution = name.rpartition(".")
+    if convolution == "conv1":
+        return inputs, read_weights(network, f"{block}.conv2").out_channels
+    if convolution == "conv2":
+        return outputs, outputs
+    return inputs, outputs
+
+
+def rebuilt_layers(network: ResNet) -> list[str]:
+    """The layers that pruning has rebuilt, from the input on: low-rank ones, and those behind pruned channels."""
+    narrow = {f"{block}.conv2" for block in network.architecture["inner"]}
+    return [name for name, m in network.named_modules() if isinstance(m, LowRankConv2d) or name in narrow]
+
+
 def read_weights(network: ResNet, name: str) -> ConvWeights:
     """The weights of a prunable layer, copied."""
     layer = network.get_submodule(name)

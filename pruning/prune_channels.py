@@ -17,6 +17,7 @@ from pruning.changes import LayerChange, Pruned
 from pruning.costs import Convolution, Seconds
 from pruning.eigenbasis import gradient_squares, share
 from pruning.factors import Factors, collect_factors
+from pruning.prediction import predicted_rise
 from pruning.selection import Goal, Group, least_kept, select
 from pruning.settings import Batches, Method
 from pruning.surgery import rebuild_channels
@@ -54,13 +55,13 @@ def prune_channels(
         for name, block in blocks.items()
         if name in kept
     }
-    changes = []
+    changes = {}
+    for name, weight in weights.items():
+        changes[f"{name}.conv2"] = blocks[name].conv2.weight.detach().double().neg()
+        changes[f"{name}.conv2"][:, kept[name].to(weight.device)] += weight.double()
+    predicted = predicted_rise(network, seconds, changes, batches(), **method.fisher(draws))
+    table = []
     for name, block in blocks.items():
-        rise = 0.0
-        if name in kept:
-            change = block.conv2.weight.detach().double().neg()
-            change[:, kept[name]] += weights[name].double()
-            rise = _rise(change, factors.get(f"{name}.conv2"), diagonals.get(f"{name}.conv2"), method)
         before = block.conv1.out_channels
         after = len(kept.get(name, range(before)))
         positions = cost.layers[f"{name}.conv2"].positions_out
@@ -69,9 +70,9 @@ def prune_channels(
             ranks = [(other, n) if layer == "conv1" else (n, other) for n in (before, after)]
             parameters = [other * n * 9 for n in (before, after)]
             flops = [2 * p * positions for p in parameters]
-            predicted = rise if layer == "conv2" else 0.0
-            changes.append(LayerChange(f"{name}.{layer}", *ranks, *parameters, *flops, predicted))
-    return Pruned(rebuild_channels(network, kept, weights), {}, changes)
+            rise = predicted.layers.get(f"{name}.{layer}", 0.0)
+            table.append(LayerChange(f"{name}.{layer}", *ranks, *parameters, *flops, rise))
+    return Pruned(rebuild_channels(network, kept, weights), {}, table, predicted.together)
 
 
 def channel_groups(
@@ -146,11 +147,3 @@ def _kept_weight(weight: Tensor, factors: Factors | None, kept: Tensor, method: 
     if method.criterion not in COMPENSATED:
         return weight[:, kept]
     return channels.compensated(weight, factors.A, kept).to(weight.dtype)
-
-
-def _rise(change: Tensor, factors: Factors | None, diagonal: Tensor | None, method: Method) -> float:
-    if factors is not None:
-        return channels.quadratic_rise(change, factors.A, factors.G).item()
-    if diagonal is not None:
-        return 0.5 * (diagonal * change.square()).sum().item()
-    return float("nan")

@@ -16,7 +16,8 @@ from pruning.costs import separable_cost
 from pruning.depthwise import captured_shares, separable, without_channels
 from pruning.eigenbasis import eigendamage, rotate, share
 from pruning.factors import channel_effects
-from pruning.layers import prunable_layers, read_weights, separable_layers
+from pruning.layers import prunable_layers, read_weights, separable_layers, unpruned_channels
+from pruning.prediction import predicted_rise
 from pruning.prune_directions import layer_shape, measured
 from pruning.selection import Goal, Group, least_kept, select
 from pruning.settings import Batches, Method
@@ -48,28 +49,31 @@ def prune_to_depthwise(
     groups, fixed = separable_groups(network, cost, method, saliencies, entries)
     kept = {name: side for name, (side,) in select(groups, goal, fixed, method.objective, method.round_to).items()}
 
-    replaced, changes = {}, []
+    replaced, changes, ranks, costs = {}, {}, {}, {}
     for name, keep in kept.items():
         before = read_weights(network, name)
         shape = layer_shape(before, cost, name, method)
-        ranks, rise = shape.ranks, 0.0
+        ranks[name] = (shape.ranks, shape.ranks)
         # A form that saves nothing costs what the layer costs now.
-        after = [int(value) for value in separable_cost(shape, len(keep))[:2]]
-        if after[0] < shape.cost(*shape.ranks)[0]:
-            ranks = (len(keep), len(keep))
-            if name in separated:
-                replaced[name] = without_channels(before, keep)
-                gone = torch.ones(shape.ranks[0], dtype=torch.bool)
-                gone[keep] = False
-                rise = rises[name].cpu()[gone].sum().item()
-            else:
-                reduced = separable(before.core, bases[name], keep)
-                replaced[name] = merged(before, reduced)
-                lost = rotate(before.core.double() - composed(reduced), bases[name])
-                rise = eigendamage(lost, spectra[name], 0.0).entries.sum().item()
-        flops, parameters = zip(shape.cost(*shape.ranks), after, strict=True)
-        changes.append(LayerChange(name, shape.ranks, ranks, *parameters, *flops, rise))
-    return Pruned(rebuild(network, replaced), bases, changes)
+        after = tuple(int(value) for value in separable_cost(shape, len(keep))[:2])
+        costs[name] = zip(shape.cost(*shape.ranks), after, strict=True)
+        if after[0] == shape.cost(*shape.ranks)[0]:
+            continue
+        ranks[name] = (shape.ranks, (len(keep), len(keep)))
+        if name in separated:
+            replaced[name] = without_channels(before, keep)
+            changes[name] = before.core.double().neg()
+            changes[name][keep.to(before.core.device)] = 0
+        else:
+            reduced = separable(before.core, bases[name], keep)
+            replaced[name] = merged(before, reduced)
+            changes[name] = composed(reduced) - before.core.double()
+    predicted = predicted_rise(network, {**layers, **separated}, changes, batches(), **method.fisher(draws))
+    table = []
+    for name in kept:
+        flops, parameters = costs[name]
+        table.append(LayerChange(name, *ranks[name], *parameters, *flops, predicted.layers.get(name, 0.0)))
+    return Pruned(rebuild(network, replaced), bases, table, predicted.together)
 
 
 def separable_groups(
@@ -88,12 +92,13 @@ def separable_groups(
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in [*prunable_layers(network), *separable_layers(network)]:
         shape = layer_shape(read_weights(network, name), cost, name, method)
+        unpruned, _ = unpruned_channels(network, name)
         groups[name] = Group(
             (torch.zeros(shape.ranks[0]) if saliencies is None else saliencies[name].cpu(),),
-            (min(least_kept(shape.channels[0], method.prune_ratio_limit), shape.ranks[0]),),
+            (min(least_kept(unpruned, method.prune_ratio_limit), shape.ranks[0]),),
             partial(separable_cost, shape),
             entry=(entries or {}).get(name, 0.0),
-            channels=(shape.channels[0],),
+            channels=(unpruned,),
         )
         now = shape.cost(*shape.ranks)
         flops, parameters = flops - now[0], parameters - now[1]

@@ -14,7 +14,8 @@ from pruning.changes import LayerChange, Pruned
 from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
 from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate, share
 from pruning.factors import collect_factors
-from pruning.layers import ConvWeights, prunable_layers, read_weights
+from pruning.layers import ConvWeights, prunable_layers, read_weights, unpruned_channels
+from pruning.prediction import predicted_rise
 from pruning.selection import Goal, Group, least_kept, select
 from pruning.settings import Batches, Method
 from pruning.surgery import composed, merged, rebuild, truncated
@@ -37,22 +38,22 @@ def prune_directions(
     kept = select(groups, goal, fixed, method.objective, method.round_to)
 
     reduced_to = {"truncate": truncated, "tucker": tucker}[method.decomposition]
-    replaced, changes = {}, []
+    replaced, changes, ranks = {}, {}, {}
     for name, before in weights.items():
         shape = layer_shape(before, cost, name, method)
-        ranks = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept[name])))
-        rise = 0.0
-        if ranks != shape.ranks:
-            keep = (
-                side if rank < whole else None for side, rank, whole in zip(kept[name], ranks, shape.ranks, strict=True)
-            )
-            reduced = reduced_to(before.core, bases[name], *keep)
+        ranks[name] = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept[name])))
+        if ranks[name] != shape.ranks:
+            sides = zip(kept[name], ranks[name], shape.ranks, strict=True)
+            reduced = reduced_to(before.core, bases[name], *(side if r < whole else None for side, r, whole in sides))
             replaced[name] = merged(before, reduced)
-            lost = rotate(before.core.double() - composed(reduced), bases[name])
-            rise = eigendamage(lost, spectra[name], 0.0).entries.sum().item()
-        flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks), strict=True)
-        changes.append(LayerChange(name, shape.ranks, ranks, *parameters, *flops, rise))
-    return Pruned(rebuild(network, replaced), bases, changes)
+            changes[name] = composed(reduced) - before.core.double()
+    predicted = predicted_rise(network, layers, changes, batches(), **method.fisher(draws))
+    table = []
+    for name, before in weights.items():
+        shape = layer_shape(before, cost, name, method)
+        flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks[name]), strict=True)
+        table.append(LayerChange(name, shape.ranks, ranks[name], *parameters, *flops, predicted.layers.get(name, 0.0)))
+    return Pruned(rebuild(network, replaced), bases, table, predicted.together)
 
 
 def measured(
@@ -81,15 +82,15 @@ def direction_groups(
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in prunable_layers(network):
-        shape = layer_shape(read_weights(network, name), cost, name, method)
-        least = (least_kept(channels, method.prune_ratio_limit) for channels in shape.channels)
+        shape, unpruned = layer_shape(read_weights(network, name), cost, name, method), unpruned_channels(network, name)
+        least = (least_kept(channels, method.prune_ratio_limit) for channels in unpruned)
         pairs = (torch.zeros(shape.ranks) if saliencies is None else saliencies[name]).cpu()
         groups[name] = Group(
             (pairs.sum(dim=1), pairs.sum(dim=0)),
             tuple(min(pair) for pair in zip(least, shape.ranks, strict=True)),
             partial(cheapest_cost, shape),
             pairs,
-            shape.channels,
+            unpruned,
         )
         now = shape.cost(*shape.ranks)
         flops, parameters = flops - now[0], parameters - now[1]

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pruning.combinations import Ways, least_regretted
 from utils.errors import UserError
 
 OBJECTIVES = ("saliency", "flops", "parameters", "latency")
+SLACK = 0.02  # share of a budget that may be left unused where some combination of ranks uses it
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def select(
     section 4.  With "flops", "parameters" or "latency" they compete by saliency over what the rebuilt layer really
     saves, in batches: a first direction alone often saves nothing, since its rotation has to be paid for; and what goes
     with a direction of one side is no longer counted on the other.  A budget is met from below, and what fits into it
-    again is then given back, the most salient first.
+    again is then given back, the most salient first.  Where that leaves more than ``SLACK`` of it unused, since few
+    layers change in large steps, the ranks of all layers that lose least within the slack are looked for.
 
     Args:
         groups: what can be dropped, by layer or block.
@@ -127,6 +130,7 @@ def select(
         taken.append((side, count))
     if goal.is_budget:
         _give_back(walk, taken, reached)
+        _use_up(walk, goal)
     return {
         name: tuple(walk.order[name, i][-walk.rounded(name, i) :].sort().values for i in range(len(group.saliencies)))
         for name, group in groups.items()
@@ -174,6 +178,27 @@ def _give_back(walk: "_Walk", taken: list, reached: Callable[[], bool]) -> None:
                 closed.add(side)
 
 
+def _use_up(walk: "_Walk", goal: Goal) -> None:
+    """Where no budget is used up to ``SLACK``, move to the ranks of least regret that do so, if there are any."""
+    kinds = [k for k, budget in enumerate((goal.flops, goal.parameters)) if budget is not None]
+    high = np.array([(goal.flops, goal.parameters)[k] for k in kinds], dtype=float)
+    low = (1 - SLACK) * high
+    now = np.array([walk.cost()[k] for k in kinds])
+    # Nothing more can be used where nothing is gone.
+    if not walk.groups or (now >= low).any() or walk.dropped == 0:
+        return
+    ways, ranks = [], []
+    for name in walk.groups:
+        counts, costs, regrets = walk.ways(name)
+        ways.append(Ways(np.stack([costs[k] for k in kinds], axis=1).astype(float), regrets))
+        ranks.append(counts)
+    fixed = np.array([walk.fixed[k] for k in kinds])
+    found = least_regretted(ways, low - fixed, high - fixed)
+    for name, counts, way in zip(walk.groups, ranks, found or (), strict=False):
+        for i, count in enumerate(counts[way]):
+            walk.drop((name, i), walk.kept[name, i] - int(count))
+
+
 class _Walk:
     """How far each side has been pruned, and what the network costs there.  A side is (name, index)."""
 
@@ -205,6 +230,29 @@ class _Walk:
         self._total = [self._total[k] + cost[k] - self._costs[name][k] for k in range(2)]
         self._costs[name] = cost
 
+    def ways(self, name: str) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
+        """Every form of a group: counts kept on each side [n, sides], what they cost, and the saliency that is lost.
+
+        Directions go in the order that the walk has found.
+        """
+        group = self.groups[name]
+        sizes = [len(self.values[name, i]) for i in range(len(group.least))]
+        sides = [
+            np.unique(rounded_up(np.arange(least, size + 1), size, self.steps[name, i]))
+            for i, (least, size) in enumerate(zip(group.least, sizes, strict=True))
+        ]
+        counts = np.stack([axis.ravel() for axis in np.meshgrid(*sides, indexing="ij")], axis=1)
+        if group.pairs is None:
+            lost = [np.pad(self.values[name, i].cumsum(), (1, 0)) for i in range(len(sizes))]
+            regrets = sum(values[size - kept] for values, size, kept in zip(lost, sizes, counts.T, strict=True))
+        else:
+            pairs = group.pairs.double()[self.order[name, 0]][:, self.order[name, 1]].numpy()
+            # [c, r]: what the last c and r directions of the two orders keep.
+            kept = np.pad(pairs[::-1, ::-1].cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+            regrets = pairs.sum() - kept[counts[:, 0], counts[:, 1]]
+        regrets = regrets + group.entry * (counts < sizes).any(axis=1)
+        return counts, tuple(np.broadcast_to(c, len(counts)) for c in group.cost(*counts.T)), regrets
+
     def by_saliency(self) -> Iterator[tuple[tuple[str, int], int]]:
         """Direction by direction, in ascending saliency."""
         candidates = []
@@ -220,7 +268,7 @@ class _Walk:
     def by_saving(self, unit: int) -> Iterator[tuple[tuple[str, int], int]]:
         """Batch by batch from where the walk stands, by saliency per FLOP (0), parameter (1) or second (2) saved."""
         offers = {name: self._offer(name, unit) for name in self.groups}
-        while True:
+        while offers:
             name = min(offers, key=lambda n: offers[n][0])
             ratio, side, count = offers[name]
             if math.isinf(ratio):

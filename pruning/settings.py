@@ -54,6 +54,9 @@ class Method:
     fisher_type: str = setting("true", "labels drawn from the prediction, or taken from the data", choices=FISHER_TYPES)
     fisher_draws: int = setting(1, "labels drawn for each image of the true Fisher", low=1)
     correct_eigenvalues: bool = setting(True, "measure the curvature in the eigenbasis (EK-FAC), at one pass more")
+    refit: bool = setting(
+        True, "refit every rebuilt layer, from the input on, to what it computed; one pass over images a layer"
+    )
     regularization: float = setting(
         0.0, "curvature added to every direction (eigendamage) or weight (c_obd, kron_obd)", low=0
     )
@@ -97,7 +100,7 @@ class PruneSettings(Method, StageSettings):
         10000, "training images that the Fisher is measured on (all, if there are fewer)", low=1
     )
     reestimate_batch_norm: bool = setting(
-        True, "measure the batch norms' statistics anew after surgery, on the images of the Fisher"
+        True, "without refit, measure the batch norms' statistics anew after surgery, on the images of the Fisher"
     )
     distill: float = setting(
         0.5, "weight of following stage 1's predictions in fine-tuning, the rest being the labels'", low=0, high=1

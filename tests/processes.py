@@ -27,7 +27,10 @@ from gating.supervised import supervised_epoch  # noqa: E402
 from models import ResNet, all_on, build_network, thresholded  # noqa: E402
 from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
 from pruning.factors import collect_factors  # noqa: E402
-from pruning.layers import prunable_layers  # noqa: E402
+from pruning.layers import prunable_layers, read_weights, rebuilt_layers  # noqa: E402
+from pruning.refit import refit  # noqa: E402
+from pruning.surgery import composed, merged, rebuild  # noqa: E402
+from pruning.tucker import tucker  # noqa: E402
 from utils import parallel  # noqa: E402
 from utils.data.augment import Normalisation  # noqa: E402
 from utils.data.batches import (  # noqa: E402
@@ -107,6 +110,12 @@ def measured() -> dict:
             "squares": gradient_squares(net, layers, {}, pass_(), kind, draws, repeats),
             "rotated": gradient_squares(net, layers, bases, pass_(), kind, draws, repeats),
         }  # fmt: skip
+    smaller = rebuild(
+        net, {name: merged(w := read_weights(net, name), tucker(w.core, bases[name], torch.arange(2), torch.arange(3)))
+              for name in list(layers)[1:]}
+    )  # fmt: skip
+    refit(net, smaller, rebuilt_layers(smaller), pass_)
+    found["refitted"] = {name: composed(read_weights(smaller, name)) for name in rebuilt_layers(smaller)}
     net.gate.decision.weight.data.mul_(30)
     net.gate.decision.bias.data.zero_()
     for rule in (all_on, thresholded):

@@ -22,12 +22,12 @@ def made_up_seconds(chain, size):
     return total
 
 
-METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency")
+METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency", refit=False)
 
 
-def switched_network():
+def switched_network(depth=14, width=12):
     torch.manual_seed(0)
-    network = build_network("resnet", depth=14, num_classes=4, width=12, gate="rnn")
+    network = build_network("resnet", depth=depth, num_classes=4, width=width, gate="rnn")
     for _ in range(3):
         network(torch.randn(16, 3, SIZE, SIZE))
     return network.eval()

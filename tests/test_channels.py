@@ -55,20 +55,49 @@ def test_compensation_is_the_dense_optimum_of_the_quadratic_model(example, remov
     assert rise < channels.quadratic_rise(zeroed, A, G).item()
 
 
-def test_kron_obs_is_the_rise_at_the_dense_optimum(example):
+def in_turn(price) -> list[float]:
+    """The cost of every channel when the cheapest goes first, given what a set of channels costs together."""
+    gone, costs, last = [], [0.0] * IN, 0.0
+    while len(gone) < IN:
+        together = {j: price([*gone, j]) - price(gone) for j in range(IN) if j not in gone}
+        j = min(together, key=together.get)
+        last = costs[j] = max(last, together[j])
+        gone.append(j)
+    return costs
+
+
+def test_kron_obs_is_what_each_channel_adds_to_the_rise_at_the_dense_optimum(example):
     weight, A, G = example
-    expected = [dense_optimum(weight, A, G, [j])[0] for j in range(IN)]
-    assert channels.kron_obs(weight, A, G).tolist() == pytest.approx(expected, rel=1e-8)
+    expected = in_turn(lambda gone: dense_optimum(weight, A, G, gone)[0] if gone else 0.0)
+    found = channels.kron_obs(weight, A, G)
+    assert found.tolist() == pytest.approx(expected, rel=1e-8)
+    assert len(set(found.tolist())) == IN, "sorting keeps the order"
 
 
-def test_c_obs_is_the_sum_of_single_weights_at_their_dense_optimum(example):
+def test_c_obs_prices_single_weights_with_those_of_the_channels_left(example):
+    """The first channel by the dense inverse; all of them as the dense optimum under C-OBS's diagonal prices."""
     weight, A, G = example
     w, _ = dense(weight, A, G)
     inverse = torch.linalg.inv(
         torch.kron(torch.kron(channels.damped(A), channels.damped(G)), torch.eye(9, dtype=torch.float64))
     )
-    expected = (0.5 * w.square() / inverse.diagonal()).unflatten(0, (IN, OUT * 9)).sum(1)
-    torch.testing.assert_close(channels.c_obs(weight, A, G), expected, rtol=1e-8, atol=0)
+    alone = (0.5 * w.square() / inverse.diagonal()).unflatten(0, (IN, OUT * 9)).sum(1)
+    found = channels.c_obs(weight, A, G)
+    assert found.argmin() == alone.argmin()
+    torch.testing.assert_close(found.min(), alone.min(), rtol=1e-8, atol=0)
+    prices = torch.diag(1 / torch.linalg.inv(channels.damped(G)).diagonal())
+    expected = in_turn(lambda gone: dense_optimum(weight, A, prices, gone)[0] if gone else 0.0)
+    assert found.tolist() == pytest.approx(expected, rel=1e-8)
+
+
+def test_channels_that_make_up_for_each_other_do_not_go_together(example):
+    """Two copies of a dear channel: each costs nothing alone, the second everything."""
+    weight, A, G = example
+    mixing = torch.eye(IN + 1, IN, dtype=torch.float64)
+    mixing[IN, 0] = 1
+    twins = torch.cat([weight, weight[:, :1]], dim=1)
+    costs = channels.kron_obs(twins, mixing @ A @ mixing.t(), G)[[0, IN]].sort().values
+    assert costs[0] < 1e-4 * costs[1]
 
 
 def test_kron_obd_is_the_rise_of_zeroing_a_channel(example):
@@ -96,6 +125,25 @@ def test_a_channel_that_never_fires_costs_nothing_to_remove(example):
         channels.c_obs(weight, A, G),
     ):
         assert saliency.isfinite().all() and saliency[2] < 1e-4 * saliency[[0, 1, 3, 4]].min()
+
+
+@pytest.mark.parametrize("dead", ["A", "G", "both"])
+def test_a_dead_block_is_the_least_salient(example, dead):
+    weight, A, G = example
+    factors = {"A": A, "G": G}
+    for name in factors if dead == "both" else dead:
+        factors[name] = torch.zeros_like(factors[name])
+    for saliency in (
+        channels.c_obs(weight, **factors),
+        channels.kron_obs(weight, **factors),
+        channels.kron_obd(weight, **factors, regularization=0.0),
+    ):
+        assert saliency.isfinite().all() and saliency.max() < 1e-20
+
+
+def test_damping_does_not_depend_on_the_scale_of_the_factor(example):
+    _, A, _ = example
+    torch.testing.assert_close(channels.damped(1e-12 * A), 1e-12 * channels.damped(A), rtol=1e-12, atol=0)
 
 
 def test_removing_a_channel_is_zeroing_its_column_of_the_second_convolution():

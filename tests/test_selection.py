@@ -1,11 +1,14 @@
 """Selection against exhaustive search, budgets, limits, ties and zeros; and the cost of every form of a layer."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
+from pruning import combinations
+from pruning.combinations import Ways, least_regretted
 from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
 from pruning.selection import (
     Goal,
@@ -74,7 +77,10 @@ def test_the_share_that_is_dropped_is_the_best_of_all(seed, count):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("budget", [10, 20, 30])
 def test_a_budget_per_saving_is_near_the_best_of_all(seed, budget):
-    """Directions of unequal cost are a knapsack: greedy by ratio with giving back stays within one direction of it."""
+    """Directions of unequal cost are a knapsack: greedy by ratio with giving back stays within one direction of it.
+
+    The best is that of all combinations that use the budget up, where there are any.
+    """
     generator = torch.Generator().manual_seed(seed)
     groups = {
         "dear": Group((torch.rand(4, generator=generator),), (1,), linear_cost(7, 1)),
@@ -83,7 +89,9 @@ def test_a_budget_per_saving_is_near_the_best_of_all(seed, budget):
     goal = Goal(flops=budget)
     kept = select(groups, goal, (0, 0), objective="flops")
     assert 7 * len(kept["dear"][0]) + 2 * len(kept["cheap"][0]) <= budget
-    best = exhaustive(groups, lambda counts: 7 * counts[0] + 2 * counts[1] <= budget)
+    used_up = exhaustive(groups, lambda counts: 0.98 * budget <= 7 * counts[0] + 2 * counts[1] <= budget)
+    under = exhaustive(groups, lambda counts: 7 * counts[0] + 2 * counts[1] <= budget)
+    best = under if math.isinf(used_up) else used_up
     largest = max(g.saliencies[0].max().item() for g in groups.values())
     assert dropped_sum(groups, kept) <= best + largest
     plain = select(groups, goal, (0, 0), objective="saliency")
@@ -127,6 +135,68 @@ def test_ties_go_in_order_and_zero_layers_go_first():
     for objective in ("saliency", "flops", "parameters"):
         kept = select(everything_zero, Goal(flops=6), (0, 0), objective)
         assert sum(len(sides[0]) for sides in kept.values()) == 6
+
+
+@pytest.mark.parametrize("objective", ["saliency", "flops", "parameters"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_budget_is_used_up_wherever_a_combination_does_so(objective, seed):
+    """Few layers in large and uneven steps, against all combinations of ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, ways = {}, []
+    for name in "abc":
+        sizes = torch.randint(2, 6, (2,), generator=generator).tolist()
+        pairs = torch.rand(sizes, generator=generator).double() ** 2
+        unit, entry = torch.randint(10, 100, (2,), generator=generator).tolist()
+
+        def cost(c, r, unit=unit, sizes=sizes, whole=unit * sizes[0] * sizes[1] + entry):
+            flops = np.where((np.asarray(c) < sizes[0]) | (np.asarray(r) < sizes[1]), unit * c * r, whole)
+            return flops, 2 * flops + 1
+
+        groups[name] = Group((pairs.sum(1), pairs.sum(0)), (1, 1), cost, pairs, entry=0.1 * entry)
+        ways.append([tuple(map(int, cost(c, r))) for c in range(1, sizes[0] + 1) for r in range(1, sizes[1] + 1)])
+    everything = {tuple(map(sum, zip(*choice, strict=True))) for choice in itertools.product(*ways)}
+    whole = max(everything)
+    for share in (0.3, 0.5, 0.7, 0.85, 0.95):
+        for goal in (Goal(flops=share * whole[0]), Goal(flops=share * whole[0], parameters=1.05 * share * whole[1])):
+            limits = [math.inf if limit is None else limit for limit in (goal.flops, goal.parameters)]
+            within = [sums for sums in everything if all(s <= limit for s, limit in zip(sums, limits, strict=True))]
+            if not within:
+                continue
+            kept = select(groups, goal, (0, 0), objective)
+            costs = [g.cost(*(len(side) for side in kept[name])) for name, g in groups.items()]
+            found = tuple(int(sum(values)) for values in zip(*costs, strict=True))
+            assert found in within
+            if any(s >= 0.98 * limit for sums in within for s, limit in zip(sums, limits, strict=True)):
+                assert any(s >= 0.98 * limit for s, limit in zip(found, limits, strict=True)), (found, limits)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("limits", [(4096, 256), (40, 8)])
+def test_combinations_are_the_least_regretted_within_the_window(seed, limits, monkeypatch):
+    """With few states neighbours stand for each other: what is found is still within the window."""
+    monkeypatch.setattr(combinations, "STATES", limits[0])
+    monkeypatch.setattr(combinations, "WAYS", limits[1])
+    generator = np.random.default_rng(seed)
+    layers = [Ways(generator.integers(1, 60, (n, 2)).astype(float), generator.random(n)) for n in (4, 9, 7, 5)]
+    every = [
+        (sum(layer.costs[i] for layer, i in zip(layers, way, strict=True)), way)
+        for way in itertools.product(*(range(len(layer.regrets)) for layer in layers))
+    ]
+    high = np.array([110.0, 120.0])
+    within = [way for sums, way in every if (sums <= high).all() and (sums >= 0.95 * high).any()]
+    found = least_regretted(layers, 0.95 * high, high)
+    if limits[0] > 40:
+        best = min(within, key=lambda way: sum(layer.regrets[i] for layer, i in zip(layers, way, strict=True)))
+        assert found == list(best)
+    else:
+        assert found is None or tuple(found) in within
+
+
+def test_nothing_to_prune_is_no_fault():
+    assert select({}, Goal(flops=10), (10, 5), "flops") == {}
+    for objective in ("saliency", "flops"):
+        with pytest.raises(UserError, match=r"asks for 9 FLOPs.*at least 10"):
+            select({}, Goal(flops=9), (10, 5), objective)
 
 
 @pytest.mark.parametrize("objective", ["saliency", "flops", "parameters"])
