@@ -1,5 +1,8 @@
 """Cost of the pass that collects the Kronecker factors, over a plain forward and backward pass of the same batches.
 
+Beside it the other passes of an iteration: the correction of the eigenvalues, the predicted rise of the loss, and the
+refit, which runs both networks as far as each rebuilt layer (every layer at half of its ranks here).
+
 Method: the competitors take turns in every round, so that all see the same machine; medians and quartiles over rounds.
 Memory: peak resident memory of a fresh process that runs one competitor alone.  curvlinops is asked for the factors of
 the same layers.  Claim: the factors cost at most 1.15 of a plain pass (ResNet-32, width 64, batch 32, CPU).
@@ -25,7 +28,10 @@ from benchmarks.common import beside, machine
 from models import all_on, build_network
 from pruning.eigenbasis import eigenbasis, gradient_squares
 from pruning.factors import collect_factors
-from pruning.layers import prunable_layers
+from pruning.layers import prunable_layers, read_weights
+from pruning.prediction import predicted_rise
+from pruning.refit import refit
+from pruning.surgery import composed, merged, rebuild, truncated
 
 CLASSES = 100
 
@@ -62,8 +68,18 @@ def competitors(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
         return collect_factors(network, layers, batches, "true", torch.Generator().manual_seed(0))
 
     # Only the passes that build on the factors compute them here: a pass that runs alone shows its own memory.
-    found = factors() if {"eigendecompositions", "eigenvalue correction"} & set(args.competitors) else {}
+    building = {"eigendecompositions", "eigenvalue correction", "predicted rise", "refit"}
+    found = factors() if building & set(args.competitors) else {}
     bases = {name: eigenbasis(found[name]) for name in found}
+    halved = {
+        name: truncated(
+            layer.weight.detach(), bases[name], *(torch.arange(n // 2, n) for n in layer.weight.shape[1::-1])
+        )
+        for name, layer in layers.items()
+        if name in bases and name != "stem.0"
+    }
+    changes = {name: composed(half) - layers[name].weight.detach().double() for name, half in halved.items()}
+    smaller = rebuild(network, {name: merged(read_weights(network, name), half) for name, half in halved.items()})
 
     def curvlinops(approximation: str) -> Callable[[], object]:
         from curvlinops import KFACLinearOperator
@@ -94,6 +110,10 @@ def competitors(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
             network, layers, bases, batches, "true", torch.Generator().manual_seed(0)
         ),
     }
+    every["predicted rise"] = lambda: predicted_rise(
+        network, layers, changes, batches, "true", torch.Generator().manual_seed(0)
+    )
+    every["refit"] = lambda: refit(network, smaller, list(halved), lambda: batches)
     for approximation in ("expand", "reduce"):
         name = f"curvlinops {approximation}"
         if name in args.competitors:
@@ -106,6 +126,8 @@ NAMES = (
     "factors",
     "eigendecompositions",
     "eigenvalue correction",
+    "predicted rise",
+    "refit",
     "curvlinops expand",
     "curvlinops reduce",
 )

@@ -33,7 +33,7 @@ def captured_shares(core: Tensor, basis: Eigenbasis) -> Tensor:
     return squares[:, 0] / squares.sum(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def separable(core: Tensor, basis: Eigenbasis, keep: Tensor) -> ConvWeights:
+def separable(core: Tensor, basis: Eigenbasis, keep: Tensor, sweeps: int | None = None) -> ConvWeights:
     """A depthwise separable convolution with one term for each kept input direction.
 
     Among all sums of so many terms it is a local minimum of the quadratic model 1/2 tr(G D A D^T) of K-FAC, with a
@@ -44,13 +44,14 @@ def separable(core: Tensor, basis: Eigenbasis, keep: Tensor) -> ConvWeights:
     Args:
         core: kernel [out, in, kh, kw], in the channels that ``basis`` belongs to.
         keep: indices of the input directions to start from.
+        sweeps: of least squares at most; none leaves the terms as they start.
     """
     root_in, root_out = root(basis.Q_a, basis.d_a), root(basis.Q_g, basis.d_g)
     scaled = torch.einsum("op,pihw,ij->ojhw", root_out, core.double(), root_in).flatten(2)  # [out, in, taps]
     V = basis.Q_a[:, keep.to(basis.Q_a.device)]
     left, values, right = torch.linalg.svd(torch.einsum("oit,ik->kot", scaled, V), full_matrices=False)
     U, D = (left[:, :, 0] * values[:, :1]).t(), right[:, 0].t()
-    U, V, D = _converged(scaled, U, V, D)
+    U, V, D = _converged(scaled, U, V, D, MOST_SWEEPS if sweeps is None else sweeps)
     mix_in, mix_out = torch.linalg.solve(root_in, V), torch.linalg.solve(root_out, U)
     sizes = mix_in.norm(dim=0) * mix_out.norm(dim=0)  # into the filters: mixtures of unit length train best
     filters = (D * sizes).t().reshape(-1, 1, *core.shape[2:])
@@ -63,7 +64,7 @@ def without_channels(weights: ConvWeights, keep: Tensor) -> ConvWeights:
     return ConvWeights(weights.core[keep], weights.rotate_in[keep], weights.rotate_out[:, keep], depthwise=True)
 
 
-def _converged(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _converged(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Alternating least squares from the given terms to where they no longer lower the error of ``tensor`` [o, i, t].
 
     The error is penalised, that of the mixtures U which are returned is not.
@@ -75,7 +76,7 @@ def _converged(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor) -> tuple[Tensor,
     total = tensor.square().sum()
     now = before = (U, V, D)
     errors, streak = [math.inf], 0
-    for _ in range(MOST_SWEEPS):
+    for _ in range(sweeps):
         ahead = streak / (streak + 3)
         found = _sweep(tensor, *(term + ahead * (term - last) for term, last in zip(now, before, strict=True)))
         error = (total - found[1]).item()

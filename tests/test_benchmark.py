@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks import inference
+from benchmarks.competitor import IMPORTANCES, Competitor, _gradients, torch_pruned
 from benchmarks.networks import channel_pruned, with_random_weights
+from models import build_network
 from utils.flops import network_cost
 
 
@@ -16,6 +19,33 @@ def test_channel_pruned_network_has_the_flops_asked_for():
     pruned = channel_pruned(subject.dense, target, 8)
     assert network_cost(pruned, 8).flops == pytest.approx(target, rel=0.1)
     assert pruned(torch.zeros(2, 3, 8, 8)).logits.shape == (2, 100)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_competitors_have_the_flops_asked_for_and_narrow_the_residual_stream(importance, everywhere):
+    torch.manual_seed(0)
+    network = build_network("resnet", depth=8, num_classes=3, width=16, gate="rnn").eval()
+    whole = network_cost(network, 8).flops
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(3, (8,)))]
+    smaller = torch_pruned(network, Competitor(importance, everywhere), 0.4 * whole, 8, batches)
+    assert 0.9 * 0.4 * whole < network_cost(smaller, 8).flops <= 1.02 * 0.4 * whole
+    assert smaller.switches == 0 and smaller.stem[0].out_channels == smaller.blocks[0].conv2.out_channels
+    assert smaller.classifier.in_features < network.classifier.in_features
+    assert smaller(batches[0][0]).logits.shape == (8, 3)
+
+
+def test_hessian_importance_reads_squared_gradients_of_single_images():
+    torch.manual_seed(0)
+    plain = build_network("resnet", depth=8, num_classes=3, width=2, gate="none").eval()
+    x, y = torch.randn(5, 3, 8, 8), torch.randint(3, (5,))
+    found = _gradients(plain, "Hessian", [(x[:3], y[:3]), (x[3:], y[3:])])
+    expected = 0
+    for image, label in zip(x, y, strict=True):
+        loss = F.cross_entropy(plain(image[None]).logits, label[None])
+        expected = expected + torch.autograd.grad(loss, plain.blocks[0].conv1.weight)[0].square() / 5
+    names = [name for name, _ in plain.named_parameters()]
+    torch.testing.assert_close(found[names.index("blocks.0.conv1.weight")], expected)
 
 
 def test_random_switches_close_as_often_as_asked():

@@ -13,9 +13,10 @@ from pruning import depthwise
 from pruning.channels import quadratic_rise
 from pruning.depthwise import captured_shares, separable, without_channels
 from pruning.eigenbasis import eigenbasis, rotate
-from pruning.factors import Factors
-from pruning.layers import ConvWeights, read_weights, separable_layers
-from pruning.prune_depthwise import _channel_rises
+from pruning.factors import Factors, collect_factors
+from pruning.layers import ConvWeights, prunable_layers, read_weights, separable_layers
+from pruning.prediction import predicted_rise
+from pruning.prune_depthwise import _channel_rises, _corrections
 from pruning.selection import Goal, Group, select
 from pruning.surgery import composed
 from pruning.tucker import root
@@ -220,6 +221,29 @@ def test_what_changing_the_form_costs_counts_with_the_first_direction(objective)
     assert [len(first[name][0]) for name in groups] == [4, 2]  # 1 + 2 < 5 + 1
     last = select(groups, Goal(flops=20), (0, 0), objective)
     assert [len(last[name][0]) for name in groups] == [1, 1]
+
+
+def test_saliencies_are_corrected_by_what_is_predicted_for_a_form(network, images):
+    """A layer whose summed saliencies are a third of what its form costs counts three times as much."""
+    layers = {name: layer for name, layer in prunable_layers(network).items() if name.startswith("blocks.3")}
+
+    def batches():
+        return [images]
+
+    draws = torch.Generator().manual_seed(0)
+    factors = collect_factors(network, layers, batches(), "empirical", draws)
+    bases = {name: eigenbasis(factor) for name, factor in factors.items()}
+    method, saliencies, wholes = replace(TO_DEPTHWISE, fisher_type="empirical"), {}, {}
+    for name, layer in layers.items():
+        captured = captured_shares(layer.weight.detach(), bases[name])
+        saliencies[name], wholes[name] = captured, torch.tensor(float(len(captured)))
+    scales = _corrections(network, layers, bases, saliencies, wholes, batches, draws, method)
+    for name, layer in layers.items():
+        keep = saliencies[name].argsort(descending=True)[: len(saliencies[name]) // 2]
+        core = layer.weight.detach()
+        change = {name: composed(separable(core, bases[name], keep, sweeps=0)) - core}
+        rise = predicted_rise(network, layers, change, batches(), "empirical", draws).together
+        assert scales[name] * (wholes[name] - saliencies[name][keep].sum()).item() == pytest.approx(rise, rel=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [{}, {"blocks.1.conv1": [4, None]}, {"blocks.1.conv1": [4, 5]}])

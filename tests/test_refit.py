@@ -184,3 +184,34 @@ def test_every_layer_is_at_the_minimum_given_the_layers_before_it(network, image
         gradient = ((errors * scale) @ U).t() @ (z - z.mean(0)) / len(z)
         size = ((wanted - wanted.mean(0)) * scale.square() @ U).abs().mean() * z.std()
         assert gradient.abs().max() < 1e-3 * size, name
+
+
+@pytest.mark.parametrize("form", METHODS)
+def test_an_iteration_that_refits_stays_nearer_to_what_the_network_predicted(form):
+    network, (x, y) = switched_network(), labelled_images()
+    distances = {}
+    for refitted in (False, True):
+        method = replace(METHOD, refit=refitted, **METHODS[form])
+        pruned = pruned_by(network, (x, y), Goal(flops=0.5 * network_cost(network, SIZE).flops), method)
+        with torch.no_grad():
+            logits = [net(x, decide=all_on).logits.log_softmax(1) for net in (network, pruned.network.eval())]
+        distances[refitted] = F.kl_div(*reversed(logits), reduction="batchmean", log_target=True).item()
+    assert distances[True] < distances[False]
+
+
+def test_two_thousand_images_are_enough(network, images, monkeypatch):
+    """What comes after them is not looked at: here after 16."""
+    method = replace(METHOD, decomposition="tucker")
+    smaller = pruned_by(network, images, Goal(flops=0.4 * network_cost(network, SIZE).flops), method).network
+    monkeypatch.setattr("pruning.refit.IMAGES", 16)
+
+    def batches():
+        return zip(images[0].split(8), images[1].split(8), strict=True)
+
+    names = rebuilt_layers(smaller)[:2]
+    refit(network, smaller, names, batches)
+    first = [smaller.get_submodule(name).core.weight.clone() for name in names]
+    few = [batch for batch, _ in zip(batches(), range(2), strict=False)]
+    refit(network, smaller, names, lambda: few)
+    for name, weight in zip(names, first, strict=True):
+        torch.testing.assert_close(smaller.get_submodule(name).core.weight, weight)

@@ -1,0 +1,140 @@
+"""Predicted against measured rise of the loss, over the forms that static pruning gives to layers and over budgets.
+
+Method: for each form and share of FLOPs the network is pruned at once, nothing is refitted or measured anew, and the
+divergence from the unpruned network's prediction is measured on the images that the Fisher was measured on: for it the
+network stands at a minimum, and the prediction is its second order.  Two predictions are given: the sum over layers of
+what each brings alone, and that of all of them together, which is the one reported.  Finished measurements are kept in
+OUT.jsonl, so a run that is started again with the same arguments goes on.
+
+    python -m benchmarks.predicted_rise --checkpoint best.pt --data_dir data/cifar_10 --out results/predicted_rise
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from scipy.stats import spearmanr
+from torch.nn import functional as F
+
+from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
+from models import all_on
+from pruning.iteration import prune_once
+from pruning.selection import Goal
+from pruning.settings import Method
+from utils.data.batches import plain_batches
+from utils.device import placed
+from utils.errors import UserError, run_command
+from utils.flops import network_cost
+
+BASE = Method(prune_ratio_limit=0.97, objective="flops", round_to=1, refit=False)
+FORMS = {
+    "truncated": replace(BASE, decomposition="truncate"),
+    "Tucker": replace(BASE, decomposition="tucker"),
+    "depthwise": replace(BASE, decomposition="depthwise"),
+    "channels, kron_obd": replace(BASE, criterion="kron_obd"),
+    "channels, kron_obs": replace(BASE, criterion="kron_obs"),
+}
+PREDICTIONS = ("sum", "together")
+SETTINGS = ("checkpoint", "images", "fisher_draws", "seed")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Predicted against measured rise of the loss.", allow_abbrev=False)
+    add_trained_arguments(parser)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.25])
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--images", type=int, default=2000, help="training images for the Fisher and the divergence")
+    parser.add_argument("--fisher_draws", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="predicted_rise", help="path of the results, without .jsonl, .json and .png")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines, settings = beside(out, ".jsonl"), {key: getattr(args, key) for key in SETTINGS}
+    trained = load_trained(args)
+    earlier = read_lines(lines)
+    other = next((m["settings"] for m in earlier if m["settings"] != settings), None)
+    if other is not None:
+        raise UserError(f"{lines} holds measurements with {other}, not {settings}: choose another --out")
+    done = {(m["form"], m["share"]) for m in earlier}
+    plan = [(form, share) for share in args.shares for form in args.forms]
+    for form, share in plan:
+        if (form, share) not in done:
+            append_line(lines, {**measure(args, trained, form, share), "settings": settings})
+    points = [m for m in read_lines(lines) if (m["form"], m["share"]) in set(plan)]
+    correlations = {
+        name: float(spearmanr([p[name] for p in points], [p["divergence"] for p in points]).statistic)
+        for name in PREDICTIONS
+    }
+    content = {"machine": machine(), "settings": vars(args), "correlations": correlations, "points": points}
+    beside(out, ".json").write_text(json.dumps(content, indent=2))
+    draw(beside(out, ".png"), points)
+    print("| FLOPs | form | predicted, sum over layers | predicted, together | divergence |\n|---|---|---|---|---|")
+    for p in points:
+        print(f"| {p['flops']:.1%} | {p['form']} | {p['sum']:.4f} | {p['together']:.4f} | {p['divergence']:.4f} |")
+    print("Spearman: " + ", ".join(f"{name} {value:.3f}" for name, value in correlations.items()))
+
+
+def measure(args: argparse.Namespace, trained: Trained, form: str, share: float) -> dict:
+    network = trained.network().eval()
+    order = torch.randperm(len(trained.splits.train), generator=torch.Generator().manual_seed(args.seed))
+    images = trained.splits.train[order[: args.images]]
+
+    def batches():
+        return plain_batches(images, args.batch_size, trained.normalisation)
+
+    draws = torch.Generator(trained.device).manual_seed(args.seed)
+    cost = network_cost(network, trained.image_size)
+    method = replace(FORMS[form], fisher_draws=args.fisher_draws)
+    pruned = prune_once(network, batches, draws, cost=cost, goal=Goal(flops=share * cost.flops), method=method)
+    smaller = placed(pruned.network, trained.device).eval()
+    return {
+        "form": form,
+        "share": share,
+        "flops": network_cost(smaller, trained.image_size).flops / cost.flops,
+        "sum": sum(change.predicted_rise for change in pruned.changes),
+        "together": pruned.predicted_rise,
+        "divergence": divergence(network, smaller, batches()),
+    }
+
+
+@torch.no_grad()
+def divergence(network, smaller, batches) -> float:
+    """Mean over images of the Kullback-Leibler divergence of ``smaller``'s prediction from that of ``network``."""
+    total, images = 0.0, 0
+    for x, _ in batches:
+        before, after = (net(x, decide=all_on).logits.double().log_softmax(dim=1) for net in (network, smaller))
+        total += F.kl_div(after, before, reduction="sum", log_target=True).item()
+        images += len(x)
+    return total / images
+
+
+def draw(path: Path, points: list[dict]) -> None:
+    figure, axes = plt.subplots(1, len(PREDICTIONS), sharey=True, figsize=(9, 4.2), layout="constrained")
+    for axis, name in zip(axes, PREDICTIONS, strict=True):
+        for form in FORMS:
+            own = [p for p in points if p["form"] == form and p["divergence"] > 0 and p[name] > 0]
+            axis.loglog([p[name] for p in own], [p["divergence"] for p in own], "o-", label=form, alpha=0.8)
+        ends = [min(p["divergence"] for p in points), max(p["divergence"] for p in points)]
+        axis.loglog(ends, ends, color="0.5", linestyle=":", linewidth=1)
+        axis.set_xlabel(f"predicted rise, {name}, nats")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("measured divergence, nats")
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run_command(main)
