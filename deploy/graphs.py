@@ -11,7 +11,7 @@ from deploy.trace import TRACED_BATCH, Graph, named
 from models import ResNet
 from models.resnet import BasicBlock
 
-SWITCH = "switch_"  # start of the names of a gate's nodes
+SWITCH, BLOCK = "switch_", "block_"  # starts of the names of a gate's and a block's nodes, its number behind
 OPSET, IR_VERSION = 18, 9  # read by ONNX Runtime 1.14 (2023) and later
 IMAGES, LOGITS, PROBABILITIES, DECISIONS = "images", "logits", "probabilities", "decisions"
 
@@ -40,7 +40,7 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
             probabilities.append(graph.resized("Unsqueeze", probability, 1))
             decision = graph.add("Greater", probabilities[-1], graph.constant(0.5, np.float32))
             decisions.append(decision)
-        graph.prefix = f"block_{index}."
+        graph.prefix = f"{BLOCK}{index}."
         if decision is None:
             x, _ = graph.traced(block, (x, example))
         else:

@@ -13,6 +13,7 @@ from torch import nn
 from deploy import export
 from deploy.folding import deployable
 from deploy.graphs import onnx_model
+from deploy.int8 import quantised
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED
 from deploy.session import TOLERANCE, check_session, open_session, run_session
 from models import GATES, build_network
@@ -181,6 +182,21 @@ def test_int8_version_comes_with_its_accuracy(tmp_path, monkeypatch, shapes):
     assert abs(measured["int8_accuracy"] - measured["float_accuracy"]) < 0.2
     session = open_session(tmp_path / "out" / INT8)
     assert run_session(session, np.zeros((3, 3, 8, 8), np.uint8))["logits"].shape == (3, 3)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_int8_version_decides_and_answers_alike(closed):
+    network, pixels = lively_network("rl_pruned", "ff2"), varied_images(128).numpy()
+    if closed:  # no image says what the values of a block are like that none takes
+        for layer, bias in zip(network.gate.last_layers, (-1e3, 1e3), strict=True):
+            nn.init.constant_(layer.bias, bias)
+    model = onnx_model(deployable(network, NORMALISATION), 16)
+    smaller = quantised(model, pixels)
+    quantised_blocks = {n.name.split(".")[0] for n in smaller.graph.node if "Conv" in n.name and "Quantize" in n.name}
+    assert ("block_1" in quantised_blocks) == (not closed) and "block_2" in quantised_blocks
+    before, after = (run_session(open_session(m, threads=1), pixels) for m in (model, smaller))
+    assert (before["decisions"] == after["decisions"]).mean() > 0.97
+    assert (before["logits"].argmax(axis=1) == after["logits"].argmax(axis=1)).mean() > 0.9
 
 
 def test_int8_needs_images(tmp_path, monkeypatch):
