@@ -28,18 +28,24 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     graph = Graph(IMAGES)
     pixels = torch.zeros(TRACED_BATCH, 3, image_size, image_size, dtype=torch.uint8)
     x, example = graph.traced(lambda x: F.relu(network.stem(x)), (IMAGES, pixels))
-    probabilities, decisions, state = [], [], None
+    constants = {on: _constant_column(graph, on) for on in set(network.settled.values()) if network.gate is not None}
+    probabilities, taken, state = [], [], None
     for index, block in enumerate(network.blocks):
-        decision = None
-        if index > 0 and network.gate is not None:
+        decision, switch = None, index - 1
+        if 0 <= switch < network.switches:
             graph.prefix = f"{SWITCH}{index}."
-            (probability, names), (_, examples) = graph.traced(
-                lambda x, state, switch=index - 1: network.gate(switch, x, state), (x, example), state
-            )
-            state = named(names, examples)
-            probabilities.append(graph.resized("Unsqueeze", probability, 1))
-            decision = graph.add("Greater", probabilities[-1], graph.constant(0.5, np.float32))
-            decisions.append(decision)
+            if network.steps(switch):
+                (probability, names), (_, examples) = graph.traced(
+                    lambda x, state, switch=switch: network.gate(switch, x, state), (x, example), state
+                )
+                state = named(names, examples)
+            if switch in network.settled:
+                probabilities.append(constants[network.settled[switch]])
+                taken.append(probabilities[-1])
+            else:
+                probabilities.append(graph.resized("Unsqueeze", probability, 1))
+                decision = graph.add("Greater", probabilities[-1], graph.constant(0.5, np.float32))
+                taken.append(graph.add("Cast", decision, to=TensorProto.FLOAT))
         graph.prefix = f"{BLOCK}{index}."
         if decision is None:
             x, _ = graph.traced(block, (x, example))
@@ -49,10 +55,9 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     graph.prefix = ""
     logits, example = graph.traced(lambda x: network.classifier(x.mean(dim=(2, 3))), (x, example))
     outputs = {LOGITS: (logits, example.shape[1])}
-    if decisions:
-        outputs[PROBABILITIES] = (graph.add("Concat", *probabilities, axis=1), len(decisions))
-        taken = graph.add("Cast", graph.add("Concat", *decisions, axis=1), to=TensorProto.FLOAT)
-        outputs[DECISIONS] = (taken, len(decisions))
+    if taken:
+        outputs[PROBABILITIES] = (graph.add("Concat", *probabilities, axis=1), len(taken))
+        outputs[DECISIONS] = (graph.add("Concat", *taken, axis=1), len(taken))
     for output, (name, _) in outputs.items():
         graph.nodes.append(helper.make_node("Identity", [name], [output], name=output))
     graph.keep(outputs)
@@ -64,6 +69,12 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
         graph.initializers,
     )
     return helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+def _constant_column(graph: Graph, value: float) -> str:
+    """Name of [N, 1] in float32, the same value for every image."""
+    shape = graph.add("Concat", graph.batch(), graph.constant([1], np.int64), axis=0)
+    return graph.add("ConstantOfShape", shape, value=helper.make_tensor("value", TensorProto.FLOAT, [1], [value]))
 
 
 def _switched(graph: Graph, block: BasicBlock, x: str, example: Tensor, decision: str) -> str:
