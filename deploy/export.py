@@ -17,6 +17,7 @@ from deploy.folding import deployable
 from deploy.graphs import onnx_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
 from deploy.session import check_session, open_session, run_session
+from gating.settle import description
 from utils.checkpoint import check_data, load_checkpoint
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
@@ -57,6 +58,8 @@ def main() -> None:
     onnx.checker.check_model(models[NETWORK], full_check=True)
     deviation = check_session(open_session(models[NETWORK]), network, checkpoint.normaliser(), pixels, NETWORK)
     labels["files"][NETWORK] = {"deviation": deviation, "images_checked": len(pixels)}
+    if network.settled:
+        print(f"{NETWORK}: {description(network)}; switches that decide image by image: {len(network.deciding)}")
     print(f"{NETWORK}: logits within {deviation:.1e} of PyTorch's on {len(pixels)} images")
     if args.int8:
         models[INT8], labels["files"][INT8] = int8_version(models[NETWORK], data)

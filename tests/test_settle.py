@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from networks import NORMALISATION, RANKS, lively_network, varied_images
-from test_export import checkpoint_file
+from PIL import Image
+from test_export import checkpoint_file, run_main
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from deploy import export, predict
 from deploy.folding import deployable, folded
 from deploy.graphs import onnx_model
 from deploy.session import check_session, open_session, run_session
@@ -190,3 +192,16 @@ def test_in_later_training_fixed_switches_stay_as_they_are(gate):
     for skip in (False, True):
         for rule in (all_on, sampled(torch.zeros(32, 2)), torch.ones_like):
             assert (network(x, decide=rule, skip=skip).decisions == torch.tensor([0.0, 1.0])).all()
+
+
+def test_export_says_what_was_left_out_and_predict_skips_it(tmp_path, monkeypatch, capsys):
+    network = with_settled(lively_network("rl_pruned", "rnn"), {0: 0})
+    path = checkpoint_file(tmp_path / "best.pt", network, list("abcdefghij"))
+    run_main(monkeypatch, export, "--checkpoint", path, "--output", tmp_path / "out")
+    assert "block 2 left out; switches that decide image by image: 1" in capsys.readouterr().out
+    Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    answers = []
+    for source in (("--checkpoint", path), ("--onnx", tmp_path / "out")):
+        run_main(monkeypatch, predict, *source, tmp_path / "image.png")
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and "(2" in answers[0]
