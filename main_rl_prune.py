@@ -136,7 +136,7 @@ def main() -> None:
             steering.plan(epoch + 1, **stands_at)
             keeper.save_last()
 
-        finish(run, keeper.best(), splits, cost, budget, settings, device)
+        finish(run, keeper.best(), splits, budget, settings, device)
 
 
 def reinforcement(
@@ -185,15 +185,14 @@ def reestimate(network: ResNet, batches: TrainingBatches) -> None:
 
 
 def finish(
-    run: Run, best: Checkpoint, splits: Splits, cost: NetworkCost, budget: Budget, settings: Settings,
-    device: torch.device,
-) -> None:  # fmt: skip
+    run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device
+) -> None:
     """Say what was chosen, draw what its switches do, and report."""
     within_budget = best.progress["best"][0]
     met = "the best within the budget" if within_budget else "the nearest to the budget, which no epoch met"
     run.say(f"chosen: epoch {best.progress['step']}, {met}")
     if within_budget:
-        best = settled(run, best, splits, cost, budget, settings, device)
+        best = settled(run, best, splits, budget, settings, device)
     cost = network_cost(best.network(), settings.resize)
     record_routing(run, best, splits.test, cost, budget.floor, device)
     report(
@@ -203,12 +202,11 @@ def finish(
 
 
 def settled(
-    run: Run, best: Checkpoint, splits: Splits, cost: NetworkCost, budget: Budget, settings: Settings,
-    device: torch.device,
-) -> Checkpoint:  # fmt: skip
+    run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device
+) -> Checkpoint:
     """The chosen network with its settled switches fixed, saved in its place; as it is where none is or may be."""
     network = placed(best.network(), device)
-    found = settle(network, splits.val, best.normaliser(), budget, cost, settings.settle)
+    found = settle(network, splits.val, best.normaliser(), budget, settings.settle)
     if found is None:
         return best
     smaller, val = found

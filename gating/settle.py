@@ -7,11 +7,11 @@ from models import ResNet, build_network
 from utils.data.augment import Normalisation
 from utils.data.images import Images
 from utils.evaluate import Evaluation, evaluate
-from utils.flops import NetworkCost
+from utils.flops import network_cost
 
 
 def settle(
-    network: ResNet, images: Images, normalisation: Normalisation, budget: Budget, cost: NetworkCost, share: float
+    network: ResNet, images: Images, normalisation: Normalisation, budget: Budget, share: float
 ) -> tuple[ResNet, Evaluation] | None:
     """The network with its settled switches fixed, and what was measured of it on ``images``.
 
@@ -19,15 +19,15 @@ def settle(
 
     Args:
         images: validation images.
-        cost: of the network; computation stays a share of its FLOPs.
         share: of the images that a switch has to decide alike for.
     """
-    fixed = settled_decisions(evaluate(network, images, normalisation, cost).decisions, share)
+    before = evaluate(network, images, normalisation, network_cost(network, images.image_size))
+    fixed = settled_decisions(before.decisions, share)
     fixed = {switch: on for switch, on in fixed.items() if switch not in network.settled}
     if not fixed:
         return None
     smaller = with_settled(network, fixed)
-    measured = evaluate(smaller, images, normalisation, cost)
+    measured = evaluate(smaller, images, normalisation, network_cost(smaller, images.image_size))
     return (smaller, measured) if budget.met(measured.accuracy, measured.computation) else None
 
 
