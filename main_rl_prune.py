@@ -17,11 +17,12 @@ from gating.operating_point import find_operating_point, gate_biases_restored
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.routing import record_routing
 from gating.scalars import POLICY_CHARTS, epoch_scalars, layer_scalars, policy_line, policy_scalars
+from gating.settle import description, settle
 from gating.steering import Budget, Steering
 from gating.temperature import rescale_gate_logits
 from models import ResNet, all_on, thresholded
 from utils import parallel
-from utils.checkpoint import Checkpoint, check_data, load_checkpoint
+from utils.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
 from utils.data.batches import Splits, TrainingBatches, check_batches, split_data
 from utils.data.folder import load_data
 from utils.device import Randomness, described, pick_device, pick_precision, placed
@@ -33,11 +34,12 @@ from utils.norms import BATCH_NORM_MODES, reestimate_batch_norms
 from utils.optimisers import rates_of_epoch, reinforcement_optimisers
 from utils.predecessors import pruned_network, source_path
 from utils.results import report
-from utils.run import Run, find_last_run, open_run, stage_folder
+from utils.run import BEST, Run, find_last_run, open_run, stage_folder
 from utils.settings import TrainingSettings, parse_flags, setting, with_default
 
 RESCALING_IMAGES = 512  # training images that the switches' certainty is measured on
 REESTIMATION_BATCHES = 40  # training batches that batch norms are re-estimated on
+UNSETTLED = "unsettled.pt"  # the chosen network before switches were fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ class Settings(TrainingSettings):
     target_computation: float | None = setting(
         None, "share of the FLOPs to execute, instead of the accuracy budget", low=0, high=1
     )
+    settle: float = setting(0.999, "share of images that fixes a switch which decides alike for them", low=0.5, high=1)
 
     def rates(self, epoch: int) -> list[Callable[[float], float]]:
         """Learning rates of an epoch, of the network and of its gates, see ``rates_of_epoch``."""
@@ -140,7 +143,7 @@ def main() -> None:
             steering.plan(epoch + 1, **stands_at)
             keeper.save_last()
 
-        finish(run, keeper.best(), splits, cost, budget, settings, device)
+        finish(run, keeper.best(), splits, budget, settings, device)
 
 
 def reinforcement(
@@ -196,18 +199,41 @@ def reestimate(network: ResNet, batches: TrainingBatches) -> None:
 
 
 def finish(
-    run: Run, best: Checkpoint, splits: Splits, cost: NetworkCost, budget: Budget, settings: Settings,
-    device: torch.device,
-) -> None:  # fmt: skip
+    run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device
+) -> None:
     """Say what was chosen, draw what its switches do, and report."""
     within_budget = best.progress["best"][0]
     met = "the best within the budget" if within_budget else "the nearest to the budget, which no epoch met"
     run.say(f"chosen: epoch {best.progress['step']}, {met}")
+    if within_budget:
+        best = settled(run, best, splits, budget, settings, device)
+    cost = network_cost(best.network(), settings.resize)
     record_routing(run, best, splits.test, cost, budget.floor, device)
     report(
         settings.result_dir, run, best, splits.test, splits.val_name, device, measured_speeds,
         within_budget=within_budget,
     )  # fmt: skip
+
+
+def settled(
+    run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device
+) -> Checkpoint:
+    """The chosen network with its settled switches fixed, saved in its place; as it is where none is or may be."""
+    network = placed(best.network(), device)
+    found = settle(network, splits.val, settings.resize, best.normaliser(), budget, settings.settle)
+    if found is None:
+        return best
+    smaller, val = found
+    if not network.settled:  # a run that was interrupted here has saved it before
+        save_checkpoint(run.path / UNSETTLED, best)
+    weights = {name: tensor.cpu() for name, tensor in smaller.state_dict().items()}
+    best = replace(best, architecture=smaller.architecture, weights=weights, metrics=val.metrics)
+    save_checkpoint(run.path / BEST, best)
+    run.say(
+        f"{description(smaller)}: the switches decide so for {settings.settle:.1%} of the images; {splits.val_name} "
+        f"accuracy {val.accuracy:.2%}, computation {val.computation:.1%} ({UNSETTLED} has the network as it was)"
+    )
+    return best
 
 
 def go_back(run: Run, keeper: Keeper, steering: Steering, setup: Reinforcement, budget: Budget) -> dict[str, float]:

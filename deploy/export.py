@@ -1,7 +1,7 @@
 """Turn a checkpoint of any stage into files to deploy: ``python -m deploy.export --checkpoint PATH --output FOLDER``.
 
-Writes network.onnx (any number of images), routed.onnx (one image, skipped blocks not executed; only for a network
-with switches), labels.json, and with --int8 network_int8.onnx.  All take uint8 images [N, 3, H, W] in RGB.
+Writes network.onnx, labels.json, and with --int8 network_int8.onnx.  Both graphs take any number of uint8 images
+[N, 3, H, W] in RGB, and compute each switched block on the images that take it.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from deploy.folding import deployable
-from deploy.graphs import batch_model, routed_model
+from deploy.graphs import onnx_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
 from deploy.session import check_session, open_session, run_session
-from models import ResNet
+from gating.settle import description
 from utils.checkpoint import check_data, load_checkpoint
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
@@ -54,25 +54,18 @@ def main() -> None:
     pixels = random_pixels(CHECKED_IMAGES, size) if data is None else data.test[:CHECKED_IMAGES].pixels
     deployed = deployable(network, checkpoint.normaliser())
     labels = describe(checkpoint, deployed)
-    models = exported(deployed, size)
-    for name, model in models.items():
-        onnx.checker.check_model(model, full_check=True)
-        deviation = check_session(open_session(model), network, checkpoint.normaliser(), pixels, name)
-        labels["files"][name] = {"deviation": deviation, "images_checked": len(pixels)}
-        print(f"{name}: logits within {deviation:.1e} of PyTorch's on {len(pixels)} images")
+    models = {NETWORK: onnx_model(deployed, size)}
+    onnx.checker.check_model(models[NETWORK], full_check=True)
+    deviation = check_session(open_session(models[NETWORK]), network, checkpoint.normaliser(), pixels, NETWORK)
+    labels["files"][NETWORK] = {"deviation": deviation, "images_checked": len(pixels)}
+    if network.settled:
+        print(f"{NETWORK}: {description(network)}; switches that decide image by image: {len(network.deciding)}")
+    print(f"{NETWORK}: logits within {deviation:.1e} of PyTorch's on {len(pixels)} images")
     if args.int8:
         models[INT8], labels["files"][INT8] = int8_version(models[NETWORK], data)
         print("{}: accuracy {int8_accuracy:.2%}, {float_accuracy:.2%} in float32".format(INT8, **labels["files"][INT8]))
     write_folder(args.output, models, labels)
     print(f"{', '.join(models)} and {LABELS} are in {args.output}")
-
-
-def exported(deployed: ResNet, size: int) -> dict[str, onnx.ModelProto]:
-    """The graphs of a deployable network by file name."""
-    models = {NETWORK: batch_model(deployed, size)}
-    if deployed.switches:
-        models[ROUTED] = routed_model(deployed, size)
-    return models
 
 
 def int8_version(model: onnx.ModelProto, data: DataSet) -> tuple[onnx.ModelProto, dict[str, float]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ResNet
+from models.resnet import BasicBlock
 from utils.data.augment import Normalisation
 
 
@@ -31,7 +32,7 @@ def folded(network: ResNet) -> ResNet:
     for block in smaller.blocks:
         if block.shortcut is not None:
             pairs.append((block, "shortcut"))
-        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")) if isinstance(block, BasicBlock) else ():
             setattr(block, conv, _condensed([getattr(block, conv), getattr(block, norm)]))
             setattr(block, norm, nn.Identity())
     for owner, name in pairs:

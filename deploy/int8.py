@@ -8,7 +8,8 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from deploy.graphs import IMAGES, SWITCH
+from deploy.graphs import BLOCK, DECISIONS, IMAGES, SWITCH
+from deploy.session import open_session, run_session
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 64
 
@@ -16,20 +17,34 @@ CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 64
 def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
     """Convolutions and additions in int8, weights scaled for each channel; gates and classifier stay in float32.
 
+    So do blocks that none of the images takes: nothing is known of their activations.
+
     Args:
-        model: a graph for batches.
         pixels: training images to measure the ranges of activations on, uint8 [N, 3, H, W].
     """
     with tempfile.TemporaryDirectory() as folder:
         prepared, result = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
         quant_pre_process(model, str(prepared))
-        gates = [node.name for node in onnx.load(prepared).graph.node if node.name.startswith(SWITCH)]
+        kept = tuple([SWITCH, *_unseen(model, pixels[:CALIBRATION_IMAGES])])
+        excluded = [node.name for node in onnx.load(prepared).graph.node if node.name.startswith(kept)]
         quantize_static(
             str(prepared), str(result), _Images(pixels[:CALIBRATION_IMAGES]),
-            quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", "Add"], nodes_to_exclude=gates,
+            quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", "Add"], nodes_to_exclude=excluded,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
         )  # fmt: skip
         return onnx.load(result)
+
+
+def _unseen(model: onnx.ModelProto, pixels: np.ndarray) -> list[str]:
+    """Starts of the names of the nodes of blocks that none of the images takes."""
+    session = open_session(model)
+    taken: np.ndarray | int = 0
+    for i in range(0, len(pixels), CALIBRATION_BATCH):
+        outputs = run_session(session, pixels[i : i + CALIBRATION_BATCH])
+        if DECISIONS not in outputs:
+            return []
+        taken = taken + outputs[DECISIONS].sum(axis=0)
+    return [f"{BLOCK}{block}." for block, images in enumerate(taken, start=1) if images == 0]
 
 
 class _Images(CalibrationDataReader):

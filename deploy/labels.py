@@ -11,7 +11,8 @@ from utils.errors import UserError
 from utils.flops import network_cost
 
 FORMAT = "switched-resnet-onnx-1"
-NETWORK, ROUTED, INT8, LABELS = "network.onnx", "routed.onnx", "network_int8.onnx", "labels.json"
+NETWORK, INT8, LABELS = "network.onnx", "network_int8.onnx", "labels.json"
+ROUTED = "routed.onnx"  # of earlier versions, which skipped blocks on single images only, in a graph of its own
 
 
 @dataclass(frozen=True)

@@ -62,13 +62,18 @@ def from_checkpoint(path: Path) -> tuple[Classifier, Labels]:
 
 
 def from_folder(folder: Path) -> tuple[Classifier, Labels]:
-    """An exported network, run by ONNX Runtime; skipped blocks are not computed where there is a routed graph.
+    """An exported network, run by ONNX Runtime; skipped blocks are not computed.
 
     Raises:
         UserError: if a file is missing, damaged or of another export.
     """
     labels = read_labels(folder)
-    path = folder / (ROUTED if labels.flops_of_switched_blocks else NETWORK)
+    path = folder / NETWORK
+    if (folder / ROUTED).exists():
+        print(
+            f"note: {folder} is of an earlier version, whose {NETWORK} computes blocks that it skips: export again",
+            file=sys.stderr,
+        )
     session = open_session(path)
     takes, gives = session.get_inputs()[0], session.get_outputs()[0]
     if (takes.name, takes.shape[1:], gives.name, gives.shape[1:]) != (

@@ -35,23 +35,20 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    source, name = (str(model), model) if isinstance(model, Path) else (model.SerializeToString(), "the graph")
     try:
         return onnxruntime.InferenceSession(source, options, providers=[PROVIDERS[device]])
     except NoSuchFile:
-        raise UserError(f"{model} does not exist: make it with python -m deploy.export") from None
+        raise UserError(f"{name} does not exist: make it with python -m deploy.export") from None
     except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
         reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{model} cannot be read ({reason}): export it again with python -m deploy.export") from None
+        raise UserError(f"{name} cannot be read ({reason}): export it again with python -m deploy.export") from None
 
 
 def run_session(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The outputs by name for uint8 images [N, 3, H, W]; one after the other where the graph takes single images."""
+    """The outputs by name for uint8 images [N, 3, H, W]."""
     names = [output.name for output in session.get_outputs()]
-    single = session.get_inputs()[0].shape[0] == 1
-    parts = [pixels[i : i + 1] for i in range(len(pixels))] if single else [pixels]
-    outputs = [session.run(names, {IMAGES: part}) for part in parts]
-    return {name: np.concatenate(values) for name, values in zip(names, zip(*outputs, strict=True), strict=True)}
+    return dict(zip(names, session.run(names, {IMAGES: pixels}), strict=True))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deploy.folding import deployable, without_switches
-from deploy.graphs import batch_model, routed_model
+from deploy.graphs import onnx_model
 from deploy.session import open_session, run_session
 from deploy.timing import alternated
 from utils.checkpoint import Checkpoint, load_checkpoint
@@ -21,8 +21,7 @@ SECONDS = 4.0  # of each of the two measurements, where every network is fast en
 def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, dict[str, Any]]:
     """Latency and throughput of every checkpoint that can be read.
 
-    Stages 1 and 2 run every block, as their FLOPs are counted; stage 3 runs the graph that skips blocks on single
-    images, and the one that masks them on batches.
+    Stages 1 and 2 run every block, as their FLOPs are counted; stage 3 skips blocks, on single images and in batches.
 
     Args:
         checkpoints: files by a name of their own.
@@ -31,22 +30,20 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
     Returns:
         for each name latency_ms, of one image, and throughput, images a second in batches of ``BATCH``.
     """
-    single, batched = {}, {}
+    sessions = {}
     for name, checkpoint in _readable(checkpoints).items():
         network = deployable(checkpoint.network(), checkpoint.normaliser())
         if checkpoint.stage != "rl_pruned":
             network = without_switches(network)
-        size = checkpoint.data["image_size"]
-        batched[name] = open_session(batch_model(network, size))
-        single[name] = open_session(routed_model(network, size)) if network.switches else batched[name]
+        sessions[name] = open_session(onnx_model(network, checkpoint.data["image_size"]))
     images = [pixels[i : i + 1].numpy() for i in torch.linspace(0, len(pixels) - 1, IMAGES).long().tolist()]
     batch = pixels[torch.arange(BATCH) % len(pixels)].numpy()
     run = lambda session: lambda item: run_session(session, images[item])  # noqa: E731
-    latency = alternated({name: run(session) for name, session in single.items()}, len(images), SECONDS)
+    latency = alternated({name: run(session) for name, session in sessions.items()}, len(images), SECONDS)
     run_batch = lambda session: lambda item: run_session(session, batch)  # noqa: E731
-    whole = alternated({name: run_batch(session) for name, session in batched.items()}, 1, SECONDS)
+    whole = alternated({name: run_batch(session) for name, session in sessions.items()}, 1, SECONDS)
     return {
-        name: {"latency_ms": 1e3 * latency[name].median, "throughput": BATCH / whole[name].median} for name in batched
+        name: {"latency_ms": 1e3 * latency[name].median, "throughput": BATCH / whole[name].median} for name in sessions
     }
 
 

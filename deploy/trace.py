@@ -1,8 +1,7 @@
 """A piece of a network as ONNX nodes: traced to a list of operators, each translated by one entry of a table.
 
-``torch.onnx.export`` would do, but keeps all weights outside of conditional branches, where ONNX Runtime does not
-rearrange them into the layout that its convolutions are fastest in, and takes seconds for each graph.  This lets the
-caller say where nodes and weights go.  It covers the operators of the network and its gates.
+``torch.onnx.export`` would do, but takes seconds for each graph, and cannot be told to gather images before a piece
+and to scatter them behind it.  This covers the operators of the network and its gates.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,12 +26,13 @@ class Graph:
 
     Args:
         images: name of the graph input whose first axis counts the images.
-        prefix: start of every name made here; names must differ between a graph and its branches.
+
+    ``prefix``, which may be changed at any time, starts every name that is made after.
     """
 
-    def __init__(self, images: str, prefix: str = ""):
+    def __init__(self, images: str):
         self.images = images
-        self.prefix = prefix
+        self.prefix = ""
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._resized: dict[tuple, str] = {}
@@ -116,8 +116,6 @@ class Graph:
             if needed.intersection(node.output):
                 kept.append(node)
                 needed.update(node.input)
-                branches = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-                needed.update(name for branch in branches for inner in branch.node for name in inner.input)
         self.nodes = kept[::-1]
         self.initializers = [tensor for tensor in self.initializers if tensor.name in needed]
 

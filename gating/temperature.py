@@ -21,8 +21,10 @@ def rescale_gate_logits(network: ResNet, images: Tensor) -> None:
         images: normalised [N, 3, H, W], to measure the logits on.
     """
     with evaluation_mode(network):
-        p = network(images, decide=all_on).probabilities.double().clamp(1e-7, 1 - 1e-7)
-    sizes = torch.logit(p).abs().mean(dim=0)  # [K]
+        p = network(images, decide=all_on).probabilities[:, network.deciding].double().clamp(1e-7, 1 - 1e-7)
+    if not network.deciding:
+        return
+    sizes = torch.logit(p).abs().mean(dim=0)  # of each switch that decides
     last = network.gate.last_layers
     for layer, size in zip(last, [sizes.mean()] if len(last) == 1 else sizes, strict=True):
         _scale(layer, min(1.0, LOGIT / size.item()))

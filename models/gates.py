@@ -38,6 +38,8 @@ class RecurrentGate(nn.Module):
             lets an image pass, positive so that training starts from the whole network.
     """
 
+    recurrent = True  # what a switch says depends on what those before it saw
+
     def __init__(self, channels: list[int], opening: float = 2.0):
         super().__init__()
         self.projections = nn.ModuleList(
@@ -51,6 +53,10 @@ class RecurrentGate(nn.Module):
     def last_layers(self) -> list[nn.Linear]:
         """The layers whose outputs are the switches' logits: one for all of them, or one for each."""
         return [self.decision]
+
+    def leave_out(self, switch: int) -> None:
+        """Drop what belongs to a switch that is not asked."""
+        self.projections[switch] = nn.Identity()
 
     def forward(self, switch: int, features: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
         """Probability that the block behind ``switch`` runs.
@@ -102,6 +108,8 @@ class FeedForwardGate(nn.Module):
         opening: as in ``RecurrentGate``.
     """
 
+    recurrent = False
+
     def __init__(self, channels: list[int], kind: str, opening: float = 2.0):
         super().__init__()
         self.pools = kind == "ff1"
@@ -113,8 +121,12 @@ class FeedForwardGate(nn.Module):
 
     @property
     def last_layers(self) -> list[nn.Linear]:
-        """As ``RecurrentGate.last_layers``."""
-        return list(self.decisions)
+        """As ``RecurrentGate.last_layers``, of the switches that are asked."""
+        return [layer for layer in self.decisions if isinstance(layer, nn.Linear)]
+
+    def leave_out(self, switch: int) -> None:
+        """As ``RecurrentGate.leave_out``."""
+        self.features[switch] = self.decisions[switch] = nn.Identity()
 
     def forward(self, switch: int, features: Tensor, state: None) -> tuple[Tensor, None]:
         """As ``RecurrentGate.forward``; there is no state to hand on."""

@@ -119,7 +119,7 @@ def test_files_of_different_exports_are_refused(folder, tmp_path, monkeypatch):
         run_main(monkeypatch, predict, "--onnx", tmp_path, folder / "0.png")
 
 
-@pytest.mark.parametrize("name", ["labels.json", "routed.onnx"])
+@pytest.mark.parametrize("name", ["labels.json", "network.onnx"])
 @pytest.mark.parametrize("content", [None, b"{}", b"\x00\x01damaged"])
 def test_damaged_export_is_refused_in_one_sentence(name, content, folder, tmp_path, monkeypatch):
     for path in (folder / "onnx").iterdir():
@@ -127,3 +127,12 @@ def test_damaged_export_is_refused_in_one_sentence(name, content, folder, tmp_pa
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
         run_main(monkeypatch, predict, "--onnx", tmp_path, folder / "0.png")
+
+
+def test_export_of_an_earlier_version_is_answered_from_with_a_note(folder, tmp_path, monkeypatch, capsys):
+    for path in (folder / "onnx").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "routed.onnx").write_bytes((folder / "onnx" / "network.onnx").read_bytes())
+    run_main(monkeypatch, predict, "--onnx", tmp_path, folder / "0.png")
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == len(printed.err.splitlines()) == 1 and "export again" in printed.err

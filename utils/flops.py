@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models import ResNet, all_on
+from models import ResNet, all_on, build_network
 from utils.modes import evaluation_mode
 
 
@@ -28,8 +28,8 @@ class NetworkCost:
     """Cost of a network for one image."""
 
     parameters: int  # all of them, batch norms and gates included
-    flops: int  # with every block run
-    blocks: tuple[int, ...]  # FLOPs that each of the K switches saves when it closes
+    flops: int  # with every block run, those among them whose switches have settled closed and that have left
+    blocks: tuple[int, ...]  # FLOPs that each of the K switches saves when it closes; none where it has settled open
     layers: dict[str, LayerCost]
 
     @property
@@ -50,7 +50,32 @@ class NetworkCost:
 
 
 def network_cost(network: ResNet, image_size: int) -> NetworkCost:
-    """Measure the cost of ``network`` for square images of ``image_size`` pixels, with one pass on a blank image."""
+    """Measure the cost of ``network`` for square images of ``image_size`` pixels, with one pass on a blank image.
+
+    Blocks that have left the network count as they were before, but for the parameters: what switches save is measured
+    against the same network whether they have settled or not.
+    """
+    layers = _layer_costs(network, image_size)
+    before = layers
+    if 0 in network.settled.values():
+        with torch.device("meta"):
+            before = _layer_costs(build_network(**{**network.architecture, "gate": "none", "settled": {}}), image_size)
+    blocks = []
+    for switch in range(network.switches):
+        known = before if network.settled.get(switch) == 0 else layers
+        residual = tuple(f"blocks.{switch + 1}.{conv}" for conv in ("conv1", "conv2"))
+        blocks.append(sum(cost.flops for name, cost in known.items() if name.startswith(residual)))
+    left = sum(flops for switch, flops in enumerate(blocks) if network.settled.get(switch) == 0)
+    return NetworkCost(
+        parameters=sum(p.numel() for p in network.parameters()),
+        flops=sum(cost.flops for cost in layers.values()) + left,
+        blocks=tuple(0 if network.settled.get(switch) == 1 else flops for switch, flops in enumerate(blocks)),
+        layers=layers,
+    )
+
+
+def _layer_costs(network: ResNet, image_size: int) -> dict[str, LayerCost]:
+    """The cost of every layer that runs, by its name."""
     layers: dict[str, LayerCost] = {}
     handles = [
         module.register_forward_hook(_recorder(name, layers))
@@ -61,20 +86,11 @@ def network_cost(network: ResNet, image_size: int) -> NetworkCost:
     try:
         with torch.no_grad(), evaluation_mode(network):
             blank = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-            network(blank, decide=all_on)
+            network(blank, decide=all_on, skip=False)
     finally:
         for handle in handles:
             handle.remove()
-    residual = tuple(
-        sum(c.flops for n, c in layers.items() if n.startswith((f"blocks.{block}.conv1", f"blocks.{block}.conv2")))
-        for block in range(1, len(network.blocks))
-    )
-    return NetworkCost(
-        parameters=sum(p.numel() for p in network.parameters()),
-        flops=sum(cost.flops for cost in layers.values()),
-        blocks=residual if network.switches else (),
-        layers=layers,
-    )
+    return layers
 
 
 def _recorder(name: str, layers: dict[str, LayerCost]):

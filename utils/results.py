@@ -156,7 +156,7 @@ def results_table(records: list[Record]) -> str:
             "Accuracy on the test images. FLOPS: two per multiply-add, one image. Every block is run and counted in "
             "the first two rows; in the third the switches decide, and FLOPS are the mean of what is executed. "
             "Computation: executed share. Latency and throughput: exported networks with ONNX Runtime on the CPU, all "
-            "rows in one run; in the third, blocks are skipped on single images and masked in batches.",
+            "rows in one run; in the third, blocks are skipped, in batches as on single images.",
         ]
         if any(r.get("latency_ms") is None for r in chain):
             lines += ["", "–: not measured; it needs the row's checkpoint."]

@@ -1,0 +1,68 @@
+"""Switches that decide alike for all but a few images: fixed, and the blocks that nobody takes left out."""
+
+from torch import Tensor
+
+from gating.steering import Budget
+from models import ResNet, build_network
+from utils.data.augment import Normalisation
+from utils.data.images import Images
+from utils.evaluate import Evaluation, evaluate
+from utils.flops import network_cost
+
+
+def settle(
+    network: ResNet, images: Images, image_size: int, normalisation: Normalisation, budget: Budget, share: float
+) -> tuple[ResNet, Evaluation] | None:
+    """The network with its settled switches fixed, and what was measured of it on ``images``.
+
+    None where no switch has settled, or where fixing them leads out of the budget.
+
+    Args:
+        images: validation images, of ``image_size`` pixels in height and width.
+        share: of the images that a switch has to decide alike for.
+    """
+    before = evaluate(network, images, normalisation, network_cost(network, image_size))
+    fixed = settled_decisions(before.decisions, share)
+    fixed = {switch: on for switch, on in fixed.items() if switch not in network.settled}
+    if not fixed:
+        return None
+    smaller = with_settled(network, fixed)
+    measured = evaluate(smaller, images, normalisation, network_cost(smaller, image_size))
+    return (smaller, measured) if budget.met(measured.accuracy, measured.computation) else None
+
+
+def settled_decisions(decisions: Tensor, share: float) -> dict[int, int]:
+    """The switches that decide alike for at least ``share`` of the images, by index, and what they decide, 0 or 1.
+
+    Args:
+        decisions: [N, K].
+    """
+    passing = decisions.double().mean(dim=0).tolist()
+    alike = {switch: int(p > 0.5) for switch, p in enumerate(passing)}
+    return {switch: on for switch, on in alike.items() if (passing[switch] if on else 1 - passing[switch]) >= share}
+
+
+def with_settled(network: ResNet, decisions: dict[int, int]) -> ResNet:
+    """The same network with switches fixed: closed, the block's residual is gone; open, it is always run.
+
+    Where a fixed switch agrees with what would have been decided, logits and later decisions stay as they were.
+
+    Args:
+        decisions: 0 or 1 by the index of the switch.
+    """
+    fixed = {f"blocks.{switch + 1}": on for switch, on in decisions.items()}
+    settled = dict(sorted({**network.architecture["settled"], **fixed}.items()))
+    smaller = build_network(**{**network.architecture, "settled": settled}).to(next(network.parameters()))
+    weights = network.state_dict()
+    smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
+    return smaller.train(network.training)
+
+
+def description(network: ResNet) -> str:
+    """Which blocks have left and which are always run, counted from 1 as the network runs them; empty for none."""
+    parts = []
+    for on, said in ((0, "left out"), (1, "always run")):
+        blocks = [str(switch + 2) for switch, decision in sorted(network.settled.items()) if decision == on]
+        if blocks:
+            parts.append(f"block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)} {said}")
+    return "; ".join(parts)

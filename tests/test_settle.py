@@ -1,0 +1,210 @@
+"""Fixed switches: the same logits where decisions agree, the FLOPs that run, and a smaller checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+from networks import NORMALISATION, RANKS, lively_network, varied_images
+from PIL import Image
+from test_export import checkpoint_file, run_main
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deploy import export, predict
+from deploy.folding import deployable, folded
+from deploy.graphs import onnx_model
+from deploy.session import check_session, open_session, run_session
+from gating.reinforce import Reinforcement, reinforce_epoch
+from gating.settle import description, settle, settled_decisions, with_settled
+from gating.steering import Budget, FixedAlpha
+from gating.temperature import rescale_gate_logits
+from models import all_on, build_network, sampled, thresholded
+from utils.checkpoint import load_checkpoint
+from utils.data.batches import TrainingBatches
+from utils.data.images import ImageSet
+from utils.evaluate import evaluate
+from utils.flops import network_cost
+from utils.optimisers import reinforcement_optimisers
+
+GATES = ("rnn", "ff1", "ff2")
+# All ways to fix some of the two switches.
+CASES = [{0: 0}, {0: 1}, {1: 0}, {1: 1}, {0: 0, 1: 1}, {0: 1, 1: 0}, {0: 0, 1: 0}]
+
+
+def outputs(network, images):
+    with torch.no_grad():
+        return network(images)
+
+
+def tossed(drawn):
+    """Rule that asks no switch: heads or tails."""
+    columns = iter((drawn < 0.5).double().unbind(1))
+    return lambda probabilities: next(columns)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("fixed", CASES)
+def test_logits_stay_where_decisions_agree(gate, fixed):
+    network = lively_network("rl_pruned", gate).double()
+    images = NORMALISATION.apply(varied_images(64)).double()
+    smaller = with_settled(network, fixed)
+    drawn = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
+    agreeing = 0
+    for rule in (lambda: thresholded, lambda: tossed(drawn)):
+        for skip in (True, False):
+            with torch.no_grad():
+                before, after = (n(images, decide=rule(), skip=skip) for n in (network, smaller))
+            agree = torch.stack([before.decisions[:, switch] == on for switch, on in fixed.items()]).all(dim=0)
+            agreeing += agree.sum()
+            torch.testing.assert_close(after.logits[agree], before.logits[agree], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(after.decisions[agree], before.decisions[agree], rtol=0, atol=0)
+            for switch, on in fixed.items():
+                assert (after.decisions[:, switch] == on).all() and (after.probabilities[:, switch] == on).all()
+    assert agreeing > 10
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("fixed", CASES)
+def test_cost_is_what_runs_and_blocks_that_left_still_count(gate, fixed):
+    network = lively_network("rl_pruned", gate)
+    smaller = with_settled(network, fixed)
+    before, after = network_cost(network, 16), network_cost(smaller, 16)
+    assert (
+        after.parameters == sum(p.numel() for p in smaller.parameters()) < before.parameters + (0 not in fixed.values())
+    )
+    gates = before.flops - after.flops  # steps that nobody needs
+    assert 0 <= gates < 0.2 * before.flops
+    assert after.blocks == tuple(0 if fixed.get(k) == 1 else flops for k, flops in enumerate(before.blocks))
+    for image in NORMALISATION.apply(varied_images(8)).split(1):
+        decisions = outputs(smaller, image).decisions
+        with FlopCounterMode(display=False) as counter:
+            outputs(smaller, image)
+        assert after.executed(decisions).item() == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("fixed", CASES)
+def test_fixed_network_is_exported(gate, fixed):
+    smaller = with_settled(lively_network("rl_pruned", gate), fixed)
+    pixels = varied_images(64)
+    deployed = deployable(smaller, NORMALISATION)
+    model = onnx_model(deployed, 16)
+    session = open_session(model, threads=1)
+    check_session(session, smaller, NORMALISATION, pixels, "network.onnx")
+    gathered = {node.name.split(".")[0] for node in model.graph.node if node.op_type == "GatherND"}
+    assert gathered == {f"block_{k + 1}" for k in range(2) if k not in fixed}
+    answers = run_session(session, pixels[:3].numpy())
+    expected = outputs(smaller, NORMALISATION.apply(pixels[:3]))
+    np.testing.assert_array_equal(answers["decisions"], expected.decisions)
+    np.testing.assert_allclose(
+        outputs(folded(smaller), NORMALISATION.apply(pixels)).logits.numpy(),
+        outputs(smaller, NORMALISATION.apply(pixels)).logits.numpy(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def left_out(layers):
+    return [isinstance(layer, nn.Identity) for layer in layers]
+
+
+def test_only_what_nobody_needs_leaves_the_gate():
+    kept = {
+        gate: [with_settled(lively_network("rl_pruned", gate), fixed) for fixed in ({0: 1}, {1: 1})]
+        for gate in ("rnn", "ff2")
+    }
+    # The second switch reads the state that the first one leaves.
+    assert [left_out(n.gate.projections) for n in kept["rnn"]] == [[False, False], [False, True]]
+    assert [left_out(n.gate.decisions) for n in kept["ff2"]] == [[True, False], [False, True]]
+
+
+def test_checkpoint_says_what_is_settled(tmp_path):
+    network = with_settled(lively_network("rl_pruned", "rnn"), {0: 0})
+    path = checkpoint_file(tmp_path / "best.pt", network, list("abcdefghij"))
+    loaded = load_checkpoint(path)
+    assert loaded.architecture["settled"] == {"blocks.1": 0}
+    assert loaded.architecture["ranks"].keys() == RANKS.keys(), "what the residual was is still told"
+    images = NORMALISATION.apply(varied_images(8))
+    assert torch.equal(outputs(loaded.network(), images).logits, outputs(network, images).logits)
+    older = lively_network("rl_pruned", "rnn")
+    del older.architecture["settled"]
+    assert load_checkpoint(checkpoint_file(tmp_path / "older.pt", older, list("abcdefghij"))).network().settled == {}
+
+
+@pytest.mark.parametrize("settled", [{"blocks.0": 0}, {"blocks.9": 0}, {"blocks.1": 2}, {"stem": 1}])
+def test_switch_that_does_not_exist_is_refused(settled):
+    with pytest.raises(ValueError, match="settled"):
+        build_network("resnet", depth=8, num_classes=3, width=4, settled=settled)
+    with pytest.raises(ValueError, match="settled"):
+        build_network("resnet", depth=8, num_classes=3, width=4, gate="none", settled={"blocks.1": 0})
+
+
+def test_decisions_settle_at_the_share_asked_for():
+    decisions = torch.zeros(1000, 4)
+    decisions[:, 1] = 1
+    decisions[:1, 2] = 1  # 99.9 % closed
+    decisions[:500, 3] = 1
+    assert settled_decisions(decisions, 0.999) == {0: 0, 1: 1, 2: 0}
+    assert settled_decisions(decisions, 1.0) == {0: 0, 1: 1}
+
+
+def closed_first(gate: str):
+    """A network whose first switch is closed for all images."""
+    network = lively_network("rl_pruned", gate)
+    nn.init.constant_(network.gate.last_layers[0].bias, -1e3)
+    return network
+
+
+def labelled(network, count=64):
+    pixels = varied_images(count)
+    return ImageSet(pixels, outputs(network, NORMALISATION.apply(pixels)).logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("floor", [1.0, 1.1])
+def test_settled_network_is_kept_within_the_budget_only(floor):
+    network = closed_first("ff2")
+    images, cost = labelled(network), network_cost(network, 16)
+    found = settle(network, images, 16, NORMALISATION, Budget(floor), 0.999)
+    if floor > 1:  # out of reach
+        assert found is None
+        return
+    smaller, measured = found
+    whole = evaluate(network, images, NORMALISATION, cost)
+    assert measured.accuracy == 1.0
+    own = network_cost(smaller, 16)
+    gates = cost.flops - own.flops  # of steps that nobody needs
+    assert measured.flops_executed == pytest.approx(whole.flops_executed - gates) and measured.flops_all == own.flops
+    assert smaller.settled[0] == 0 and description(smaller).startswith(("block 2 left out", "blocks 2, 3 left out"))
+    assert network_cost(smaller, 16).parameters < cost.parameters
+    assert settle(smaller, images, 16, NORMALISATION, Budget(floor), 0.999) is None, "there is no more to fix"
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_in_later_training_fixed_switches_stay_as_they_are(gate):
+    network = with_settled(lively_network("rl_pruned", gate), {0: 0})
+    images, cost = labelled(network, 32), network_cost(network, 16)
+    rescale_gate_logits(network, NORMALISATION.apply(images.pixels))
+    setup = Reinforcement(
+        network=network, optimisers=reinforcement_optimisers(network, 0.9, 0.0), shares=cost.shares,
+        draws=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    batches = TrainingBatches(images, 16, torch.Generator().manual_seed(0), NORMALISATION, False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    reinforce_epoch(setup, batches, [lambda done: 0.01] * 2, FixedAlpha(0.1), "epoch")
+    assert any(not torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    x = NORMALISATION.apply(images.pixels)
+    for skip in (False, True):
+        for rule in (all_on, sampled(torch.zeros(32, 2)), torch.ones_like):
+            assert (network(x, decide=rule, skip=skip).decisions == torch.tensor([0.0, 1.0])).all()
+
+
+def test_export_says_what_was_left_out_and_predict_skips_it(tmp_path, monkeypatch, capsys):
+    network = with_settled(lively_network("rl_pruned", "rnn"), {0: 0})
+    path = checkpoint_file(tmp_path / "best.pt", network, list("abcdefghij"))
+    run_main(monkeypatch, export, "--checkpoint", path, "--output", tmp_path / "out")
+    assert "block 2 left out; switches that decide image by image: 1" in capsys.readouterr().out
+    Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    answers = []
+    for source in (("--checkpoint", path), ("--onnx", tmp_path / "out")):
+        run_main(monkeypatch, predict, *source, tmp_path / "image.png")
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and "(2" in answers[0]
