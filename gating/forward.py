@@ -35,6 +35,9 @@ def training_forward(network: nn.Module, precision: torch.dtype = torch.float32,
         call = {"decide": rule(*drawn), "skip": skip}
         if precision == torch.float32:
             return network(images, **call)
+        if compiled:  # a compiler merges casts by itself, and the gradients of ``_Cast`` get lost in it
+            with mixed_precision(images.device, precision):
+                return network(images, **call)
         weights = _Cast.apply(precision, *(network.get_parameter(name) for name in convolutions))
         with mixed_precision(images.device, precision):
             return functional_call(network, dict(zip(convolutions, weights, strict=True)), images, call)

@@ -213,6 +213,17 @@ def test_a_shared_norm_alone_is_a_plain_one(shape: tuple[int, ...]):
     torch.testing.assert_close(shared(x), plain(x), rtol=1e-12, atol=0)
 
 
+def test_a_shared_norm_in_bf16_rounds_its_output_alone():
+    torch.manual_seed(0)
+    shared, plain = with_shared_norms(nn.Sequential(nn.BatchNorm2d(4)))[0], nn.BatchNorm2d(4)
+    x = (torch.randn(32, 4, 6, 6) * 0.1 + 3).bfloat16()
+    expected = plain(x.float())
+    y = shared(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(shared.running_mean, plain.running_mean, rtol=1e-6, atol=1e-6)
+
+
 def test_processes_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)

@@ -21,22 +21,22 @@ class SharedBatchNorm(_BatchNorm):
     def _check_input_dim(self, x: Tensor) -> None:
         pass  # of vectors as of images
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """[N, C] or [N, C, H, W]; N may differ between processes."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        if x.is_cuda:
+        if x.is_cuda and not torch.compiler.is_compiling():  # a compiler does not know the kernels, but writes its own
             self._count()
             running = (self.running_mean, self.running_var, self.momentum)
             return _NormalisedOnGpu.apply(x, self.weight, self.bias, *running, self.eps)
-        y, mean, variance, count = _Normalised.apply(x, self.weight, self.bias, self.eps)
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        y, mean, variance, count = _Normalised.apply(precise, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self._count()
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             unbiased = variance * count / (count - 1)
             self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
-        return y
+        return y.to(x.dtype)
 
     def _count(self) -> None:
         if self.num_batches_tracked is not None:
@@ -61,7 +61,7 @@ class _Normalised(Function):
         normalised = centred * scale.view(shape)
         ctx.save_for_backward(normalised, weight, scale, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        return normalised * weight.view(shape) + bias.view(shape), mean, variance, count
+        return (normalised * weight.view(shape) + bias.view(shape)), mean, variance, count
 
     @staticmethod
     def backward(ctx, g: Tensor, *_):
