@@ -2,8 +2,8 @@
 
 Each in eager PyTorch as it was trained, folded, with --compile compiled (where nothing is skipped), and exported, in
 float32 and int8; for 1, 32 and 128 images, on the CPU and, where torch and ONNX Runtime find one, on a CUDA device.
-All competitors of a batch size run in turns.  Prints every measurement, then a table, and writes a JSON file with machine,
-versions and spread.  Torch-Pruning's network is not fine-tuned: only its speed is compared.
+All competitors of a batch size run in turns.  Prints every measurement, then a table, and writes a JSON file with
+machine, versions and spread.  Torch-Pruning's network is not fine-tuned: only its speed is compared.
 
     python -m benchmarks.inference --dense PATH --static PATH --dynamic PATH --data_dir FOLDER
     python -m benchmarks.inference --ranks 0.5 --skipped 0.3 0.6 --threads 1 2
@@ -268,7 +268,8 @@ def line(row: Row) -> str:
     )
     return (
         f"| {row.device}, {row.threads} | {row.batch} | {row.runtime} | {row.network} | {row.baseline} "
-        f"| {row.flops / 1e9:.3g} | {median} ({lower} to {upper}) | {row.speedup:.2f}x | {row.flop_ratio:.2f}x | {row.kept:.2f} |"
+        f"| {row.flops / 1e9:.3g} | {median} ({lower} to {upper}) | {row.speedup:.2f}x "
+        f"| {row.flop_ratio:.2f}x | {row.kept:.2f} |"
     )
 
 
