@@ -1,18 +1,19 @@
 """Is it really faster?  Dense, static, static with switches, and Torch-Pruning's network with as many FLOPs as static.
 
-Each in eager PyTorch (as it was trained) and exported (folded, ONNX Runtime), for 1, 32 and 128 images, on the CPU and,
-where torch and ONNX Runtime find one, on a CUDA device.  All competitors of a line of the plan run in turns.  Prints a
-table and writes a JSON file with machine, versions and spread.  Torch-Pruning's network is not fine-tuned: only its
-speed is compared.
+Each in eager PyTorch as it was trained, folded, with --compile compiled (where nothing is skipped), and exported, in
+float32 and int8; for 1, 32 and 128 images, on the CPU and, where torch and ONNX Runtime find one, on a CUDA device.
+All competitors of a batch size run in turns.  Prints every measurement, then a table, and writes a JSON file with
+machine, versions and spread.  Torch-Pruning's network is not fine-tuned: only its speed is compared.
 
     python -m benchmarks.inference --dense PATH --static PATH --dynamic PATH --data_dir FOLDER
-    python -m benchmarks.inference --ranks 0.4 --skipped 0.3
+    python -m benchmarks.inference --ranks 0.5 --skipped 0.3 0.6 --threads 1 2
 
 For single images the times are means over test images, since a switched network is faster on some than on others.
 """
 
 import argparse
 import copy
+import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -26,8 +27,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.networks import Subject, channel_pruned, from_checkpoints, with_random_weights
-from deploy.folding import deployable, without_switches
-from deploy.graphs import batch_model, routed_model
+from deploy.export import accuracy
+from deploy.folding import deployable, folded, without_switches
+from deploy.graphs import onnx_model
+from deploy.int8 import quantised
 from deploy.session import PROVIDERS, open_session, run_session
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
@@ -39,8 +42,12 @@ from utils.settings import image_type, number
 BATCHES = (1, 32, 128)
 SINGLE_IMAGES = 32
 DENSE, STATIC, DYNAMIC, CHANNELS = "dense", "static", "static with switches", "Torch-Pruning"
-EAGER, EXPORTED = "PyTorch", "ONNX Runtime"
+EAGER, FOLDED, COMPILED = "PyTorch", "PyTorch, folded", "PyTorch, folded, compiled"
+EXPORTED, INT8 = "ONNX Runtime", "ONNX Runtime, int8"
 PACKAGES = ("torch", "onnx", "onnxruntime", "torch-pruning", "numpy")
+
+
+COLUMNS = {1: "latency, batch 1", 32: "throughput, batch 32", 128: "throughput, batch 128"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Row:
     """One measured network; ratios are against ``baseline`` in the same runtime, on the same images."""
 
     device: str
+    threads: int
+    skipped: float | None  # share of closed switches asked for with random weights
     batch: int
     runtime: str
     network: str
@@ -70,11 +79,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--data_dir", help="data folder of the checkpoints, for its test images")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--ranks", type=number(float, 0, 1), help="instead of checkpoints, random weights: share of each rank kept")
-    add("--skipped", type=number(float, 0, 1), default=0.3, help="with --ranks: share of closed switches")
+    add("--skipped", type=number(float, 0, 1), nargs="+", default=[0.3], help="with --ranks: shares of closed switches")
     add("--depth", type=number(int, 8), default=32, help="with --ranks: depth")
     add("--width", type=number(int, 1), default=64, help="with --ranks: width")
     add("--resize", type=number(int, 8), default=32, help="with --ranks: height and width of the images")
-    add("--threads", type=number(int, 1), default=torch.get_num_threads(), help="CPU threads of both runtimes")
+    add("--threads", type=number(int, 1), nargs="+", default=[torch.get_num_threads()], help="CPU threads to compare")
+    add("--compile", action="store_true", help="measure torch.compile too")
     add("--seconds", type=number(float, 0), default=60.0, help="time of each group of competitors, 5 rounds at least")
     add("--output", type=Path, default=Path("inference.json"), help="JSON file to write")
     return parser.parse_args()
@@ -82,68 +92,95 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    torch.set_num_threads(args.threads)
-    subject = chosen_subject(args)
-    networks = {
-        DENSE: without_switches(subject.dense),
-        STATIC: without_switches(subject.static),
-        DYNAMIC: subject.dynamic,
-    }
-    size = subject.image_size
-    networks[CHANNELS] = channel_pruned(subject.dense, network_cost(networks[STATIC], size).flops, size)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         if PROVIDERS[device] not in onnxruntime.get_available_providers():
             print(f"the installed onnxruntime has no {PROVIDERS[device]}: exported networks are not run on {device}")
-    print(HEADER)
     rows: list[Row] = []
-    for device in devices:
-        for batch in BATCHES:
-            new = [*compared(networks, subject, device, batch, args), *routed(subject, device, batch, args)]
-            print("\n".join(line(row) for row in new), flush=True)
-            rows += new
-    content = {"machine": machine(args.threads), "arguments": {k: str(v) for k, v in vars(args).items()}}
+    accuracies: dict[str, float] = {}
+    for skipped in args.skipped if args.ranks is not None else [None]:
+        subject = chosen_subject(args, skipped)
+        contest = Contest(subject)
+        accuracies |= contest.accuracies()
+        for device, threads in itertools.product(devices, args.threads):
+            torch.set_num_threads(threads)
+            print(HEADER)
+            for batch in BATCHES:
+                place = {"device": device, "threads": threads, "skipped": skipped, "batch": batch}
+                new = [*compared(contest, place, args), *routed(contest, place, args)]
+                print("\n".join(line(row) for row in new), flush=True)
+                rows += new
+    print("\n" + table(rows, accuracies))
+    content = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(args).items()}}
     try:
-        write_json(args.output, {**content, "rows": [asdict(row) for row in rows]})
+        write_json(args.output, {**content, "accuracies": accuracies, "rows": [asdict(row) for row in rows]})
     except OSError as error:
         raise UserError(f"{args.output} cannot be written ({error}): choose another --output") from None
     print(f"written to {args.output}")
 
 
-def chosen_subject(args: argparse.Namespace) -> Subject:
-    if args.ranks is not None:
-        return with_random_weights(args.depth, args.width, args.resize, args.ranks, args.skipped)
+def chosen_subject(args: argparse.Namespace, skipped: float | None) -> Subject:
+    if skipped is not None:
+        return with_random_weights(args.depth, args.width, args.resize, args.ranks, skipped)
     if not (args.dense and args.static and args.dynamic and args.data_dir):
         raise UserError("there is nothing to measure: give --dense, --static, --dynamic and --data_dir, or --ranks")
     return from_checkpoints(args.dense, args.static, args.dynamic, args.data_dir, args.img_type)
 
 
-def compared(
-    networks: dict[str, ResNet], subject: Subject, device: str, batch: int, args: argparse.Namespace
-) -> Iterator[Row]:
-    """All networks in both runtimes, against the dense one."""
-    items = items_of(subject.pixels, batch)
-    size, normalisation = subject.image_size, subject.normalisation
+class Contest:
+    """The networks that are compared, in all their forms."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        size, normalisation = subject.image_size, subject.normalisation
+        self.networks = {
+            DENSE: without_switches(subject.dense),
+            STATIC: without_switches(subject.static),
+            DYNAMIC: subject.dynamic,
+        }
+        flops = network_cost(self.networks[STATIC], size).flops
+        self.networks[CHANNELS] = channel_pruned(subject.dense, flops, size)
+        self.graphs = {n: onnx_model(deployable(net, normalisation), size) for n, net in self.networks.items()}
+        self.quantised = {n: quantised(graph, subject.calibration.numpy()) for n, graph in self.graphs.items()}
+
+    def accuracies(self) -> dict[str, float]:
+        """On the test images, by runtime and network; Torch-Pruning's network is not fine-tuned."""
+        if self.subject.test is None:
+            return {}
+        return {
+            f"{runtime}: {name}": accuracy(graphs[name], self.subject.test)
+            for runtime, graphs in ((EXPORTED, self.graphs), (INT8, self.quantised))
+            for name in (DENSE, STATIC, DYNAMIC)
+        }
+
+
+def compared(contest: Contest, place: dict[str, Any], args: argparse.Namespace) -> Iterator[Row]:
+    """All networks in all runtimes, against the dense one in the same."""
+    subject, device, threads = contest.subject, place["device"], place["threads"]
+    items = items_of(subject.pixels, place["batch"])
     runs: dict[tuple[str, str], Run] = {}
-    for name, network in networks.items():
+    for name, network in contest.networks.items():
         runs[EAGER, name] = eager(network, subject, items, device, thresholded)
+        runs[FOLDED, name] = eager(folded(network), subject, items, device, thresholded)
+        if args.compile and not network.switches:
+            runs[COMPILED, name] = eager(folded(network), subject, items, device, thresholded, compiled=True)
         if PROVIDERS[device] in onnxruntime.get_available_providers():
-            write = routed_model if batch == 1 and network.switches else batch_model
-            runs[EXPORTED, name] = exported(
-                write(deployable(network, normalisation), size), items, device, args.threads
-            )
-    flops = {name: executed_flops(network, subject, items) for name, network in networks.items()}
+            runs[EXPORTED, name] = exported(contest.graphs[name], items, device, threads)
+            if device == "cpu":
+                runs[INT8, name] = exported(contest.quantised[name], items, device, threads)
+    flops = {name: executed_flops(network, subject, items) for name, network in contest.networks.items()}
     timings = alternated(runs, len(items), args.seconds)
     for (runtime, name), timing in timings.items():
-        yield row(device, batch, runtime, name, DENSE, flops, timing, timings[runtime, DENSE])
+        yield row(place, runtime, name, DENSE, flops, timing, timings[runtime, DENSE])
 
 
-def routed(subject: Subject, device: str, batch: int, args: argparse.Namespace) -> Iterator[Row]:
+def routed(contest: Contest, place: dict[str, Any], args: argparse.Namespace) -> Iterator[Row]:
     """The switched network as its switches decide, against the same network with every block run.
 
     In PyTorch the gates are computed on both sides; the exported network that runs every block has none.
     """
-    items = items_of(subject.pixels, batch)
+    subject, device = contest.subject, place["device"]
+    items = items_of(subject.pixels, place["batch"])
     network, size = subject.dynamic, subject.image_size
     every = f"{DYNAMIC}, all on"
     runs: dict[tuple[str, str], Run] = {
@@ -151,22 +188,24 @@ def routed(subject: Subject, device: str, batch: int, args: argparse.Namespace) 
         (EAGER, every): eager(network, subject, items, device, all_on),
     }
     if PROVIDERS[device] in onnxruntime.get_available_providers():
-        deployed = deployable(network, subject.normalisation)
-        write = routed_model if batch == 1 else batch_model
-        runs[EXPORTED, DYNAMIC] = exported(write(deployed, size), items, device, args.threads)
-        runs[EXPORTED, every] = exported(batch_model(without_switches(deployed), size), items, device, args.threads)
+        whole = onnx_model(without_switches(deployable(network, subject.normalisation)), size)
+        runs[EXPORTED, DYNAMIC] = exported(contest.graphs[DYNAMIC], items, device, place["threads"])
+        runs[EXPORTED, every] = exported(whole, items, device, place["threads"])
     flops = {DYNAMIC: executed_flops(network, subject, items), every: float(network_cost(network, size).flops)}
     timings = alternated(runs, len(items), args.seconds)
     for runtime, name in timings:
         if name == DYNAMIC:
-            yield row(device, batch, runtime, name, every, flops, timings[runtime, name], timings[runtime, every])
+            yield row(place, runtime, name, every, flops, timings[runtime, name], timings[runtime, every])
 
 
 def row(
-    device: str, batch: int, runtime: str, name: str, baseline: str, flops: dict[str, float], own: Timing, other: Timing
+    place: dict[str, Any], runtime: str, name: str, baseline: str, flops: dict[str, float], own: Timing, other: Timing
 ) -> Row:
     flop_ratio, speedup = flops[baseline] / flops[name], other.median / own.median
-    return Row(device, batch, runtime, name, baseline, flops[name], flop_ratio, own, speedup, speedup / flop_ratio)
+    return Row(
+        **place, runtime=runtime, network=name, baseline=baseline, flops=flops[name], flop_ratio=flop_ratio, timing=own,
+        speedup=speedup, kept=speedup / flop_ratio,
+    )  # fmt: skip
 
 
 def items_of(pixels: Tensor, batch: int) -> list[Tensor]:
@@ -177,10 +216,17 @@ def items_of(pixels: Tensor, batch: int) -> list[Tensor]:
 
 
 def eager(
-    network: ResNet, subject: Subject, items: list[Tensor], device: str, decide: Callable[[Tensor], Tensor]
+    network: ResNet,
+    subject: Subject,
+    items: list[Tensor],
+    device: str,
+    decide: Callable[[Tensor], Tensor],
+    compiled: bool = False,
 ) -> Run:
     """The network as PyTorch runs it, with normalised images already on the device."""
     network = copy.deepcopy(network).to(device)
+    if compiled:
+        network.compile()
     images = [subject.normalisation.apply(item).to(device) for item in items]
 
     @torch.inference_mode()
@@ -209,7 +255,8 @@ def executed_flops(network: ResNet, subject: Subject, items: list[Tensor]) -> fl
 
 
 HEADER = (
-    "| device | batch | runtime | network | against | GFLOPs | ms (quartiles) | speed-up | FLOP ratio | kept |\n"
+    "| device, threads | batch | runtime | network | against | GFLOPs | ms (quartiles) | speed-up "
+    "| FLOP ratio | kept |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -220,12 +267,42 @@ def line(row: Row) -> str:
         f"{1e3 * t:.3g}" for t in (row.timing.median, row.timing.lower_quartile, row.timing.upper_quartile)
     )
     return (
-        f"| {row.device} | {row.batch} | {row.runtime} | {row.network} | {row.baseline} | {row.flops / 1e9:.3g} "
-        f"| {median} ({lower} to {upper}) | {row.speedup:.2f}x | {row.flop_ratio:.2f}x | {row.kept:.2f} |"
+        f"| {row.device}, {row.threads} | {row.batch} | {row.runtime} | {row.network} | {row.baseline} "
+        f"| {row.flops / 1e9:.3g} | {median} ({lower} to {upper}) | {row.speedup:.2f}x "
+        f"| {row.flop_ratio:.2f}x | {row.kept:.2f} |"
     )
 
 
-def machine(threads: int) -> dict[str, Any]:
+def table(rows: list[Row], accuracies: dict[str, float]) -> str:
+    """Accuracy, FLOPs, latency and throughput of every network, each with its ratio to the dense one's, in Markdown."""
+    lines = []
+    against_dense = [row for row in rows if row.baseline == DENSE]
+    for device, threads, skipped in dict.fromkeys((r.device, r.threads, r.skipped) for r in against_dense):
+        lines += [
+            f"{device}, {threads} threads" + ("" if skipped is None else f", {skipped:.0%} of the switches closed"),
+            "",
+            "| runtime | network | accuracy | GFLOPs | " + " | ".join(COLUMNS.values()) + " |",
+            "|---|---|---|---|" + "---|" * len(COLUMNS),
+        ]
+        own = [r for r in against_dense if (r.device, r.threads, r.skipped) == (device, threads, skipped)]
+        for runtime, network in sorted({(r.runtime, r.network) for r in own}):
+            by_batch = {r.batch: r for r in own if (r.runtime, r.network) == (runtime, network)}
+            cells = []
+            for batch in COLUMNS:
+                seconds, speedup = by_batch[batch].timing.median, by_batch[batch].speedup
+                shown = f"{1e3 * seconds:.2f} ms" if batch == 1 else f"{batch / seconds:,.0f}/s"
+                cells.append(f"{shown} ({speedup:.2f}x)")
+            measured = accuracies.get(f"{INT8 if runtime == INT8 else EXPORTED}: {network}")
+            first = by_batch[1]
+            lines.append(
+                f"| {runtime} | {network} | {'–' if measured is None else f'{measured:.2%}'} "
+                f"| {first.flops / 1e9:.3g} ({first.flop_ratio:.2f}x fewer) | {' | '.join(cells)} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
     """What the times depend on."""
     names = []
     if Path("/proc/cpuinfo").exists():
@@ -235,7 +312,6 @@ def machine(threads: int) -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
-        "threads": threads,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},

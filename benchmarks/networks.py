@@ -9,12 +9,16 @@ import torch_pruning
 from torch import Tensor, nn
 
 from deploy.folding import without_switches
+from deploy.int8 import CALIBRATION_IMAGES
 from models import ResNet, build_network
 from utils.checkpoint import check_data, load_checkpoint
 from utils.data.augment import Normalisation
 from utils.data.folder import load_data
+from utils.data.images import Images
 from utils.errors import UserError
 from utils.flops import network_cost
+
+SPREAD = 8.0  # of the logits of random switches
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Subject:
     dynamic: ResNet
     normalisation: Normalisation
     pixels: Tensor  # uint8 [N, 3, H, W]
+    calibration: Tensor  # the same, training images that int8 is calibrated on
+    test: Images | None = None  # images that accuracy is measured on, None for random weights
 
     @property
     def image_size(self) -> int:
@@ -45,7 +51,9 @@ def from_checkpoints(dense: Path, static: Path, dynamic: Path, data_dir: str, im
     networks = [checkpoint.network() for checkpoint in checkpoints]
     if networks[2].switches == 0:
         raise UserError(f"checkpoint {dynamic} has no switches: give one of stage 3 as --dynamic")
-    return Subject(*networks, checkpoints[2].normaliser(), data.test.pixels)
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
+    calibration = data.train[chosen].pixels
+    return Subject(*networks, checkpoints[2].normaliser(), data.test.pixels, calibration, data.test)
 
 
 def with_random_weights(
@@ -68,7 +76,8 @@ def with_random_weights(
     static = build_network("resnet", depth=depth, num_classes=num_classes, width=width, ranks=ranks).eval()
     normalisation = Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     pixels = torch.randint(0, 256, (256, 3, image_size, image_size), dtype=torch.uint8)
-    return Subject(dense, static, _closing(static, normalisation.apply(pixels[:32]), skipped), normalisation, pixels)
+    dynamic = _closing(static, normalisation.apply(pixels[:64]), skipped)
+    return Subject(dense, static, dynamic, normalisation, pixels, pixels)
 
 
 def _rank(channels: int, kept: float) -> int:
@@ -78,13 +87,28 @@ def _rank(channels: int, kept: float) -> int:
 
 @torch.no_grad()
 def _closing(network: ResNet, images: Tensor, skipped: float) -> ResNet:
-    """A copy whose switches close on about ``skipped`` of all occasions; which ones is left to their random weights."""
+    """A copy whose switches close on about ``skipped`` of all occasions, each for some images and open for others.
+
+    Features of random weights are alike for all images: the gate's batch norms are set to what they see and its logits
+    spread, so that images take ways of their own as in a trained network.
+    """
     changed = copy.deepcopy(network)
-    probabilities = changed(images, decide=torch.ones_like).probabilities
-    limit = torch.logit(probabilities.double()).quantile(skipped).item()
-    for layer in changed.gate.modules():
-        if isinstance(layer, nn.Linear) and layer.out_features == 1:
-            layer.bias -= limit
+    norms = [m for m in changed.gate.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    changed(images, decide=torch.ones_like)
+    changed.eval()
+    layers = changed.gate.last_layers
+    for layer in layers:
+        layer.weight *= SPREAD
+    low, high = -10.0 * SPREAD, 10.0 * SPREAD
+    for _ in range(16):
+        for layer in layers:
+            nn.init.constant_(layer.bias, (low + high) / 2)
+        closed = 1 - changed(images).decisions.mean().item()
+        low, high = ((low + high) / 2, high) if closed > skipped else (low, (low + high) / 2)
     return changed
 
 

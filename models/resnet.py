@@ -100,8 +100,12 @@ class BasicBlock(nn.Module):
         if len(selected) == 0:
             # The input of an identity shortcut comes out of a relu, which a second one would not change.
             return x if self.shortcut is None else F.relu(carried)
-        residual = self.residual(x.index_select(0, selected))
-        return F.relu(carried.index_add(0, selected, residual.to(carried.dtype)))
+        residual = self.residual(x.index_select(0, selected)).to(carried.dtype)
+        if carried.is_contiguous():
+            return carried.index_add(0, selected, residual).relu_()
+        # In channels-last layout the same on the view whose rows lie in a row, which is several times faster.
+        added = carried.permute(0, 2, 3, 1).index_add(0, selected, residual.permute(0, 2, 3, 1)).relu_()
+        return added.permute(0, 3, 1, 2)
 
 
 class ShortcutBlock(nn.Module):

@@ -208,3 +208,16 @@ def test_export_says_what_was_left_out_and_predict_skips_it(tmp_path, monkeypatc
         run_main(monkeypatch, predict, *source, tmp_path / "image.png")
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] and "(2" in answers[0]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_skipped_training_are_those_of_masked_training_in_both_layouts(layout):
+    gradients = []
+    for skip in (True, False):
+        network = lively_network("rl_pruned", "ff2").double().to(memory_format=layout)
+        x = NORMALISATION.apply(varied_images(16)).double().to(memory_format=layout).requires_grad_()
+        drawn = torch.rand(16, 2, generator=torch.Generator().manual_seed(0))
+        network(x, decide=tossed(drawn), skip=skip).logits.square().sum().backward()
+        gradients.append([x.grad, network.blocks[1].conv1.core.weight.grad, network.stem[0].core.weight.grad])
+    for skipped, masked in zip(*gradients, strict=True):
+        torch.testing.assert_close(skipped, masked, rtol=1e-10, atol=1e-10)
