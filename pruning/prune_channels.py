@@ -31,7 +31,7 @@ def prune_channels(
     network: ResNet, batches: Batches, draws: torch.Generator, cost: NetworkCost, goal: Goal, method: Method
 ) -> Pruned:
     """Measure, choose and rebuild, see ``pruning.iteration.prune_once``."""
-    _refuse_low_rank(network, method)
+    _refuse_rebuilt(network, method)
     blocks = {f"blocks.{i}": block for i, block in enumerate(network.blocks)}
     seconds = {f"{name}.conv2": block.conv2 for name, block in blocks.items()}
     factors: dict[str, Factors] = {}
@@ -86,7 +86,7 @@ def channel_groups(
     Raises:
         UserError: for a network with low-rank layers.
     """
-    _refuse_low_rank(network, method)
+    _refuse_rebuilt(network, method)
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for i, block in enumerate(network.blocks):
         name, now = f"blocks.{i}", block.conv1.out_channels
@@ -100,7 +100,13 @@ def channel_groups(
     return groups, (flops, parameters)
 
 
-def _refuse_low_rank(network: ResNet, method: Method) -> None:
+def _refuse_rebuilt(network: ResNet, method: Method) -> None:
+    """Channels go from blocks of two plain convolutions only."""
+    if 0 in network.settled.values():
+        raise UserError(
+            f"criterion {method.criterion} removes channels from whole blocks, but blocks have left the network: prune "
+            f"a network of stage 1, or use criterion eigendamage"
+        )
     if any(isinstance(module, LowRankConv2d) for module in network.modules()):
         raise UserError(
             f"criterion {method.criterion} removes whole channels, but the network has low-rank layers: prune a "

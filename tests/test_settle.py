@@ -18,9 +18,13 @@ from gating.settle import description, settle, settled_decisions, with_settled
 from gating.steering import Budget, FixedAlpha
 from gating.temperature import rescale_gate_logits
 from models import all_on, build_network, sampled, thresholded
+from pruning.iteration import check_goal
+from pruning.selection import Goal
+from pruning.settings import Method
 from utils.checkpoint import load_checkpoint
 from utils.data.batches import TrainingBatches
 from utils.data.images import ImageSet
+from utils.errors import UserError
 from utils.evaluate import evaluate
 from utils.flops import network_cost
 from utils.optimisers import reinforcement_optimisers
@@ -221,3 +225,10 @@ def test_gradients_of_skipped_training_are_those_of_masked_training_in_both_layo
         gradients.append([x.grad, network.blocks[1].conv1.core.weight.grad, network.stem[0].core.weight.grad])
     for skipped, masked in zip(*gradients, strict=True):
         torch.testing.assert_close(skipped, masked, rtol=1e-10, atol=1e-10)
+
+
+def test_channel_criteria_refuse_a_network_that_blocks_have_left():
+    network = with_settled(lively_network("sp", "rnn"), {0: 0})
+    method = Method(criterion="kron_obd")
+    with pytest.raises(UserError, match="criterion kron_obd removes channels from whole blocks, but blocks have left"):
+        check_goal(network, 16, Goal(prune_ratio=0.1), method)
