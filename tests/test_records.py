@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, ROOT
+from commands import ROOT
+from forks import ENVIRONMENT
 from networks import lively_network, varied_images
 from test_export import checkpoint_file
 
