@@ -52,7 +52,8 @@ def with_settled(network: ResNet, decisions: dict[int, int]) -> ResNet:
     """
     fixed = {f"blocks.{switch + 1}": on for switch, on in decisions.items()}
     settled = dict(sorted({**network.architecture["settled"], **fixed}.items()))
-    smaller = build_network(**{**network.architecture, "settled": settled}).to(next(network.parameters()))
+    parameter = next(network.parameters())
+    smaller = build_network(**{**network.architecture, "settled": settled}).to(parameter.device, parameter.dtype)
     weights = network.state_dict()
     smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
     return smaller.train(network.training)
