@@ -27,7 +27,7 @@ from utils.data.batches import Splits, TrainingBatches, check_batches, split_dat
 from utils.data.folder import load_data
 from utils.device import Randomness, described, pick_device, pick_precision, placed
 from utils.errors import UserError, run_command
-from utils.evaluate import check_finite, evaluate
+from utils.evaluate import Evaluation, check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
 from utils.keeper import Keeper, Progress
 from utils.norms import BATCH_NORM_MODES, reestimate_batch_norms
@@ -127,18 +127,16 @@ def main() -> None:
             at_half = evaluate(network, splits.val, normalisation, cost, precision=precision)
             check_finite(network, at_half, title)
             every_block = evaluate(network, splits.val, normalisation, cost, all_on, precision=precision)
-            progress.step, val = epoch, at_half
+            progress.step = epoch
             steering.observe(alpha, at_half.computation)
-            with gate_biases_restored(network):
-                if not settings.fixed_alpha:
-                    val = find_operating_point(network, splits.val, normalisation, budget, cost, at_half, precision)
-                if keeper.offer(budget.score(val.accuracy, val.computation), val):
-                    steering.remember(val.computation)
-            scalars = epoch_scalars(train, val, every_block, cost.parameters, start.compression(cost), rates[0](0.0))
+            at_operating_point = offered(keeper, steering, splits, cost, at_half, settings, precision)
+            scalars = epoch_scalars(
+                train, at_operating_point, every_block, cost.parameters, start.compression(cost), rates[0](0.0)
+            )
             run.record(epoch, scalars | policy_scalars(train, at_half, steering))
-            run.say(policy_line(title, train, val, every_block, at_half, splits.val_name))
-            stands_at = val.metrics
-            if not settings.fixed_alpha and progress.best[0] and budget.lost(val.accuracy):
+            run.say(policy_line(title, train, at_operating_point, every_block, at_half, splits.val_name))
+            stands_at = at_operating_point.metrics
+            if not settings.fixed_alpha and progress.best[0] and budget.lost(at_operating_point.accuracy):
                 stands_at = go_back(run, keeper, steering, setup, budget)
             steering.plan(epoch + 1, **stands_at)
             keeper.save_last()
@@ -189,6 +187,23 @@ def begin(
     steering.begin(**start.metrics)
     keeper.offer(budget.score(start.accuracy, start.computation), start)
     keeper.save_last()
+
+
+def offered(
+    keeper: Keeper, steering: Steering, splits: Splits, cost: NetworkCost, at_half: Evaluation, settings: Settings,
+    precision: torch.dtype,
+) -> Evaluation:  # fmt: skip
+    """The network at its operating point, which may be kept as the best; its switches then stand as before."""
+    network, budget = keeper.network, steering.budget
+    with gate_biases_restored(network):
+        if settings.fixed_alpha:
+            found = at_half
+        else:
+            normalisation = keeper.described.normaliser()
+            found = find_operating_point(network, splits.val, normalisation, budget, cost, at_half, precision)
+        if keeper.offer(budget.score(found.accuracy, found.computation), found):
+            steering.remember(found.computation)
+    return found
 
 
 def reestimate(network: ResNet, batches: TrainingBatches) -> None:

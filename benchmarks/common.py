@@ -68,7 +68,7 @@ def load_trained(args: argparse.Namespace) -> Trained:
 
 
 def machine() -> dict[str, str | int]:
-    """Where figures were measured."""
+    """The machine that something was measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "cpu": _cpu_name(),

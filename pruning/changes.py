@@ -1,4 +1,4 @@
-"""What an iteration did, layer by layer: figures, a table and a picture."""
+"""What an iteration did, layer by layer: numbers, a table and a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

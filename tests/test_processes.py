@@ -1,6 +1,6 @@
 """Two processes on the CPU give the result of one, and end together with one clear sentence.
 
-Sums are the same up to the order of their terms, so figures agree to float32's rounding, grown over some steps.
+Sums are the same up to the order of their terms, so numbers agree to float32's rounding, grown over some steps.
 """
 
 import os
@@ -88,8 +88,8 @@ def test_training_measuring_and_evaluating(two):
         for key, weight in found[name]["weights"].items():
             assert torch.equal(weight, other[name]["weights"][key]), (name, key)
     # Nothing grows over steps here: rounding alone, but where it has gone through least squares of a few images.
-    for figures in (found["measured"], alone["measured"]):
-        del figures["refitted"]
+    for numbers in (found["measured"], alone["measured"]):
+        del numbers["refitted"]
     assert_close(found["measured"], alone["measured"], "measured", rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The training benchmark at a tiny size: every competitor is there, and figures that follow from others do."""
+"""The training benchmark at a tiny size: every competitor is there, and numbers that follow from others do."""
 
 import json
 from pathlib import Path

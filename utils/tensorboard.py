@@ -36,7 +36,7 @@ class TensorBoard:
     def describe(self, settings: Mapping[str, Any], charts: Charts) -> None:
         """Once a run: what it was asked for, as text and as hyperparameters, and which curves share a chart.
 
-        ``SummaryWriter.add_hparams`` is of no use here: it makes a second run for its figures, and the list of
+        ``SummaryWriter.add_hparams`` is of no use here: it makes a second run for its numbers, and the list of
         hyperparameters that it writes lets TensorBoard show those of one stage only.  Without a list TensorBoard
         collects those of all runs, and offers the last value of every curve beside them.
         """
@@ -54,7 +54,7 @@ class TensorBoard:
         self._writer.flush()
 
     def results(self, table: str, values: Mapping[str, float]) -> None:
-        """At the end of a run: the results table as text, and figures that stand beside the hyperparameters."""
+        """At the end of a run: the results table as text, and numbers that stand beside the hyperparameters."""
         self._writer.add_text("results", table, self._end)
         for name, value in values.items():
             self._writer.add_scalar(f"{RESULTS_GROUP}/{name}", value, self._end)
