@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pytest
 import torch
 from commands import ROOT, SCRIPTS, arguments, metrics, run, run_folder
 from conftest import write_shapes
-from forks import Forked
+from forks import ENVIRONMENT, Forked
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -105,6 +106,17 @@ def test_ctrl_c_from_outside(shapes: Path, tmp_path: Path):
     last = torch.load(folder / LAST, weights_only=True)
     steps = [line["step"] for line in metrics(folder)]
     assert steps == list(range(1, len(steps) + 1)) and last["progress"]["step"] in (steps[-1], steps[-1] - 1)
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(shapes: Path, tmp_path: Path):
+    """As in ``python main_sp.py ... | head``: the log has every line."""
+    command = [sys.executable, str(ROOT / SCRIPTS["sp"]), *arguments("sp", shapes, tmp_path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=240)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "watch    tensorboard" in (run_folder(tmp_path, "sp") / "log.txt").read_text()
 
 
 def in_process(stage: str, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

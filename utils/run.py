@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -204,5 +205,8 @@ class _AboveTheBar(logging.Handler):
     """Prints to standard output without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it has gone: the log goes on in the file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
