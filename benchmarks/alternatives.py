@@ -2,15 +2,18 @@
 
 From the statically pruned network that stage 3 started from, and at the mean FLOPs that stage 3's network executes:
 
-* ``pruned further``: static pruning goes on to these FLOPs;
+* ``pruned further``: static pruning goes on to these FLOPs (or up to 2 % less);
 * ``blocks removed``: whole blocks leave for all images alike, the least harmful one first, judged on the validation
-  images, until the FLOPs are reached;
+  images, until the FLOPs are reached.  Blocks are large, so the FLOPs lie between those of two sets: both are
+  fine-tuned, and what counts is the network of both between which a coin chooses for each image, with these very FLOPs;
 * ``switches``: stage 3's network as it is;
-* ``random switches``: stage 3's network, each switch deciding at random as often as it does by itself.
+* ``random switches``: stage 3's network, each switch deciding at random as often as it does by itself;
+* ``Torch-Pruning``: at the *static* network's FLOPs, from the dense one (``--dense``), fine-tuned for as many epochs as
+  stage 2 took, in one schedule, following the dense network, as stage 2 does.  OUT_torch_pruning.onnx is its export.
 
 The first two are fine-tuned for as many epochs as stage 3 took, following the network they come from, as stage 3 does;
-the epoch with the best validation accuracy counts.  Accuracies are those of the test images.  Finished measurements are
-kept in OUT.jsonl, so a run that is started again with the same arguments goes on.
+the epoch with the best validation accuracy counts everywhere.  Accuracies are those of the test images.  Finished
+measurements are kept in OUT.jsonl, so a run that is started again with the same arguments goes on.
 
     python -m benchmarks.alternatives --static PRUNED/best.pt --dynamic RL_PRUNED/best.pt --data_dir DATA --out OUT
 """
@@ -18,14 +21,19 @@ kept in OUT.jsonl, so a run that is started again with the same arguments goes o
 import argparse
 import itertools
 import json
-import math
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import Trained, append_line, beside, machine, read_lines
+from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
+from benchmarks.information import information
+from deploy.folding import deployable, without_switches
+from deploy.graphs import onnx_model
 from gating.distillation import distillation_loss_fn
+from gating.forward import training_forward
 from gating.supervised import supervised_epoch
 from models import ResNet, RoutedOutput, all_on
 from models.decisions import DecisionRule
@@ -35,8 +43,8 @@ from pruning.settings import Method
 from utils.checkpoint import check_data, load_checkpoint
 from utils.data.batches import Splits, TrainingBatches, plain_batches, split_data
 from utils.data.folder import load_data
-from utils.device import pick_device, placed
-from utils.errors import run_command
+from utils.device import PRECISIONS, pick_device, pick_precision, placed
+from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.flops import NetworkCost, network_cost
 from utils.norms import reestimate_batch_norms
@@ -45,6 +53,7 @@ from utils.settings import image_type
 
 FISHER_IMAGES = 10000
 RANDOM_DRAWS = 5  # passes over the test images with random decisions
+METHODS = ("start", "switches", "random switches", "pruned further", "blocks removed", "Torch-Pruning")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,12 +61,16 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--static", type=Path, required=True, help="best.pt of stage 2, which stage 3 started from")
     add("--dynamic", type=Path, required=True, help="best.pt of stage 3")
+    add("--dense", type=Path, help="best.pt of stage 1, for Torch-Pruning")
     add("--data_dir", required=True, help="data folder they were trained on")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--num_workers", type=int, default=4, help="threads that decode images")
     add("--epochs", type=int, default=10, help="of fine-tuning, as many as stage 3 took")
     add("--lr", type=float, default=0.02, help="of fine-tuning, at its start")
     add("--batch_size", type=int, default=128)
+    add("--precision", choices=PRECISIONS, default="auto", help="of fine-tuning")
+    add("--competitor", default="Taylor, global", help=f"importance ({', '.join(IMPORTANCES)}); global: all compete")
+    add("--methods", nargs="+", default=METHODS[:-1], choices=METHODS)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("alternatives"), help="path of the results, without .jsonl")
     return parser.parse_args()
@@ -71,6 +84,9 @@ def main() -> None:
     check_data(static, data, size)
     splits = split_data(data, static.data["val_fraction"], static.data["split_seed"]).to(device)
     start, switched = Trained(static, splits, device), Trained(dynamic, splits, device)
+    if "Torch-Pruning" in args.methods and not args.dense:
+        raise UserError("Torch-Pruning starts from the dense network: name it with --dense")
+    dense = Trained(load_checkpoint(args.dense), splits, device) if args.dense else None
     target = switched.evaluated(switched.network(), splits.val).flops_executed
     lines = beside(args.out, ".jsonl")
     lines.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +97,14 @@ def main() -> None:
         "random switches": lambda: random_switches(switched, args.seed),
         "pruned further": lambda: pruned_further(start, target, args),
         "blocks removed": lambda: blocks_removed(start, target, args),
+        "Torch-Pruning": lambda: by_torch_pruning(dense, start, args),
     }
-    for method, measure in methods.items():
+    for method in args.methods:
         if method not in done:
             torch.manual_seed(args.seed)
-            measured = {"method": method, "seed": args.seed, **measure(), "machine": machine()}
+            started = time.perf_counter()
+            measured = {"method": method, "seed": args.seed, "target": target / 1e9, **methods[method]()}
+            measured |= {"seconds": round(time.perf_counter() - started), "machine": machine()}
             append_line(lines, measured)
             print(json.dumps(measured), flush=True)
 
@@ -98,15 +117,14 @@ def result(trained: Trained, network: ResNet, decide: DecisionRule) -> dict[str,
 
 
 def switches(trained: Trained) -> dict[str, float]:
-    """The switches' own decisions, and how many bits of them differ between images."""
+    """The switches' own decisions, and how many bits of them the image decides."""
     network = trained.network()
     measured = trained.evaluated(network, trained.splits.test)
-    bits = sum(-sum(p * math.log2(p) for p in (share, 1 - share) if p > 0) for share in measured.passing)
     return {
         "accuracy": measured.accuracy,
         "gflops": measured.flops_executed / 1e9,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "bits": bits,
+        **information(measured.decisions, trained.splits.test.labels.cpu()),
         "passing": measured.passing,
     }
 
@@ -153,21 +171,48 @@ def pruned_further(trained: Trained, target: float, args: argparse.Namespace) ->
         network, batches, draws, cost=cost, goal=Goal(flops=target), method=Method(prune_ratio_limit=0.97)
     )
     smaller = placed(pruned.network, trained.device)
-    reestimate_batch_norms(smaller, batches(), all_on)
-    fine_tune(trained, smaller, args, all_on)
+    fine_tune(trained, smaller, args, all_on, args.epochs)
     return result(trained, smaller, all_on)
 
 
-def blocks_removed(trained: Trained, target: float, args: argparse.Namespace) -> dict[str, float]:
-    """Whole blocks that leave for all images, greedily by the accuracy on the validation images."""
-    network, splits = trained.network(), trained.splits
-    cost = network_cost(network, trained.image_size)
-    kept = torch.ones(network.switches)
-    while executed(cost, kept) > target and kept.sum() > 0:
-        kept = least_harmful(trained, network, splits, cost, kept)
-    some = splits.train[torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:FISHER_IMAGES]]
+def by_torch_pruning(dense: Trained, static: Trained, args: argparse.Namespace) -> dict[str, float]:
+    """The dense network brought to the static one's FLOPs by whole channels, and fine-tuned as long as stage 2 did."""
+    target = network_cost(static.network(), static.image_size).flops
+    order = torch.Generator().manual_seed(args.seed)
+    some = dense.splits.train[torch.randperm(len(dense.splits.train), generator=order)[:FISHER_IMAGES]]
+    batches = list(plain_batches(some, args.batch_size, dense.normalisation))
+    kind, _, everywhere = args.competitor.partition(", ")
+    smaller = torch_pruned(dense.network(), Competitor(kind, bool(everywhere)), target, dense.image_size, batches)
+    smaller = placed(smaller, dense.device)
+    reestimate_batch_norms(smaller, batches, all_on)
+    progress = static.checkpoint.progress  # a step is a pruning or an epoch, up to the best epoch of its iteration
+    epochs = progress["step"] - progress["iteration"] - progress["epoch"] + progress["epochs"]
+    fine_tune(dense, smaller, args, all_on, epochs)
+    exported = onnx_model(deployable(smaller.cpu(), dense.normalisation), dense.image_size)
+    beside(args.out, "_torch_pruning.onnx").write_bytes(exported.SerializeToString())
+    return {**result(dense, placed(smaller, dense.device), all_on), "importance": args.competitor, "epochs": epochs}
+
+
+def blocks_removed(trained: Trained, target: float, args: argparse.Namespace) -> dict:
+    """Whole blocks that leave for all images, greedily by the loss on the validation images."""
+    cost = network_cost(trained.network(), trained.image_size)
+    sets = [torch.ones(trained.network().switches)]
+    while executed(cost, sets[-1]) > target and sets[-1].sum() > 0:
+        sets.append(least_harmful(trained, trained.network(), trained.splits, cost, sets[-1]))
+    points = [with_blocks(trained, kept, args) for kept in sets[-2:]]
+    more, fewer = points[0], points[-1]
+    gap = more["gflops"] - fewer["gflops"]
+    share = min(1.0, max(0.0, (target / 1e9 - fewer["gflops"]) / gap)) if gap else 0.0  # of images that take more
+    mixed = {key: share * more[key] + (1 - share) * fewer[key] for key in ("accuracy", "gflops")}
+    return {**mixed, "parameters": more["parameters"], "points": points}
+
+
+def with_blocks(trained: Trained, kept: Tensor, args: argparse.Namespace) -> dict:
+    """The network that runs the blocks ``kept`` [K] on all images, fine-tuned."""
+    network, train, order = trained.network(), trained.splits.train, torch.Generator().manual_seed(args.seed)
+    some = train[torch.randperm(len(train), generator=order)[:FISHER_IMAGES]]
     reestimate_batch_norms(network, plain_batches(some, args.batch_size, trained.normalisation), Same(kept))
-    fine_tune(trained, network, args, Same(kept))
+    fine_tune(trained, network, args, Same(kept), args.epochs)
     return {**result(trained, network, Same(kept)), "kept": kept.tolist()}
 
 
@@ -203,31 +248,33 @@ def least_harmful(trained: Trained, network: ResNet, splits: Splits, cost: Netwo
     return best[1]
 
 
-def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule: DecisionRule) -> None:
-    """Train ``network`` in place under a fixed rule; it ends with the weights of its best epoch."""
+def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule: DecisionRule, epochs: int) -> None:
+    """Train ``network`` in place under a fixed rule, following ``trained``'s; it ends as its best epoch left it."""
+    precision = pick_precision(args.precision, trained.device)
+    plain = training_forward(network, precision)
 
     def forward(images: Tensor, _, drawn: tuple[Tensor, ...], skip: bool) -> RoutedOutput:
-        return network(images, decide=rule, skip=images.device.type == "cpu")
+        return plain(images, lambda: rule, (), images.device.type == "cpu")
 
     splits, order = trained.splits, torch.Generator().manual_seed(args.seed)
     draws = torch.Generator(trained.device).manual_seed(args.seed)
     optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
-    loss_fn = distillation_loss_fn(trained.network().eval(), 0.5)
+    loss_fn = distillation_loss_fn(without_switches(trained.network().eval()), 0.5, precision)
     cost = network_cost(network, trained.image_size)
     flip = trained.checkpoint.data["flip"]
     batches = TrainingBatches(splits.train, args.batch_size, order, trained.normalisation, flip)
     best = -1.0, network.state_dict()
-    for epoch in range(1, args.epochs + 1):
-        rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
+    for epoch in range(1, epochs + 1):
+        rate = rates_of_epoch(epoch, epochs, args.lr, schedule="cosine")
         supervised_epoch(
-            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}",
+            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{epochs}",
             loss_fn=loss_fn, forward=forward,
         )  # fmt: skip
-        accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule).accuracy
+        accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule, precision=precision).accuracy
         if accuracy > best[0]:
             best = accuracy, {name: weight.clone() for name, weight in network.state_dict().items()}
     network.load_state_dict(best[1])
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumable=False)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, run_folder
+from commands import FINE_TUNING, ROOT, run_folder
 
 from benchmarks import alternatives, study
 from benchmarks.alternatives import Same
+from benchmarks.information import information
 from models import all_on
 from utils.checkpoint import load_checkpoint
 from utils.flops import network_cost
@@ -26,6 +27,7 @@ def studied(chain: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory)
         shutil.copytree(chain, results / f"seed_{seed}")
     given = ["alternatives", "--static", str(run_folder(chain, "pruned") / BEST)]
     given += ["--dynamic", str(run_folder(chain, "rl_pruned") / BEST), "--data_dir", str(shapes)]
+    given += ["--dense", str(run_folder(chain, "sp") / BEST), "--methods", *alternatives.METHODS]
     given += ["--epochs", "1", "--batch_size", "32", "--out", str(results / "alternatives_0")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", given)
@@ -39,18 +41,35 @@ def studied(chain: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_alternatives_execute_what_the_switches_execute_or_less(studied: Path, chain: Path):
     lines = [json.loads(line) for line in (studied / "alternatives_0.jsonl").read_text().splitlines()]
     by_method = {line["method"]: line for line in lines}
-    assert list(by_method) == ["start", "switches", "random switches", "pruned further", "blocks removed"]
+    assert list(by_method) == [*alternatives.METHODS]
     static, dynamic = (load_checkpoint(run_folder(chain, stage) / BEST) for stage in ("pruned", "rl_pruned"))
     cost = network_cost(static.network(), 8)
     assert by_method["start"]["gflops"] == pytest.approx(cost.flops / 1e9, rel=1e-12)
     target = dynamic.metrics["computation"] * network_cost(dynamic.network(), 8).flops / 1e9
     for method in ("pruned further", "blocks removed"):
         assert by_method[method]["gflops"] <= target * (1 + 1e-9)
-    kept = torch.tensor(by_method["blocks removed"]["kept"])
-    assert by_method["blocks removed"]["gflops"] == pytest.approx(cost.executed(kept[None]).item() / 1e9, rel=1e-12)
+    points = by_method["blocks removed"]["points"]
+    for point in points:
+        executed = cost.executed(torch.tensor(point["kept"])[None]).item() / 1e9
+        assert point["gflops"] == pytest.approx(executed, rel=1e-12)
+    assert points[0]["gflops"] >= target * (1 - 1e-9), "the target lies between two sets of blocks"
+    assert by_method["blocks removed"]["gflops"] == pytest.approx(max(target, points[-1]["gflops"]), rel=1e-9)
+    low, high = sorted(point["accuracy"] for point in points)
+    assert low <= by_method["blocks removed"]["accuracy"] <= high
+    assert by_method["Torch-Pruning"]["gflops"] <= 1.02 * cost.flops / 1e9
+    assert by_method["Torch-Pruning"]["epochs"] == static.progress["iteration"] * FINE_TUNING["epochs"]
+    assert (studied / "alternatives_0_torch_pruning.onnx").stat().st_size > 0
     record = json.loads((chain / "results.json").read_text())[2]
     assert by_method["switches"]["accuracy"] == pytest.approx(record["accuracy"], abs=1e-12)
     assert by_method["switches"]["gflops"] == pytest.approx(record["gflops"], rel=1e-9)
+
+
+def test_bits_of_decisions_by_hand():
+    # Two switches that say the same of four images, as the class does; a third that is always on.
+    decisions = torch.tensor([[0.0, 0, 1], [0, 0, 1], [1, 1, 1], [1, 1, 1]])
+    found = information(decisions, torch.tensor([0, 0, 1, 1]))
+    assert found == pytest.approx({"bits": 1.0, "bits_apart": 2.0, "bits_class": 1.0, "patterns": 2})
+    assert information(decisions, torch.tensor([0, 1, 0, 1]))["bits_class"] == pytest.approx(0.0)
 
 
 def test_the_rule_that_is_the_same_for_all_images_removes_blocks(chain: Path):
