@@ -60,7 +60,7 @@ VARIANTS = {
         for importance in IMPORTANCES
         for everywhere in (False, True)
     },
-    **{f"{criterion} per FLOP": replace(PER_FLOP, criterion=criterion) for criterion in ("kron_obs", "magnitude")},
+    **{f"{name} per FLOP": replace(PER_FLOP, criterion=name) for name in ("kron_obs", "c_obs", "magnitude")},
 }
 # What a measurement depends on besides share, seed and variant.
 SETTINGS = (
