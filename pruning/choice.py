@@ -6,7 +6,7 @@ import numpy as np
 
 from pruning.combinations import Ways, least_regretted
 from pruning.forms import Form
-from pruning.selection import OBJECTIVES, SLACK, Goal, nothing_faster, out_of_reach
+from pruning.selection import SLACK, Goal, nothing_faster, out_of_reach
 
 BISECTIONS = 60
 
@@ -20,15 +20,15 @@ def choose_forms(
 ) -> dict[str, int]:
     """The index of the form of each layer.
 
-    A price is put on what the objective counts: FLOPs, parameters, seconds or, for "saliency", directions.  Each layer
-    takes the form for which the rise of the loss and the price of what is left are least together, and the price is the
-    lowest at which the goal is met (Lagrange; Everett 1963).  Where that leaves more than ``SLACK`` of a budget unused,
-    the forms of least summed rise within the slack are looked for.
+    A price is put on what the objective counts: FLOPs, parameters, seconds or, for "saliency", what the budget is given
+    in.  Each layer takes the form for which the rise of the loss and the price of what is left are least together, and
+    the price is the lowest at which the budget is met (Lagrange; Everett 1963).  Where that leaves more than ``SLACK``
+    of it unused, the forms of least summed rise within the slack are looked for.
 
     Args:
         forms: by layer, the present one first.
         rises: predicted of the loss, one for each form.
-        goal: a budget, or the share of all directions that go.
+        goal: a budget.
         fixed: FLOPs and parameters of everything outside of the layers.
 
     Raises:
@@ -36,14 +36,12 @@ def choose_forms(
     """
     costs = {name: np.array([_counts(form) for form in own], dtype=float) for name, own in forms.items()}
     regrets = {name: np.asarray(own, dtype=float) for name, own in rises.items()}
-    directions = sum(own[0].directions for own in forms.values())
-    limits = np.array([goal.flops, goal.parameters, None if goal.is_budget else directions * (1 - goal.prune_ratio)])
-    kinds = [k for k, limit in enumerate(limits) if limit is not None]
-    outside = np.array([*fixed, 0], dtype=float)[kinds]
-    high = limits[kinds].astype(float) - outside
+    kinds = [k for k, limit in enumerate((goal.flops, goal.parameters)) if limit is not None]
+    outside = np.array(fixed, dtype=float)[kinds]
+    high = np.array([limit for limit in (goal.flops, goal.parameters) if limit is not None], dtype=float) - outside
+    unit = {"flops": 0, "parameters": 1, "latency": 2}.get(objective, kinds[0])
 
     def at(price: float) -> dict[str, int]:
-        unit = {"saliency": 2, "latency": 3}.get(objective, OBJECTIVES.index(objective) - 1)
         return {name: int((regrets[name] + price * costs[name][:, unit]).argmin()) for name in forms}
 
     def used(chosen: Mapping[str, int]) -> np.ndarray:
@@ -63,14 +61,29 @@ def choose_forms(
             chosen, high_price = tried, price
         else:
             low_price = price
-    if not goal.is_budget:
-        return chosen or at(high_price)
     least_used = (1 - SLACK) * (high + outside) - outside
     if chosen is None or (used(chosen) < least_used).all():
         chosen = searched(least_used) or chosen or searched(np.full(len(kinds), -np.inf))
     if chosen is None:
         raise nothing_faster() if objective == "latency" else out_of_reach(goal, smallest(forms, fixed))
     return chosen
+
+
+def budget_of(
+    goal: Goal, now: tuple[int, int], forms: Mapping[str, Sequence[Form]], fixed: tuple[int, int], objective: str
+) -> Goal:
+    """The goal itself or, for a share, so much off the FLOPs, or off the parameters where they are the objective.
+
+    No more goes than the forms allow.
+
+    Args:
+        now: FLOPs and parameters of the network as it is.
+    """
+    if goal.is_budget:
+        return goal
+    kind = int(objective == "parameters")
+    limit = max((1 - goal.prune_ratio) * now[kind], smallest(forms, fixed)[kind])
+    return Goal(parameters=limit) if kind else Goal(flops=limit)
 
 
 def smallest(forms: Mapping[str, Sequence[Form]], fixed: tuple[int, int]) -> tuple[int, int]:
@@ -80,4 +93,4 @@ def smallest(forms: Mapping[str, Sequence[Form]], fixed: tuple[int, int]) -> tup
 
 
 def _counts(form: Form) -> tuple[float, ...]:
-    return form.flops, form.parameters, form.directions, form.seconds
+    return form.flops, form.parameters, form.seconds

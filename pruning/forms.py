@@ -29,10 +29,6 @@ class Form:
     parameters: int
     seconds: float = 0.0  # for one image, where times are measured
 
-    @property
-    def directions(self) -> int:
-        return sum(self.ranks)
-
 
 def possible_forms(
     now: Form, shape: LayerShape, least: tuple[int, int], kinds: Sequence[str], round_to: int

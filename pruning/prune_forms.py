@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models import ResNet
 from pruning.changes import LayerChange, Pruned
-from pruning.choice import choose_forms
+from pruning.choice import budget_of, choose_forms
 from pruning.costs import LayerShape
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import collect_factors
@@ -49,6 +49,7 @@ def prune_to_forms(
     for name, changes in tried.items():
         rises[name] += 0.5 * method.regularization * changes.flatten(1).square().sum(dim=1)
     rises = {name: own.tolist() for name, own in rises.items()}
+    goal = budget_of(goal, (cost.flops, cost.parameters), forms, fixed, method.objective)
     chosen = choose_forms(forms, rises, goal, fixed, method.objective)
 
     replaced, changes = {}, {}

@@ -41,8 +41,8 @@ class Method:
     )
     objective: str = setting(
         "flops",
-        "rank by saliency, or by saliency per FLOP, per parameter or (latency) per second really saved, the last "
-        "measured layer by layer with ONNX Runtime on this machine",
+        "what the loss is weighed against: FLOPs, parameters or (latency) seconds really saved, the last measured "
+        "layer by layer with ONNX Runtime on this machine; saliency: the target itself, or one direction as another",
         choices=OBJECTIVES,
     )
     round_to: int = setting(
@@ -105,7 +105,11 @@ class PruneSettings(Method, StageSettings):
         40, "epochs of fine-tuning when everything is removed; interpolated by compression", low=0
     )
     prune_ratio: float = setting(
-        0.3, "share of all directions that one iteration drops, where there is no target", low=0, below=1
+        0.3,
+        "where there is no target, the share of the FLOPs that one iteration takes away (of the parameters, if they "
+        "are the objective); with truncate or a channel criterion, of all directions or channels",
+        low=0,
+        below=1,
     )
     target_flops: float = setting(
         0.0, "FLOPs after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pruning.choice import choose_forms, smallest
+from pruning.choice import budget_of, choose_forms, smallest
 from pruning.forms import TUCKER, Form
 from pruning.selection import Goal
 from utils.errors import UserError
@@ -72,15 +72,26 @@ def test_no_choice_as_cheap_loses_less(seed, share):
     assert found == pytest.approx(best, rel=1e-12) or found == pytest.approx(least, rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_share_of_directions_goes(seed):
-    forms, rises = made_up(seed)
-    chosen = choose_forms(forms, rises, Goal(prune_ratio=0.4), (0, 0), "saliency")
-    directions = sum(own[0].directions for own in forms.values())
-    left = sum(forms[name][i].directions for name, i in chosen.items())
-    assert left <= 0.6 * directions
-    fewer = [c for c in every_choice(forms) if sum(forms[n][i].directions for n, i in c.items()) <= left]
-    assert lost(rises, chosen) == pytest.approx(min(lost(rises, c) for c in fewer), rel=1e-12)
+@pytest.mark.parametrize(("kind", "other"), [("flops", "parameters"), ("parameters", "flops")])
+def test_the_objective_saliency_weighs_what_the_budget_is_given_in(kind, other):
+    for seed in range(4):
+        forms, rises = made_up(seed)
+        index = ("flops", "parameters").index(kind)
+        goal = Goal(**{kind: 0.5 * used(forms, dict.fromkeys(forms, 0))[index]})
+        chosen = choose_forms(forms, rises, goal, (0, 0), "saliency")
+        assert chosen == choose_forms(forms, rises, goal, (0, 0), kind)
+        assert lost(rises, chosen) <= lost(rises, choose_forms(forms, rises, goal, (0, 0), other)) + 1e-12
+
+
+def test_a_share_goes_of_what_the_objective_counts_and_no_more_than_there_is():
+    forms, _ = made_up(0)
+    fixed, goal = (100, 50), Goal(prune_ratio=0.4)
+    now, least = used(forms, dict.fromkeys(forms, 0), fixed), smallest(forms, fixed)
+    assert budget_of(goal, now, forms, fixed, "flops") == Goal(flops=0.6 * now[0])
+    assert budget_of(goal, now, forms, fixed, "latency") == Goal(flops=0.6 * now[0])
+    assert budget_of(goal, now, forms, fixed, "parameters") == Goal(parameters=0.6 * now[1])
+    assert budget_of(Goal(prune_ratio=0.99), now, forms, fixed, "flops") == Goal(flops=least[0])
+    assert budget_of(Goal(flops=7.0), now, forms, fixed, "flops") == Goal(flops=7.0)
 
 
 def test_nothing_is_given_away_where_the_network_is_within_the_budget():
