@@ -6,7 +6,9 @@ From the statically pruned network that stage 3 started from, and at the mean FL
 * ``blocks removed``: whole blocks leave for all images alike, the least harmful one first, judged on the validation
   images, until the FLOPs are reached;
 * ``switches``: stage 3's network as it is;
-* ``random switches``: stage 3's network, each switch deciding at random as often as it does by itself.
+* ``random switches``: stage 3's network, each switch deciding at random as often as it does by itself;
+* with --dense, ``Torch-Pruning``: stage 1's network without its channels of least importance, at static's FLOPs, and
+  fine-tuned for --dense_epochs, as many as stage 2 took, following stage 1's network as stage 2 does.
 
 The first two are fine-tuned for as many epochs as stage 3 took, following the network they come from, as stage 3 does;
 the epoch with the best validation accuracy counts.  Accuracies are those of the test images.  Finished measurements are
@@ -19,13 +21,16 @@ import argparse
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import Trained, append_line, beside, machine, read_lines
+from benchmarks.competitor import Competitor, torch_pruned
 from gating.distillation import distillation_loss_fn
+from gating.forward import training_forward
 from gating.supervised import supervised_epoch
 from models import ResNet, RoutedOutput, all_on
 from models.decisions import DecisionRule
@@ -35,7 +40,7 @@ from pruning.settings import Method
 from utils.checkpoint import check_data, load_checkpoint
 from utils.data.batches import Splits, TrainingBatches, plain_batches, split_data
 from utils.data.folder import load_data
-from utils.device import pick_device, placed
+from utils.device import PRECISIONS, pick_device, pick_precision, placed
 from utils.errors import run_command
 from utils.evaluate import evaluate
 from utils.flops import NetworkCost, network_cost
@@ -44,6 +49,7 @@ from utils.optimisers import rates_of_epoch, sgd
 from utils.settings import image_type
 
 FISHER_IMAGES = 10000
+COMPETITOR = Competitor("Hessian", everywhere=True)
 RANDOM_DRAWS = 5  # passes over the test images with random decisions
 
 
@@ -52,12 +58,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--static", type=Path, required=True, help="best.pt of stage 2, which stage 3 started from")
     add("--dynamic", type=Path, required=True, help="best.pt of stage 3")
+    add("--dense", type=Path, help="best.pt of stage 1, for Torch-Pruning")
+    add("--dense_epochs", type=int, default=10, help="of Torch-Pruning's fine-tuning, as many as stage 2 took in all")
     add("--data_dir", required=True, help="data folder they were trained on")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--num_workers", type=int, default=4, help="threads that decode images")
     add("--epochs", type=int, default=10, help="of fine-tuning, as many as stage 3 took")
     add("--lr", type=float, default=0.02, help="of fine-tuning, at its start")
     add("--batch_size", type=int, default=128)
+    add("--precision", choices=PRECISIONS, default="auto", help="of fine-tuning")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("alternatives"), help="path of the results, without .jsonl")
     return parser.parse_args()
@@ -82,6 +91,10 @@ def main() -> None:
         "pruned further": lambda: pruned_further(start, target, args),
         "blocks removed": lambda: blocks_removed(start, target, args),
     }
+    if args.dense:
+        dense = Trained(load_checkpoint(args.dense), splits, device)
+        flops = network_cost(start.network(), size).flops
+        methods["Torch-Pruning"] = lambda: channels_pruned(dense, flops, args)
     for method, measure in methods.items():
         if method not in done:
             torch.manual_seed(args.seed)
@@ -98,17 +111,29 @@ def result(trained: Trained, network: ResNet, decide: DecisionRule) -> dict[str,
 
 
 def switches(trained: Trained) -> dict[str, float]:
-    """The switches' own decisions, and how many bits of them differ between images."""
+    """The switches' own decisions, and how many bits of them differ between images.
+
+    Decisions follow from the image, so the entropy of the routes over the images is what they tell of the image; the
+    sum of the switches' own entropies is what it would be if they decided independently.
+    """
     network = trained.network()
     measured = trained.evaluated(network, trained.splits.test)
-    bits = sum(-sum(p * math.log2(p) for p in (share, 1 - share) if p > 0) for share in measured.passing)
+    bits = sum(entropy([share, 1 - share]) for share in measured.passing)
+    _, counts = measured.decisions.unique(dim=0, return_counts=True)
     return {
         "accuracy": measured.accuracy,
         "gflops": measured.flops_executed / 1e9,
         "parameters": sum(p.numel() for p in network.parameters()),
         "bits": bits,
+        "bits_of_routes": entropy((counts / counts.sum()).tolist()),
+        "routes": len(counts),
         "passing": measured.passing,
     }
+
+
+def entropy(shares: Iterable[float]) -> float:
+    """In bits."""
+    return -sum(p * math.log2(p) for p in shares if p > 0)
 
 
 def random_switches(trained: Trained, seed: int) -> dict[str, float]:
@@ -158,6 +183,18 @@ def pruned_further(trained: Trained, target: float, args: argparse.Namespace) ->
     return result(trained, smaller, all_on)
 
 
+def channels_pruned(trained: Trained, flops: float, args: argparse.Namespace) -> dict[str, float]:
+    """Torch-Pruning by the importance that kept most in the table of criteria, from stage 1's network to ``flops``."""
+    some = trained.splits.train[
+        torch.randperm(len(trained.splits.train), generator=torch.Generator().manual_seed(args.seed))[:FISHER_IMAGES]
+    ]
+    batches = list(plain_batches(some, args.batch_size, trained.normalisation))
+    smaller = torch_pruned(trained.network(), COMPETITOR, flops, trained.image_size, batches)
+    reestimate_batch_norms(smaller, batches, all_on)
+    fine_tune(trained, smaller, args, all_on, args.dense_epochs)
+    return {**result(trained, smaller, all_on), "importance": COMPETITOR.importance}
+
+
 def blocks_removed(trained: Trained, target: float, args: argparse.Namespace) -> dict[str, float]:
     """Whole blocks that leave for all images, greedily by the accuracy on the validation images."""
     network, splits = trained.network(), trained.splits
@@ -203,24 +240,33 @@ def least_harmful(trained: Trained, network: ResNet, splits: Splits, cost: Netwo
     return best[1]
 
 
-def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule: DecisionRule) -> None:
-    """Train ``network`` in place under a fixed rule; it ends with the weights of its best epoch."""
+def fine_tune(
+    trained: Trained, network: ResNet, args: argparse.Namespace, rule: DecisionRule, epochs: int | None = None
+) -> None:
+    """Train ``network`` in place under a fixed rule; it ends with the weights of its best epoch.
+
+    Args:
+        epochs: those of stage 3 by default.
+    """
+    epochs = args.epochs if epochs is None else epochs
+    precision = pick_precision(args.precision, trained.device)
+    trained_forward = training_forward(network, precision)
 
     def forward(images: Tensor, _, drawn: tuple[Tensor, ...], skip: bool) -> RoutedOutput:
-        return network(images, decide=rule, skip=images.device.type == "cpu")
+        return trained_forward(images, lambda: rule, (), images.device.type == "cpu")
 
     splits, order = trained.splits, torch.Generator().manual_seed(args.seed)
     draws = torch.Generator(trained.device).manual_seed(args.seed)
     optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
-    loss_fn = distillation_loss_fn(trained.network().eval(), 0.5)
+    loss_fn = distillation_loss_fn(trained.network().eval(), 0.5, precision)
     cost = network_cost(network, trained.image_size)
     flip = trained.checkpoint.data["flip"]
     batches = TrainingBatches(splits.train, args.batch_size, order, trained.normalisation, flip)
     best = -1.0, network.state_dict()
-    for epoch in range(1, args.epochs + 1):
-        rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
+    for epoch in range(1, epochs + 1):
+        rate = rates_of_epoch(epoch, epochs, args.lr, schedule="cosine")
         supervised_epoch(
-            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}",
+            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{epochs}",
             loss_fn=loss_fn, forward=forward,
         )  # fmt: skip
         accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule).accuracy

@@ -4,21 +4,23 @@
 #   small    ResNet-20, width 32, 16x16 pixels, three seeds: the comparisons
 #   medium   the same network at 32x32, one seed: the headline
 #   full     ResNet-32, width 64, the published epochs, one seed: for a GPU
-# DATA_DIR and IMG_TYPE say where the images are (data/cifar10, jpg).  Stopped at any moment, within a run too, the same
-# command goes on; SECONDS_A_PIECE stops a run by itself after so long, for machines that are lent in pieces.
+# DATA_DIR and IMG_TYPE say where the images are (data/cifar10, jpg), PRECISION how to train (auto; bf16 pays on CPUs
+# that multiply it).  Stopped at any moment, within a run too, the same command goes on; SECONDS_A_PIECE stops a run by
+# itself after so long, for machines that are lent in pieces.
 # Uses the python on the PATH, one process at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { sed -n 3,9p "$0"; exit 2; }
-size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-jpg}
+[ $# -ge 2 ] || { sed -n 3,10p "$0"; exit 2; }
+size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-jpg} precision=${PRECISION:-auto}
 case $size in
-small)  depth=20 width=32 pixels=16 first=30 tuning=3 third=12 seeds=${3:-3} images=20000 ;;
-medium) depth=20 width=32 pixels=32 first=30 tuning=3 third=8 seeds=${3:-1} images=20000 ;;
-full)   depth=32 width=64 pixels=32 first=200 tuning=20 third=100 seeds=${3:-1} images=50000 ;;
+small)  depth=20 width=32 pixels=16 first=20 iterations=4 tuning=2 third=6 seeds=${3:-3} ;;
+medium) depth=20 width=32 pixels=32 first=20 iterations=4 tuning=2 third=6 seeds=${3:-1} ;;
+full)   depth=32 width=64 pixels=32 first=200 iterations=8 tuning=20 third=100 seeds=${3:-1} ;;
 *)      echo "error: study $size is unknown: use small, medium or full" >&2; exit 2 ;;
 esac
 network="$(basename "$(realpath "$data")")/resnet$depth"
-common=(--depth "$depth" --resize "$pixels" --img_type "$type" --data_dir "$data" --num_workers 4)
+common=(--depth "$depth" --resize "$pixels" --img_type "$type" --data_dir "$data" --num_workers 4
+    --precision "$precision")
 
 run() {  # run COMMAND...: in pieces where SECONDS_A_PIECE asks for it; 130 is what an interrupted run ends with
     echo "+ $*"
@@ -35,8 +37,8 @@ first() {  # first FOLDER SEED MORE...
 second() {  # second FOLDER SEED: the cheapest within one point
     has "$1" pruned || run python main_prune.py --config_path config.json --set "depth=$depth" --set "width=$width" \
         --set "resize=$pixels" --set "img_type=$type" --set "data_dir=$data" --set num_workers=4 --set "seed=$2" \
-        --set "result_dir=$1" --set target_flops=0.12 --set max_iter=8 --set "epochs_start=$tuning" \
-        --set "epochs_end=$((2 * tuning))" --resume
+        --set "result_dir=$1" --set "precision=$precision" --set target_flops=0.12 --set "max_iter=$iterations" \
+        --set "epochs_start=$tuning" --set "epochs_end=$((2 * tuning))" --resume
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
@@ -54,9 +56,11 @@ for ((seed = 0; seed < seeds; seed++)); do
         third "$results/dense_switched/seed_$seed" "$seed" --checkpoint "$(chosen "$chain" sp)"
     fi
     run python -m benchmarks.alternatives --static "$(chosen "$chain" pruned)" --dynamic "$(chosen "$chain" rl_pruned)" \
-        --data_dir "$data" --img_type "$type" --epochs "$third" --seed "$seed" --out "$results/alternatives_$seed"
+        --dense "$(chosen "$chain" sp)" --dense_epochs $((2 * tuning * iterations)) --data_dir "$data" --img_type "$type" \
+        --precision "$precision" --epochs "$third" --seed "$seed" --out "$results/alternatives_$seed"
 done
 [ "$size" = medium ] || run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \
-    --data_dir "$data" --img_type "$type" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" --epochs 2 \
-    --train_images "$images" --out "$results/criteria"
+    --data_dir "$data" --img_type "$type" --precision "$precision" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" \
+    --epochs 2 --train_images 20000 --out "$results/criteria" \
+    --variants eigendamage "best forms, refitted" "Torch-Pruning, Hessian, global" random
 run python -m benchmarks.study "$results"

@@ -26,6 +26,7 @@ def studied(chain: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory)
         shutil.copytree(chain, results / f"seed_{seed}")
     given = ["alternatives", "--static", str(run_folder(chain, "pruned") / BEST)]
     given += ["--dynamic", str(run_folder(chain, "rl_pruned") / BEST), "--data_dir", str(shapes)]
+    given += ["--dense", str(run_folder(chain, "sp") / BEST), "--dense_epochs", "1"]
     given += ["--epochs", "1", "--batch_size", "32", "--out", str(results / "alternatives_0")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", given)
@@ -39,7 +40,8 @@ def studied(chain: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_alternatives_execute_what_the_switches_execute_or_less(studied: Path, chain: Path):
     lines = [json.loads(line) for line in (studied / "alternatives_0.jsonl").read_text().splitlines()]
     by_method = {line["method"]: line for line in lines}
-    assert list(by_method) == ["start", "switches", "random switches", "pruned further", "blocks removed"]
+    measured = ["start", "switches", "random switches", "pruned further", "blocks removed", "Torch-Pruning"]
+    assert list(by_method) == measured and set(measured) == set(study.ALTERNATIVES)
     static, dynamic = (load_checkpoint(run_folder(chain, stage) / BEST) for stage in ("pruned", "rl_pruned"))
     cost = network_cost(static.network(), 8)
     assert by_method["start"]["gflops"] == pytest.approx(cost.flops / 1e9, rel=1e-12)
@@ -48,6 +50,8 @@ def test_alternatives_execute_what_the_switches_execute_or_less(studied: Path, c
         assert by_method[method]["gflops"] <= target * (1 + 1e-9)
     kept = torch.tensor(by_method["blocks removed"]["kept"])
     assert by_method["blocks removed"]["gflops"] == pytest.approx(cost.executed(kept[None]).item() / 1e9, rel=1e-12)
+    assert by_method["Torch-Pruning"]["gflops"] <= 1.02 * cost.flops / 1e9
+    assert by_method["switches"]["bits_of_routes"] <= by_method["switches"]["bits"] + 1e-6
     record = json.loads((chain / "results.json").read_text())[2]
     assert by_method["switches"]["accuracy"] == pytest.approx(record["accuracy"], abs=1e-12)
     assert by_method["switches"]["gflops"] == pytest.approx(record["gflops"], rel=1e-9)
