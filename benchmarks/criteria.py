@@ -2,11 +2,11 @@
 
 Method: for each variant, share of FLOPs and seed the network is pruned to the share (at once, or in --steps geometric
 steps with the batch norms measured anew between them), judged as it is and with its batch norms measured anew (where
-the refit has not set them), fine-tuned without its switches with the same epochs, order, schedule and distillation, and
-judged again.  Torch-Pruning prunes at once, all layers that share channels together.  Every accuracy is that of the
-validation images with every block run: defaults are chosen by it.  The seed decides the Fisher's images and labels, the
-random criterion and the order of fine-tuning.  Finished measurements are kept in OUT.jsonl, so a run that is started
-again with the same arguments goes on.
+the refit has not set them), fine-tuned without its switches with the same epochs, order, schedule and distillation,
+and judged again. Torch-Pruning prunes at once, all layers that share channels together. Every accuracy in table and
+picture is that of the validation images with every block run: defaults are chosen by it. The seed decides the
+Fisher's images and labels, the random criterion and the order of fine-tuning. Finished measurements are kept in
+OUT.jsonl, so a run that is started again with the same arguments goes on.
 
     python -m benchmarks.criteria --checkpoint best.pt --data_dir data/cifar_10 --out results/criteria
 """
@@ -35,6 +35,7 @@ from pruning.iteration import prune_once
 from pruning.selection import Goal, part_of_the_way
 from pruning.settings import CHANNEL_CRITERIA, Batches, Method
 from utils.data.batches import TrainingBatches, plain_batches
+from utils.data.images import Images
 from utils.device import PRECISIONS, pick_precision, placed
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
@@ -152,8 +153,8 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
         smaller = without_switches(smaller)
     cost = network_cost(smaller, trained.image_size)
 
-    def judged() -> float:
-        return evaluate(smaller, splits.val, trained.normalisation, cost, all_on).accuracy
+    def judged(images: Images = splits.val) -> float:
+        return evaluate(smaller, images, trained.normalisation, cost, all_on).accuracy
 
     accuracies = [judged()]
     if isinstance(method, Competitor) or not method.refit:  # which leaves norms as they are to be
@@ -169,6 +170,7 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
         "parameters": cost.parameters / whole.parameters,
         "predicted_rise": rise,
         **dict(zip(MEASURES, accuracies, strict=True)),
+        "test": judged(splits.test),  # after fine-tuning; nothing is chosen by it
         "seconds": time.perf_counter() - start,
     }
 

@@ -1,11 +1,11 @@
 """Tables and pictures of a study (``scripts/study.sh``), rebuilt from its runs' small records alone.
 
     python -m benchmarks.study RESULT_DIR                    # writes study.md and study.png there
-    python -m benchmarks.study RESULT_DIR --keep FOLDER      # copies the records that they are made from, and no images
+    python -m benchmarks.study RESULT_DIR --keep FOLDER      # copies the records that they are made from
 
 What is read below RESULT_DIR: ``seed_*/results.json`` (the three stages), ``reference/seed_*/results.json`` (trained
 without switches), ``dense_switched/seed_*/results.json`` (switches on the unpruned network), ``alternatives_*.jsonl``
-and ``criteria.json`` (their benchmarks' own).  What is not there yet leaves its rows out.
+and ``criteria.jsonl`` (their benchmarks' own).  What is not there yet leaves its rows out.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -23,8 +24,8 @@ from benchmarks.common import read_lines
 from utils.errors import UserError, run_command
 from utils.results import METHODS
 
-RECORDS = ("seed_*/results.json", "*/seed_*/results.json", "alternatives_*.jsonl", "criteria.json", "criteria.jsonl")
-METRICS = ("seed_*/*/*/*/*/metrics.jsonl", "*/seed_*/*/*/*/*/metrics.jsonl")
+RECORDS = ("seed_*/results.json", "*/seed_*/results.json", "alternatives_*.jsonl", "criteria.jsonl")
+METRICS = ("seed_*/*/*/*/*/metrics.jsonl", "*/seed_*/*/*/*/*/metrics.jsonl", "seed_*/*/*/*/*/arguments.json")
 ALTERNATIVES = {
     "start": "static, where the others start",
     "pruned further": "(a) pruned further",
@@ -32,6 +33,12 @@ ALTERNATIVES = {
     "switches": "(c) switches",
     "random switches": "(d) switches at random, same rates",
     "Torch-Pruning": "Torch-Pruning, at static's FLOPs",
+}
+STATIC_ALONE = {  # variants of ``benchmarks.criteria``: what they are called, and how they are drawn
+    "best forms, refitted": ("the default", "#1f77b4"),
+    "Torch-Pruning, Hessian, global": ("Torch-Pruning, Hessian", "#9467bd"),
+    "eigendamage": ("EigenDamage as published", "#8c564b"),
+    "random": ("random channels", "#7f7f7f"),
 }
 
 Record = dict[str, Any]
@@ -77,6 +84,15 @@ def alternatives(results: Path) -> dict[str, list[Record]]:
     return {method: [line for line in lines if line["method"] == method] for method in ALTERNATIVES}
 
 
+def static_alone(results: Path) -> dict[str, dict[float, list[Record]]]:
+    """The measurements of ``benchmarks.criteria`` on test images by variant and share of the FLOPs, one a seed."""
+    found: dict[str, dict[float, list[Record]]] = {}
+    path = results / "criteria.jsonl"
+    for line in read_lines(path) if path.exists() else []:
+        found.setdefault(line["variant"], {}).setdefault(line["share"], []).append(line)
+    return {variant: dict(sorted(found[variant].items(), reverse=True)) for variant in STATIC_ALONE if variant in found}
+
+
 def spread(values: Iterable[float], digits: int = 2, factor: float = 1.0, unit: str = "") -> str:
     """Mean and, of more than one value, standard deviation."""
     values = [factor * value for value in values if value is not None]
@@ -117,7 +133,30 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
             "",
             f"Decisions tell {routes} bits of an image; the switches' own entropies add up to {spread(bits)} bits.",
         ]
+    if alone := static_alone(results):
+        shares = list(next(iter(alone.values())))
+        lines += ["", "## Static pruning alone, at once and with the same short fine-tuning", ""]
+        lines += ["| method | seeds | " + " | ".join(f"{share:.0%} of the FLOPs" for share in shares) + " |"]
+        lines += ["|---|---|" + "---|" * len(shares)]
+        for variant, by_share in alone.items():
+            cells = [f"{spread((m['test'] for m in by_share.get(share, [])), factor=100)} %" for share in shares]
+            seeds = max(len(measured) for measured in by_share.values())
+            lines.append(f"| {STATIC_ALONE[variant][0]} | {seeds} | {' | '.join(cells)} |")
+    lines += ["", made_with(results)]
     return [*lines, ""]
+
+
+def made_with(results: Path) -> str:
+    """The machines and settings that the records name, in a sentence."""
+    machines = {json.dumps(m["machine"], sort_keys=True) for own in alternatives(results).values() for m in own}
+    stages = []
+    for path in sorted(results.glob("seed_0/*/*/*/*/arguments.json")):
+        given = json.loads(path.read_text())
+        kept = ("epochs", "epochs_start", "epochs_end", "max_iter", "target_flops", "lr", "precision")
+        said = ", ".join(f"{key} {given[key]}" for key in kept if key in given)
+        stages.append(f"{path.relative_to(results).parts[1]}: {said}")
+    machines = [", ".join(f"{key} {value}" for key, value in json.loads(m).items()) for m in sorted(machines)]
+    return f"Accuracies are those of the test images. Settings: {'; '.join(stages)}. Machine: {' / '.join(machines)}."
 
 
 def stage_row(name: str, records: Sequence[Record]) -> str:
@@ -133,17 +172,19 @@ def stage_row(name: str, records: Sequence[Record]) -> str:
 
 
 def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
-    """Accuracy against executed GFLOPs, and against measured latency; a point a seed, a line where there is a curve."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    """Accuracy against executed GFLOPs and against measured latency, means with the seeds' deviations as bars."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     against_flops, against_latency = figure.subplots(1, 2, sharey=True)
     for stage, colour, marker in (("sp", "#333333", "o"), ("pruned", "#1f77b4", "s"), ("rl_pruned", "#d62728", "^")):
         records = stages[stage]
-        accuracies = [r["accuracy" if stage == "rl_pruned" else "accuracy_every_block"] for r in records]
-        style = {"color": colour, "marker": marker, "linestyle": "", "label": METHODS[stage]}
-        against_flops.plot([r["gflops"] for r in records], accuracies, **style)
-        measured = [(r["latency_ms"], a) for r, a in zip(records, accuracies, strict=True) if r.get("latency_ms")]
-        if measured:
-            against_latency.plot(*zip(*measured, strict=True), **style)
+        if not records:
+            continue
+        key = "accuracy" if stage == "rl_pruned" else "accuracy_every_block"
+        style = {"color": colour, "marker": marker, "label": METHODS[stage], "zorder": 3}
+        bars(against_flops, [r["gflops"] for r in records], [r[key] for r in records], **style)
+        timed = [r for r in records if r.get("latency_ms")]
+        if timed:
+            bars(against_latency, [r["latency_ms"] for r in timed], [r[key] for r in timed], **style)
         for record in records:
             points = sorted((p["gflops"], p["accuracy"]) for p in record["points"])
             if points:
@@ -152,12 +193,21 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
         "pruned further": ("#17becf", "v"),
         "blocks removed": ("#2ca02c", "D"),
         "random switches": ("#ff7f0e", "x"),
+        "Torch-Pruning": ("#9467bd", "P"),
     }
     found = alternatives(results)
     for method, (colour, marker) in styles.items():
         if measured := found[method]:
-            points = [[m[key] for m in measured] for key in ("gflops", "accuracy")]
-            against_flops.plot(*points, color=colour, marker=marker, linestyle="", label=method)
+            x, y = ([m[key] for m in measured] for key in ("gflops", "accuracy"))
+            bars(against_flops, x, y, color=colour, marker=marker, label=method)
+    whole = statistics.mean(r["gflops"] for r in stages["sp"])
+    for variant, by_share in static_alone(results).items():
+        name, colour = STATIC_ALONE[variant]
+        x = [whole * statistics.mean(m["flops"] for m in measured) for measured in by_share.values()]
+        y = [[m["test"] for m in measured] for measured in by_share.values()]
+        deviations = [statistics.stdev(own) if len(own) > 1 else 0 for own in y]
+        style = {"color": colour, "linestyle": "--", "linewidth": 1, "capsize": 2, "label": f"at once: {name}"}
+        against_flops.errorbar(x, [statistics.mean(own) for own in y], deviations, **style)
     for axis, label in (
         (against_flops, "GFLOPs executed for one image"),
         (against_latency, "milliseconds for one image"),
@@ -167,9 +217,17 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         if axis.has_data():
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=7)
     against_flops.set_ylabel("accuracy on the test images")
     return figure
+
+
+def bars(axis: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """The mean of some points, with a bar for the deviation in each direction where there are several."""
+    deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in (x, y)]
+    axis.errorbar(
+        statistics.mean(x), statistics.mean(y), xerr=deviations[0], yerr=deviations[1], linestyle="", capsize=2, **style
+    )
 
 
 if __name__ == "__main__":

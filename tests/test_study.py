@@ -70,6 +70,10 @@ def test_tables_hold_means_and_deviations(studied: Path, tmp_path: Path, monkeyp
     records = json.loads(path.read_text())
     records[0]["accuracy_every_block"] = 0.5
     path.write_text(json.dumps(records))
+    measured = [
+        {"variant": "random", "share": 0.5, "seed": n, "flops": 0.49, "test": t} for n, t in ((0, 0.5), (1, 0.6))
+    ]
+    (studied / "criteria.jsonl").write_text("".join(json.dumps(m) + "\n" for m in measured))
     monkeypatch.setattr("sys.argv", ["study", str(studied), "--keep", str(tmp_path / "kept")])
     study.main()
     table = capsys.readouterr().out
@@ -79,6 +83,7 @@ def test_tables_hold_means_and_deviations(studied: Path, tmp_path: Path, monkeyp
     assert (
         "| (b) blocks removed for all images | 1 |" in table and "| (d) switches at random, same rates | 1 |" in table
     )
+    assert "| random channels | 2 | 55.00 ± 7.07 % |" in table
     monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "kept")])
     study.main()
     assert capsys.readouterr().out == table, "the records that were kept are enough"
