@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-jpg} precision=${PRECISION:-auto}
 case $size in
 small)  depth=20 width=32 pixels=16 first=20 iterations=4 tuning=2 third=6 seeds=${3:-3} ;;
-medium) depth=20 width=32 pixels=32 first=20 iterations=4 tuning=2 third=6 seeds=${3:-1} ;;
+medium) depth=20 width=32 pixels=32 first=20 iterations=3 tuning=1 third=4 seeds=${3:-1} ;;
 full)   depth=32 width=64 pixels=32 first=200 iterations=8 tuning=20 third=100 seeds=${3:-1} ;;
 *)      echo "error: study $size is unknown: use small, medium or full" >&2; exit 2 ;;
 esac
