@@ -2,18 +2,18 @@
 
 From the statically pruned network that stage 3 started from, and at the mean FLOPs that stage 3's network executes:
 
-* ``pruned further``: static pruning goes on to these FLOPs (or up to 2 % less);
+* ``pruned further``: static pruning goes on to these FLOPs;
 * ``blocks removed``: whole blocks leave for all images alike, the least harmful one first, judged on the validation
-  images, until the FLOPs are reached.  Blocks are large, so the FLOPs lie between those of two sets: both are
+  images, until the FLOPs are reached.  Blocks are large, so these FLOPs lie between those of two sets: both are
   fine-tuned, and what counts is the network of both between which a coin chooses for each image, with these very FLOPs;
 * ``switches``: stage 3's network as it is;
 * ``random switches``: stage 3's network, each switch deciding at random as often as it does by itself;
-* ``Torch-Pruning``: at the *static* network's FLOPs, from the dense one (``--dense``), fine-tuned for as many epochs as
-  stage 2 took, in one schedule, following the dense network, as stage 2 does.  OUT_torch_pruning.onnx is its export.
+* with --dense, ``Torch-Pruning``: stage 1's network without its channels of least importance, at static's FLOPs, and
+  fine-tuned for as many epochs as stage 2 took for it, in one schedule, following stage 1's network as stage 2 does.
 
 The first two are fine-tuned for as many epochs as stage 3 took, following the network they come from, as stage 3 does;
-the epoch with the best validation accuracy counts everywhere.  Accuracies are those of the test images.  Finished
-measurements are kept in OUT.jsonl, so a run that is started again with the same arguments goes on.
+the epoch with the best validation accuracy counts.  Accuracies are those of the test images.  Finished measurements are
+kept in OUT.jsonl, so a run that is started again with the same arguments goes on.
 
     python -m benchmarks.alternatives --static PRUNED/best.pt --dynamic RL_PRUNED/best.pt --data_dir DATA --out OUT
 """
@@ -21,17 +21,15 @@ measurements are kept in OUT.jsonl, so a run that is started again with the same
 import argparse
 import itertools
 import json
-import time
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import Trained, append_line, beside, machine, read_lines
-from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
-from benchmarks.information import information
-from deploy.folding import deployable, without_switches
-from deploy.graphs import onnx_model
+from benchmarks.competitor import Competitor, torch_pruned
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
 from gating.supervised import supervised_epoch
@@ -40,11 +38,11 @@ from models.decisions import DecisionRule
 from pruning.iteration import prune_once
 from pruning.selection import Goal
 from pruning.settings import Method
-from utils.checkpoint import check_data, load_checkpoint
+from utils.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.data.batches import Splits, TrainingBatches, plain_batches, split_data
 from utils.data.folder import load_data
 from utils.device import PRECISIONS, pick_device, pick_precision, placed
-from utils.errors import UserError, run_command
+from utils.errors import run_command
 from utils.evaluate import evaluate
 from utils.flops import NetworkCost, network_cost
 from utils.norms import reestimate_batch_norms
@@ -52,8 +50,8 @@ from utils.optimisers import rates_of_epoch, sgd
 from utils.settings import image_type
 
 FISHER_IMAGES = 10000
+COMPETITOR = Competitor("Hessian", everywhere=True)
 RANDOM_DRAWS = 5  # passes over the test images with random decisions
-METHODS = ("start", "switches", "random switches", "pruned further", "blocks removed", "Torch-Pruning")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,8 +67,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=0.02, help="of fine-tuning, at its start")
     add("--batch_size", type=int, default=128)
     add("--precision", choices=PRECISIONS, default="auto", help="of fine-tuning")
-    add("--competitor", default="Taylor, global", help=f"importance ({', '.join(IMPORTANCES)}); global: all compete")
-    add("--methods", nargs="+", default=METHODS[:-1], choices=METHODS)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("alternatives"), help="path of the results, without .jsonl")
     return parser.parse_args()
@@ -84,9 +80,6 @@ def main() -> None:
     check_data(static, data, size)
     splits = split_data(data, static.data["val_fraction"], static.data["split_seed"]).to(device)
     start, switched = Trained(static, splits, device), Trained(dynamic, splits, device)
-    if "Torch-Pruning" in args.methods and not args.dense:
-        raise UserError("Torch-Pruning starts from the dense network: name it with --dense")
-    dense = Trained(load_checkpoint(args.dense), splits, device) if args.dense else None
     target = switched.evaluated(switched.network(), splits.val).flops_executed
     lines = beside(args.out, ".jsonl")
     lines.parent.mkdir(parents=True, exist_ok=True)
@@ -97,14 +90,15 @@ def main() -> None:
         "random switches": lambda: random_switches(switched, args.seed),
         "pruned further": lambda: pruned_further(start, target, args),
         "blocks removed": lambda: blocks_removed(start, target, args),
-        "Torch-Pruning": lambda: by_torch_pruning(dense, start, args),
     }
-    for method in args.methods:
+    if args.dense:
+        dense = Trained(load_checkpoint(args.dense), splits, device)
+        flops = network_cost(start.network(), size).flops
+        methods["Torch-Pruning"] = lambda: channels_pruned(dense, flops, epochs_of_stage_2(static), args)
+    for method, measure in methods.items():
         if method not in done:
             torch.manual_seed(args.seed)
-            started = time.perf_counter()
-            measured = {"method": method, "seed": args.seed, "target": target / 1e9, **methods[method]()}
-            measured |= {"seconds": round(time.perf_counter() - started), "machine": machine()}
+            measured = {"method": method, "seed": args.seed, **measure(), "machine": machine()}
             append_line(lines, measured)
             print(json.dumps(measured), flush=True)
 
@@ -117,16 +111,29 @@ def result(trained: Trained, network: ResNet, decide: DecisionRule) -> dict[str,
 
 
 def switches(trained: Trained) -> dict[str, float]:
-    """The switches' own decisions, and how many bits of them the image decides."""
+    """The switches' own decisions, and how many bits of them differ between images.
+
+    Decisions follow from the image, so the entropy of the routes over the images is what they tell of the image; the
+    sum of the switches' own entropies is what it would be if they decided independently.
+    """
     network = trained.network()
     measured = trained.evaluated(network, trained.splits.test)
+    bits = sum(entropy([share, 1 - share]) for share in measured.passing)
+    _, counts = measured.decisions.unique(dim=0, return_counts=True)
     return {
         "accuracy": measured.accuracy,
         "gflops": measured.flops_executed / 1e9,
         "parameters": sum(p.numel() for p in network.parameters()),
-        **information(measured.decisions, trained.splits.test.labels.cpu()),
+        "bits": bits,
+        "bits_of_routes": entropy((counts / counts.sum()).tolist()),
+        "routes": len(counts),
         "passing": measured.passing,
     }
+
+
+def entropy(shares: Iterable[float]) -> float:
+    """In bits."""
+    return -sum(p * math.log2(p) for p in shares if p > 0)
 
 
 def random_switches(trained: Trained, seed: int) -> dict[str, float]:
@@ -171,46 +178,47 @@ def pruned_further(trained: Trained, target: float, args: argparse.Namespace) ->
         network, batches, draws, cost=cost, goal=Goal(flops=target), method=Method(prune_ratio_limit=0.97)
     )
     smaller = placed(pruned.network, trained.device)
+    reestimate_batch_norms(smaller, batches(), all_on)
     fine_tune(trained, smaller, args, all_on, args.epochs)
     return result(trained, smaller, all_on)
 
 
-def by_torch_pruning(dense: Trained, static: Trained, args: argparse.Namespace) -> dict[str, float]:
-    """The dense network brought to the static one's FLOPs by whole channels, and fine-tuned as long as stage 2 did."""
-    target = network_cost(static.network(), static.image_size).flops
-    order = torch.Generator().manual_seed(args.seed)
-    some = dense.splits.train[torch.randperm(len(dense.splits.train), generator=order)[:FISHER_IMAGES]]
-    batches = list(plain_batches(some, args.batch_size, dense.normalisation))
-    kind, _, everywhere = args.competitor.partition(", ")
-    smaller = torch_pruned(dense.network(), Competitor(kind, bool(everywhere)), target, dense.image_size, batches)
-    smaller = placed(smaller, dense.device)
+def epochs_of_stage_2(static: Checkpoint) -> int:
+    """That a network of stage 2 was fine-tuned for, in all its iterations."""
+    progress = static.progress  # a step is a pruning or an epoch, up to the best epoch of the last iteration
+    return progress["step"] - progress["iteration"] - progress["epoch"] + progress["epochs"]
+
+
+def channels_pruned(trained: Trained, flops: float, epochs: int, args: argparse.Namespace) -> dict[str, float]:
+    """Torch-Pruning by the importance that kept most in the table of criteria, from stage 1's network to ``flops``."""
+    some = trained.splits.train[
+        torch.randperm(len(trained.splits.train), generator=torch.Generator().manual_seed(args.seed))[:FISHER_IMAGES]
+    ]
+    batches = list(plain_batches(some, args.batch_size, trained.normalisation))
+    smaller = placed(torch_pruned(trained.network(), COMPETITOR, flops, trained.image_size, batches), trained.device)
     reestimate_batch_norms(smaller, batches, all_on)
-    progress = static.checkpoint.progress  # a step is a pruning or an epoch, up to the best epoch of its iteration
-    epochs = progress["step"] - progress["iteration"] - progress["epoch"] + progress["epochs"]
-    fine_tune(dense, smaller, args, all_on, epochs)
-    exported = onnx_model(deployable(smaller.cpu(), dense.normalisation), dense.image_size)
-    beside(args.out, "_torch_pruning.onnx").write_bytes(exported.SerializeToString())
-    return {**result(dense, placed(smaller, dense.device), all_on), "importance": args.competitor, "epochs": epochs}
+    fine_tune(trained, smaller, args, all_on, epochs)
+    return {**result(trained, smaller, all_on), "importance": COMPETITOR.importance, "epochs": epochs}
 
 
 def blocks_removed(trained: Trained, target: float, args: argparse.Namespace) -> dict:
     """Whole blocks that leave for all images, greedily by the loss on the validation images."""
-    cost = network_cost(trained.network(), trained.image_size)
-    sets = [torch.ones(trained.network().switches)]
+    network = trained.network()
+    cost = network_cost(network, trained.image_size)
+    sets = [torch.ones(network.switches)]
     while executed(cost, sets[-1]) > target and sets[-1].sum() > 0:
-        sets.append(least_harmful(trained, trained.network(), trained.splits, cost, sets[-1]))
-    points = [with_blocks(trained, kept, args) for kept in sets[-2:]]
-    more, fewer = points[0], points[-1]
+        sets.append(least_harmful(trained, network, trained.splits, cost, sets[-1]))
+    more, fewer = (with_blocks(trained, kept, args) for kept in (sets[-2:] if len(sets) > 1 else 2 * sets))
     gap = more["gflops"] - fewer["gflops"]
     share = min(1.0, max(0.0, (target / 1e9 - fewer["gflops"]) / gap)) if gap else 0.0  # of images that take more
     mixed = {key: share * more[key] + (1 - share) * fewer[key] for key in ("accuracy", "gflops")}
-    return {**mixed, "parameters": more["parameters"], "points": points}
+    return {**mixed, "parameters": more["parameters"], "points": [more, fewer]}
 
 
 def with_blocks(trained: Trained, kept: Tensor, args: argparse.Namespace) -> dict:
     """The network that runs the blocks ``kept`` [K] on all images, fine-tuned."""
-    network, train, order = trained.network(), trained.splits.train, torch.Generator().manual_seed(args.seed)
-    some = train[torch.randperm(len(train), generator=order)[:FISHER_IMAGES]]
+    network, splits = trained.network(), trained.splits
+    some = splits.train[torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:FISHER_IMAGES]]
     reestimate_batch_norms(network, plain_batches(some, args.batch_size, trained.normalisation), Same(kept))
     fine_tune(trained, network, args, Same(kept), args.epochs)
     return {**result(trained, network, Same(kept)), "kept": kept.tolist()}
@@ -249,17 +257,17 @@ def least_harmful(trained: Trained, network: ResNet, splits: Splits, cost: Netwo
 
 
 def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule: DecisionRule, epochs: int) -> None:
-    """Train ``network`` in place under a fixed rule, following ``trained``'s; it ends as its best epoch left it."""
+    """Train ``network`` in place under a fixed rule; it ends with the weights of its best epoch."""
     precision = pick_precision(args.precision, trained.device)
-    plain = training_forward(network, precision)
+    trained_forward = training_forward(network, precision)
 
     def forward(images: Tensor, _, drawn: tuple[Tensor, ...], skip: bool) -> RoutedOutput:
-        return plain(images, lambda: rule, (), images.device.type == "cpu")
+        return trained_forward(images, lambda: rule, (), images.device.type == "cpu")
 
     splits, order = trained.splits, torch.Generator().manual_seed(args.seed)
     draws = torch.Generator(trained.device).manual_seed(args.seed)
     optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
-    loss_fn = distillation_loss_fn(without_switches(trained.network().eval()), 0.5, precision)
+    loss_fn = distillation_loss_fn(trained.network().eval(), 0.5, precision)
     cost = network_cost(network, trained.image_size)
     flip = trained.checkpoint.data["flip"]
     batches = TrainingBatches(splits.train, args.batch_size, order, trained.normalisation, flip)
@@ -270,11 +278,11 @@ def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule:
             network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{epochs}",
             loss_fn=loss_fn, forward=forward,
         )  # fmt: skip
-        accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule, precision=precision).accuracy
+        accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule).accuracy
         if accuracy > best[0]:
             best = accuracy, {name: weight.clone() for name, weight in network.state_dict().items()}
     network.load_state_dict(best[1])
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=False)
+    run_command(main)

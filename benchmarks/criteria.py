@@ -2,11 +2,11 @@
 
 Method: for each variant, share of FLOPs and seed the network is pruned to the share (at once, or in --steps geometric
 steps with the batch norms measured anew between them), judged as it is and with its batch norms measured anew (where
-the refit has not set them), fine-tuned without its switches with the same epochs, order, schedule and distillation, and
-judged again.  Torch-Pruning prunes at once, all layers that share channels together.  Every accuracy is that of the
-validation images with every block run: defaults are chosen by it.  The seed decides the Fisher's images and labels, the
-random criterion and the order of fine-tuning.  Finished measurements are kept in OUT.jsonl, so a run that is started
-again with the same arguments goes on.
+the refit has not set them), fine-tuned without its switches with the same epochs, order, schedule and distillation,
+and judged again. Torch-Pruning prunes at once, all layers that share channels together. Every accuracy in table and
+picture is that of the validation images with every block run: defaults are chosen by it. The seed decides the
+Fisher's images and labels, the random criterion and the order of fine-tuning. Finished measurements are kept in
+OUT.jsonl, so a run that is started again with the same arguments goes on.
 
     python -m benchmarks.criteria --checkpoint best.pt --data_dir data/cifar_10 --out results/criteria
 """
@@ -35,7 +35,8 @@ from pruning.iteration import prune_once
 from pruning.selection import Goal, part_of_the_way
 from pruning.settings import CHANNEL_CRITERIA, Batches, Method
 from utils.data.batches import TrainingBatches, plain_batches
-from utils.device import pick_precision, placed
+from utils.data.images import Images
+from utils.device import PRECISIONS, pick_precision, placed
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.flops import network_cost
@@ -44,30 +45,37 @@ from utils.optimisers import rates_of_epoch, sgd
 
 # Channel criteria may only take what lies inside of blocks, so a share of 12 % needs nearly all of it.
 BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency", refit=False)
+PER_FLOP = replace(BASE, objective="flops")
 VARIANTS = {
     "eigendamage": BASE,
-    "eigendamage per FLOP": replace(BASE, objective="flops"),
+    "eigendamage per FLOP": PER_FLOP,
     "eigendamage, K-FAC": replace(BASE, correct_eigenvalues=False),
-    "eigendamage, Tucker": replace(BASE, decomposition="tucker"),
-    "eigendamage per FLOP, Tucker": replace(BASE, objective="flops", decomposition="tucker"),
-    "eigendamage per FLOP, Tucker, refitted": replace(BASE, objective="flops", decomposition="tucker", refit=True),
-    "eigendamage per FLOP, depthwise": replace(BASE, objective="flops", decomposition="depthwise"),
-    "eigendamage per FLOP, depthwise, refitted": replace(
-        BASE, objective="flops", decomposition="depthwise", refit=True
-    ),
+    **{
+        f"{name}{', refitted' if refit else ''}": replace(PER_FLOP, decomposition=decomposition, refit=refit)
+        for name, decomposition in (("Tucker", "tucker"), ("depthwise", "depthwise"), ("best forms", "best"))
+        for refit in (False, True)
+    },
     **{criterion: replace(BASE, criterion=criterion) for criterion in CHANNEL_CRITERIA},
     **{
         f"Torch-Pruning, {importance}{', global' if everywhere else ''}": Competitor(importance, everywhere)
         for importance in IMPORTANCES
         for everywhere in (False, True)
     },
-    **{
-        f"{criterion} per FLOP": replace(BASE, criterion=criterion, objective="flops")
-        for criterion in ("kron_obs", "magnitude")
-    },
+    **{f"{name} per FLOP": replace(PER_FLOP, criterion=name) for name in ("kron_obs", "c_obs", "magnitude")},
 }
 # What a measurement depends on besides share, seed and variant.
-SETTINGS = ("checkpoint", "steps", "epochs", "lr", "batch_size", "fisher_images", "train_images", "round_to", "distill")
+SETTINGS = (
+    "checkpoint",
+    "steps",
+    "epochs",
+    "lr",
+    "batch_size",
+    "fisher_images",
+    "train_images",
+    "round_to",
+    "distill",
+    "precision",
+)
 MEASURES = ("before", "before, batch norms anew", "after")
 
 
@@ -84,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_images", type=int, help="training images of the fine-tuning, all by default")
     parser.add_argument("--round_to", type=int, default=1)
     parser.add_argument("--distill", type=float, default=0.5, help="weight of following the unpruned network")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of fine-tuning")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--out", default="criteria", help="path of the results, without .jsonl, .json, .md and .png")
     return parser.parse_args()
@@ -144,8 +153,8 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
         smaller = without_switches(smaller)
     cost = network_cost(smaller, trained.image_size)
 
-    def judged() -> float:
-        return evaluate(smaller, splits.val, trained.normalisation, cost, all_on).accuracy
+    def judged(images: Images = splits.val) -> float:
+        return evaluate(smaller, images, trained.normalisation, cost, all_on).accuracy
 
     accuracies = [judged()]
     if isinstance(method, Competitor) or not method.refit:  # which leaves norms as they are to be
@@ -161,6 +170,7 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
         "parameters": cost.parameters / whole.parameters,
         "predicted_rise": rise,
         **dict(zip(MEASURES, accuracies, strict=True)),
+        "test": judged(splits.test),  # after fine-tuning; nothing is chosen by it
         "seconds": time.perf_counter() - start,
     }
 
@@ -191,12 +201,15 @@ def fine_tune(args: argparse.Namespace, trained: Trained, network, order, draws)
     optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
     flip = trained.checkpoint.data["flip"]
     batches = TrainingBatches(trained.splits.train, args.batch_size, order, trained.normalisation, flip)
-    teacher = distillation_loss_fn(without_switches(trained.network().eval()), args.distill) if args.distill else None
+    precision = pick_precision(args.precision, trained.device)
+    teacher = None
+    if args.distill:
+        teacher = distillation_loss_fn(without_switches(trained.network().eval()), args.distill, precision)
     for epoch in range(1, args.epochs + 1):
         rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
         supervised_epoch(
             network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}",
-            loss_fn=teacher, forward=training_forward(network, pick_precision("auto", trained.device)),
+            loss_fn=teacher, forward=training_forward(network, precision),
         )  # fmt: skip
 
 

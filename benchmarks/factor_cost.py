@@ -28,10 +28,14 @@ from benchmarks.common import beside, machine
 from models import all_on, build_network
 from pruning.eigenbasis import eigenbasis, gradient_squares
 from pruning.factors import collect_factors
+from pruning.iteration import prune_once
 from pruning.layers import prunable_layers, read_weights
 from pruning.prediction import predicted_rise
 from pruning.refit import refit
+from pruning.selection import Goal
+from pruning.settings import Method
 from pruning.surgery import composed, merged, rebuild, truncated
+from utils.flops import network_cost
 
 CLASSES = 100
 
@@ -114,6 +118,11 @@ def competitors(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
         network, layers, changes, batches, "true", torch.Generator().manual_seed(0)
     )
     every["refit"] = lambda: refit(network, smaller, list(halved), lambda: batches)
+    cost = network_cost(network, 32)
+    every["whole iteration"] = lambda: prune_once(
+        network, lambda: batches, torch.Generator().manual_seed(0), cost=cost, goal=Goal(flops=0.5 * cost.flops),
+        method=Method(),
+    )  # fmt: skip
     for approximation in ("expand", "reduce"):
         name = f"curvlinops {approximation}"
         if name in args.competitors:
@@ -128,6 +137,7 @@ NAMES = (
     "eigenvalue correction",
     "predicted rise",
     "refit",
+    "whole iteration",
     "curvlinops expand",
     "curvlinops reduce",
 )

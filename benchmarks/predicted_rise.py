@@ -37,6 +37,7 @@ FORMS = {
     "truncated": replace(BASE, decomposition="truncate"),
     "Tucker": replace(BASE, decomposition="tucker"),
     "depthwise": replace(BASE, decomposition="depthwise"),
+    "best": replace(BASE, decomposition="best"),
     "channels, kron_obd": replace(BASE, criterion="kron_obd"),
     "channels, kron_obs": replace(BASE, criterion="kron_obs"),
 }

@@ -1,11 +1,13 @@
 """Tables and pictures of a study (``scripts/study.sh``), rebuilt from its runs' small records alone.
 
-    python -m benchmarks.study RESULT_DIR                    # writes study.md and study.png there
-    python -m benchmarks.study RESULT_DIR --keep FOLDER      # copies the records that they are made from, and no images
+    python -m benchmarks.study RESULT_DIR                    # writes study.md, study.png and passing_by_class.png there
+    python -m benchmarks.study RESULT_DIR --keep FOLDER      # copies the records that they are made from
 
 What is read below RESULT_DIR: ``seed_*/results.json`` (the three stages), ``reference/seed_*/results.json`` (trained
 without switches), ``dense_switched/seed_*/results.json`` (switches on the unpruned network), ``alternatives_*.jsonl``
-and ``criteria.json`` (their benchmarks' own).  What is not there yet leaves its rows out.
+and ``criteria.jsonl`` (their benchmarks' own), ``routing.json`` of stage 3's runs, and ``commands.tsv`` (what was run,
+and for how long).  What is not there yet leaves its rows out.  ``--keep`` also copies the page of images that the first
+seed's stage 3 found cheap and dear.
 """
 
 import argparse
@@ -16,21 +18,36 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.common import read_lines
+from gating.pictures import draw_passing
 from utils.errors import UserError, run_command
 from utils.results import METHODS
 
-RECORDS = ("seed_*/results.json", "*/seed_*/results.json", "alternatives_*.jsonl", "criteria.json", "criteria.jsonl")
-METRICS = ("seed_*/*/*/*/*/metrics.jsonl", "*/seed_*/*/*/*/*/metrics.jsonl")
+ROUTING = "seed_*/rl_pruned/*/*/*/routing.json"
+RECORDS = (
+    *("seed_*/results.json", "*/seed_*/results.json", "alternatives_*.jsonl", "criteria.jsonl"),
+    *("seed_*/*/*/*/*/metrics.jsonl", "*/seed_*/*/*/*/*/metrics.jsonl", "seed_*/*/*/*/*/arguments.json"),
+    *(ROUTING, "commands.tsv"),
+)
+IMAGES = "seed_0/rl_pruned/*/*/*/easy_and_hard*.png"
 ALTERNATIVES = {
     "start": "static, where the others start",
     "pruned further": "(a) pruned further",
     "blocks removed": "(b) blocks removed for all images",
     "switches": "(c) switches",
     "random switches": "(d) switches at random, same rates",
+    "Torch-Pruning": "Torch-Pruning, at static's FLOPs",
+}
+STATIC_ALONE = {  # variants of ``benchmarks.criteria``: what they are called, and how they are drawn
+    "best forms, refitted": ("the default", "#1f77b4"),
+    "Torch-Pruning, Hessian, global": ("Torch-Pruning, Hessian", "#9467bd"),
+    "eigendamage": ("EigenDamage as published", "#8c564b"),
+    "random": ("random channels", "#7f7f7f"),
 }
 
 Record = dict[str, Any]
@@ -46,19 +63,42 @@ def main() -> None:
         raise UserError(f"{args.results} holds no seed_*/results.json: run scripts/study.sh with this folder first")
     if args.keep:
         keep(args.results, args.keep)
-    text = "\n".join(tables(args.results, stages))
+    text = "\n".join(tables(args.results, stages) + commands(args.results))
     (args.results / "study.md").write_text(text)
     draw(args.results, stages).savefig(args.results / "study.png", dpi=120)
+    routes = [json.loads(path.read_text())["passing_by_class"] for path in sorted(args.results.glob(ROUTING))]
+    if routes:
+        mean = torch.tensor([list(route.values()) for route in routes]).mean(dim=0)
+        draw_passing(mean, list(routes[0])).savefig(args.results / "passing_by_class.png", dpi=120)
     print(text)
 
 
 def keep(source: Path, target: Path) -> None:
-    """Copy the records that tables and pictures are made from, and the epochs' metrics."""
-    for pattern in (*RECORDS, *METRICS):
+    """Copy the records that tables and pictures are made from, and the epochs' metrics; paths lead from the study."""
+    for pattern in RECORDS:
         for path in source.glob(pattern):
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            copy.write_text(without_paths(path.read_text(), source))
+    for path in source.glob(IMAGES):
+        shutil.copyfile(path, target / path.name)
+
+
+def without_paths(text: str, results: Path) -> str:
+    """``text`` with the study's folder called RESULTS, and no word of where this program lies."""
+    for path in dict.fromkeys((str(results.resolve()), str(results))):
+        text = text.replace(f"{path}/", "RESULTS/").replace(f'"{path}"', '"RESULTS"')
+    return text.replace(f"{Path.cwd()}/", "")
+
+
+def commands(results: Path) -> list[str]:
+    """What was run and how long it took, all its pieces together, as lines of Markdown."""
+    path, taken = results / "commands.tsv", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        seconds, command = line.split("\t")
+        taken[command.strip()] = taken.get(command.strip(), 0) + int(seconds)
+    lines = [f"    {without_paths(command, results)}  # {seconds / 3600:.1f} h" for command, seconds in taken.items()]
+    return ["## Commands, with what they took", "", *lines, ""] if lines else []
 
 
 def rows_by_stage(results: Path, part: str) -> dict[str, list[Record]]:
@@ -74,6 +114,15 @@ def alternatives(results: Path) -> dict[str, list[Record]]:
     """The measurements of ``benchmarks.alternatives`` by method, one a seed."""
     lines = [line for path in sorted(results.glob("alternatives_*.jsonl")) for line in read_lines(path)]
     return {method: [line for line in lines if line["method"] == method] for method in ALTERNATIVES}
+
+
+def static_alone(results: Path) -> dict[str, dict[float, list[Record]]]:
+    """The measurements of ``benchmarks.criteria`` on test images by variant and share of the FLOPs, one a seed."""
+    found: dict[str, dict[float, list[Record]]] = {}
+    path = results / "criteria.jsonl"
+    for line in read_lines(path) if path.exists() else []:
+        found.setdefault(line["variant"], {}).setdefault(line["share"], []).append(line)
+    return {variant: dict(sorted(found[variant].items(), reverse=True)) for variant in STATIC_ALONE if variant in found}
 
 
 def spread(values: Iterable[float], digits: int = 2, factor: float = 1.0, unit: str = "") -> str:
@@ -111,8 +160,35 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
                     f"| {spread((m.get('parameters') for m in measured), 0)} |"
                 )
         bits = [m["bits"] for m in found["switches"]]
-        lines += ["", f"Bits of the switches' decisions that differ between images: {spread(bits)}."]
+        routes = spread(m["bits_of_routes"] for m in found["switches"])
+        lines += [
+            "",
+            f"Decisions tell {routes} bits of an image; the switches' own entropies add up to {spread(bits)} bits.",
+        ]
+    if alone := static_alone(results):
+        shares = list(next(iter(alone.values())))
+        lines += ["", "## Static pruning alone, at once and with the same short fine-tuning", ""]
+        lines += ["| method | seeds | " + " | ".join(f"{share:.0%} of the FLOPs" for share in shares) + " |"]
+        lines += ["|---|---|" + "---|" * len(shares)]
+        for variant, by_share in alone.items():
+            cells = [f"{spread((m['test'] for m in by_share.get(share, [])), factor=100)} %" for share in shares]
+            seeds = max(len(measured) for measured in by_share.values())
+            lines.append(f"| {STATIC_ALONE[variant][0]} | {seeds} | {' | '.join(cells)} |")
+    lines += ["", made_with(results)]
     return [*lines, ""]
+
+
+def made_with(results: Path) -> str:
+    """The machines and settings that the records name, in a sentence."""
+    machines = {json.dumps(m["machine"], sort_keys=True) for own in alternatives(results).values() for m in own}
+    stages = []
+    for path in sorted(results.glob("seed_0/*/*/*/*/arguments.json")):
+        given = json.loads(path.read_text())
+        kept = ("epochs", "epochs_start", "epochs_end", "max_iter", "target_flops", "lr", "precision")
+        said = ", ".join(f"{key} {given[key]}" for key in kept if key in given)
+        stages.append(f"{path.relative_to(results).parts[1]}: {said}")
+    machines = [", ".join(f"{key} {value}" for key, value in json.loads(m).items()) for m in sorted(machines)]
+    return f"Accuracies are those of the test images. Settings: {'; '.join(stages)}. Machine: {' / '.join(machines)}."
 
 
 def stage_row(name: str, records: Sequence[Record]) -> str:
@@ -128,17 +204,19 @@ def stage_row(name: str, records: Sequence[Record]) -> str:
 
 
 def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
-    """Accuracy against executed GFLOPs, and against measured latency; a point a seed, a line where there is a curve."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    """Accuracy against executed GFLOPs and against measured latency, means with the seeds' deviations as bars."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     against_flops, against_latency = figure.subplots(1, 2, sharey=True)
     for stage, colour, marker in (("sp", "#333333", "o"), ("pruned", "#1f77b4", "s"), ("rl_pruned", "#d62728", "^")):
         records = stages[stage]
-        accuracies = [r["accuracy" if stage == "rl_pruned" else "accuracy_every_block"] for r in records]
-        style = {"color": colour, "marker": marker, "linestyle": "", "label": METHODS[stage]}
-        against_flops.plot([r["gflops"] for r in records], accuracies, **style)
-        measured = [(r["latency_ms"], a) for r, a in zip(records, accuracies, strict=True) if r.get("latency_ms")]
-        if measured:
-            against_latency.plot(*zip(*measured, strict=True), **style)
+        if not records:
+            continue
+        key = "accuracy" if stage == "rl_pruned" else "accuracy_every_block"
+        style = {"color": colour, "marker": marker, "label": METHODS[stage], "zorder": 3}
+        bars(against_flops, [r["gflops"] for r in records], [r[key] for r in records], **style)
+        timed = [r for r in records if r.get("latency_ms")]
+        if timed:
+            bars(against_latency, [r["latency_ms"] for r in timed], [r[key] for r in timed], **style)
         for record in records:
             points = sorted((p["gflops"], p["accuracy"]) for p in record["points"])
             if points:
@@ -147,12 +225,21 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
         "pruned further": ("#17becf", "v"),
         "blocks removed": ("#2ca02c", "D"),
         "random switches": ("#ff7f0e", "x"),
+        "Torch-Pruning": ("#9467bd", "P"),
     }
     found = alternatives(results)
     for method, (colour, marker) in styles.items():
         if measured := found[method]:
-            points = [[m[key] for m in measured] for key in ("gflops", "accuracy")]
-            against_flops.plot(*points, color=colour, marker=marker, linestyle="", label=method)
+            x, y = ([m[key] for m in measured] for key in ("gflops", "accuracy"))
+            bars(against_flops, x, y, color=colour, marker=marker, label=method)
+    whole = statistics.mean(r["gflops"] for r in stages["sp"])
+    for variant, by_share in static_alone(results).items():
+        name, colour = STATIC_ALONE[variant]
+        x = [whole * statistics.mean(m["flops"] for m in measured) for measured in by_share.values()]
+        y = [[m["test"] for m in measured] for measured in by_share.values()]
+        deviations = [statistics.stdev(own) if len(own) > 1 else 0 for own in y]
+        style = {"color": colour, "linestyle": "--", "linewidth": 1, "capsize": 2, "label": f"at once: {name}"}
+        against_flops.errorbar(x, [statistics.mean(own) for own in y], deviations, **style)
     for axis, label in (
         (against_flops, "GFLOPs executed for one image"),
         (against_latency, "milliseconds for one image"),
@@ -162,9 +249,17 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         if axis.has_data():
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=7)
     against_flops.set_ylabel("accuracy on the test images")
     return figure
+
+
+def bars(axis: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """The mean of some points, with a bar for the deviation in each direction where there are several."""
+    deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in (x, y)]
+    axis.errorbar(
+        statistics.mean(x), statistics.mean(y), xerr=deviations[0], yerr=deviations[1], linestyle="", capsize=2, **style
+    )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,19 @@ class LowRankConv2d(nn.Module):
         )
         self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=False)
 
+    # Of the whole layer, as of the plain convolution that it stands for.
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.core.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.core.stride
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        return self.core.padding
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H', W']."""
         if self.rotate_in is not None:

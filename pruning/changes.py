@@ -25,6 +25,7 @@ class LayerChange:
     flops_before: int  # for one image
     flops_after: int
     predicted_rise: float  # of the loss, in nats, where this layer alone changes
+    form: str = ""  # that it takes, where forms compete
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,18 @@ class Pruned:
 
     @property
     def nothing_changed(self) -> bool:
-        return all(change.ranks_before == change.ranks_after for change in self.changes)
+        return all(change.flops_before == change.flops_after for change in self.changes)
 
 
 def changes_table(pruned: Pruned) -> str:
     """The changes of one iteration as text, a line a layer, one for the sum and one for the rise of all together."""
     changes = pruned.changes
-    lines = [f"{'layer':<16} {'ranks in, out':>22} {'parameters':>21} {'MFLOPs':>17} {'predicted rise':>15}"]
+    lines = [f"{'layer':<16} {'ranks in, out':>22} {'parameters':>21} {'MFLOPs':>17} {'predicted rise':>15}  form"]
     for c in changes:
         ranks = f"{c.ranks_before[0]},{c.ranks_before[1]} -> {c.ranks_after[0]},{c.ranks_after[1]}"
         lines.append(
             f"{c.name:<16} {ranks:>22} {c.parameters_before:>9} -> {c.parameters_after:>8} "
-            f"{c.flops_before / 1e6:>7.2f} -> {c.flops_after / 1e6:>6.2f} {c.predicted_rise:>15.5f}"
+            f"{c.flops_before / 1e6:>7.2f} -> {c.flops_after / 1e6:>6.2f} {c.predicted_rise:>15.5f}  {c.form}".rstrip()
         )
     lines.append(
         f"{'sum':<16} {'':>22} {sum(c.parameters_before for c in changes):>9} -> "

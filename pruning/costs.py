@@ -64,22 +64,6 @@ class LayerShape:
         return timed(c, r)
 
 
-def separable_cost(shape: LayerShape, c: Count) -> tuple[Count, ...]:
-    """What ``cheapest_cost`` says, for the depthwise separable form with c channels.
-
-    A layer that keeps all its ranks goes on as it is, and so does one that the form would make dearer.
-    """
-    before, behind, core = shape.channels[0] * c, c * shape.channels[1], c * shape.taps
-    flops = 2 * (before * shape.positions[0] + (core + behind) * shape.positions[1])
-    parameters = before + core + behind
-    whole_flops, whole_parameters = shape.cost(*shape.ranks)
-    worth = (np.asarray(c) < shape.ranks[0]) & (flops < whole_flops) & (parameters <= whole_parameters)
-    costs = (np.where(worth, flops, whole_flops), np.where(worth, parameters, whole_parameters))
-    if shape.seconds is None:
-        return costs
-    return *costs, np.where(worth, shape.time(c, c, separable=True), shape.time(*shape.ranks))
-
-
 def cheapest_ranks(shape: LayerShape, c: Count, r: Count) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of the cheapest of the forms that keep c and r directions: both sides reduced, one of them, or none.
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from pruning.eigenbasis import Eigenbasis, rotate
+from pruning.eigenbasis import Eigenbasis
 from pruning.layers import ConvWeights
 from pruning.tucker import root
 
@@ -23,45 +23,31 @@ PENALTY = 1e-2
 RIDGE = 1e-9  # the same where it only keeps equations solvable
 
 
-def captured_shares(core: Tensor, basis: Eigenbasis) -> Tensor:
-    """[in]: the share of each input direction's saliency that one term along this direction can keep.
-
-    That is the share of the largest squared singular value of G^1/2 W'_j [out, taps].
-    """
-    scaled = rotate(core, basis) * basis.d_g.sqrt()[:, None, None, None]
-    squares = torch.linalg.svdvals(scaled.transpose(0, 1).flatten(2)).square()
-    return squares[:, 0] / squares.sum(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-
-
-def separable(core: Tensor, basis: Eigenbasis, keep: Tensor, sweeps: int | None = None) -> ConvWeights:
-    """A depthwise separable convolution with one term for each kept input direction.
+def separable(kernel: Tensor, basis: Eigenbasis, terms: int, sweeps: int = MOST_SWEEPS) -> ConvWeights:
+    """A depthwise separable convolution of so many terms.
 
     Among all sums of so many terms it is a local minimum of the quadratic model 1/2 tr(G D A D^T) of K-FAC, with a
     ``PENALTY`` on the size of its terms: the canonical decomposition of G^1/2 W A^1/2 by alternating least squares,
-    started from the best term along every kept direction and run until it has converged.  Source of the decomposition:
-    Carroll and Chang 1970; of its use for convolutions, arXiv:1412.6553.
+    started from the largest of the terms u v^T d along the input's eigendirections v, several along one of them if need
+    be, and run until it has converged.  Source of the decomposition: Carroll and Chang 1970; of its use for
+    convolutions, arXiv:1412.6553.
 
     Args:
-        core: kernel [out, in, kh, kw], in the channels that ``basis`` belongs to.
-        keep: indices of the input directions to start from.
+        kernel: [out, in, kh, kw].
+        terms: at most as many for each input direction as there are taps or outputs.
         sweeps: of least squares at most; none leaves the terms as they start.
     """
     root_in, root_out = root(basis.Q_a, basis.d_a), root(basis.Q_g, basis.d_g)
-    scaled = torch.einsum("op,pihw,ij->ojhw", root_out, core.double(), root_in).flatten(2)  # [out, in, taps]
-    V = basis.Q_a[:, keep.to(basis.Q_a.device)]
-    left, values, right = torch.linalg.svd(torch.einsum("oit,ik->kot", scaled, V), full_matrices=False)
-    U, D = (left[:, :, 0] * values[:, :1]).t(), right[:, 0].t()
-    U, V, D = _converged(scaled, U, V, D, MOST_SWEEPS if sweeps is None else sweeps)
+    scaled = torch.einsum("op,pihw,ij->ojhw", root_out, kernel.double(), root_in).flatten(2)  # [out, in, taps]
+    along = torch.einsum("oit,ik->kot", scaled, basis.Q_a)
+    left, values, right = torch.linalg.svd(along, full_matrices=False)
+    largest = values.flatten().argsort(descending=True)[:terms]
+    k, i = largest // values.shape[1], largest % values.shape[1]
+    U, V, D = _converged(scaled, (left[k, :, i] * values[k, i, None]).t(), basis.Q_a[:, k], right[k, i].t(), sweeps)
     mix_in, mix_out = torch.linalg.solve(root_in, V), torch.linalg.solve(root_out, U)
     sizes = mix_in.norm(dim=0) * mix_out.norm(dim=0)  # into the filters: mixtures of unit length train best
-    filters = (D * sizes).t().reshape(-1, 1, *core.shape[2:])
+    filters = (D * sizes).t().reshape(-1, 1, *kernel.shape[2:])
     return ConvWeights(filters, _unit(mix_in).t(), _unit(mix_out), depthwise=True)
-
-
-def without_channels(weights: ConvWeights, keep: Tensor) -> ConvWeights:
-    """A depthwise separable layer with the kept channels of its core only."""
-    keep = keep.to(weights.core.device)
-    return ConvWeights(weights.core[keep], weights.rotate_in[keep], weights.rotate_out[:, keep], depthwise=True)
 
 
 def _converged(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:

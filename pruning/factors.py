@@ -111,14 +111,13 @@ def collect_factors(
     return {name: Factors(*(parallel.all_reduced(total) / images for total in sums[name])) for name in layers}
 
 
-def channel_effects(core: nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
-    """Sum over images of (sum over positions of g_k y_k)^2 for each channel y_k of a depthwise core, [channels].
+def image_gradients(layer: nn.Module, a: Tensor, g: Tensor) -> Tensor:
+    """The gradient of every image's loss in the layer's kernel, [N, out, in, kh, kw].
 
-    Half of its mean is the second-order rise of the loss when the channel is removed, y_k -> 0, without any
-    approximation of the Fisher.
+    Cost: that of the weight gradient; it and the unfolded windows of the batch are held in memory.
     """
-    y = F.conv2d(a, core.weight.detach(), None, core.stride, core.padding, groups=core.groups)
-    return (g * y).sum(dim=(2, 3)).square().sum(dim=0)
+    windows = F.unfold(a, layer.kernel_size, padding=layer.padding, stride=layer.stride)  # [N, in * T, S]
+    return torch.bmm(g.flatten(2), windows.transpose(1, 2)).unflatten(2, (a.shape[1], *layer.kernel_size))
 
 
 def rotated_gradient_squares(
@@ -129,12 +128,10 @@ def rotated_gradient_squares(
     Without rotations this is the sum of the squared gradients themselves, the diagonal of the Fisher.
 
     Source: EK-FAC (arXiv:1806.03884), section 3.1, the re-scaling in the Kronecker-factored eigenbasis.  Cost: that of
-    the weight gradient plus two 1x1 rotations; the unfolded windows of the batch are held in memory.
+    ``image_gradients`` plus two 1x1 rotations.
     """
     if Q_a is not None:
         a = torch.einsum("nihw,ij->njhw", a, Q_a.to(a))
     if Q_g is not None:
         g = torch.einsum("nohw,op->nphw", g, Q_g.to(g))
-    windows = F.unfold(a, layer.kernel_size, padding=layer.padding, stride=layer.stride)  # [N, in * T, S]
-    gradients = torch.bmm(g.flatten(2), windows.transpose(1, 2))
-    return gradients.square().sum(dim=0).unflatten(1, (a.shape[1], *layer.kernel_size))
+    return image_gradients(layer, a, g).square().sum(dim=0)

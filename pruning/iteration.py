@@ -6,10 +6,11 @@ import torch
 
 from models import ResNet
 from pruning.changes import Pruned
+from pruning.choice import smallest
 from pruning.layers import rebuilt_layers
 from pruning.prune_channels import channel_groups, prune_channels
-from pruning.prune_depthwise import prune_to_depthwise, separable_groups
 from pruning.prune_directions import direction_groups, prune_directions
+from pruning.prune_forms import layer_forms, prune_to_forms
 from pruning.refit import refit
 from pruning.selection import Goal, check_reachable, smallest_cost
 from pruning.settings import EIGENBASIS_CRITERIA, Batches, Method
@@ -30,7 +31,10 @@ def prune_once(
     Raises:
         UserError: for a budget out of reach, or a criterion that the network does not suit.
     """
-    prune, _ = _family(method)
+    if method.forms_compete:
+        prune = prune_to_forms
+    else:
+        prune = prune_directions if method.criterion in EIGENBASIS_CRITERIA else prune_channels
     pruned = prune(network, batches, draws, cost, goal, method)
     if method.refit and not pruned.nothing_changed:
         refit(network, pruned.network, rebuilt_layers(pruned.network), batches)
@@ -43,16 +47,10 @@ def check_goal(network: ResNet, image_size: int, goal: Goal, method: Method) -> 
     Raises:
         UserError: says what the smallest network would cost.
     """
-    cost = network_cost(network, image_size)
-    _, grouped = _family(method)
-    groups, fixed = grouped(network, cost, replace(method, seconds=None), saliencies=None)
-    check_reachable(goal, smallest_cost(groups, fixed, method.round_to))
-
-
-def _family(method: Method):
-    """What prunes a network by this method, and what tells which of its parts compete."""
-    if method.criterion not in EIGENBASIS_CRITERIA:
-        return prune_channels, channel_groups
-    if method.decomposition == "depthwise":
-        return prune_to_depthwise, separable_groups
-    return prune_directions, direction_groups
+    cost, untimed = network_cost(network, image_size), replace(method, seconds=None)
+    if method.forms_compete:
+        least = smallest(*layer_forms(network, cost, untimed))
+    else:
+        grouped = direction_groups if method.criterion in EIGENBASIS_CRITERIA else channel_groups
+        least = smallest_cost(*grouped(network, cost, untimed, saliencies=None), method.round_to)
+    check_reachable(goal, least)

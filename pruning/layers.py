@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from models import LowRankConv2d, ResNet
@@ -26,6 +27,10 @@ class ConvWeights:
     @property
     def out_channels(self) -> int:
         return self.core.shape[0] if self.rotate_out is None else self.rotate_out.shape[0]
+
+    def to(self, dtype: torch.dtype) -> "ConvWeights":
+        sides = (None if side is None else side.to(dtype) for side in (self.rotate_in, self.rotate_out))
+        return ConvWeights(self.core.to(dtype), *sides, self.depthwise)
 
     @property
     def ranks(self) -> tuple[int | None, int | None]:
@@ -60,6 +65,12 @@ def separable_layers(network: ResNet) -> dict[str, nn.Conv2d]:
     """The depthwise cores of the layers that were rebuilt depthwise separable, by name of the layer."""
     modules = network.named_modules()
     return {name: m.core for name, m in modules if isinstance(m, LowRankConv2d) and m.core.groups > 1}
+
+
+def competing_layers(network: ResNet) -> list[str]:
+    """The names of both, from the input on."""
+    competing = {**prunable_layers(network), **separable_layers(network)}
+    return [name for name, _ in network.named_modules() if name in competing]
 
 
 def norm_behind(network: ResNet, name: str) -> nn.BatchNorm2d:

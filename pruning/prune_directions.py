@@ -1,4 +1,4 @@
-"""An iteration in the eigenbasis: every 3x3 convolution loses directions and becomes a bottleneck.
+"""An iteration in the eigenbasis: every 3x3 convolution loses directions and becomes a bottleneck, as published.
 
 Source: EigenDamage (arXiv:1905.05934), section 4.
 """
@@ -19,7 +19,6 @@ from pruning.prediction import predicted_rise
 from pruning.selection import Goal, Group, least_kept, select
 from pruning.settings import Batches, Method
 from pruning.surgery import composed, merged, rebuild, truncated
-from pruning.tucker import tucker
 from utils.flops import NetworkCost
 
 
@@ -37,14 +36,13 @@ def prune_directions(
     groups, fixed = direction_groups(network, cost, method, saliencies)
     kept = select(groups, goal, fixed, method.objective, method.round_to)
 
-    reduced_to = {"truncate": truncated, "tucker": tucker}[method.decomposition]
     replaced, changes, ranks = {}, {}, {}
     for name, before in weights.items():
         shape = layer_shape(before, cost, name, method)
         ranks[name] = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept[name])))
         if ranks[name] != shape.ranks:
             sides = zip(kept[name], ranks[name], shape.ranks, strict=True)
-            reduced = reduced_to(before.core, bases[name], *(side if r < whole else None for side, r, whole in sides))
+            reduced = truncated(before.core, bases[name], *(side if r < whole else None for side, r, whole in sides))
             replaced[name] = merged(before, reduced)
             changes[name] = composed(reduced) - before.core.double()
     predicted = predicted_rise(network, layers, changes, batches(), **method.fisher(draws))

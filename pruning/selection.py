@@ -27,7 +27,6 @@ class Group:
     # Of two sides: the saliency of every pair [first side, second side], which sums to those of both sides.
     pairs: Tensor | None = None
     channels: tuple[int, ...] | None = None  # of each side in the unpruned network, where they are more than now
-    entry: float = 0.0  # saliency lost with the first direction besides its own: that of leaving the present form
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,9 @@ def select(
         step = next(steps, None)
         if step is None:
             if goal.is_budget and objective == "latency":
-                raise UserError(
-                    "objective latency finds no form of any layer that would still be faster on this machine, short of "
-                    "the target: raise the target or use objective flops"
-                )
+                raise nothing_faster()
             if goal.is_budget:
-                raise UserError(_unreachable(goal, walk.cost()))
+                raise out_of_reach(goal, walk.cost())
             break
         side, count = step
         count = count if goal.is_budget else min(count, share - walk.dropped)
@@ -154,13 +150,22 @@ def check_reachable(goal: Goal, smallest: tuple[int, int]) -> None:
     if (goal.flops is not None and smallest[0] > goal.flops) or (
         goal.parameters is not None and smallest[1] > goal.parameters
     ):
-        raise UserError(_unreachable(goal, smallest))
+        raise out_of_reach(goal, smallest)
 
 
-def _unreachable(goal: Goal, smallest: tuple[int, int]) -> str:
+def nothing_faster() -> UserError:
+    """What to say where the objective "latency" ends before the target."""
+    return UserError(
+        "objective latency finds no form of any layer that would still be faster on this machine, short of the target: "
+        "raise the target or use objective flops"
+    )
+
+
+def out_of_reach(goal: Goal, smallest: tuple[int, int]) -> UserError:
+    """What to say where the smallest network would cost more than the budget."""
     kind = 0 if goal.flops is not None and smallest[0] > goal.flops else 1
     target, unit = (goal.flops, "FLOPs") if kind == 0 else (goal.parameters, "parameters")
-    return (
+    return UserError(
         f"target_{unit.lower()} asks for {target:,.0f} {unit}, but prune_ratio_limit leaves at least "
         f"{smallest[kind]:,}: raise the target or prune_ratio_limit"
     )
@@ -250,7 +255,6 @@ class _Walk:
             # [c, r]: what the last c and r directions of the two orders keep.
             kept = np.pad(pairs[::-1, ::-1].cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
             regrets = pairs.sum() - kept[counts[:, 0], counts[:, 1]]
-        regrets = regrets + group.entry * (counts < sizes).any(axis=1)
         return counts, tuple(np.broadcast_to(c, len(counts)) for c in group.cost(*counts.T)), regrets
 
     def by_saliency(self) -> Iterator[tuple[tuple[str, int], int]]:
@@ -258,10 +262,8 @@ class _Walk:
         candidates = []
         for position, (side, values) in enumerate(self.values.items()):
             group = self.groups[side[0]]
-            going = values[: max(0, len(values) - group.least[side[1]])].copy()
-            going[:1] += group.entry
-            # Nothing goes before the form is given up, so the entry holds back what would follow it.
-            candidates += [(value, position, side) for value in np.maximum.accumulate(going)]
+            going = values[: max(0, len(values) - group.least[side[1]])]
+            candidates += [(value, position, side) for value in going]
         for _, _, side in sorted(candidates, key=lambda candidate: candidate[:2]):
             yield side, 1
 
@@ -291,7 +293,7 @@ class _Walk:
             self._recount(name, i)
             values = self.values[name, i]
             gone = len(values) - kept
-            regret = values[gone : len(values) - least].cumsum() + (group.entry if gone == 0 else 0.0)
+            regret = values[gone : len(values) - least].cumsum()
             counts = [self.rounded(name, j) for j in range(len(group.least))]
             counts[i] = rounded_up(np.arange(kept - 1, least - 1, -1), len(values), self.steps[name, i])
             saved = self._costs[name][unit] - np.asarray(group.cost(*counts)[unit])

@@ -18,7 +18,7 @@ from utils.settings import StageSettings, setting
 EIGENBASIS_CRITERIA = ("eigendamage",)
 CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
 CRITERIA = EIGENBASIS_CRITERIA + CHANNEL_CRITERIA
-DECOMPOSITIONS = ("truncate", "tucker", "depthwise")
+DECOMPOSITIONS = ("best", "tucker", "depthwise", "truncate")
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # makes a new pass over the same images
 
@@ -33,15 +33,16 @@ class Method:
         choices=CRITERIA,
     )
     decomposition: str = setting(
-        "tucker",
-        "what eigendamage makes of a layer: 1x1 - core - 1x1 of the kept directions (truncate) or of the best "
-        "subspaces of their number (tucker), or a depthwise separable layer (depthwise)",
+        "best",
+        "what eigendamage makes of a layer: 1x1 - core - 1x1 in the subspaces that lose least (tucker), a depthwise "
+        "separable layer (depthwise), whichever of both is predicted to lose less (best), or, as published, 1x1 - core "
+        "- 1x1 of single directions chosen one by one (truncate)",
         choices=DECOMPOSITIONS,
     )
     objective: str = setting(
         "flops",
-        "rank by saliency, or by saliency per FLOP, per parameter or (latency) per second really saved, the last "
-        "measured layer by layer with ONNX Runtime on this machine",
+        "what the loss is weighed against: FLOPs, parameters or (latency) seconds really saved, the last measured "
+        "layer by layer with ONNX Runtime on this machine; saliency: the target itself, or one direction as another",
         choices=OBJECTIVES,
     )
     round_to: int = setting(
@@ -50,18 +51,34 @@ class Method:
     prune_ratio_limit: float = setting(
         0.9, "largest share of its directions that a layer may lose in all", low=0, below=1
     )
-    normalize: bool = setting(False, "rank directions by their share of the layer's saliency, not by the saliency")
+    normalize: bool = setting(
+        False, "rank single directions or channels by their share of the layer's saliency, not by the saliency"
+    )
     fisher_type: str = setting("true", "labels drawn from the prediction, or taken from the data", choices=FISHER_TYPES)
     fisher_draws: int = setting(1, "labels drawn for each image of the true Fisher", low=1)
-    correct_eigenvalues: bool = setting(True, "measure the curvature in the eigenbasis (EK-FAC), at one pass more")
+    correct_eigenvalues: bool = setting(
+        True, "with truncate, measure the curvature in the eigenbasis (EK-FAC), at one pass more"
+    )
     refit: bool = setting(
         True, "refit every rebuilt layer, from the input on, to what it computed; one pass over images a layer"
     )
     regularization: float = setting(
-        0.0, "curvature added to every direction (eigendamage) or weight (c_obd, kron_obd)", low=0
+        0.0, "curvature added to every weight or direction (eigendamage, c_obd and kron_obd)", low=0
     )
     # Not a setting: what measures the time of a layer's form, for the objective "latency" only.
     seconds: Seconds | None = None
+
+    def __post_init__(self) -> None:
+        if self.normalize and self.forms_compete:
+            raise UserError(
+                f"normalize ranks single directions, where decomposition {self.decomposition} compares whole forms of "
+                "a layer: use decomposition truncate, or normalize false"
+            )
+
+    @property
+    def forms_compete(self) -> bool:
+        """Whether whole forms of layers compete, or directions or channels one by one."""
+        return self.criterion in EIGENBASIS_CRITERIA and self.decomposition != "truncate"
 
     def fisher(self, draws: torch.Generator) -> dict[str, Any]:
         """The arguments of a pass that measures the Fisher, with labels from the generator ``draws``."""
@@ -73,7 +90,7 @@ class PruneSettings(Method, StageSettings):
     """Every key of ``config.json``.
 
     Raises:
-        UserError: for a schedule or a name that there is not.
+        UserError: for a schedule or a name that there is not, or for settings that exclude each other.
     """
 
     width: int = setting(64, "width of the network of stage 1", low=1)
@@ -88,7 +105,11 @@ class PruneSettings(Method, StageSettings):
         40, "epochs of fine-tuning when everything is removed; interpolated by compression", low=0
     )
     prune_ratio: float = setting(
-        0.3, "share of all directions that one iteration drops, where there is no target", low=0, below=1
+        0.3,
+        "where there is no target, the share of the FLOPs that one iteration takes away (of the parameters, if they "
+        "are the objective); with truncate or a channel criterion, of all directions or channels",
+        low=0,
+        below=1,
     )
     target_flops: float = setting(
         0.0, "FLOPs after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0
@@ -113,6 +134,7 @@ class PruneSettings(Method, StageSettings):
     exp_name: str = setting("", "name added to the folder of the run")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_schedule(self.scheduler_params)
         if Path(self.exp_name).name != self.exp_name:
             raise UserError(f"exp_name is {self.exp_name!r}: it becomes part of a folder's name, so use no separators")

@@ -35,18 +35,12 @@ def merged(weights: ConvWeights, reduced: ConvWeights) -> ConvWeights:
 
     So a layer never has more than three convolutions, however often it is pruned.
     """
-    dtype = weights.core.dtype
     rotate_in, rotate_out = weights.rotate_in, weights.rotate_out
     if reduced.rotate_in is not None:
         rotate_in = reduced.rotate_in if rotate_in is None else reduced.rotate_in @ rotate_in.double()
     if reduced.rotate_out is not None:
         rotate_out = reduced.rotate_out if rotate_out is None else rotate_out.double() @ reduced.rotate_out
-    return ConvWeights(
-        reduced.core.to(dtype),
-        None if rotate_in is None else rotate_in.to(dtype),
-        None if rotate_out is None else rotate_out.to(dtype),
-        reduced.depthwise,
-    )
+    return ConvWeights(reduced.core, rotate_in, rotate_out).to(weights.core.dtype)
 
 
 def composed(weights: ConvWeights) -> Tensor:

@@ -7,10 +7,12 @@ from pruning.channels import damped
 from pruning.eigenbasis import Eigenbasis
 from pruning.layers import ConvWeights
 
-SWEEPS = 20
+SWEEPS = 20  # of orthogonal iteration, each starting from the last
 
 
-def tucker(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Tensor | None) -> ConvWeights:
+def tucker(
+    core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Tensor | None, sweeps: int = SWEEPS
+) -> ConvWeights:
     """A convolution with the ranks of the kept directions, in the subspaces that lose least.
 
     Truncation keeps eigendirections as they are; among all forms of the same ranks K-FAC's quadratic model
@@ -26,7 +28,7 @@ def tucker(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Te
     scaled = torch.einsum("op,pihw,ij->ojhw", root_out, core.double(), root_in)
     U_in = None if keep_in is None else _first(basis.Q_a, keep_in)
     U_out = None if keep_out is None else _first(basis.Q_g, keep_out)
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         if U_in is not None:
             part = scaled if U_out is None else torch.einsum("oihw,or->rihw", scaled, U_out)
             U_in = _leading(part.transpose(0, 1).flatten(1), U_in.shape[1])

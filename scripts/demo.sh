@@ -18,7 +18,7 @@ python main_sp.py --network resnet --depth 14 --width 16 --epochs 24 --lr 0.1 --
 say "Stage 2: prune statically (main_prune.py)"
 python main_prune.py --config_path config.json \
     --set depth=14 --set width=16 --set resize=16 --set "data_dir=$data" --set "result_dir=$results" \
-    --set batch_size=64 --set num_workers=2 --set epochs_start=4 --set epochs_end=10 --set prune_ratio=0.25 \
+    --set batch_size=64 --set num_workers=2 --set epochs_start=4 --set epochs_end=10 --set prune_ratio=0.4 \
     --set max_iter=4 --set max_accuracy_drop=0.01
 
 say "Stage 3: teach the switches to skip (main_rl_prune.py)"

@@ -46,7 +46,7 @@ def test_keys_that_are_not_given_have_their_defaults(tmp_path: Path):
     [
         ("depth=14", "depth", 14),
         ("lr=1e-3", "lr", 0.001),
-        ("normalize=true", "normalize", True),
+        ("refit=false", "refit", False),
         ("data_dir=some/where", "data_dir", "some/where"),
         ("data_dir=a=b", "data_dir", "a=b"),
         ('exp_name="first"', "exp_name", "first"),

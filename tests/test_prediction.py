@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from models import all_on, build_network
-from pruning.layers import prunable_layers, separable_layers
-from pruning.prediction import predicted_rise
+from pruning import prediction
+from pruning.layers import competing_layers, read_weights
+from pruning.prediction import predicted_rise, predicted_rises
+from pruning.surgery import composed
 
 
 @pytest.fixture
@@ -22,31 +25,69 @@ def network():
 
 
 def layers_of(network):
-    return {**prunable_layers(network), **separable_layers(network)}
+    """All 3x3 layers: plain, of low rank and depthwise separable, the last two as a whole."""
+    return {name: network.get_submodule(name) for name in competing_layers(network)}
+
+
+def random_changes(network, *shape: int):
+    """In the shape of each layer's kernel, multiplied out."""
+    return {
+        name: torch.randn(*shape, *composed(read_weights(network, name)).shape, dtype=torch.float64)
+        for name in competing_layers(network)
+    }
+
+
+def products_by_image(network, changes, x, y):
+    """<grad W, D> of every image [N] for each layer, W being an addition to the layer's kernel, of zeros."""
+    zeros = {name: torch.zeros_like(change, requires_grad=True) for name, change in changes.items()}
+
+    def add(layer, inputs, output, zero):
+        return output + F.conv2d(inputs[0], zero, None, layer.stride, layer.padding)
+
+    handles = [
+        layer.register_forward_hook(lambda layer, i, o, zero=zeros[name]: add(layer, i, o, zero))
+        for name, layer in layers_of(network).items()
+    ]
+    try:
+        products = []
+        for image, label in zip(x, y, strict=True):
+            loss = F.cross_entropy(network(image[None], decide=all_on, skip=False).logits, label[None])
+            gradients = torch.autograd.grad(loss, list(zeros.values()))
+            products.append([(g * d).sum() for g, d in zip(gradients, changes.values(), strict=True)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.tensor(products, dtype=torch.float64)
 
 
 def test_products_equal_those_with_gradients_image_by_image(network):
     x, y = torch.randn(7, 3, 6, 6, dtype=torch.float64), torch.randint(3, (7,))
-    layers = layers_of(network)
-    assert len(layers) == 7 and any(layer.groups > 1 for layer in layers.values())
-    changes = {name: torch.randn_like(layer.weight) for name, layer in layers.items()}
+    layers, changes = layers_of(network), random_changes(network)
+    assert len(layers) == 7 and len({type(layer) for layer in layers.values()}) == 2
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
     found = predicted_rise(network, layers, changes, batches, "empirical", torch.Generator())
-    products = []
-    for image, label in zip(x, y, strict=True):
-        loss = F.cross_entropy(network(image[None], decide=all_on, skip=False).logits, label[None])
-        gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
-        products.append([(g * changes[name]).sum().item() for g, name in zip(gradients, layers, strict=True)])
-    products = torch.tensor(products, dtype=torch.float64)
+    products = products_by_image(network, changes, x, y)
     single = 0.5 * products.square().mean(0)
     assert [found.layers[name] for name in layers] == pytest.approx(single.tolist(), rel=1e-9)
     assert found.together == pytest.approx(0.5 * products.sum(1).square().mean().item(), rel=1e-9)
 
 
+def test_many_changes_of_a_layer_are_predicted_one_by_one(network, monkeypatch):
+    """Also where the images' gradients do not fit into memory at once."""
+    monkeypatch.setattr(prediction, "CHUNK", 3)
+    x, y = torch.randn(7, 3, 6, 6, dtype=torch.float64), torch.randint(3, (7,))
+    changes = random_changes(network, 4)
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    found = predicted_rises(network, layers_of(network), changes, batches, "empirical", torch.Generator())
+    for i in range(4):
+        own = {name: several[i] for name, several in changes.items()}
+        expected = 0.5 * products_by_image(network, own, x, y).square().mean(0)
+        assert [found[name][i].item() for name in changes] == pytest.approx(expected.tolist(), rel=1e-9)
+
+
 def test_every_draw_counts_on_its_own(network):
     x, y = torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.zeros(5, dtype=torch.long)
-    layers = layers_of(network)
-    changes = {name: torch.randn_like(layer.weight) for name, layer in layers.items()}
+    layers, changes = layers_of(network), random_changes(network)
 
     def rise(draws: int, images: int):
         batch = (x.repeat(images, 1, 1, 1), y.repeat(images))
@@ -61,8 +102,8 @@ def test_every_draw_counts_on_its_own(network):
 def test_it_is_the_second_order_of_the_divergence_from_the_own_prediction(network):
     """All layers changed at once by a share e: the divergence over e^2 goes to what is predicted."""
     x = torch.randn(6, 3, 6, 6, dtype=torch.float64)
-    layers = layers_of(network)
-    changes = {name: 0.3 * torch.randn_like(layer.weight) for name, layer in layers.items()}
+    layers = {name: layer for name, layer in layers_of(network).items() if isinstance(layer, nn.Conv2d)}
+    changes = {name: 0.3 * change for name, change in random_changes(network).items() if name in layers}
     draws = torch.Generator().manual_seed(0)
     # The expectation over labels, written out: each class once, weighted by its probability.
     with torch.no_grad():

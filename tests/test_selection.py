@@ -146,13 +146,13 @@ def test_a_budget_is_used_up_wherever_a_combination_does_so(objective, seed):
     for name in "abc":
         sizes = torch.randint(2, 6, (2,), generator=generator).tolist()
         pairs = torch.rand(sizes, generator=generator).double() ** 2
-        unit, entry = torch.randint(10, 100, (2,), generator=generator).tolist()
+        unit, extra = torch.randint(10, 100, (2,), generator=generator).tolist()
 
-        def cost(c, r, unit=unit, sizes=sizes, whole=unit * sizes[0] * sizes[1] + entry):
+        def cost(c, r, unit=unit, sizes=sizes, whole=unit * sizes[0] * sizes[1] + extra):
             flops = np.where((np.asarray(c) < sizes[0]) | (np.asarray(r) < sizes[1]), unit * c * r, whole)
             return flops, 2 * flops + 1
 
-        groups[name] = Group((pairs.sum(1), pairs.sum(0)), (1, 1), cost, pairs, entry=0.1 * entry)
+        groups[name] = Group((pairs.sum(1), pairs.sum(0)), (1, 1), cost, pairs)
         ways.append([tuple(map(int, cost(c, r))) for c in range(1, sizes[0] + 1) for r in range(1, sizes[1] + 1)])
     everything = {tuple(map(sum, zip(*choice, strict=True))) for choice in itertools.product(*ways)}
     whole = max(everything)
