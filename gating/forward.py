@@ -11,8 +11,8 @@ from models import RoutedOutput
 from models.decisions import DecisionRule
 from utils.device import mixed_precision
 
-# Of images [N, 3, H, W], what makes a decision rule from random numbers, these numbers [N, ...], and whether blocks are
-# skipped, see ``models.resnet.ResNet.forward``.
+# Of images [N, 3, H, W], what makes a decision rule from random numbers and the dtype of features, these numbers
+# [N, ...], and whether blocks are skipped, see ``models.resnet.ResNet.forward``.
 Forward = Callable[[Tensor, Callable[..., DecisionRule], tuple[Tensor, ...], bool], RoutedOutput]
 
 
@@ -32,7 +32,7 @@ def training_forward(network: nn.Module, precision: torch.dtype = torch.float32,
     def forward(
         images: Tensor, rule: Callable[..., DecisionRule], drawn: tuple[Tensor, ...], skip: bool
     ) -> RoutedOutput:
-        call = {"decide": rule(*drawn), "skip": skip}
+        call = {"decide": rule(*drawn, dtype=precision), "skip": skip}
         if precision == torch.float32:
             return network(images, **call)
         if compiled:  # a compiler merges casts by itself, and the gradients of ``_Cast`` get lost in it

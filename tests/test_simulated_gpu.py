@@ -106,7 +106,7 @@ def test_a_step_waits_for_nothing(stage: str, gate: str, batch_norm: str, free: 
         assert training.epoch(trace, 2)[0] == training.epoch(trace, 5)[0]
 
 
-@pytest.mark.parametrize(("stage", "most"), [("sp", 700), ("pruned", 930), ("greedy", 1360)])
+@pytest.mark.parametrize(("stage", "most"), [("sp", 650), ("pruned", 875), ("greedy", 1315)])
 def test_launches_of_a_step(stage: str, most: int):
     """Of ResNet-32, from stage 2 on with reduced ranks and a teacher; its width makes no difference.
 
@@ -119,7 +119,8 @@ def test_launches_of_a_step(stage: str, most: int):
             build_network("resnet", depth=32, num_classes=5, width=4, gate="rnn", ranks=r) for r in (ranks, {})
         )
         training = Training(stage, net, teacher)
-        (_, few), (_, many) = training.epoch(trace, 1), training.epoch(trace, 3)
+        # The first and the last loss of an epoch are looked at, in both.
+        (_, few), (_, many) = training.epoch(trace, 2), training.epoch(trace, 4)
     assert (many - few) / 2 <= most
 
 
@@ -190,7 +191,7 @@ def test_precision_of_a_gpu(wanted: str, capability: tuple[int, int], precision:
         cost = network_cost(net, 8)
         net.stem[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
         evaluate(net, images(4).to(device), NORMALISATION, cost, precision=precision)
-        training_forward(net, precision)(torch.zeros(4, 3, 8, 8).to(device), lambda: all_on, (), False)
+        training_forward(net, precision)(torch.zeros(4, 3, 8, 8).to(device), lambda dtype: all_on, (), False)
         assert seen == {precision}
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
@@ -277,4 +278,4 @@ def test_images_on_a_full_gpu_stay_there():
         given = images(8).to(pick_device())
     with simulated(free_memory=0):
         again = given.to(pick_device())
-        assert isinstance(next(iter(again.batches([torch.arange(4)]))).pixels, SimulatedTensor)
+        assert isinstance(next(iter(again.batches([torch.arange(4)]))), SimulatedTensor)
