@@ -2,7 +2,8 @@
 
 Tasks: ``all`` trains and measures small networks and saves everything that comes of it, runs the three stages, and ends
 with a mistake that one process finds; ``gpus`` trains on simulated GPUs; ``lose`` runs stage 1, in which one process
-is killed after the third epoch; ``wait`` waits for a process that never comes.
+is killed after the third epoch; ``wait`` waits for a process that never comes; ``stop`` for one that stands still with
+its connections open, after one that is only busy has come.
 """
 
 import importlib
@@ -31,7 +32,7 @@ from pruning.layers import prunable_layers, read_weights, rebuilt_layers  # noqa
 from pruning.refit import refit  # noqa: E402
 from pruning.surgery import composed, merged, rebuild  # noqa: E402
 from pruning.tucker import tucker  # noqa: E402
-from utils import parallel  # noqa: E402
+from utils import heartbeats, parallel  # noqa: E402
 from utils.data.augment import Normalisation  # noqa: E402
 from utils.data.batches import (  # noqa: E402
     TrainingBatches,
@@ -203,6 +204,15 @@ def main() -> None:
         if parallel.rank() == 1:
             time.sleep(100)
         parallel.barrier()
+    if task == "stop":
+        heartbeats.SILENCE = 20 * heartbeats.INTERVAL
+        if parallel.rank() == 1:
+            time.sleep(1.5 * heartbeats.SILENCE)
+        parallel.barrier()
+        if parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        print("waiting", flush=True)
+        parallel.barrier()
     torch.save(all_figures(), f"{output}/measured.{parallel.rank()}")
     chain(Path(given[0]), Path(output) / "two")
     if parallel.rank() == 1:
@@ -211,4 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heartbeats.INTERVAL = 0.1
     run_command(parallel.distributed(main))

@@ -171,6 +171,21 @@ def test_a_process_that_waits_in_vain_ends_when_it_is_told_to():
     assert started[0].returncode == 2 and stderr.startswith("error: a process of this run has ended, so process 0 of 2")
 
 
+def test_a_process_that_falls_silent_ends_the_others_and_one_that_is_busy_does_not():
+    """Without torchrun, and though its connections stay open: nothing else tells of a machine that is gone."""
+    _store, environments = meeting()
+    survivor, silent = (Forked(HELPER, ["stop", "-"], environment) for environment in environments)
+    try:
+        done = survivor.finished(timeout=60)
+    finally:
+        silent.process.kill()
+    assert (done.returncode, done.stdout) == (2, "waiting\n")
+    assert done.stderr == (
+        "error: process 1 has not been heard of for 2 s, so process 0 of 2 ends too; what was saved is kept: the same "
+        "command with --resume continues from there\n"
+    )
+
+
 def test_what_is_sent_to_other_processes_is_on_no_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values, source: None)
