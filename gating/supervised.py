@@ -75,11 +75,11 @@ def supervised_epoch(
     with batches_counted_at_once(network, steps):
         for step, (x, labels) in enumerate(progress):
             set_learning_rate(optimiser, learning_rate(step / steps))
+            optimiser.zero_grad(set_to_none=True)
             images, y = len(labels), parallel.local_part(labels)
             drawn = torch.rand(images, 1 + network.switches, generator=draws, device=device)
             output = forward(x, half_held_open, (parallel.local_part(drawn),), False)
             loss = F.cross_entropy(output.logits, y) if loss_fn is None else loss_fn(x, output.logits, y)
-            optimiser.zero_grad(set_to_none=True)
             loss.backward(torch.full_like(loss, len(y) / images))
             parallel.all_reduce_gradients(network.parameters())
             optimiser.step()

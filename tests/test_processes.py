@@ -141,6 +141,7 @@ def test_gpus_together_do_what_one_does(tmp_path: Path):
         assert (done.returncode, done.stderr) == (0, "")
     alone = processes.on_gpus()
     found, other = (torch.load(tmp_path / f"gpus.{rank}", weights_only=False) for rank in range(2))
+    assert_close(*found.pop("compiled").values(), "one graph, shared norms and all", rtol=1e-4, atol=1e-6)
     assert_close(found, {**alone, "waits": found["waits"]}, "gpus")
     for name in ("supervised", "follow", "frozen"):
         for key, weight in found[name]["weights"].items():

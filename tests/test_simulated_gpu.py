@@ -28,6 +28,7 @@ from pruning.iteration import prune_once
 from pruning.layers import prunable_layers
 from pruning.selection import Goal
 from pruning.settings import CRITERIA, Method
+from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import ImageSet
@@ -122,6 +123,19 @@ def test_launches_of_a_step(stage: str, most: int):
         # The first and the last loss of an epoch are looked at, in both.
         (_, few), (_, many) = training.epoch(trace, 2), training.epoch(trace, 4)
     assert (many - few) / 2 <= most
+
+
+def test_a_gpu_alone_is_compiled_for_with_cuda_graphs(monkeypatch: pytest.MonkeyPatch):
+    """Not around the collectives of shared norms; on the CPU there are none."""
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, mode: modes.append(mode))
+    training_forward(network(), compiled=True)
+    with simulated():
+        net = placed(network(), pick_device())
+        training_forward(net, torch.bfloat16, compiled=True)
+        monkeypatch.setattr(parallel, "world_size", lambda: 2)
+        training_forward(net, torch.bfloat16, compiled=True)
+    assert modes == [None, "reduce-overhead", None]
 
 
 @pytest.mark.parametrize("gate", ["rnn", "ff1", "ff2", "none"])

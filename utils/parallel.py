@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import heartbeats
 from utils.errors import UserError, report_error
+from utils.heartbeats import heartbeats
 
 # A process that dies is noticed at once by its closed connections or by torchrun, else by ``utils.heartbeats``.  This
 # bounds how long processes wait for one that is there but busy: with reading images, say, or with measuring networks.
@@ -76,13 +76,12 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
             main()
             return
         _join()
-        ended_well = heartbeats.start_heartbeats(rank(), world_size(), _silent)
-        try:
-            main()
-        except (UserError, KeyboardInterrupt) as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
-            _end(error)
-        ended_well()
+        with heartbeats(rank(), world_size(), lambda lost: _end(ProcessLostError(lost))):
+            try:
+                main()
+            except (UserError, KeyboardInterrupt) as error:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
+                _end(error)
         dist.destroy_process_group()
 
     return run
@@ -123,10 +122,6 @@ def _end_after(signals: int) -> None:
         pass
     time.sleep(LAST_WORDS)
     _end(ProcessLostError())
-
-
-def _silent(other: int) -> None:
-    _end(ProcessLostError(f"process {other} has not been heard of for {heartbeats.SILENCE:.0f} s"))
 
 
 def _end(error: BaseException) -> NoReturn:
