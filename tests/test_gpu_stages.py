@@ -50,7 +50,8 @@ def test_a_chain(place: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.M
         for stage in SCRIPTS:
             run_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *CHAINS[place].get(stage, [])])
             folder = run_folder(tmp_path, stage)
-            assert f"on cuda (simulated) in bf16, images {place}: " in (folder / "log.txt").read_text().splitlines()[0]
+            first = (folder / "log.txt").read_text().splitlines()[0]
+            assert f"on cuda (simulated) in bf16 (Fisher and report in full float32), images {place}: " in first
             best = torch.load(folder / "best.pt", weights_only=True)
             assert all(type(weight) is torch.Tensor for weight in best["weights"].values()), "anyone can load it"
     assert (tmp_path / "results.md").read_text().count("| w/") == 3
@@ -95,6 +96,6 @@ def test_a_run_goes_on_on_another_kind_of_device(
     folder = run_folder(tmp_path, stage)
     assert [line["step"] for line in metrics(folder)] == list(range(0 if stage == "rl_pruned" else 1, last + 1))
     lines = [line.split(" ", 2)[2] for line in (folder / "log.txt").read_text().splitlines() if f"{folder} on " in line]
-    where = ["on cuda (simulated) in bf16", "on cpu in float32"]
+    where = ["on cuda (simulated) in bf16 (Fisher and report in full float32)", "on cpu in full float32"]
     places = where if first_on_gpu else where[::-1]
     assert all(f"{folder} {place}," in line for line, place in zip(lines, places, strict=True))

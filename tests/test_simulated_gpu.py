@@ -199,8 +199,9 @@ def test_precision_of_a_gpu(wanted: str, capability: tuple[int, int], precision:
     with simulated(capability=capability):
         device = pick_device()
         assert pick_precision(wanted, device) == precision
-        name = "bf16" if precision == torch.bfloat16 else "float32"
-        assert described(device, precision) == f"cuda (simulated) in {name}"
+        used = "bf16 (Fisher and report in full float32)" if precision == torch.bfloat16 else "full float32"
+        lacking = " (it has no bf16)" if capability < (8, 0) else ""
+        assert described(device, precision) == f"cuda (simulated) in {used}{lacking}"
         net, seen = placed(network(), device), set()
         cost = network_cost(net, 8)
         net.stem[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
@@ -217,7 +218,8 @@ def test_bf16_that_a_gpu_does_not_have_is_refused():
 
 def test_precision_of_a_cpu():
     assert pick_precision("auto", CPU) == torch.float32 and pick_precision("bf16", CPU) == torch.bfloat16
-    assert described(CPU, torch.bfloat16) == "cpu in bf16"
+    assert described(CPU, torch.bfloat16) == "cpu in bf16 (Fisher and report in full float32)"
+    assert described(CPU, torch.float32) == "cpu in full float32"
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (7, 4, 3, 3)])
