@@ -27,7 +27,7 @@ from pruning.factors import collect_factors
 from pruning.iteration import prune_once
 from pruning.layers import prunable_layers
 from pruning.selection import Goal
-from pruning.settings import CRITERIA, Method
+from pruning.settings import CRITERIA, DECOMPOSITIONS, Method
 from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, plain_batches
@@ -156,13 +156,16 @@ def test_waits_of_an_evaluation(gate: str):
         assert waits(5, all_on) == waits(2, all_on)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_pruning(criterion: str):
-    """Every criterion; a batch of the factors waits for the drawn labels alone."""
+@pytest.mark.parametrize(
+    ("criterion", "decomposition"),
+    [(c, "tucker") for c in CRITERIA] + [("eigendamage", d) for d in DECOMPOSITIONS if d != "tucker"],
+)
+def test_pruning(criterion: str, decomposition: str):
+    """Every criterion and decomposition; a batch of the factors waits for the drawn labels alone."""
     with simulated():
         device = pick_device()
         net, given = placed(network(pruned=False), device).eval(), images(24).to(device)
-        method = Method(criterion=criterion, round_to=1, objective="saliency")
+        method = Method(criterion=criterion, decomposition=decomposition, round_to=1, objective="saliency")
         pruned = prune_once(
             net, lambda: plain_batches(given, 8, NORMALISATION), torch.Generator(device).manual_seed(0),
             cost=network_cost(net, 8), goal=Goal(0.3), method=method,
