@@ -1,5 +1,7 @@
 """Gates: the small networks that look at the features so far and say whether the next block is worth running."""
 
+from itertools import cycle
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -102,12 +104,15 @@ class _Shared(Function):
     @staticmethod
     def forward(ctx, switches: int, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.shapes = [w.shape for w in weights]
+        ctx.set_materialize_grads(False)
         return tuple(w.view_as(w) for _ in range(switches) for w in weights)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         sizes = [shape.numel() for shape in ctx.shapes]
-        total = torch.cat([g.flatten() for g in gradients]).view(-1, sum(sizes)).sum(dim=0)
+        used = next(g for g in gradients if g is not None)  # a switch that has settled uses none, or some
+        flat = [used.new_zeros(s) if g is None else g.flatten() for g, s in zip(gradients, cycle(sizes), strict=False)]
+        total = torch.cat(flat).view(-1, sum(sizes)).sum(dim=0)
         return None, *(g.view(shape) for g, shape in zip(total.split(sizes), ctx.shapes, strict=True))
 
 

@@ -107,6 +107,16 @@ def test_a_step_waits_for_nothing(stage: str, gate: str, batch_norm: str, free: 
         assert training.epoch(trace, 2)[0] == training.epoch(trace, 5)[0]
 
 
+@pytest.mark.parametrize("settled", [{"blocks.2": 1}, {"blocks.1": 1}, {"blocks.1": 0, "blocks.2": 0}])
+@pytest.mark.parametrize("stage", ["sp", "greedy"])
+def test_settled_switches(stage: str, settled: dict[str, int]):
+    """Some or all of the gate is not used."""
+    with simulated() as trace:
+        net = build_network("resnet", depth=8, num_classes=5, width=4, gate="rnn", settled=settled)
+        training = Training(stage, net, network())
+        assert training.epoch(trace, 2)[0] == training.epoch(trace, 5)[0]
+
+
 @pytest.mark.parametrize(("stage", "most"), [("sp", 650), ("pruned", 875), ("greedy", 1315)])
 def test_launches_of_a_step(stage: str, most: int):
     """Of ResNet-32, from stage 2 on with reduced ranks and a teacher; its width makes no difference.
