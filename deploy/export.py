@@ -83,7 +83,7 @@ def accuracy(model: onnx.ModelProto, images: Images, batch_size: int = 256) -> f
     """Share of ``images`` that the graph classifies as they are labelled."""
     session = open_session(model)
     batches = images.batches(torch.arange(len(images)).split(batch_size))
-    answers = [run_session(session, batch.pixels.numpy())["logits"].argmax(axis=1) for batch in batches]
+    answers = [run_session(session, pixels.numpy())["logits"].argmax(axis=1) for pixels in batches]
     return float((np.concatenate(answers) == images.labels.numpy()).mean())
 
 

@@ -57,9 +57,9 @@ def thresholded_returns(
     forward = training_forward(network) if forward is None else forward
     with evaluation_mode(network):
         output = forward(x, _thresholded, (), skip)
-    cross_entropy = F.cross_entropy(output.logits.float(), y, reduction="none")
+    cross_entropy = F.cross_entropy(output.logits, y, reduction="none")
     return returns(skip_rewards(output.decisions, shares, alpha), cross_entropy, gamma)
 
 
-def _thresholded() -> DecisionRule:
+def _thresholded(dtype: torch.dtype) -> DecisionRule:
     return thresholded

@@ -52,7 +52,7 @@ def distillation_loss_fn(teacher: ResNet, weight: float, precision: torch.dtype 
 
 
 def _bare(network: ResNet) -> ResNet:
-    """A copy without gates, its batch norms folded into the convolutions: 248 launches fewer of ResNet-32's 330."""
+    """A copy without gates, its batch norms folded into the convolutions: 82 launches, of ResNet-32's 277 in bf16."""
     bare = copy.deepcopy(network).eval()
     bare.gate = None
     bare.stem = _folded(*bare.stem)

@@ -9,10 +9,11 @@ from torch.func import functional_call
 
 from models import RoutedOutput
 from models.decisions import DecisionRule
+from utils import parallel
 from utils.device import mixed_precision
 
-# Of images [N, 3, H, W], what makes a decision rule from random numbers, these numbers [N, ...], and whether blocks are
-# skipped, see ``models.resnet.ResNet.forward``.
+# Of images [N, 3, H, W], what makes a decision rule from random numbers and the dtype of features, these numbers
+# [N, ...], and whether blocks are skipped, see ``models.resnet.ResNet.forward``.
 Forward = Callable[[Tensor, Callable[..., DecisionRule], tuple[Tensor, ...], bool], RoutedOutput]
 
 
@@ -24,15 +25,15 @@ def training_forward(network: nn.Module, precision: torch.dtype = torch.float32,
 
     Args:
         precision: of products, from ``utils.device.pick_precision``.
-        compiled: compile it when it first runs, for each size of batch.  What was compiled for other networks is
-            forgotten.
+        compiled: compile it when it first runs, for each size of batch; on a GPU as CUDA graphs, unless several
+            processes wait for each other within it.  What was compiled for other networks is forgotten.
     """
     convolutions = [f"{name}.weight" for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
 
     def forward(
         images: Tensor, rule: Callable[..., DecisionRule], drawn: tuple[Tensor, ...], skip: bool
     ) -> RoutedOutput:
-        call = {"decide": rule(*drawn), "skip": skip}
+        call = {"decide": rule(*drawn, dtype=precision), "skip": skip}
         if precision == torch.float32:
             return network(images, **call)
         if compiled:  # a compiler merges casts by itself, and the gradients of ``_Cast`` get lost in it
@@ -45,7 +46,8 @@ def training_forward(network: nn.Module, precision: torch.dtype = torch.float32,
     if not compiled:
         return forward
     torch.compiler.reset()  # stage 2 compiles a new network each iteration, and a compiler gives up after some
-    return torch.compile(forward, dynamic=False)
+    graphs = next(network.parameters()).is_cuda and parallel.world_size() == 1
+    return torch.compile(forward, dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
 class _Cast(Function):

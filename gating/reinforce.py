@@ -103,8 +103,8 @@ def reinforce_epoch(
             optimiser.zero_grad(set_to_none=True)
         drawn = torch.rand(images, len(shares), generator=setup.draws, device=device)
         logits, probabilities, decisions = forward(x, partly_sampled, (exploring, parallel.local_part(drawn)), skip)
-        cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")
-        reward = alpha.value()
+        cross_entropy = F.cross_entropy(logits, y, reduction="none")
+        decisions, reward = decisions.float(), alpha.value()
         p, z = probabilities[explorers], decisions[explorers]
         gained = returns(skip_rewards(z, shares, reward), cross_entropy[explorers].detach(), setup.gamma)
 
@@ -117,7 +117,7 @@ def reinforce_epoch(
         advantages = gained - baseline(setup.baseline, gained, greedy_returns, drawing)
         uncertainty = entropy(p)
         policy = policy_loss(p, z, advantages) - setup.entropy_weight * uncertainty
-        supervised = cross_entropy.mean() if loss_fn is None else loss_fn(x, logits.float(), y)
+        supervised = cross_entropy.mean() if loss_fn is None else loss_fn(x, logits, y)
         # One of several processes may have a single image, which does not explore: a mean over none.  Its gates still
         # have to go backward with those of the others, whose shared norms wait for them.
         reinforced = len(p) / drawing * policy if len(p) else 0 * probabilities.sum()
@@ -145,11 +145,12 @@ def reinforce_epoch(
     return ReinforceMeans(loss, accuracy, mean, deviation, remaining, uncertain, executed, mean_alpha)
 
 
-def partly_sampled(exploring: Tensor, drawn: Tensor) -> DecisionRule:
+def partly_sampled(exploring: Tensor, drawn: Tensor, dtype: torch.dtype = torch.float32) -> DecisionRule:
     """Rule that draws the decisions of the exploring images and thresholds those of the others.
 
     Args:
         exploring: boolean [N].
         drawn: [N, K], uniform in [0, 1).
+        dtype: of the decisions.
     """
-    return sampled(torch.where(exploring[:, None], drawn, 0.5))  # above one half, as thresholded
+    return sampled(torch.where(exploring[:, None], drawn, 0.5), dtype)  # above one half, as thresholded

@@ -1,10 +1,13 @@
 """What several processes do together, and one alone: ``python processes.py TASK OUTPUT ARGUMENT...``, RANK etc. given.
 
 Tasks: ``all`` trains and measures small networks and saves everything that comes of it, runs the three stages, and ends
-with a mistake that one process finds; ``gpus`` trains on simulated GPUs; ``lose`` runs stage 1, in which one process
-is killed after the third epoch; ``wait`` waits for a process that never comes.
+with a mistake that one process finds; ``gpus`` compiles, and trains on simulated GPUs; ``lose`` runs stage 1, in which
+one process is killed after the third epoch; ``wait`` waits for a process that never comes; ``stop`` for one that is
+busy and then for one that stands still with its connections open.
 """
 
+import copy
+import functools
 import importlib
 import os
 import signal
@@ -13,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -21,9 +25,10 @@ from commands import SCRIPTS, arguments  # noqa: E402
 from simulated_gpu import simulated  # noqa: E402
 
 from deploy import speeds  # noqa: E402
+from gating.forward import training_forward  # noqa: E402
 from gating.reinforce import Reinforcement, reinforce_epoch  # noqa: E402
 from gating.steering import SteeredAlpha  # noqa: E402
-from gating.supervised import supervised_epoch  # noqa: E402
+from gating.supervised import half_held_open, supervised_epoch  # noqa: E402
 from models import ResNet, all_on, build_network, thresholded  # noqa: E402
 from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
 from pruning.factors import collect_factors  # noqa: E402
@@ -31,7 +36,7 @@ from pruning.layers import prunable_layers, read_weights, rebuilt_layers  # noqa
 from pruning.refit import refit  # noqa: E402
 from pruning.surgery import composed, merged, rebuild  # noqa: E402
 from pruning.tucker import tucker  # noqa: E402
-from utils import parallel  # noqa: E402
+from utils import heartbeats, parallel  # noqa: E402
 from utils.data.augment import Normalisation  # noqa: E402
 from utils.data.batches import (  # noqa: E402
     TrainingBatches,
@@ -157,6 +162,23 @@ def on_gpus() -> dict:
         return {**found, "waits": waits}
 
 
+def compiled() -> dict:
+    """Loss and gradients of a plain step, and of one that is a single graph, the norms' sums over processes in it."""
+    net, x, y = (
+        network(),
+        *(part[parallel.local_slice(12)] for part in (torch.randn(12, 3, 8, 8), torch.arange(12) % 3)),
+    )
+    compiler, found = torch.compile, {}
+    torch.compile = functools.partial(compiler, backend="aot_eager", fullgraph=True)
+    for name in ("plain", "compiled"):
+        own = copy.deepcopy(net)
+        forward = training_forward(own, compiled=name == "compiled")
+        loss = F.cross_entropy(forward(x, half_held_open, (torch.full((len(x), 3), 0.6),), False).logits, y)
+        found[name] = {"loss": loss.detach(), "gradients": list(torch.autograd.grad(loss, list(own.parameters())))}
+    torch.compile = compiler
+    return found
+
+
 def run_stage(stage: str, given: list[str]) -> None:
     sys.argv = [SCRIPTS[stage], *given]
     importlib.import_module(SCRIPTS[stage].removesuffix(".py")).main()
@@ -195,13 +217,22 @@ def main() -> None:
         lose(given)
         return
     if task == "gpus":
-        torch.save(on_gpus(), f"{output}/gpus.{parallel.rank()}")
+        torch.save({"compiled": compiled(), **on_gpus()}, f"{output}/gpus.{parallel.rank()}")
         return
     if task == "wait":
         parallel.LAST_WORDS = 0.1
         print("ready", flush=True)
         if parallel.rank() == 1:
             time.sleep(100)
+        parallel.barrier()
+    if task == "stop":
+        heartbeats.SILENCE = 20 * heartbeats.INTERVAL
+        if parallel.rank() == 1:
+            time.sleep(1.5 * heartbeats.SILENCE)
+        parallel.barrier()
+        if parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        print("waiting", flush=True)
         parallel.barrier()
     torch.save(all_figures(), f"{output}/measured.{parallel.rank()}")
     chain(Path(given[0]), Path(output) / "two")
@@ -211,4 +242,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heartbeats.INTERVAL = 0.1
     run_command(parallel.distributed(main))

@@ -28,6 +28,7 @@ from unittest import mock
 from weakref import WeakValueDictionary
 
 import torch
+from simulated_kernels import KERNELS, lstm_cell
 from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -56,7 +57,6 @@ class Trace:
     """What was done on the simulated GPU."""
 
     def __init__(self):
-        self.quiet = 0
         self.clear()
 
     def clear(self) -> None:
@@ -68,21 +68,11 @@ class Trace:
         return self.operations.total()
 
     def launch(self, name: str, times: int = 1) -> None:
-        if not self.quiet and name not in FREE:
+        if name not in FREE:
             self.operations[name] += times
 
     def wait(self, what: str) -> None:
-        if not self.quiet:
-            self.waits[what, _line_of_the_program()] += 1
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """One kernel stands for everything in here."""
-        self.quiet += 1
-        try:
-            yield
-        finally:
-            self.quiet -= 1
+        self.waits[what, _line_of_the_program()] += 1
 
 
 TRACE = Trace()
@@ -119,9 +109,6 @@ class SimulatedTensor(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
 
-    def get_device(self) -> int:
-        return 0
-
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return dispatch(func, args, kwargs or {})
@@ -129,27 +116,12 @@ class SimulatedTensor(torch.Tensor):
     def cpu(self, *_, **__) -> Tensor:
         return self.to("cpu")
 
-    def cuda(self, *_, **__) -> Tensor:
-        return self
-
     def tolist(self) -> list:
         TRACE.wait("tolist")
         return self.inner.tolist()
 
-    def numpy(self, *_, **__):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
-
-    def __array__(self, *_, **__):
-        return self.numpy()
-
     def pin_memory(self, *_, **__):
         raise RuntimeError("cannot pin 'torch.cuda.ByteTensor' only dense CPU tensors can be pinned")
-
-    def is_pinned(self, *_, **__) -> bool:
-        return False
-
-    def data_ptr(self) -> int:
-        return self.inner.data_ptr()
 
     def __reduce_ex__(self, protocol):
         # A file holds what torch.load(map_location="cpu") makes of a tensor on a GPU.
@@ -165,9 +137,6 @@ class SimulatedTensor(torch.Tensor):
         memo[id(self)] = new
         return new
 
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
-
     def __repr__(self, **_) -> str:
         return f"SimulatedTensor({self.inner}, device=cuda:0)"
 
@@ -179,7 +148,7 @@ def dispatch(func, args, kwargs):
         return _collective(func, args, kwargs)
     if func.namespace == "aten" and name in KERNELS:
         TRACE.launch(name)
-        return KERNELS[name](*args, **kwargs)
+        return _on_values(KERNELS[name], args, kwargs)
     if func is aten.copy_.default and not (isinstance(args[0], SimulatedTensor) and isinstance(args[1], type(args[0]))):
         return _copy_(*args, **kwargs)
     leaves = tree_leaves((args, kwargs))
@@ -201,14 +170,14 @@ def dispatch(func, args, kwargs):
         TRACE.wait(name)
     if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
         TRACE.wait(f"{name} by a mask")
-    inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda t: t.inner, (args, dict(kwargs)))
-    if inner_kwargs.get("device") is not None:
-        inner_kwargs["device"] = torch.device("cpu")
-    if inner_kwargs.get("pin_memory"):
-        raise RuntimeError("Only dense CPU tensors can be pinned")
-    with _safe(name, inner_args):
-        out = func(*inner_args, **inner_kwargs)
-    return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, SimulatedTensor, out))
+    with _safe(name, args):
+        return return_and_correct_aliasing(func, args, kwargs, _on_values(func, args, kwargs))
+
+
+def _on_values(function, args, kwargs):
+    """What the function makes of the values, on the GPU."""
+    args, kwargs = tree_map_only(SimulatedTensor, lambda t: t.inner, (args, kwargs))
+    return tree_map_only(Tensor, SimulatedTensor, function(*args, **kwargs))
 
 
 @contextmanager
@@ -292,9 +261,6 @@ class SimulatedGenerator(torch.Generator):
         self._seed, self._offset = seed, 0
         return self
 
-    def initial_seed(self) -> int:
-        return self._seed
-
     def get_state(self) -> Tensor:
         return torch.tensor([self._seed, self._offset]).view(torch.uint8).clone()
 
@@ -334,14 +300,10 @@ def _made_on_gpu(factory):
             return factory(*args, **kwargs)
         kwargs["device"] = torch.device("cpu")
         if factory.__name__ in ("tensor", "as_tensor"):
-            if args and isinstance(args[0], SimulatedTensor):
-                return args[0]
             TRACE.wait("copy to the GPU")
         TRACE.launch(factory.__name__)
         if kwargs.get("generator") is not None:
             _on_gpu(kwargs["generator"], factory.__name__).advance()
-        if kwargs.pop("pin_memory", False):
-            raise RuntimeError("Only dense CPU tensors can be pinned")
         needs_gradient = kwargs.pop("requires_grad", False)
         args = tree_map_only(SimulatedTensor, lambda t: t.inner, args)
         return SimulatedTensor(factory(*args, **kwargs)).requires_grad_(needs_gradient)
@@ -365,29 +327,19 @@ class _LSTMCell(torch.autograd.Function):
     """``_thnn_fused_lstm_cell``: on a GPU all that follows the two products is one kernel, and one in the backward."""
 
     @staticmethod
-    def forward(ctx, igates, hgates, c, b_ih, b_hh):
+    def forward(ctx, *given):
         TRACE.launch("_thnn_fused_lstm_cell")
-        with TRACE.uncounted():
-            i, f, g, o = (igates + b_ih + hgates + b_hh).chunk(4, 1)
-            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-            cy = f * c + i * g
-            hy = o * cy.tanh()
-        ctx.save_for_backward(i, f, g, o, c, cy)
         ctx.set_materialize_grads(False)  # autograd would make them in main memory
-        return hy, cy
+        with torch.enable_grad():
+            ctx.given = [t.inner.clone().requires_grad_() for t in given]
+            ctx.out = lstm_cell(*ctx.given)
+        return tuple(map(SimulatedTensor, ctx.out))
 
     @staticmethod
-    def backward(ctx, grad_hy, grad_cy):
+    def backward(ctx, *gradients):
         TRACE.launch("_thnn_fused_lstm_cell_backward", 2)  # the second sums the bias's gradient
-        i, f, g, o, c, cy = ctx.saved_tensors
-        with TRACE.uncounted():
-            t = cy.tanh()
-            grad_hy = t * 0 if grad_hy is None else grad_hy
-            go = grad_hy * t * o * (1 - o)
-            gc = grad_hy * o * (1 - t * t) + (0 if grad_cy is None else grad_cy)
-            gates = torch.cat([gc * g * i * (1 - i), gc * c * f * (1 - f), gc * i * (1 - g * g), go], 1)
-            bias = gates.sum(0)
-            return gates, gates, gc * f, bias, bias
+        inner = [torch.zeros_like(o) if g is None else g.inner for o, g in zip(ctx.out, gradients, strict=True)]
+        return tuple(map(SimulatedTensor, torch.autograd.grad(ctx.out, ctx.given, inner)))
 
 
 REAL_LSTM_CELL = torch.lstm_cell
@@ -397,65 +349,6 @@ def _lstm_cell(x, state, w_ih, w_hh, b_ih, b_hh):
     if not isinstance(x, SimulatedTensor):
         return REAL_LSTM_CELL(x, state, w_ih, w_hh, b_ih, b_hh)
     return _LSTMCell.apply(torch.mm(x, w_ih.t()), torch.mm(state[0], w_hh.t()), state[1], b_ih, b_hh)
-
-
-# Kernels of batch norms over several processes, which exist for CUDA only.
-def _sums(x: Tensor) -> tuple[list[int], list[int]]:
-    """The axes that a channel is summed over, and the shape of a value for each channel."""
-    return [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
-
-
-def _wrapped(*tensors: Tensor) -> tuple[SimulatedTensor, ...]:
-    return tuple(SimulatedTensor(t) for t in tensors)
-
-
-def _batch_norm_stats(x, eps):
-    values = x.inner.to(torch.promote_types(x.dtype, torch.float32))
-    axes, _ = _sums(values)
-    return _wrapped(values.mean(axes), (values.var(axes, correction=0) + eps).rsqrt())
-
-
-def _batch_norm_gather(x, mean, invstd, running_mean, running_var, momentum, eps, counts):
-    kind = mean.dtype
-    mean, invstd, n = mean.inner.double(), invstd.inner.double(), counts.inner.double().view(-1, 1)
-    total = n.sum()
-    whole = (mean * n).sum(0) / total
-    variance = (((invstd**-2 - eps) + (mean - whole) ** 2) * n).sum(0) / total
-    running_mean.inner.lerp_(whole.to(running_mean.dtype), momentum)
-    running_var.inner.lerp_((variance * total / (total - 1)).to(running_var.dtype), momentum)
-    return _wrapped(whole.to(kind), (variance + eps).rsqrt().to(kind))
-
-
-def _batch_norm_elemt(x, weight, bias, mean, invstd, eps):
-    _, shape = _sums(x)
-    y = (x.inner - mean.inner.view(shape)) * invstd.inner.view(shape)
-    return SimulatedTensor((y * weight.inner.view(shape) + bias.inner.view(shape)).to(x.dtype))
-
-
-def _batch_norm_backward_reduce(g, x, mean, invstd, weight, *_):
-    axes, shape = _sums(x)
-    grad, centred = g.inner.to(mean.dtype), x.inner - mean.inner.view(shape)
-    sum_dy, sum_dy_xmu = grad.sum(axes), (grad * centred).sum(axes)
-    return _wrapped(sum_dy, sum_dy_xmu, sum_dy_xmu * invstd.inner, sum_dy)
-
-
-def _batch_norm_backward_elemt(g, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):
-    assert counts.dtype == torch.int32
-    _, shape = _sums(x)
-    total = counts.inner.sum().to(mean.dtype)
-    inv, w = invstd.inner.view(shape), weight.inner.view(shape)
-    centred = x.inner - mean.inner.view(shape)
-    grad = g.inner - (sum_dy.inner / total).view(shape) - centred * inv**2 * (sum_dy_xmu.inner / total).view(shape)
-    return SimulatedTensor((grad * inv * w).to(g.dtype))
-
-
-KERNELS = {
-    "batch_norm_stats": _batch_norm_stats,
-    "batch_norm_gather_stats_with_counts": _batch_norm_gather,
-    "batch_norm_elemt": _batch_norm_elemt,
-    "batch_norm_backward_reduce": _batch_norm_backward_reduce,
-    "batch_norm_backward_elemt": _batch_norm_backward_elemt,
-}
 
 
 def _collective(func, args, kwargs):

@@ -10,7 +10,8 @@ from utils.data.augment import PADDING, Normalisation, colour_histogram, crop_an
 
 
 def augmented(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    return crop_and_flip(pixels, *draw_crops(len(pixels), generator, flip).unbind(1))
+    top, left, mirrored = draw_crops(len(pixels), generator, flip).unbind(1)
+    return crop_and_flip(pixels, torch.arange(len(pixels)), top, left, mirrored == 1)
 
 
 def measure_normalisation(pixels: Tensor) -> Normalisation:
@@ -27,7 +28,7 @@ def test_crop_and_flip_is_torchvisions_pad_crop_and_hflip():
     top, left = (grid.flatten() for grid in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"))
     mirrored = torch.rand(81, generator=torch.manual_seed(1)) < 0.5
     pixels = random_pixels(81, height, width)
-    result = crop_and_flip(pixels, top, left, mirrored)
+    result = crop_and_flip(pixels, torch.arange(81), top, left, mirrored)
     for i in range(81):
         expected = reference.pad(pixels[i], [PADDING] * 4, fill=0)
         expected = reference.crop(expected, top[i].item(), left[i].item(), height, width)

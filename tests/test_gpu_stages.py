@@ -50,7 +50,8 @@ def test_a_chain(place: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.M
         for stage in SCRIPTS:
             run_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *CHAINS[place].get(stage, [])])
             folder = run_folder(tmp_path, stage)
-            assert f"on cuda (simulated) in bf16, images {place}: " in (folder / "log.txt").read_text().splitlines()[0]
+            first = (folder / "log.txt").read_text().splitlines()[0]
+            assert f"on cuda (simulated) in bf16 (Fisher and report in full float32), images {place}: " in first
             best = torch.load(folder / "best.pt", weights_only=True)
             assert all(type(weight) is torch.Tensor for weight in best["weights"].values()), "anyone can load it"
     assert (tmp_path / "results.md").read_text().count("| w/") == 3
@@ -62,12 +63,12 @@ def test_a_network_without_gates(shapes: Path, tmp_path: Path):
             run_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *more])
 
 
-@pytest.mark.parametrize("first_on_gpu", [True, False])
+@pytest.mark.parametrize(("first", "second"), [("gpu", "cpu"), ("cpu", "gpu"), ("gpu", "gpu")])
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_run_goes_on_on_another_kind_of_device(
-    stage: str, first_on_gpu: bool, chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_goes_on_on_any_kind_of_device(
+    stage: str, first: str, second: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Interrupted in its last epoch; the other device makes this epoch again and ends the run."""
+    """Interrupted in its last epoch; the second device makes this epoch again and ends the run."""
     source = {"sp": None, "pruned": "sp", "rl_pruned": "pruned"}[stage]
     start = str(run_folder(chain, source) / "best.pt") if source else ""
     given = [*arguments(stage, shapes, tmp_path, start), *SHORT[stage]]
@@ -79,9 +80,9 @@ def test_a_run_goes_on_on_another_kind_of_device(
         if step == last:
             raise KeyboardInterrupt
 
-    def run_on(gpu: bool) -> None:
+    def run_on(device: str) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        if gpu:
+        if device == "gpu":
             with simulated():
                 run_stage(stage, given)
         else:
@@ -89,12 +90,14 @@ def test_a_run_goes_on_on_another_kind_of_device(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "record", interrupted)
-        run_on(first_on_gpu)
+        run_on(first)
     given.append("--resume")
-    run_on(not first_on_gpu)
+    run_on(second)
     folder = run_folder(tmp_path, stage)
     assert [line["step"] for line in metrics(folder)] == list(range(0 if stage == "rl_pruned" else 1, last + 1))
     lines = [line.split(" ", 2)[2] for line in (folder / "log.txt").read_text().splitlines() if f"{folder} on " in line]
-    where = ["on cuda (simulated) in bf16", "on cpu in float32"]
-    places = where if first_on_gpu else where[::-1]
-    assert all(f"{folder} {place}," in line for line, place in zip(lines, places, strict=True))
+    where = {
+        "gpu": "on cuda (simulated) in bf16 (Fisher and report in full float32)",
+        "cpu": "on cpu in full float32",
+    }
+    assert all(f"{folder} {where[device]}," in line for line, device in zip(lines, (first, second), strict=True))

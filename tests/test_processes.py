@@ -141,6 +141,7 @@ def test_gpus_together_do_what_one_does(tmp_path: Path):
         assert (done.returncode, done.stderr) == (0, "")
     alone = processes.on_gpus()
     found, other = (torch.load(tmp_path / f"gpus.{rank}", weights_only=False) for rank in range(2))
+    assert_close(*found.pop("compiled").values(), "one graph, shared norms and all", rtol=1e-4, atol=1e-6)
     assert_close(found, {**alone, "waits": found["waits"]}, "gpus")
     for name in ("supervised", "follow", "frozen"):
         for key, weight in found[name]["weights"].items():
@@ -169,6 +170,21 @@ def test_a_process_that_waits_in_vain_ends_when_it_is_told_to():
             process.kill()
             process.wait()
     assert started[0].returncode == 2 and stderr.startswith("error: a process of this run has ended, so process 0 of 2")
+
+
+def test_a_process_that_falls_silent_ends_the_others_and_one_that_is_busy_does_not():
+    """Without torchrun, and though its connections stay open: nothing else tells of a machine that is gone."""
+    _store, environments = meeting()
+    survivor, silent = (Forked(HELPER, ["stop", "-"], environment) for environment in environments)
+    try:
+        done = survivor.finished(timeout=60)
+    finally:
+        silent.process.kill()
+    assert (done.returncode, done.stdout) == (2, "waiting\n")
+    assert done.stderr == (
+        "error: process 1 has not been heard of for 2 s, so process 0 of 2 ends too; what was saved is kept: the same "
+        "command with --resume continues from there\n"
+    )
 
 
 def test_what_is_sent_to_other_processes_is_on_no_gpu(monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,8 @@ from pruning.factors import collect_factors
 from pruning.iteration import prune_once
 from pruning.layers import prunable_layers
 from pruning.selection import Goal
-from pruning.settings import CRITERIA, Method
+from pruning.settings import CRITERIA, DECOMPOSITIONS, Method
+from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import ImageSet
@@ -106,7 +107,17 @@ def test_a_step_waits_for_nothing(stage: str, gate: str, batch_norm: str, free: 
         assert training.epoch(trace, 2)[0] == training.epoch(trace, 5)[0]
 
 
-@pytest.mark.parametrize(("stage", "most"), [("sp", 700), ("pruned", 930), ("greedy", 1360)])
+@pytest.mark.parametrize("settled", [{"blocks.2": 1}, {"blocks.1": 1}, {"blocks.1": 0, "blocks.2": 0}])
+@pytest.mark.parametrize("stage", ["sp", "greedy"])
+def test_settled_switches(stage: str, settled: dict[str, int]):
+    """Some or all of the gate is not used."""
+    with simulated() as trace:
+        net = build_network("resnet", depth=8, num_classes=5, width=4, gate="rnn", settled=settled)
+        training = Training(stage, net, network())
+        assert training.epoch(trace, 2)[0] == training.epoch(trace, 5)[0]
+
+
+@pytest.mark.parametrize(("stage", "most"), [("sp", 650), ("pruned", 875), ("greedy", 1315)])
 def test_launches_of_a_step(stage: str, most: int):
     """Of ResNet-32, from stage 2 on with reduced ranks and a teacher; its width makes no difference.
 
@@ -119,8 +130,22 @@ def test_launches_of_a_step(stage: str, most: int):
             build_network("resnet", depth=32, num_classes=5, width=4, gate="rnn", ranks=r) for r in (ranks, {})
         )
         training = Training(stage, net, teacher)
-        (_, few), (_, many) = training.epoch(trace, 1), training.epoch(trace, 3)
+        # The first and the last loss of an epoch are looked at, in both.
+        (_, few), (_, many) = training.epoch(trace, 2), training.epoch(trace, 4)
     assert (many - few) / 2 <= most
+
+
+def test_a_gpu_alone_is_compiled_for_with_cuda_graphs(monkeypatch: pytest.MonkeyPatch):
+    """Not around the collectives of shared norms; on the CPU there are none."""
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, mode: modes.append(mode))
+    training_forward(network(), compiled=True)
+    with simulated():
+        net = placed(network(), pick_device())
+        training_forward(net, torch.bfloat16, compiled=True)
+        monkeypatch.setattr(parallel, "world_size", lambda: 2)
+        training_forward(net, torch.bfloat16, compiled=True)
+    assert modes == [None, "reduce-overhead", None]
 
 
 @pytest.mark.parametrize("gate", ["rnn", "ff1", "ff2", "none"])
@@ -141,13 +166,16 @@ def test_waits_of_an_evaluation(gate: str):
         assert waits(5, all_on) == waits(2, all_on)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_pruning(criterion: str):
-    """Every criterion; a batch of the factors waits for the drawn labels alone."""
+@pytest.mark.parametrize(
+    ("criterion", "decomposition"),
+    [(c, "tucker") for c in CRITERIA] + [("eigendamage", d) for d in DECOMPOSITIONS if d != "tucker"],
+)
+def test_pruning(criterion: str, decomposition: str):
+    """Every criterion and decomposition; a batch of the factors waits for the drawn labels alone."""
     with simulated():
         device = pick_device()
         net, given = placed(network(pruned=False), device).eval(), images(24).to(device)
-        method = Method(criterion=criterion, round_to=1, objective="saliency")
+        method = Method(criterion=criterion, decomposition=decomposition, round_to=1, objective="saliency")
         pruned = prune_once(
             net, lambda: plain_batches(given, 8, NORMALISATION), torch.Generator(device).manual_seed(0),
             cost=network_cost(net, 8), goal=Goal(0.3), method=method,
@@ -184,13 +212,14 @@ def test_precision_of_a_gpu(wanted: str, capability: tuple[int, int], precision:
     with simulated(capability=capability):
         device = pick_device()
         assert pick_precision(wanted, device) == precision
-        name = "bf16" if precision == torch.bfloat16 else "float32"
-        assert described(device, precision) == f"cuda (simulated) in {name}"
+        used = "bf16 (Fisher and report in full float32)" if precision == torch.bfloat16 else "full float32"
+        lacking = " (it has no bf16)" if capability < (8, 0) else ""
+        assert described(device, precision) == f"cuda (simulated) in {used}{lacking}"
         net, seen = placed(network(), device), set()
         cost = network_cost(net, 8)
         net.stem[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
         evaluate(net, images(4).to(device), NORMALISATION, cost, precision=precision)
-        training_forward(net, precision)(torch.zeros(4, 3, 8, 8).to(device), lambda: all_on, (), False)
+        training_forward(net, precision)(torch.zeros(4, 3, 8, 8).to(device), lambda dtype: all_on, (), False)
         assert seen == {precision}
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
@@ -202,7 +231,8 @@ def test_bf16_that_a_gpu_does_not_have_is_refused():
 
 def test_precision_of_a_cpu():
     assert pick_precision("auto", CPU) == torch.float32 and pick_precision("bf16", CPU) == torch.bfloat16
-    assert described(CPU, torch.bfloat16) == "cpu in bf16"
+    assert described(CPU, torch.bfloat16) == "cpu in bf16 (Fisher and report in full float32)"
+    assert described(CPU, torch.float32) == "cpu in full float32"
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (7, 4, 3, 3)])
@@ -277,4 +307,4 @@ def test_images_on_a_full_gpu_stay_there():
         given = images(8).to(pick_device())
     with simulated(free_memory=0):
         again = given.to(pick_device())
-        assert isinstance(next(iter(again.batches([torch.arange(4)]))).pixels, SimulatedTensor)
+        assert isinstance(next(iter(again.batches([torch.arange(4)]))), SimulatedTensor)

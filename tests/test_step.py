@@ -29,13 +29,13 @@ from utils.optimisers import reinforcement_optimisers, sgd
 CPU = torch.device("cpu")
 
 
-def every_other(drawn: torch.Tensor):
+def every_other(drawn: torch.Tensor, dtype: torch.dtype):
     """Stage 3's rule, as it is compiled."""
-    return partly_sampled(torch.arange(len(drawn)) % 2 == 0, drawn)
+    return partly_sampled(torch.arange(len(drawn)) % 2 == 0, drawn, dtype)
 
 
-def drawn_straight_through(drawn: torch.Tensor):
-    return straight_through(sampled(drawn))
+def drawn_straight_through(drawn: torch.Tensor, dtype: torch.dtype = torch.float32):
+    return straight_through(sampled(drawn, dtype))
 
 
 RULES = {"sp": (half_held_open, 1), "rl": (every_other, 0), "straight-through": (drawn_straight_through, 0)}
@@ -120,9 +120,9 @@ def test_bf16_autocast(compiled: bool, traced):
     forward = training_forward(plain)
     loss, _ = step(plain, forward, *drawn("sp"))
 
-    def autocast(*given):
+    def autocast(images, rule, numbers, skip):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return forward(*given)
+            return plain(images, rule(*numbers, dtype=torch.bfloat16), skip)
 
     _, gradients = step(plain, autocast, *drawn("sp"))
     loss_bf16, gradients_bf16 = step(other, training_forward(other, torch.bfloat16, compiled), *drawn("sp"))

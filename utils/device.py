@@ -34,18 +34,23 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
     Raises:
         UserError: for bf16 on a GPU that has none.
     """
-    lacking = device.type == "cuda" and torch.cuda.get_device_capability(device) < BF16_CAPABILITY
-    if wanted == "bf16" and lacking:
+    if wanted == "bf16" and _lacks_bf16(device):
         raise UserError(f"the GPU {torch.cuda.get_device_name(device)} has no bf16: choose precision float32 or auto")
     if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" and not lacking else "float32"
+        wanted = "bf16" if device.type == "cuda" and not _lacks_bf16(device) else "float32"
     return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def _lacks_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < BF16_CAPABILITY
 
 
 def described(device: torch.device, precision: torch.dtype) -> str:
     """Device and precision as a run's first line says them."""
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    return f"{name} in {'bf16' if precision == torch.bfloat16 else 'float32'}"
+    if precision == torch.bfloat16:
+        return f"{name} in bf16 (Fisher and report in full float32)"
+    return f"{name} in full float32{' (it has no bf16)' if _lacks_bf16(device) else ''}"
 
 
 def placed(network: ResNet, device: torch.device) -> ResNet:

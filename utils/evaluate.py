@@ -76,7 +76,7 @@ def evaluate(
     with evaluation_mode(network), mixed_precision(images.device, precision):
         for x, y in plain_batches(images[local], batch_size, normalisation):
             output = network(x, decide=decide)
-            loss = loss + F.cross_entropy(output.logits.float(), y, reduction="sum")
+            loss = loss + F.cross_entropy(output.logits, y, reduction="sum")
             correct = correct + (output.logits.argmax(dim=1) == y).sum()
             seen.append(torch.stack([output.decisions, output.probabilities]).float())
     loss, correct = parallel.all_reduced(torch.stack([loss, correct])).tolist()

@@ -58,8 +58,7 @@ def network_cost(network: ResNet, image_size: int) -> NetworkCost:
     layers = _layer_costs(network, image_size)
     before = layers
     if 0 in network.settled.values():
-        with torch.device("meta"):
-            before = _layer_costs(build_network(**{**network.architecture, "gate": "none", "settled": {}}), image_size)
+        before = _layer_costs(build_network(**{**network.architecture, "gate": "none", "settled": {}}), image_size)
     blocks = []
     for switch in range(network.switches):
         known = before if network.settled.get(switch) == 0 else layers

@@ -14,31 +14,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.errors import UserError, report_error
+from utils.heartbeats import heartbeats
 
-# A process that dies is noticed at once by its closed connections.  This bounds how long processes wait for one that
-# is busy: with reading images, say, or with measuring the exported networks.
-# Where nothing tells of its end, as on another machine, NCCL's watchdog ends the others after this time, too.
+# A process that dies is noticed at once by its closed connections or by torchrun, else by ``utils.heartbeats``.  This
+# bounds how long processes wait for one that is there but busy: with reading images, say, or with measuring networks.
 PATIENCE = timedelta(hours=2)
 LAST_WORDS = 10.0  # seconds that a process that is told to end may take for it; torchrun kills it after 30
+ANSWER = 5.0  # seconds that the first process to fail is asked for
 
 
 class ProcessLostError(UserError):
     """The others cannot go on without a process that has ended."""
 
-    def __init__(self):
+    def __init__(self, what: str = "a process of this run has ended"):
         super().__init__(
-            f"a process of this run has ended, so process {rank()} of {world_size()} ends too; what was saved is kept: "
-            f"the same command with --resume continues from there"
+            f"{what}, so process {rank()} of {world_size()} ends too; what was saved is kept: the same command with "
+            f"--resume continues from there"
         )
 
 
@@ -75,13 +76,12 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
             main()
             return
         _join()
-        try:
-            main()
-        except (UserError, KeyboardInterrupt) as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
-            code = report_error(error) if _first_to_fail() else 1
-            sys.stdout.flush()
-            os._exit(code)  # at once: PyTorch's own way out may wait for processes that are gone
+        with heartbeats(rank(), world_size(), lambda lost: _end(ProcessLostError(lost))):
+            try:
+                main()
+            except (UserError, KeyboardInterrupt) as error:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
+                _end(error)
         dist.destroy_process_group()
 
     return run
@@ -121,16 +121,28 @@ def _end_after(signals: int) -> None:
     while os.read(signals, 1)[0] != signal.SIGTERM:
         pass
     time.sleep(LAST_WORDS)
-    code = report_error(ProcessLostError()) if _first_to_fail() else 1
+    _end(ProcessLostError())
+
+
+def _end(error: BaseException) -> NoReturn:
+    """At once: PyTorch's own way out may wait for processes that are gone."""
+    code = report_error(error) if _first_to_fail() else 1
     sys.stdout.flush()
     os._exit(code)
 
 
 def _first_to_fail() -> bool:
-    try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # torchrun itself is gone
-        return True
+    """Whether no other process has failed before this one; true where nobody tells, since torchrun itself is gone."""
+    answers: list[int] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(dist.distributed_c10d._get_default_store().add("failed", 1))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER)
+    return answers in ([], [1])
 
 
 @contextmanager

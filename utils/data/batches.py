@@ -109,8 +109,8 @@ def training_normalisation(images: Images, batch_size: int = 1024) -> Normalisat
     """Mean and standard deviation of all images, each process counting its part of them."""
     local = torch.arange(len(images))[parallel.local_slice(len(images))]
     counts = torch.zeros(3, 256, dtype=torch.int64)
-    for batch in images.batches(local.split(batch_size)):
-        counts += colour_histogram(batch.pixels).cpu()
+    for pixels in images.batches(local.split(batch_size)):
+        counts += colour_histogram(pixels).cpu()
     return normalisation_of(parallel.all_reduced(counts))
 
 
@@ -142,11 +142,13 @@ class TrainingBatches:
         crops = [draw_crops(len(group), self.generator, self.flip) for group in groups]
         local = [part(group) for group in groups]
         # What an epoch needs on a GPU goes there at once, since the GPU is waited for each time.
-        labels = images.labels.to(images.device)[order.to(images.device)].split([len(group) for group in groups])
-        local_crops = torch.cat([part(crop) for crop in crops]).to(images.device).split([len(group) for group in local])
+        labels = _labels(images)[order.to(images.device)].split([len(group) for group in groups])
+        offsets, mirrored = torch.cat([part(crop) for crop in crops]).to(images.device).split([2, 1], dim=1)
+        numbers = torch.arange(max(len(group) for group in local), device=images.device)
+        crops = (t.split([len(group) for group in local]) for t in (offsets, mirrored.squeeze(1) == 1))
         normalise = self.normalisation.on(images.device)
-        for batch, crop, whole_labels in zip(images.batches(local), local_crops, labels, strict=True):
-            yield normalise(crop_and_flip(batch.pixels, *crop.unbind(1))), whole_labels
+        for pixels, offset, mirror, whole_labels in zip(images.batches(local), *crops, labels, strict=True):
+            yield normalise(crop_and_flip(pixels, numbers[: len(pixels)], *offset.unbind(1), mirror)), whole_labels
 
 
 def plain_batches(
@@ -157,10 +159,13 @@ def plain_batches(
     Args:
         every, first: give each ``every``-th batch only, beginning with the batch of index ``first``.
     """
-    groups = torch.arange(len(images)).split(batch_size)[first::every]
-    normalise = normalisation.on(images.device)
-    for batch in images.batches(groups):
-        yield normalise(batch.pixels), batch.labels
+    groups, labels = (t.split(batch_size)[first::every] for t in (torch.arange(len(images)), _labels(images)))
+    yield from zip(map(normalisation.on(images.device), images.batches(groups)), labels, strict=True)
+
+
+def _labels(images: Images) -> Tensor:
+    """All labels, where batches are."""
+    return images.labels.to(images.device)
 
 
 def whole_batches_by_process(
@@ -174,7 +179,6 @@ def batch_parts_by_process(
     images: Images, batch_size: int, normalisation: Normalisation
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``plain_batches`` of which each process gets its part of every one, as in training, with the labels of all."""
-    groups = torch.arange(len(images)).split(batch_size)
-    normalise = normalisation.on(images.device)
-    for group, batch in zip(groups, images.batches([parallel.local_part(group) for group in groups]), strict=True):
-        yield normalise(batch.pixels), images.labels[group.to(images.labels.device)].to(images.device)
+    groups = [parallel.local_part(group) for group in torch.arange(len(images)).split(batch_size)]
+    batches = map(normalisation.on(images.device), images.batches(groups))
+    yield from zip(batches, _labels(images).split(batch_size), strict=True)

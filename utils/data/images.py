@@ -43,13 +43,13 @@ class ImageSet:
     def place(self) -> str:
         return "in memory" if self.device.type == "cpu" else "in the GPU's memory"
 
-    def batches(self, groups: Sequence[Tensor]) -> Iterator["ImageSet"]:
-        """The images of each group of indices, int64 on the CPU."""
+    def batches(self, groups: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The pixels of each group of indices, int64 on the CPU."""
         if not groups:
             return
         index = torch.cat(list(groups)).to(self.device)  # all at once: a GPU waits for each transfer
         for group in index.split([len(group) for group in groups]):
-            yield self[group]
+            yield self.pixels[group]
 
     def to(self, device: torch.device) -> "Images":
         """The images on ``device``, or fetched for it batch by batch where they do not fit into its free memory."""
@@ -131,32 +131,30 @@ class FetchedSet:
     @property
     def pixels(self) -> Tensor:
         """uint8 [N, 3, H, W] on the device: of subsets that are known to be small."""
-        return next(self.batches([torch.arange(len(self))])).pixels
+        return next(self.batches([torch.arange(len(self))]))
 
-    def batches(self, groups: Sequence[Tensor]) -> Iterator[ImageSet]:
-        """The images of each group of indices, int64 on the CPU.
+    def batches(self, groups: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The pixels of each group of indices, int64 on the CPU.
 
         Raises:
             UserError: for a file that cannot be read.
         """
-        waiting: deque[tuple[Callable[[], Tensor], Tensor]] = deque()
+        waiting: deque[Callable[[], Tensor]] = deque()
         with ThreadPoolExecutor(max(1, self.source.workers)) as pool:
             try:
                 for group in groups:
-                    waiting.append((self.source.start(pool, self.members[group]), self.labels[group]))
+                    waiting.append(self.source.start(pool, self.members[group]))
                     if len(waiting) > AHEAD:
-                        yield self._arrived(*waiting.popleft())
+                        yield self._arrived(waiting.popleft())
                 while waiting:
-                    yield self._arrived(*waiting.popleft())
+                    yield self._arrived(waiting.popleft())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _arrived(self, fetched: Callable[[], Tensor], labels: Tensor) -> ImageSet:
+    def _arrived(self, fetched: Callable[[], Tensor]) -> Tensor:
         pixels = fetched()
-        if self.device.type == "cuda":
-            pixels, labels = pixels.pin_memory(), labels.pin_memory()
-        return ImageSet(*(tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels)))
+        return (pixels.pin_memory() if self.device.type == "cuda" else pixels).to(self.device, non_blocking=True)
 
     def to(self, device: torch.device) -> "FetchedSet":
         return replace(self, device=device)

@@ -1,0 +1,58 @@
+"""Whether the other processes of a run are still there, whatever this one is waiting for.
+
+Every process says so every few seconds, from a thread that goes on while the program computes, reads files or waits for
+a GPU.  One that has been silent for ``SILENCE`` is gone: killed where nothing closed its connections, or with its
+machine.  One that is merely busy is not silent, however long it takes.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from torch.distributed import TCPStore
+
+INTERVAL = 5.0  # seconds
+SILENCE = 120.0  # seconds
+GOODBYE = 2**40  # what a process that has ended well counts on to; nobody waits for its next beat
+
+
+@contextmanager
+def heartbeats(rank: int, processes: int, lost: Callable[[str], None]) -> Iterator[None]:
+    """Tell the others and listen to them meanwhile.
+
+    Args:
+        lost: called, in a thread of its own, with what a process that is silent has done.
+    """
+    # A connection of its own: on another one it would have to wait for what the program asks there.
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    started, ended = time.monotonic(), threading.Event()
+    heard = {other: (0, started) for other in range(processes) if other != rank}  # beats, and when the last one came
+
+    def beat() -> None:
+        with suppress(RuntimeError):  # where the store does not answer, or only blocks, nobody is heard of any more
+            while not ended.wait(INTERVAL):
+                store.add(f"heartbeats/{rank}", 1)
+                for other, (before, _) in heard.items():
+                    count = store.add(f"heartbeats/{other}", 0)
+                    if count != before:
+                        heard[other] = count, time.monotonic()
+
+    def judge() -> None:
+        while not ended.wait(INTERVAL):
+            for other, (count, last) in heard.items():
+                if count < GOODBYE and time.monotonic() - last > SILENCE:
+                    lost(f"process {other} has not been heard of for {SILENCE:.0f} s")
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (beat, judge)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+        with suppress(RuntimeError):
+            store.add(f"heartbeats/{rank}", GOODBYE)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(INTERVAL)
