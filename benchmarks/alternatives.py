@@ -262,7 +262,7 @@ def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule:
     trained_forward = training_forward(network, precision)
 
     def forward(images: Tensor, _, drawn: tuple[Tensor, ...], skip: bool) -> RoutedOutput:
-        return trained_forward(images, lambda: rule, (), images.device.type == "cpu")
+        return trained_forward(images, lambda dtype: rule, (), images.device.type == "cpu")
 
     splits, order = trained.splits, torch.Generator().manual_seed(args.seed)
     draws = torch.Generator(trained.device).manual_seed(args.seed)
