@@ -14,7 +14,7 @@ from gating.forward import Forward, training_forward
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
 from gating.supervised import CHECK_EVERY, EpochMeans, LossFn
-from models import ResNet, sampled
+from models import ResNet, sampled, thresholded
 from models.decisions import DecisionRule
 from utils import parallel
 from utils.data.batches import TrainingBatches
@@ -44,9 +44,10 @@ class Reinforcement:
     """
 
     network: ResNet
-    optimisers: tuple[Optimizer, Optimizer]  # of the network and of its gates
+    optimisers: Sequence[Optimizer]  # of the network and of its gates, or one of both
     shares: Tensor  # [K], each block's share of the skippable FLOPs
     draws: torch.Generator  # of the decisions, on the network's device
+    all_explore: bool = False  # every image of a batch draws its decisions, as published, not every other one
     gamma: float = 1.0
     rl_weight: float = 0.1
     entropy_weight: float = 0.02
@@ -71,7 +72,7 @@ def reinforce_epoch(
 
     Args:
         batches: on the network's device.
-        learning_rates: of the network and of its gates, as functions of the share of this epoch that is done.
+        learning_rates: of the optimisers, as functions of the share of this epoch that is done.
         alpha: the reward of skipping everything, in nats, which may be steered from step to step.
         title: what the progress bar says.
 
@@ -79,6 +80,7 @@ def reinforce_epoch(
         UserError: if the loss stops being finite.
     """
     network, loss_fn, steps = setup.network, setup.loss_fn, len(batches)
+    every_nth = 1 if setup.all_explore else 2
     parallel.broadcast_weights(network)
     network.train()
     if setup.batch_norm == "frozen":
@@ -95,9 +97,10 @@ def reinforce_epoch(
     for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())):
         images, y = len(labels), parallel.local_part(labels)
         weight = len(y) / images  # of this process's means in those of the batch
-        start, drawing = parallel.local_slice(images).start, (images + 1) // 2  # of the whole batch
-        exploring = torch.arange(start, start + len(y), device=device) % 2 == 0
-        explorers, others = slice(start % 2, None, 2), slice(1 - start % 2, None, 2)  # a GPU would wait for masks
+        start, drawing = parallel.local_slice(images).start, (images + every_nth - 1) // every_nth  # of the whole batch
+        exploring = torch.arange(start, start + len(y), device=device) % every_nth == 0
+        # Slices, since a GPU would wait for masks; where all explore, all are watched as well.
+        explorers, watched = slice(-start % every_nth, None, every_nth), slice((1 - start) % every_nth, None, every_nth)
         for optimiser, rate in zip(setup.optimisers, learning_rates, strict=True):
             set_learning_rate(optimiser, rate(step / steps))
             optimiser.zero_grad(set_to_none=True)
@@ -126,7 +129,8 @@ def reinforce_epoch(
         for optimiser in setup.optimisers:
             optimiser.step()
         with torch.no_grad():
-            alpha.observe(parallel.all_reduced((decisions[others] @ shares).sum()) / max(1, images // 2))
+            executed = (thresholded(probabilities[watched]) @ shares).sum()
+            alpha.observe(parallel.all_reduced(executed) / max(1, images // every_nth))
             returned, left = gained[:, 0], advantages[:, 0]
             correct = (logits.argmax(dim=1) == y).float()
             measured = [returned, returned.square(), left, left.square(), z @ shares]
