@@ -24,7 +24,7 @@ from pruning.settings import Batches, Method
 from pruning.surgery import composed, rebuild
 from utils.flops import NetworkCost
 
-IMAGES = 2000  # that forms are judged by
+IMAGES = 2000  # that the rise of the loss is predicted on
 
 
 def prune_to_forms(
@@ -41,11 +41,15 @@ def prune_to_forms(
     factors = collect_factors(network, layers, batches(), **method.fisher(draws))
     bases = {name: eigenbasis(own) for name, own in factors.items()}
     forms = {name: worthwhile(own, kernels[name], bases[name]) for name, own in forms.items()}
+
+    def some_images() -> Iterator[tuple[Tensor, Tensor]]:
+        return first_images(batches(), IMAGES)
+
     tried = {}
     for name, own in forms.items():
         changes = [composed(build(form, kernels[name], bases[name], quickly=True)) for form in own[1:]]
         tried[name] = torch.stack([kernels[name], *changes]).sub(kernels[name]).float()
-    rises = predicted_rises(network, layers, tried, first_images(batches(), IMAGES), **method.fisher(draws))
+    rises = predicted_rises(network, layers, tried, some_images(), **method.fisher(draws))
     for name, changes in tried.items():
         rises[name] += 0.5 * method.regularization * changes.flatten(1).square().sum(dim=1)
     rises = {name: own.tolist() for name, own in rises.items()}
@@ -58,7 +62,7 @@ def prune_to_forms(
             dtype = next(layers[name].parameters()).dtype
             replaced[name] = build(forms[name][i], kernels[name], bases[name]).to(dtype)
             changes[name] = composed(replaced[name]) - kernels[name]
-    predicted = predicted_rise(network, layers, changes, batches(), **method.fisher(draws))
+    predicted = predicted_rise(network, layers, changes, some_images(), **method.fisher(draws))
     table = []
     for name, i in chosen.items():
         before, after = forms[name][0], forms[name][i]
