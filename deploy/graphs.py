@@ -29,7 +29,7 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     pixels = torch.zeros(TRACED_BATCH, 3, image_size, image_size, dtype=torch.uint8)
     x, example = graph.traced(lambda x: F.relu(network.stem(x)), (IMAGES, pixels))
     constants = {on: _constant_column(graph, on) for on in set(network.settled.values()) if network.gate is not None}
-    probabilities, state = [], None
+    probabilities, taken, state = [], [], None
     for index, block in enumerate(network.blocks):
         decision, switch = None, index - 1
         if 0 <= switch < network.switches:
@@ -41,9 +41,11 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
                 state = named(names, examples)
             if switch in network.settled:
                 probabilities.append(constants[network.settled[switch]])
+                taken.append(probabilities[-1])
             else:
                 probabilities.append(graph.resized("Unsqueeze", probability, 1))
                 decision = graph.add("Greater", probabilities[-1], graph.constant(0.5, np.float32))
+                taken.append(graph.add("Cast", decision, to=TensorProto.FLOAT))
         graph.prefix = f"{BLOCK}{index}."
         if decision is None:
             x, _ = graph.traced(block, (x, example))
@@ -53,11 +55,9 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     graph.prefix = ""
     logits, example = graph.traced(lambda x: network.classifier(x.mean(dim=(2, 3))), (x, example))
     outputs = {LOGITS: (logits, example.shape[1])}
-    if probabilities:
-        together = graph.add("Concat", *probabilities, axis=1)
-        taken = graph.add("Greater", together, graph.constant(0.5, np.float32))
-        outputs[PROBABILITIES] = (together, len(probabilities))
-        outputs[DECISIONS] = (graph.add("Cast", taken, to=TensorProto.FLOAT), len(probabilities))
+    if taken:
+        outputs[PROBABILITIES] = (graph.add("Concat", *probabilities, axis=1), len(taken))
+        outputs[DECISIONS] = (graph.add("Concat", *taken, axis=1), len(taken))
     for output, (name, _) in outputs.items():
         graph.nodes.append(helper.make_node("Identity", [name], [output], name=output))
     graph.keep(outputs)
