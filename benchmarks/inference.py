@@ -5,7 +5,7 @@ float32 and int8; for 1, 32 and 128 images, on the CPU and, where torch and ONNX
 All competitors of a batch size run in turns.  Prints every measurement, then a table, and writes a JSON file with
 machine, versions and spread.  Torch-Pruning's network is not fine-tuned: only its speed is compared.
 
-    python -m benchmarks.inference --dense PATH --static PATH --dynamic PATH --data_dir FOLDER
+    python -m benchmarks.inference --dense PATH --static PATH [--dynamic PATH] --data_dir FOLDER
     python -m benchmarks.inference --ranks 0.5 --skipped 0.3 0.6 --threads 1 2
 
 For single images the times are means over test images, since a switched network is faster on some than on others.
@@ -35,6 +35,7 @@ from deploy.session import PROVIDERS, open_session, run_session
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
 from utils.errors import UserError, run_command
+from utils.evaluate import evaluate
 from utils.files import write_json
 from utils.flops import network_cost
 from utils.settings import image_type, number
@@ -44,6 +45,7 @@ SINGLE_IMAGES = 32
 DENSE, STATIC, DYNAMIC, CHANNELS = "dense", "static", "static with switches", "Torch-Pruning"
 EAGER, FOLDED, COMPILED = "PyTorch", "PyTorch, folded", "PyTorch, folded, compiled"
 EXPORTED, INT8 = "ONNX Runtime", "ONNX Runtime, int8"
+NETWORKS, RUNTIMES = (DENSE, STATIC, DYNAMIC, CHANNELS), (EAGER, FOLDED, COMPILED, EXPORTED, INT8)
 PACKAGES = ("torch", "onnx", "onnxruntime", "torch-pruning", "numpy")
 
 
@@ -107,7 +109,9 @@ def main() -> None:
             print(HEADER)
             for batch in BATCHES:
                 place = {"device": device, "threads": threads, "skipped": skipped, "batch": batch}
-                new = [*compared(contest, place, args), *routed(contest, place, args)]
+                new = list(compared(contest, place, args))
+                if subject.dynamic is not None:
+                    new += routed(contest, place, args)
                 print("\n".join(line(row) for row in new), flush=True)
                 rows += new
     print("\n" + table(rows, accuracies))
@@ -122,8 +126,8 @@ def main() -> None:
 def chosen_subject(args: argparse.Namespace, skipped: float | None) -> Subject:
     if skipped is not None:
         return with_random_weights(args.depth, args.width, args.resize, args.ranks, skipped)
-    if not (args.dense and args.static and args.dynamic and args.data_dir):
-        raise UserError("there is nothing to measure: give --dense, --static, --dynamic and --data_dir, or --ranks")
+    if not (args.dense and args.static and args.data_dir):
+        raise UserError("there is nothing to measure: give --dense, --static and --data_dir, or --ranks")
     return from_checkpoints(args.dense, args.static, args.dynamic, args.data_dir, args.img_type)
 
 
@@ -136,8 +140,9 @@ class Contest:
         self.networks = {
             DENSE: without_switches(subject.dense),
             STATIC: without_switches(subject.static),
-            DYNAMIC: subject.dynamic,
         }
+        if subject.dynamic is not None:
+            self.networks[DYNAMIC] = subject.dynamic
         flops = network_cost(self.networks[STATIC], size).flops
         self.networks[CHANNELS] = channel_pruned(subject.dense, flops, size)
         self.graphs = {n: onnx_model(deployable(net, normalisation), size) for n, net in self.networks.items()}
@@ -145,13 +150,18 @@ class Contest:
 
     def accuracies(self) -> dict[str, float]:
         """On the test images, by runtime and network; Torch-Pruning's network is not fine-tuned."""
-        if self.subject.test is None:
+        test = self.subject.test
+        if test is None:
             return {}
-        return {
-            f"{runtime}: {name}": accuracy(graphs[name], self.subject.test)
-            for runtime, graphs in ((EXPORTED, self.graphs), (INT8, self.quantised))
-            for name in (DENSE, STATIC, DYNAMIC)
-        }
+        measured = {}
+        for name in (n for n in self.networks if n != CHANNELS):
+            network = self.networks[name]
+            cost = network_cost(network, self.subject.image_size)
+            for runtime, form in ((EAGER, network), (FOLDED, folded(network))):
+                measured[f"{runtime}: {name}"] = evaluate(form, test, self.subject.normalisation, cost).accuracy
+            measured[f"{EXPORTED}: {name}"] = accuracy(self.graphs[name], test)
+            measured[f"{INT8}: {name}"] = accuracy(self.quantised[name], test)
+        return measured
 
 
 def compared(contest: Contest, place: dict[str, Any], args: argparse.Namespace) -> Iterator[Row]:
@@ -285,14 +295,15 @@ def table(rows: list[Row], accuracies: dict[str, float]) -> str:
             "|---|---|---|---|" + "---|" * len(COLUMNS),
         ]
         own = [r for r in against_dense if (r.device, r.threads, r.skipped) == (device, threads, skipped)]
-        for runtime, network in sorted({(r.runtime, r.network) for r in own}):
+        place = lambda pair: (RUNTIMES.index(pair[0]), NETWORKS.index(pair[1]))  # noqa: E731
+        for runtime, network in sorted({(r.runtime, r.network) for r in own}, key=place):
             by_batch = {r.batch: r for r in own if (r.runtime, r.network) == (runtime, network)}
             cells = []
             for batch in COLUMNS:
                 seconds, speedup = by_batch[batch].timing.median, by_batch[batch].speedup
                 shown = f"{1e3 * seconds:.2f} ms" if batch == 1 else f"{batch / seconds:,.0f}/s"
                 cells.append(f"{shown} ({speedup:.2f}x)")
-            measured = accuracies.get(f"{INT8 if runtime == INT8 else EXPORTED}: {network}")
+            measured = accuracies.get(f"{FOLDED if runtime == COMPILED else runtime}: {network}")
             first = by_batch[1]
             lines.append(
                 f"| {runtime} | {network} | {'–' if measured is None else f'{measured:.2%}'} "

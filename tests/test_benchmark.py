@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_export import checkpoint_file
 from torch.nn import functional as F
 
 from benchmarks import inference
@@ -76,3 +77,28 @@ def test_command_measures_every_competitor(tmp_path, monkeypatch, capsys):
         timing = row["timing"]
         assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"] and timing["rounds"] >= 5
     assert torch.__version__.startswith(content["machine"]["versions"]["torch"])
+
+
+def test_trained_networks_are_compared_with_their_accuracies_without_stage_three(tmp_path, monkeypatch, capsys, shapes):
+    torch.manual_seed(0)
+    files = {
+        name: checkpoint_file(tmp_path / f"{name}.pt", build_network("resnet", depth=8, num_classes=3, width=8, **form),
+                              ["left", "middle", "right"], stage, 8)
+        for name, stage, form in (
+            ("dense", "sp", {}), ("static", "pruned", {"ranks": {"blocks.2.conv2": (8, 8)}}),
+        )
+    }  # fmt: skip
+    settings = {**files, "data_dir": shapes, "seconds": 0, "threads": 1, "output": tmp_path / "inference.json"}
+    monkeypatch.setattr("sys.argv", ["inference", *(f"--{name}={value}" for name, value in settings.items())])
+    monkeypatch.setattr(inference, "SINGLE_IMAGES", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    inference.main()
+    content = json.loads((tmp_path / "inference.json").read_text())
+    assert len(content["rows"]) == 3 * 4 * 3  # networks, runtimes, batch sizes
+    accuracies = content["accuracies"]
+    for network in ("dense", "static"):
+        # Four runtimes of one network on 30 images: the float ones agree.
+        found = [accuracies[f"{runtime}: {network}"] for runtime in ("PyTorch", "PyTorch, folded", "ONNX Runtime")]
+        assert found == [pytest.approx(found[0], abs=1 / 30)] * 3 and f"ONNX Runtime, int8: {network}" in accuracies
+    rows = [text for text in capsys.readouterr().out.splitlines() if text.startswith(("| PyTorch", "| ONNX Runtime"))]
+    assert len(rows) == 4 * 3 and sum("| – |" in text for text in rows) == 4, "Torch-Pruning's is not fine-tuned"
