@@ -12,8 +12,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n 3,10p "$0"; exit 2; }
 size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-jpg} precision=${PRECISION:-auto}
+at=()  # where the switches end: the fewest FLOPs within one point
 case $size in
-small)  depth=20 width=32 pixels=16 first=20 iterations=4 tuning=2 third=6 seeds=${3:-3} ;;
+small)  depth=20 width=32 pixels=16 first=20 iterations=4 tuning=2 third=6 seeds=${3:-3}
+        at=(--target_computation 0.8) ;;  # so that all alternatives are compared at as many executed FLOPs
 medium) depth=20 width=32 pixels=32 first=20 iterations=3 tuning=1 third=4 seeds=${3:-1} ;;
 full)   depth=32 width=64 pixels=32 first=200 iterations=8 tuning=20 third=100 seeds=${3:-1} ;;
 *)      echo "error: study $size is unknown: use small, medium or full" >&2; exit 2 ;;
@@ -56,7 +58,7 @@ for ((seed = 0; seed < seeds; seed++)); do
     chain=$results/seed_$seed
     first "$chain" "$seed"
     second "$chain" "$seed"
-    third "$chain" "$seed"
+    third "$chain" "$seed" "${at[@]}"
     if [ "$size" != medium ]; then
         first "$results/reference/seed_$seed" "$seed" --gate none
         third "$results/dense_switched/seed_$seed" "$seed" --checkpoint "$(chosen "$chain" sp)"
