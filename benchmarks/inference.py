@@ -31,7 +31,7 @@ from deploy.export import accuracy
 from deploy.folding import deployable, folded, without_switches
 from deploy.graphs import onnx_model
 from deploy.int8 import quantised
-from deploy.session import PROVIDERS, open_session, run_session
+from deploy.session import PROVIDERS, open_session, run_in_parts
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
 from utils.errors import UserError, run_command
@@ -252,7 +252,7 @@ def exported(model: Any, items: list[Tensor], device: str, threads: int) -> Run:
     """The graph as ONNX Runtime runs it, with uint8 images in main memory."""
     session = open_session(model, device, threads)
     images = [item.numpy() for item in items]
-    return lambda item: run_session(session, images[item])
+    return lambda item: run_in_parts(session, images[item])
 
 
 @torch.no_grad()

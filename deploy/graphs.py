@@ -29,7 +29,7 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     pixels = torch.zeros(TRACED_BATCH, 3, image_size, image_size, dtype=torch.uint8)
     x, example = graph.traced(lambda x: F.relu(network.stem(x)), (IMAGES, pixels))
     constants = {on: _constant_column(graph, on) for on in set(network.settled.values()) if network.gate is not None}
-    probabilities, taken, state = [], [], None
+    probabilities, state = [], None
     for index, block in enumerate(network.blocks):
         decision, switch = None, index - 1
         if 0 <= switch < network.switches:
@@ -41,11 +41,9 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
                 state = named(names, examples)
             if switch in network.settled:
                 probabilities.append(constants[network.settled[switch]])
-                taken.append(probabilities[-1])
             else:
                 probabilities.append(graph.resized("Unsqueeze", probability, 1))
-                decision = graph.add("Greater", probabilities[-1], graph.constant(0.5, np.float32))
-                taken.append(graph.add("Cast", decision, to=TensorProto.FLOAT))
+                decision = _passes(graph, probability)
         graph.prefix = f"{BLOCK}{index}."
         if decision is None:
             x, _ = graph.traced(block, (x, example))
@@ -55,9 +53,10 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     graph.prefix = ""
     logits, example = graph.traced(lambda x: network.classifier(x.mean(dim=(2, 3))), (x, example))
     outputs = {LOGITS: (logits, example.shape[1])}
-    if taken:
-        outputs[PROBABILITIES] = (graph.add("Concat", *probabilities, axis=1), len(taken))
-        outputs[DECISIONS] = (graph.add("Concat", *taken, axis=1), len(taken))
+    if probabilities:
+        columns = graph.add("Concat", *probabilities, axis=1)
+        outputs[PROBABILITIES] = (columns, len(probabilities))
+        outputs[DECISIONS] = (graph.add("Cast", _passes(graph, columns), to=TensorProto.FLOAT), len(probabilities))
     for output, (name, _) in outputs.items():
         graph.nodes.append(helper.make_node("Identity", [name], [output], name=output))
     graph.keep(outputs)
@@ -77,15 +76,19 @@ def _constant_column(graph: Graph, value: float) -> str:
     return graph.add("ConstantOfShape", shape, value=helper.make_tensor("value", TensorProto.FLOAT, [1], [value]))
 
 
+def _passes(graph: Graph, probability: str) -> str:
+    """Name of a bool for each probability: whether the image passes the switch, as ``models.decisions`` says."""
+    return graph.add("Greater", probability, graph.constant(0.5, np.float32))
+
+
 def _switched(graph: Graph, block: BasicBlock, x: str, example: Tensor, decision: str) -> str:
-    """The block on the images whose decision, [N, 1] of type bool, is true; the name of the output, of all images.
+    """The block on the images whose decision, [N] of type bool, is true; the name of the output, of all images.
 
     The rows that pass are gathered, and what the residual makes of them is added to theirs.  Where none pass the
     convolutions have no rows and end at once.  An ``If`` around them would cost what it saves, and ONNX Runtime's
     quantisation looks into no branches.
     """
     carried, _ = graph.traced(block.carried, (x, example))
-    rows = graph.add("NonZero", graph.add("Reshape", decision, graph.constant([-1], np.int64)))
-    passing = graph.add("Transpose", rows, perm=[1, 0])
+    passing = graph.add("Transpose", graph.add("NonZero", decision), perm=[1, 0])
     residual, _ = graph.traced(block.residual, (graph.add("GatherND", x, passing), example))
     return graph.add("Relu", graph.add("ScatterND", carried, passing, residual, reduction="add"))

@@ -15,6 +15,8 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 TOLERANCE = 1e-4
+# Features of more images fall out of the cache, for which gathering and scattering wait: docs/measurements.md.
+AT_ONCE = 16
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -49,6 +51,12 @@ def run_session(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> di
     """The outputs by name for uint8 images [N, 3, H, W]."""
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {IMAGES: pixels}), strict=True))
+
+
+def run_in_parts(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """The same, computed on at most ``AT_ONCE`` images at once."""
+    parts = [run_session(session, pixels[i : i + AT_ONCE]) for i in range(0, len(pixels), AT_ONCE)]
+    return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @torch.no_grad()

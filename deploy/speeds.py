@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deploy.folding import deployable, without_switches
 from deploy.graphs import onnx_model
-from deploy.session import open_session, run_session
+from deploy.session import open_session, run_in_parts
 from deploy.timing import alternated
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
@@ -38,9 +38,9 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
         sessions[name] = open_session(onnx_model(network, checkpoint.data["image_size"]))
     images = [pixels[i : i + 1].numpy() for i in torch.linspace(0, len(pixels) - 1, IMAGES).long().tolist()]
     batch = pixels[torch.arange(BATCH) % len(pixels)].numpy()
-    run = lambda session: lambda item: run_session(session, images[item])  # noqa: E731
+    run = lambda session: lambda item: run_in_parts(session, images[item])  # noqa: E731
     latency = alternated({name: run(session) for name, session in sessions.items()}, len(images), SECONDS)
-    run_batch = lambda session: lambda item: run_session(session, batch)  # noqa: E731
+    run_batch = lambda session: lambda item: run_in_parts(session, batch)  # noqa: E731
     whole = alternated({name: run_batch(session) for name, session in sessions.items()}, 1, SECONDS)
     return {
         name: {"latency_ms": 1e3 * latency[name].median, "throughput": BATCH / whole[name].median} for name in sessions
