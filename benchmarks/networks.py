@@ -23,11 +23,11 @@ SPREAD = 8.0  # of the logits of random switches
 
 @dataclass(frozen=True)
 class Subject:
-    """Three networks of one architecture as the stages leave them, and images to run them on."""
+    """Networks of one architecture as the stages leave them, and images to run them on."""
 
     dense: ResNet
     static: ResNet
-    dynamic: ResNet
+    dynamic: ResNet | None
     normalisation: Normalisation
     pixels: Tensor  # uint8 [N, 3, H, W]
     calibration: Tensor  # the same, training images that int8 is calibrated on
@@ -38,22 +38,24 @@ class Subject:
         return self.pixels.shape[-1]
 
 
-def from_checkpoints(dense: Path, static: Path, dynamic: Path, data_dir: str, image_type: str) -> Subject:
-    """The networks of three checkpoints and the test images of their data set.
+def from_checkpoints(dense: Path, static: Path, dynamic: Path | None, data_dir: str, image_type: str) -> Subject:
+    """The networks of two or three checkpoints and the test images of their data set.
 
     Raises:
         UserError: if a file cannot be read, the data is not what they were trained on, or nothing can be skipped.
     """
-    checkpoints = [load_checkpoint(path) for path in (dense, static, dynamic)]
+    checkpoints = [load_checkpoint(path) for path in (dense, static, dynamic) if path is not None]
     data = load_data(data_dir, image_type, checkpoints[0].data["image_size"], workers=4)
     for checkpoint in checkpoints:
         check_data(checkpoint, data, checkpoints[0].data["image_size"])
     networks = [checkpoint.network() for checkpoint in checkpoints]
-    if networks[2].switches == 0:
+    if dynamic is None:
+        networks.append(None)
+    elif networks[2].switches == 0:
         raise UserError(f"checkpoint {dynamic} has no switches: give one of stage 3 as --dynamic")
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
     calibration = data.train[chosen].pixels
-    return Subject(*networks, checkpoints[2].normaliser(), data.test.pixels, calibration, data.test)
+    return Subject(*networks, checkpoints[0].normaliser(), data.test.pixels, calibration, data.test)
 
 
 def with_random_weights(
