@@ -3,7 +3,8 @@
 Each in eager PyTorch as it was trained, folded, with --compile compiled (where nothing is skipped), and exported, in
 float32 and int8; for 1, 32 and 128 images, on the CPU and, where torch and ONNX Runtime find one, on a CUDA device.
 All competitors of a batch size run in turns.  Prints every measurement, then a table, and writes a JSON file with
-machine, versions and spread.  Torch-Pruning's network is not fine-tuned: only its speed is compared.
+machine, versions and spread.  Torch-Pruning's network is not fine-tuned: only its speed is compared.  Accuracies in
+float32 are those of the exported graphs, from which PyTorch's differ by rounding alone; int8 has its own.
 
     python -m benchmarks.inference --dense PATH --static PATH [--dynamic PATH] --data_dir FOLDER
     python -m benchmarks.inference --ranks 0.5 --skipped 0.3 0.6 --threads 1 2
@@ -46,6 +47,7 @@ DENSE, STATIC, DYNAMIC, CHANNELS = "dense", "static", "static with switches", "T
 EAGER, FOLDED, COMPILED = "PyTorch", "PyTorch, folded", "PyTorch, folded, compiled"
 EXPORTED, INT8 = "ONNX Runtime", "ONNX Runtime, int8"
 NETWORKS, RUNTIMES = (DENSE, STATIC, DYNAMIC, CHANNELS), (EAGER, FOLDED, COMPILED, EXPORTED, INT8)
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni")  # int8 is slow on CPUs without VNNI
 PACKAGES = ("torch", "onnx", "onnxruntime", "torch-pruning", "numpy")
 
 
@@ -77,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--dense", type=Path, help="checkpoint of stage 1")
     add("--static", type=Path, help="checkpoint of stage 2")
-    add("--dynamic", type=Path, help="checkpoint of stage 3")
+    add("--dynamic", type=Path, help="checkpoint of stage 3, if there is one")
     add("--data_dir", help="data folder of the checkpoints, for its test images")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--ranks", type=number(float, 0, 1), help="instead of checkpoints, random weights: share of each rank kept")
@@ -98,6 +100,7 @@ def main() -> None:
     for device in devices:
         if PROVIDERS[device] not in onnxruntime.get_available_providers():
             print(f"the installed onnxruntime has no {PROVIDERS[device]}: exported networks are not run on {device}")
+    print(", ".join(f"{name}: {value}" for name, value in machine().items()))
     rows: list[Row] = []
     accuracies: dict[str, float] = {}
     for skipped in args.skipped if args.ranks is not None else [None]:
@@ -315,13 +318,15 @@ def table(rows: list[Row], accuracies: dict[str, float]) -> str:
 
 def machine() -> dict[str, Any]:
     """What the times depend on."""
-    names = []
+    names, flags = [], []
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
+        flags = next((text.split() for text in lines if text.startswith("flags")), [])
     return {
         "system": platform.platform(),
         "cpu": names[0] if names else platform.processor(),
+        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

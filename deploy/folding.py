@@ -5,10 +5,10 @@ once, to the dtype that the weights had.
 
 What is merged: each batch norm into the convolution before it (the last of a low-rank layer's), or into the linear
 projection of a gate, and that into the input weights of the gate's LSTM; the convolutions of one low-rank layer with
-each other, in the grouping with the fewest FLOPs; the stride of a 1x1 core into the rotation before it; the scale of the
-normalisation into the stem.  What cannot be: two layers of a block (a relu stands between), a block's last rotation and
-the next block's first (the residual sum and a relu do), the mean of the normalisation (the stem pads with zeros after it
-was subtracted).
+each other, in the grouping with the fewest FLOPs; the stride of a 1x1 core into the rotation before it; the scale of
+the normalisation into the stem.  What cannot be: two layers of a block (a relu stands between), a block's last rotation
+and the next block's first (the residual sum and a relu do), the mean of the normalisation (the stem pads with zeros
+after it was subtracted).
 """
 
 import copy

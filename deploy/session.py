@@ -54,8 +54,9 @@ def run_session(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> di
 
 
 def run_in_parts(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The same, computed on at most ``AT_ONCE`` images at once."""
-    parts = [run_session(session, pixels[i : i + AT_ONCE]) for i in range(0, len(pixels), AT_ONCE)]
+    """The same; on the CPU at most ``AT_ONCE`` images are computed at once."""
+    step = AT_ONCE if session.get_providers()[0] == PROVIDERS["cpu"] else len(pixels)
+    parts = [run_session(session, pixels[i : i + step]) for i in range(0, len(pixels), step)]
     return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
