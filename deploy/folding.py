@@ -4,11 +4,10 @@ Every function returns new modules and leaves its arguments as they are.  Produc
 once, to the dtype that the weights had.
 
 What is merged: each batch norm into the convolution before it (the last of a low-rank layer's), or into the linear
-projection of a gate, and that into the input weights of the gate's LSTM; the convolutions of one low-rank layer with
-each other, in the grouping with the fewest FLOPs; the stride of a 1x1 core into the rotation before it; the scale of
-the normalisation into the stem.  What cannot be: two layers of a block (a relu stands between), a block's last rotation
-and the next block's first (the residual sum and a relu do), the mean of the normalisation (the stem pads with zeros
-after it was subtracted).
+projection of a gate; the convolutions of one low-rank layer with each other, in the grouping with the fewest FLOPs; the
+stride of a 1x1 core into the rotation before it; the scale of the normalisation into the stem.  What cannot be: two
+layers of a block (a relu stands between), a block's last rotation and the next block's first (the residual sum and a
+relu do), the mean of the normalisation (the stem pads with zeros after it was subtracted).
 """
 
 import copy
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from models import ResNet
-from models.gates import RecurrentGate
 from models.resnet import BasicBlock
 from utils.data.augment import Normalisation
 
@@ -41,8 +39,6 @@ def folded(network: ResNet) -> ResNet:
         setattr(owner, name, _condensed(list(getattr(owner, name))))
     if smaller.gate is not None:
         _fold_sequences(smaller.gate)
-        if isinstance(smaller.gate, RecurrentGate):
-            smaller.gate = FoldedRecurrentGate(smaller.gate)
     return smaller
 
 
@@ -73,41 +69,6 @@ class Centred(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.mean.dtype) - self.mean
-
-
-class FoldedRecurrentGate(nn.Module):
-    """A ``RecurrentGate`` without batch norms, each projection multiplied into the weights that the LSTM applies to it.
-
-    ``inputs`` has for every switch the linear layer from pooled features to the four gates of the LSTM.
-    """
-
-    recurrent = True
-
-    def __init__(self, gate: RecurrentGate):
-        super().__init__()
-        lstm = gate.lstm
-        self.inputs = nn.ModuleList(
-            _merged(next(projection.children()), lstm) if list(projection.children()) else nn.Identity()
-            for projection in gate.projections
-        )
-        self.weight_hh, self.bias_hh = lstm.weight_hh, lstm.bias_hh
-        self.decision = gate.decision
-
-    def forward(self, switch: int, features: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
-        """As ``RecurrentGate.forward``."""
-        pooled, layer = features.mean(dim=(2, 3)), self.inputs[switch]
-        if state is None:
-            zeros = pooled.new_zeros(len(pooled), self.weight_hh.shape[1])
-            state = zeros, zeros
-        state = torch.lstm_cell(pooled, state, layer.weight, self.weight_hh, layer.bias, self.bias_hh)
-        return torch.sigmoid(self.decision(state[0])).squeeze(1), state
-
-
-def _merged(projection: nn.Linear, lstm: nn.LSTMCell) -> nn.Linear:
-    """The linear layer that does what ``projection`` and then the LSTM's input weights do."""
-    (w1, b1), w2 = _double(projection), lstm.weight_ih.detach().double()
-    merged = nn.Linear(projection.in_features, len(w2), device=projection.weight.device, dtype=projection.weight.dtype)
-    return _filled(merged, w2 @ w1, w2 @ b1 + lstm.bias_ih.detach().double())
 
 
 def linear_chain(layer: nn.Module) -> list[nn.Conv2d]:

@@ -35,8 +35,6 @@ class Graph:
         self.prefix = ""
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.pooled: dict[str, str] = {}  # means over positions: name of [N, C] to that of the same as [N, C, 1, 1]
-        self.zeros: set[str] = set()  # names of tensors that are zero
         self._resized: dict[tuple, str] = {}
 
     def name(self, kind: str) -> str:
@@ -184,11 +182,7 @@ def _adaptive_pool(graph, x, size) -> str:
 def _mean(graph, x, axes, keepdim=False, **_) -> str:
     if sorted(axis % 4 for axis in axes) == [2, 3]:  # a mean over pixels has an operator that fuses
         pooled = graph.add("GlobalAveragePool", x)
-        if keepdim:
-            return pooled
-        mean = graph.add("Flatten", pooled, axis=1)
-        graph.pooled[mean] = pooled
-        return mean
+        return pooled if keepdim else graph.add("Flatten", pooled, axis=1)
     return graph.add("ReduceMean", x, graph.constant(axes, np.int64), keepdims=int(keepdim))
 
 
@@ -217,9 +211,7 @@ def _zeros(graph, shape, dtype=torch.float32, **_) -> str:
         graph.batch() if i == 0 and n == TRACED_BATCH else graph.constant([n], np.int64) for i, n in enumerate(shape)
     ]
     value = helper.make_tensor("value", _onnx_type(dtype), [1], [0])
-    zeros = graph.add("ConstantOfShape", graph.add("Concat", *sizes, axis=0), value=value)
-    graph.zeros.add(zeros)
-    return zeros
+    return graph.add("ConstantOfShape", graph.add("Concat", *sizes, axis=0), value=value)
 
 
 def _lstm_cell(graph, x, state, weight_ih, weight_hh, bias_ih, bias_hh) -> list[str]:
@@ -228,9 +220,7 @@ def _lstm_cell(graph, x, state, weight_ih, weight_hh, bias_ih, bias_hh) -> list[
     order = torch.cat([torch.arange(gate * hidden, (gate + 1) * hidden) for gate in (0, 3, 1, 2)])
     weights = [weight[order][None] for weight in (weight_ih, weight_hh)]
     bias = torch.cat([bias_ih[order], bias_hh[order]])[None]
-    # No state is the same as zeros, and pooled features become a sequence in one step: small nodes take their time.
-    h, c = ("" if name in graph.zeros else graph.resized("Unsqueeze", name, 0) for name in state)
-    sequence = graph.add("Reshape", graph.pooled.get(x, x), graph.constant([1, -1, weight_ih.shape[1]], np.int64))
+    sequence, h, c = (graph.resized("Unsqueeze", name, 0) for name in (x, *state))
     _, h, c = graph.add("LSTM", sequence, *weights, bias, "", h, c, outputs=3, hidden_size=hidden)
     return [graph.resized("Squeeze", name, 0) for name in (h, c)]
 
@@ -275,7 +265,6 @@ TRANSLATIONS: dict[str, Callable] = {
     "squeeze": _squeeze,
     "unsqueeze": _unsqueeze,
     "zeros": _zeros,
-    "new_zeros": lambda graph, x, shape, dtype=torch.float32, **_: _zeros(graph, shape, dtype),
     "to": _cast,
     "getitem": lambda graph, values, index: values[index],
     **{name: _elementwise(name.capitalize()) for name in ("add", "sub", "mul", "div", "relu", "sigmoid", "tanh")},
