@@ -41,6 +41,7 @@ from pruning.settings import Method
 from utils.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.data.batches import Splits, TrainingBatches, plain_batches, split_data
 from utils.data.folder import load_data
+from utils.data.images import Images
 from utils.device import PRECISIONS, pick_device, pick_precision, placed
 from utils.errors import run_command
 from utils.evaluate import evaluate
@@ -166,11 +167,15 @@ def decided(decisions: Tensor) -> DecisionRule:
     return lambda probabilities: next(columns).to(probabilities.dtype).expand_as(probabilities)
 
 
+def some_of(images: Images, seed: int) -> Images:
+    """``FISHER_IMAGES`` of them, drawn by the seed."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:FISHER_IMAGES]]
+
+
 def pruned_further(trained: Trained, target: float, args: argparse.Namespace) -> dict[str, float]:
     """Static pruning that goes on to ``target`` FLOPs, in one step."""
     network, splits = trained.network().eval(), trained.splits
-    order = torch.Generator().manual_seed(args.seed)
-    fisher = splits.train[torch.randperm(len(splits.train), generator=order)[:FISHER_IMAGES]]
+    fisher = some_of(splits.train, args.seed)
     batches = lambda: plain_batches(fisher, args.batch_size, trained.normalisation)  # noqa: E731
     draws = torch.Generator(trained.device).manual_seed(args.seed)
     cost = network_cost(network, trained.image_size)
@@ -191,9 +196,7 @@ def epochs_of_stage_2(static: Checkpoint) -> int:
 
 def channels_pruned(trained: Trained, flops: float, epochs: int, args: argparse.Namespace) -> dict[str, float]:
     """Torch-Pruning by the importance that kept most in the table of criteria, from stage 1's network to ``flops``."""
-    some = trained.splits.train[
-        torch.randperm(len(trained.splits.train), generator=torch.Generator().manual_seed(args.seed))[:FISHER_IMAGES]
-    ]
+    some = some_of(trained.splits.train, args.seed)
     batches = list(plain_batches(some, args.batch_size, trained.normalisation))
     smaller = placed(torch_pruned(trained.network(), COMPETITOR, flops, trained.image_size, batches), trained.device)
     reestimate_batch_norms(smaller, batches, all_on)
@@ -218,7 +221,7 @@ def blocks_removed(trained: Trained, target: float, args: argparse.Namespace) ->
 def with_blocks(trained: Trained, kept: Tensor, args: argparse.Namespace) -> dict:
     """The network that runs the blocks ``kept`` [K] on all images, fine-tuned."""
     network, splits = trained.network(), trained.splits
-    some = splits.train[torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:FISHER_IMAGES]]
+    some = some_of(splits.train, seed=0)
     reestimate_batch_norms(network, plain_batches(some, args.batch_size, trained.normalisation), Same(kept))
     fine_tune(trained, network, args, Same(kept), args.epochs)
     return {**result(trained, network, Same(kept)), "kept": kept.tolist()}

@@ -1,6 +1,6 @@
 """One pass over images that shows every layer's input and the gradient at its output, image by image."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -87,3 +87,13 @@ def _show(name: str, visit: Visit):
         output.register_hook(lambda g: visit(name, layer, a, g))
 
     return hook
+
+
+def first_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches from the first on, until they hold so many labels, those of all processes."""
+    seen = 0
+    for x, labels in batches:
+        if seen >= count:
+            return
+        seen += len(labels)
+        yield x, labels

@@ -5,12 +5,13 @@ saliencies that add up; here the rise of the loss is predicted for whole forms o
 Kronecker approximation, and decides among them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from models import ResNet
+from pruning.capture import first_images
 from pruning.changes import LayerChange, Pruned
 from pruning.choice import budget_of, choose_forms
 from pruning.costs import LayerShape
@@ -91,13 +92,3 @@ def layer_forms(network: ResNet, cost: NetworkCost, method: Method) -> tuple[dic
         forms[name] = possible_forms(now, plain, least, KINDS[method.decomposition], method.round_to)
         flops, parameters = flops - now.flops, parameters - now.parameters
     return forms, (flops, parameters)
-
-
-def first_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from the first on, until they hold so many labels."""
-    seen = 0
-    for x, labels in batches:
-        if seen >= count:
-            return
-        seen += len(labels)
-        yield x, labels

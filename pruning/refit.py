@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import LowRankConv2d, ResNet, all_on
+from pruning.capture import first_images
 from pruning.channels import damped
 from pruning.layers import norm_behind
 from pruning.settings import Batches
@@ -140,11 +141,7 @@ def _measured(network: ResNet, smaller: ResNet, name: str, batches: Batches) -> 
         layer.register_forward_pre_hook(keep_input),
     ]
     try:
-        seen_images = 0
-        for x, labels in batches():
-            if seen_images >= IMAGES:
-                break
-            seen_images += len(labels)  # of all processes
+        for x, _ in first_images(batches(), IMAGES):
             if len(x) == 0:  # the last batch may be too small for all processes
                 continue
             for run in (network, smaller):
