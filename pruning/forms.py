@@ -53,7 +53,7 @@ def possible_forms(
     if DEPTHWISE in kinds:
         # More terms than inputs or outputs are worth having: they cost a ninth of what a plain kernel's would.
         most = inputs * outputs * shape.taps // (inputs + outputs + shape.taps)
-        for k in levels(most, least[0], step_of(inputs, round_to)):
+        for k in levels(most, least[0], step_of(most, round_to)):
             seconds = 0.0 if shape.seconds is None else float(shape.time(k, k, separable=True))
             found.append(Form(DEPTHWISE, (k, k), *_separable_cost(shape, k), seconds))
     return [now, *(form for form in found[1:] if _saves(form, now, shape.seconds is not None))]
