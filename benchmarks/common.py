@@ -8,6 +8,10 @@ from pathlib import Path
 
 import torch
 
+from deploy.folding import deployable
+from deploy.graphs import onnx_model
+from deploy.session import open_session, run_in_parts
+from deploy.timing import fastest
 from models import ResNet, thresholded
 from models.decisions import DecisionRule
 from utils.checkpoint import Checkpoint, check_data, load_checkpoint
@@ -19,6 +23,8 @@ from utils.device import pick_device, placed
 from utils.evaluate import Evaluation, evaluate
 from utils.flops import network_cost
 from utils.settings import image_type
+
+TIMED = (1, 32)  # images at once
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,19 @@ def load_trained(args: argparse.Namespace) -> Trained:
     check_data(checkpoint, data, size)
     splits = split_data(data, checkpoint.data["val_fraction"], checkpoint.data["split_seed"])
     return Trained(checkpoint, splits.to(device), device)
+
+
+def milliseconds(trained: Trained, network: ResNet) -> dict[str, float]:
+    """What the exported network takes on one thread for one image, mean over some, and for a batch, by their size."""
+    model = onnx_model(deployable(network, trained.normalisation), trained.image_size)
+    session = open_session(model, threads=1)
+    pixels = trained.splits.val[: max(TIMED)].pixels.cpu().numpy()
+    times = {}
+    for size in TIMED:
+        parts = [pixels[i : i + size] for i in range(0, len(pixels), size)]
+        fastest_of = [fastest(lambda part=part: run_in_parts(session, part), 1.0 / len(parts)) for part in parts]
+        times[str(size)] = 1e3 * sum(fastest_of) / len(parts)
+    return times
 
 
 def machine() -> dict[str, str | int]:

@@ -36,6 +36,7 @@ class Competitor:
 
     importance: str  # one of IMPORTANCES
     everywhere: bool  # all channels compete, as with ``global_pruning``, or every layer loses the same share
+    round_to: int | None = None  # channels that are left are multiples of this, which runtimes are fastest on
 
 
 def torch_pruned(
@@ -71,6 +72,7 @@ def _pruned(plain: ResNet, how: Competitor, ratio: float, gradients: list[Tensor
         pruning_ratio=ratio,
         max_pruning_ratio=LARGEST_RATIO,
         global_pruning=how.everywhere,
+        round_to=how.round_to,
         ignored_layers=[smaller.classifier],
         forward_fn=lambda model, x: model(x).logits,
     )

@@ -8,6 +8,9 @@ picture is that of the validation images with every block run: defaults are chos
 Fisher's images and labels, the random criterion and the order of fine-tuning. Finished measurements are kept in
 OUT.jsonl, so a run that is started again with the same arguments goes on.
 
+Times are those of the exported network on one thread, the fastest of many runs; "per second" chooses among forms by
+times that were measured layer by layer.
+
     python -m benchmarks.criteria --checkpoint best.pt --data_dir data/cifar_10 --out results/criteria
 """
 
@@ -24,9 +27,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
+from benchmarks.common import (
+    Trained,
+    add_trained_arguments,
+    append_line,
+    beside,
+    load_trained,
+    machine,
+    milliseconds,
+    read_lines,
+)
 from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
 from deploy.folding import without_switches
+from deploy.layer_times import LayerTimes
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
 from gating.supervised import supervised_epoch
@@ -61,7 +74,12 @@ VARIANTS = {
         for importance in IMPORTANCES
         for everywhere in (False, True)
     },
+    "Torch-Pruning, Hessian, global, rounded": Competitor("Hessian", everywhere=True, round_to=8),
     **{f"{name} per FLOP": replace(PER_FLOP, criterion=name) for name in ("kron_obs", "c_obs", "magnitude")},
+    **{
+        f"{name}, refitted, per second": replace(BASE, decomposition=decomposition, refit=True, objective="latency")
+        for name, decomposition in (("Tucker", "tucker"), ("best forms", "best"))
+    },
 }
 # What a measurement depends on besides share, seed and variant.
 SETTINGS = (
@@ -171,6 +189,7 @@ def measure(args: argparse.Namespace, trained: Trained, share: float, seed: int,
         "predicted_rise": rise,
         **dict(zip(MEASURES, accuracies, strict=True)),
         "test": judged(splits.test),  # after fine-tuning; nothing is chosen by it
+        "milliseconds": milliseconds(trained, smaller),
         "seconds": time.perf_counter() - start,
     }
 
@@ -185,7 +204,8 @@ def pruned_in_steps(
     draws: torch.Generator,
 ) -> tuple[ResNet, float]:
     """The network brought to ``flops``, and the rise of the loss that was predicted for all steps."""
-    method, rise = replace(method, round_to=args.round_to), 0.0
+    times = LayerTimes().seconds if method.objective == "latency" else None
+    method, rise = replace(method, round_to=args.round_to, seconds=times), 0.0
     for left in range(args.steps, 0, -1):
         if left < args.steps and not method.refit:
             reestimate_batch_norms(network, batches(), all_on)

@@ -27,7 +27,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from benchmarks.networks import Subject, channel_pruned, from_checkpoints, with_random_weights
+from benchmarks.competitor import Competitor, torch_pruned
+from benchmarks.networks import Subject, from_checkpoints, with_random_weights
 from deploy.export import accuracy
 from deploy.folding import deployable, folded, without_switches
 from deploy.graphs import onnx_model
@@ -35,6 +36,7 @@ from deploy.int8 import quantised
 from deploy.session import PROVIDERS, open_session, run_in_parts
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
+from utils.device import placed
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
 from utils.files import write_json
@@ -147,7 +149,9 @@ class Contest:
         if subject.dynamic is not None:
             self.networks[DYNAMIC] = subject.dynamic
         flops = network_cost(self.networks[STATIC], size).flops
-        self.networks[CHANNELS] = channel_pruned(subject.dense, flops, size)
+        round_to = 8 if subject.dense.classifier.in_features >= 128 else None
+        rounded = Competitor("magnitude", everywhere=False, round_to=round_to)
+        self.networks[CHANNELS] = torch_pruned(subject.dense, rounded, flops, size, batches=[])
         self.graphs = {n: onnx_model(deployable(net, normalisation), size) for n, net in self.networks.items()}
         self.quantised = {n: quantised(graph, subject.calibration.numpy()) for n, graph in self.graphs.items()}
 
@@ -236,11 +240,11 @@ def eager(
     decide: Callable[[Tensor], Tensor],
     compiled: bool = False,
 ) -> Run:
-    """The network as PyTorch runs it, with normalised images already on the device."""
-    network = copy.deepcopy(network).to(device)
+    """The network as the stages run it, with normalised images already on the device."""
+    network = placed(copy.deepcopy(network), torch.device(device))
     if compiled:
         network.compile()
-    images = [subject.normalisation.apply(item).to(device) for item in items]
+    images = [subject.normalisation.apply(item).to(device, memory_format=torch.channels_last) for item in items]
 
     @torch.inference_mode()
     def run(item: int) -> None:

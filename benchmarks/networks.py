@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
-from deploy.folding import without_switches
 from deploy.int8 import CALIBRATION_IMAGES
 from models import ResNet, build_network
 from utils.checkpoint import check_data, load_checkpoint
@@ -16,7 +14,6 @@ from utils.data.augment import Normalisation
 from utils.data.folder import load_data
 from utils.data.images import Images
 from utils.errors import UserError
-from utils.flops import network_cost
 
 SPREAD = 8.0  # of the logits of random switches
 
@@ -112,39 +109,3 @@ def _closing(network: ResNet, images: Tensor, skipped: float) -> ResNet:
         closed = 1 - changed(images).decisions.mean().item()
         low, high = ((low + high) / 2, high) if closed > skipped else (low, (low + high) / 2)
     return changed
-
-
-def channel_pruned(network: ResNet, flops: int, image_size: int) -> ResNet:
-    """Torch-Pruning's network with about ``flops`` FLOPs: the channels of least magnitude removed, coupled layers too.
-
-    Every layer loses the same share, found by bisection; channels stay multiples of 8, which runtimes are fastest on,
-    where the network is wide enough for that.
-
-    Source: DepGraph (arXiv:2301.12900), https://github.com/VainF/Torch-Pruning.
-    """
-    plain = without_switches(network)
-    low, high = 0.0, 0.97
-    tried = []
-    for _ in range(7):
-        ratio = (low + high) / 2
-        pruned = _pruned_by(plain, ratio, image_size)
-        cost = network_cost(pruned, image_size).flops
-        tried.append((abs(cost - flops), pruned))
-        low, high = (ratio, high) if cost > flops else (low, ratio)
-    return min(tried, key=lambda item: item[0])[1]
-
-
-def _pruned_by(network: ResNet, ratio: float, image_size: int) -> ResNet:
-    smaller = copy.deepcopy(network)
-    blank = torch.zeros(1, 3, image_size, image_size)
-    pruner = torch_pruning.pruner.BasePruner(
-        smaller,
-        blank,
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=ratio,
-        ignored_layers=[smaller.classifier],
-        round_to=8 if smaller.classifier.in_features >= 128 else None,
-        forward_fn=lambda model, x: model(x).logits,
-    )
-    pruner.step()
-    return smaller.eval()

@@ -1,7 +1,6 @@
 """How long convolutions in a row take on the machine at hand, measured with ONNX Runtime as they are deployed."""
 
 import json
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploy.graphs import IR_VERSION, OPSET
 from deploy.session import open_session
+from deploy.timing import fastest
 from pruning.costs import Chain
 from utils.files import write_json
 
@@ -32,10 +32,7 @@ class LayerTimes:
                 self.known = json.loads(path.read_text())
 
     def seconds(self, chain: Chain, size: int) -> float:
-        """The fastest of several runs of ``chain`` on an image of ``size`` x ``size`` pixels.
-
-        The fastest, since whatever else runs on the machine only ever adds to a time.
-        """
+        """The fastest of several runs of ``chain`` on an image of ``size`` x ``size`` pixels."""
         key = f"{size}: " + ", ".join("-".join(map(str, convolution)) for convolution in chain)
         if key not in self.known:
             self.known[key] = _measured(chain, size)
@@ -50,13 +47,7 @@ class LayerTimes:
 def _measured(chain: Chain, size: int) -> float:
     session = open_session(chain_model(chain, size), threads=1)
     image = np.random.default_rng(0).standard_normal((1, chain[0].inputs, size, size), dtype=np.float32)
-    times: list[float] = []
-    session.run(None, {"x": image})  # the first run allocates
-    while len(times) < 3 or sum(times) < SECONDS:
-        started = time.perf_counter()
-        session.run(None, {"x": image})
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return fastest(lambda: session.run(None, {"x": image}), SECONDS, least=3)
 
 
 def chain_model(chain: Chain, size: int) -> onnx.ModelProto:

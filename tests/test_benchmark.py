@@ -9,16 +9,17 @@ from torch.nn import functional as F
 
 from benchmarks import inference
 from benchmarks.competitor import IMPORTANCES, Competitor, _gradients, torch_pruned
-from benchmarks.networks import channel_pruned, with_random_weights
+from benchmarks.networks import with_random_weights
 from models import build_network
 from utils.flops import network_cost
 
 
-def test_channel_pruned_network_has_the_flops_asked_for():
-    subject = with_random_weights(depth=8, width=16, image_size=8, kept=0.4, skipped=0.3)
+def test_rounded_channels_are_multiples_and_cost_what_was_asked_for():
+    subject = with_random_weights(depth=8, width=32, image_size=8, kept=0.4, skipped=0.3)
     target = network_cost(subject.static, 8).flops
-    pruned = channel_pruned(subject.dense, target, 8)
+    pruned = torch_pruned(subject.dense, Competitor("magnitude", everywhere=False, round_to=8), target, 8, [])
     assert network_cost(pruned, 8).flops == pytest.approx(target, rel=0.1)
+    assert all(m.out_channels % 8 == 0 for m in pruned.modules() if isinstance(m, torch.nn.Conv2d))
     assert pruned(torch.zeros(2, 3, 8, 8)).logits.shape == (2, 100)
 
 

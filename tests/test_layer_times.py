@@ -11,7 +11,7 @@ from pruning_case import METHOD, SIZE, counted, labelled_images, made_up_seconds
 from torch import nn
 from torch.nn import functional as F
 
-from deploy import layer_times
+from deploy import layer_times, timing
 from deploy.layer_times import LayerTimes, chain_model
 from deploy.session import open_session
 from models import all_on
@@ -104,6 +104,6 @@ def test_a_time_is_that_of_the_fastest_run(monkeypatch):
         runs.append(inputs["x"].shape)
 
     monkeypatch.setattr(layer_times, "open_session", lambda model, threads: SimpleNamespace(run=run))
-    monkeypatch.setattr(layer_times, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     assert LayerTimes().seconds((Convolution(3, 4, 3),), 16) == pytest.approx(0.002, rel=1e-9)
     assert runs == [(1, 3, 16, 16)] * 5, "until 10 ms are spent"
