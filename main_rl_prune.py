@@ -4,6 +4,7 @@ Writes result_dir/rl_pruned/<data set>/<network><depth>/<run>/ and the results t
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -14,7 +15,7 @@ from gating.baselines import BASELINES
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
 from gating.operating_point import find_operating_point, gate_biases_restored
-from gating.reinforce import Reinforcement, reinforce_epoch
+from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.routing import record_routing
 from gating.scalars import POLICY_CHARTS, epoch_scalars, layer_scalars, policy_line, policy_scalars
 from gating.settle import description, settle
@@ -57,6 +58,10 @@ class Settings(TrainingSettings):
     alpha: float = setting(0.1, "reward for skipping everything, in nats of cross-entropy", low=0)
     fixed_alpha: bool = setting(False, "keep alpha as given; by default it is steered by the budget")
     gamma: float = setting(1.0, "discount of what follows a decision", low=0, high=1)
+    closing: float = setting(
+        0.33, "share of the epochs, the last ones, in which the switches stay as they are and the network adapts",
+        low=0, high=1,
+    )  # fmt: skip
     gate_lr: float = setting(0.01, "learning rate of the gates at the start, of Adam", low=0)
     rl_weight: float = setting(0.1, "weight of the policy loss beside the cross-entropy", low=0)
     distill: float = setting(0.5, "weight of following the predictions of the network it starts from", low=0, high=1)
@@ -72,6 +77,10 @@ class Settings(TrainingSettings):
         None, "share of the FLOPs to execute, instead of the accuracy budget", low=0, high=1
     )
     settle: float = setting(0.999, "share of images that fixes a switch which decides alike for them", low=0.5, high=1)
+
+    def closes(self, epoch: int) -> bool:
+        """Whether an epoch, counted from 1, is one of the last in which the switches stay as they are."""
+        return epoch > self.epochs - round(self.closing * self.epochs)
 
     def rates(self, epoch: int) -> list[Callable[[float], float]]:
         """Learning rates of an epoch, of the network and of its gates, see ``rates_of_epoch``."""
@@ -120,8 +129,13 @@ def main() -> None:
 
         for epoch in range(progress.step + 1, settings.epochs + 1):
             rates = settings.rates(epoch)
-            title, alpha = f"epoch {epoch:3d}/{settings.epochs}", steering.controller()
-            train = reinforce_epoch(setup, batches, rates, alpha, title)
+            title, alpha, closing = f"epoch {epoch:3d}/{settings.epochs}", steering.controller(), settings.closes(epoch)
+            if closing and not settings.closes(epoch - 1):
+                stand_on_best(keeper, setup)
+            if closing:
+                train = closing_epoch(setup, batches, rates[0], title)
+            else:
+                train = reinforce_epoch(setup, batches, rates, alpha, title)
             if settings.batch_norm == "reestimate":
                 reestimate(network, batches)
             at_half = evaluate(network, splits.val, normalisation, cost, precision=precision)
@@ -129,7 +143,7 @@ def main() -> None:
             every_block = evaluate(network, splits.val, normalisation, cost, all_on, precision=precision)
             progress.step = epoch
             steering.observe(alpha, at_half.computation)
-            at_operating_point = offered(keeper, steering, splits, cost, at_half, settings, precision)
+            at_operating_point = offered(keeper, steering, splits, cost, at_half, settings, precision, closing)
             scalars = epoch_scalars(
                 train, at_operating_point, every_block, cost.parameters, start.compression(cost), rates[0](0.0)
             )
@@ -168,7 +182,8 @@ def reinforcement(
         baseline=settings.baseline,
         batch_norm=settings.batch_norm,
         loss_fn=loss_fn,
-        forward=training_forward(network, precision, settings.compile),
+        # Where blocks are skipped their images differ from batch to batch: no compiled code keeps up.
+        forward=training_forward(network, precision, settings.compile and device.type != "cpu"),
     )
 
 
@@ -191,11 +206,14 @@ def begin(
 
 def offered(
     keeper: Keeper, steering: Steering, splits: Splits, cost: NetworkCost, at_half: Evaluation, settings: Settings,
-    precision: torch.dtype,
+    precision: torch.dtype, stays: bool,
 ) -> Evaluation:  # fmt: skip
-    """The network at its operating point, which may be kept as the best; its switches then stand as before."""
+    """The network at its operating point, which may be kept as the best; where it ``stays`` there, it trains on there.
+
+    Otherwise its switches then stand as before, so that the policy goes on from where it was.
+    """
     network, budget = keeper.network, steering.budget
-    with gate_biases_restored(network):
+    with nullcontext() if stays else gate_biases_restored(network):
         if settings.fixed_alpha:
             found = at_half
         else:
@@ -257,12 +275,16 @@ def go_back(run: Run, keeper: Keeper, steering: Steering, setup: Reinforcement, 
         f"accuracy is far below {budget.floor:.2%}: back to the best network (a smaller --lr or "
         f"--batch_norm reestimate may prevent this)"
     )
-    best = keeper.best()
-    setup.network.load_state_dict(best.weights)
-    for optimiser in setup.optimisers:
-        optimiser.state.clear()  # momentum would lead there again
+    stand_on_best(keeper, setup)
     steering.go_back()
-    return best.metrics
+    return keeper.best().metrics
+
+
+def stand_on_best(keeper: Keeper, setup: Reinforcement) -> None:
+    """Train on from the best network, without the momentum that led away from it."""
+    setup.network.load_state_dict(keeper.best().weights)
+    for optimiser in setup.optimisers:
+        optimiser.state.clear()
 
 
 if __name__ == "__main__":

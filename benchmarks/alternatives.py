@@ -28,12 +28,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import Trained, append_line, beside, machine, read_lines
+from benchmarks.common import Trained, append_line, beside, machine, milliseconds, read_lines
 from benchmarks.competitor import Competitor, torch_pruned
+from deploy.folding import without_switches
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
 from gating.supervised import supervised_epoch
-from models import ResNet, RoutedOutput, all_on
+from models import ResNet, all_on
 from models.decisions import DecisionRule
 from pruning.iteration import prune_once
 from pruning.selection import Goal
@@ -108,7 +109,10 @@ def result(trained: Trained, network: ResNet, decide: DecisionRule) -> dict[str,
     """Accuracy and executed GFLOPs on the test images, and the network's parameters."""
     measured = trained.evaluated(network, trained.splits.test, decide)
     parameters = sum(p.numel() for p in network.parameters())
-    return {"accuracy": measured.accuracy, "gflops": measured.flops_executed / 1e9, "parameters": parameters}
+    found = {"accuracy": measured.accuracy, "gflops": measured.flops_executed / 1e9, "parameters": parameters}
+    if decide is all_on:
+        found["milliseconds"] = milliseconds(trained, without_switches(network))
+    return found
 
 
 def switches(trained: Trained) -> dict[str, float]:
@@ -125,6 +129,7 @@ def switches(trained: Trained) -> dict[str, float]:
         "accuracy": measured.accuracy,
         "gflops": measured.flops_executed / 1e9,
         "parameters": sum(p.numel() for p in network.parameters()),
+        "milliseconds": milliseconds(trained, network),
         "bits": bits,
         "bits_of_routes": entropy((counts / counts.sum()).tolist()),
         "routes": len(counts),
@@ -262,11 +267,6 @@ def least_harmful(trained: Trained, network: ResNet, splits: Splits, cost: Netwo
 def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule: DecisionRule, epochs: int) -> None:
     """Train ``network`` in place under a fixed rule; it ends with the weights of its best epoch."""
     precision = pick_precision(args.precision, trained.device)
-    trained_forward = training_forward(network, precision)
-
-    def forward(images: Tensor, _, drawn: tuple[Tensor, ...], skip: bool) -> RoutedOutput:
-        return trained_forward(images, lambda dtype: rule, (), images.device.type == "cpu")
-
     splits, order = trained.splits, torch.Generator().manual_seed(args.seed)
     draws = torch.Generator(trained.device).manual_seed(args.seed)
     optimiser = sgd(network, args.lr, momentum=0.9, weight_decay=5e-4)
@@ -279,7 +279,7 @@ def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule:
         rate = rates_of_epoch(epoch, epochs, args.lr, schedule="cosine")
         supervised_epoch(
             network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{epochs}",
-            loss_fn=loss_fn, forward=forward,
+            loss_fn=loss_fn, forward=training_forward(network, precision), rule=lambda drawn, dtype: rule,
         )  # fmt: skip
         accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule).accuracy
         if accuracy > best[0]:

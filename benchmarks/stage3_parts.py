@@ -25,6 +25,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from benchmarks.criteria import subset
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
 from gating.operating_point import NEAR, find_operating_point, gate_biases_restored
-from gating.reinforce import Reinforcement, reinforce_epoch
+from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import Budget, Steering
 from gating.temperature import rescale_gate_logits
 from main_rl_prune import RESCALING_IMAGES, Settings, reestimate
@@ -62,6 +63,7 @@ class Recipe:
     gates_adam: bool = False  # with a rate of their own
     distill: float = 0.0
     entropy_weight: float = 0.0
+    closing: float = 0.0  # share of the epochs, the last ones, in which the switches stay as they are
 
 
 PUBLISHED = Recipe()
@@ -75,6 +77,7 @@ PARTS = {
     "gates' own Adam": {"gates_adam": True},
     "distillation": {"distill": Settings.distill},
     "entropy bonus": {"entropy_weight": Settings.entropy_weight},
+    "closing epochs": {"closing": Settings.closing},
 }
 REESTIMATED = {"batch_norm": "reestimate"}  # instead of frozen
 ALL = Recipe(**{name: value for part in PARTS.values() for name, value in part.items()})
@@ -225,13 +228,19 @@ def train(
     best, epochs = Candidate(0, start, copied(network)), []
     for epoch in range(1, args.epochs + 1):
         title, alpha = f"epoch {epoch}/{args.epochs}", steering.controller()
-        reinforce_epoch(setup, batches, rates(args, recipe, epoch), alpha, title)
+        first_closing = args.epochs - round(recipe.closing * args.epochs) + 1
+        if epoch == first_closing:
+            stand_on(network, best, setup)
+        if epoch >= first_closing:
+            closing_epoch(setup, batches, rates(args, recipe, epoch)[0], title)
+        else:
+            reinforce_epoch(setup, batches, rates(args, recipe, epoch), alpha, title)
         if recipe.batch_norm == "reestimate":
             reestimate(network, batches)
         at_half = found = evaluate(network, splits.val, normalisation, cost, precision=precision)
         check_finite(network, at_half, title)
         steering.observe(alpha, at_half.computation)
-        with gate_biases_restored(network):
+        with nullcontext() if epoch >= first_closing else gate_biases_restored(network):
             if recipe.operating_point:
                 found = find_operating_point(network, splits.val, normalisation, budget, cost, at_half, precision)
             if budget.score(**found.metrics) > budget.score(**best.val.metrics):
@@ -280,11 +289,15 @@ def copied(network: ResNet) -> dict[str, Tensor]:
 
 def go_back(network: ResNet, best: Candidate, setup: Reinforcement, steering: Steering) -> dict[str, float]:
     """After a collapse, part of steering: train on from the best network; its accuracy and computation."""
+    stand_on(network, best, setup)
+    steering.go_back()
+    return best.val.metrics
+
+
+def stand_on(network: ResNet, best: Candidate, setup: Reinforcement) -> None:
     network.load_state_dict(best.weights)
     for optimiser in setup.optimisers:
         optimiser.state.clear()
-    steering.go_back()
-    return best.val.metrics
 
 
 def within_budget(

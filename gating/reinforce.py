@@ -13,7 +13,7 @@ from gating.baselines import baseline, thresholded_returns
 from gating.forward import Forward, training_forward
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
-from gating.supervised import CHECK_EVERY, EpochMeans, LossFn
+from gating.supervised import CHECK_EVERY, EpochMeans, LossFn, as_used, supervised_epoch
 from models import ResNet, sampled, thresholded
 from models.decisions import DecisionRule
 from utils import parallel
@@ -90,8 +90,7 @@ def reinforce_epoch(
     # Drawn decisions carry no gradient, so blocks may really be skipped in training.  A GPU would wait for each gather;
     # norms that follow the paths see all images, as published.
     skip = device.type == "cpu" and setup.batch_norm == "frozen"
-    # How many images a block sees differs from batch to batch where blocks are skipped: no compiled code keeps up.
-    forward = training_forward(network) if setup.forward is None or device.type == "cpu" else setup.forward
+    forward = training_forward(network) if setup.forward is None else setup.forward
     every, explored = (torch.zeros(n, device=device, dtype=torch.float64) for n in (2, 7))
     seen = explored_images = 0
     for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())):
@@ -147,6 +146,23 @@ def reinforce_epoch(
     ).tolist()
     deviation, remaining = (max(s - m**2, 0) ** 0.5 for s, m in ((square, mean), (left_square, left)))
     return ReinforceMeans(loss, accuracy, mean, deviation, remaining, uncertain, executed, mean_alpha)
+
+
+def closing_epoch(
+    setup: Reinforcement, batches: TrainingBatches, learning_rate: Callable[[float], float], title: str
+) -> EpochMeans:
+    """Train the network alone for one epoch, every image passing as when it is used; the switches stay as they are.
+
+    Drawn paths are noise to the network.  Once the policy has learned it needs them no more, and the network learns the
+    paths that count on all images.
+
+    Args:
+        learning_rate: of the network.
+    """
+    return supervised_epoch(
+        setup.network, batches, setup.optimisers[0], learning_rate=learning_rate, draws=setup.draws, title=title,
+        loss_fn=setup.loss_fn, forward=setup.forward, rule=as_used, frozen_norms=setup.batch_norm == "frozen",
+    )  # fmt: skip
 
 
 def partly_sampled(exploring: Tensor, drawn: Tensor, dtype: torch.dtype = torch.float32) -> DecisionRule:

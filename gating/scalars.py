@@ -101,22 +101,23 @@ def epoch_line(title: str, train: EpochMeans, val: Evaluation, every_block: Eval
     )
 
 
-def policy_scalars(train: ReinforceMeans, at_half: Evaluation, steering: Steering) -> dict[str, float]:
-    """What the policy did in an epoch of stage 3.
+def policy_scalars(train: EpochMeans, at_half: Evaluation, steering: Steering) -> dict[str, float]:
+    """What the policy did in an epoch of stage 3, in a closing one nothing.
 
     Args:
         at_half: the network at the threshold of one half that it was trained with.
         steering: as the epoch was steered.
     """
-    scalars = {
+    scalars = {"Policy/accuracy": at_half.accuracy, "Policy/computation_percentage": 100 * at_half.computation}
+    if not isinstance(train, ReinforceMeans):
+        return scalars
+    scalars |= {
         "Overview/alpha": train.alpha,
         "Policy/return": train.total_return,
         "Policy/return_deviation": train.return_deviation,
         "Policy/advantage_deviation": train.advantage_deviation,
         "Policy/entropy": train.entropy,
         "Policy/sampled_share_of_skippable_flops": train.executed,
-        "Policy/accuracy": at_half.accuracy,
-        "Policy/computation_percentage": 100 * at_half.computation,
     }
     if not steering.fixed:
         scalars["Policy/setpoint_computation_percentage"] = 100 * steering.setpoint
@@ -124,11 +125,17 @@ def policy_scalars(train: ReinforceMeans, at_half: Evaluation, steering: Steerin
 
 
 def policy_line(
-    title: str, train: ReinforceMeans, val: Evaluation, every_block: Evaluation, at_half: Evaluation, val_name: str
+    title: str, train: EpochMeans, val: Evaluation, every_block: Evaluation, at_half: Evaluation, val_name: str
 ) -> str:
     """What the log says of an epoch of stage 3; arguments as in ``epoch_scalars`` and ``policy_scalars``."""
+    if isinstance(train, ReinforceMeans):
+        trained = (
+            f"alpha {train.alpha:.3g}  loss {train.loss:.4f}  return {train.total_return:.4f}  entropy "
+            f"{train.entropy:.3f}"
+        )
+    else:
+        trained = f"switches as they are  loss {train.loss:.4f}"
     return (
-        f"{title}  alpha {train.alpha:.3g}  loss {train.loss:.4f}  return {train.total_return:.4f}  entropy "
-        f"{train.entropy:.3f}  {val_name}: accuracy {val.accuracy:.2%} (every block {every_block.accuracy:.2%})  "
+        f"{title}  {trained}  {val_name}: accuracy {val.accuracy:.2%} (every block {every_block.accuracy:.2%})  "
         f"computation {val.computation:.1%} (threshold 0.5: {at_half.accuracy:.2%} at {at_half.computation:.1%})"
     )

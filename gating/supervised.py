@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from gating.forward import Forward, training_forward
-from models import ResNet, sampled, straight_through
+from models import ResNet, sampled, straight_through, thresholded
 from models.decisions import DecisionRule
 from utils import parallel
 from utils.data.batches import TrainingBatches
 from utils.errors import UserError
-from utils.norms import batches_counted_at_once
+from utils.norms import batches_counted_at_once, freeze_batch_norms
 from utils.optimisers import set_learning_rate
 
 # Half of the images of a batch pass with every switch held open, so that the whole network, which static pruning works
@@ -49,6 +49,8 @@ def supervised_epoch(
     title: str,
     loss_fn: LossFn | None = None,
     forward: Forward | None = None,
+    rule: Callable[..., DecisionRule] | None = None,
+    frozen_norms: bool = False,
 ) -> EpochMeans:
     """Train for one epoch.
 
@@ -59,14 +61,21 @@ def supervised_epoch(
         title: what the progress bar says.
         loss_fn: what is minimised and reported; the cross-entropy by default.
         forward: the network's forward pass, from ``gating.forward.training_forward``; plain by default.
+        rule: makes a decision rule from numbers [N, 1 + K], uniform in [0, 1), and a dtype.  By default switches learn
+            (``half_held_open``); under a rule of one's own no gradient goes through a decision.
+        frozen_norms: batch norms use their running statistics and leave them as they are.
 
     Raises:
         UserError: if the loss stops being finite.
     """
     parallel.broadcast_weights(network)
     network.train()
+    if frozen_norms:
+        freeze_batch_norms(network)
     forward = training_forward(network) if forward is None else forward
     device = next(network.parameters()).device
+    # As in reinforcement, where it is explained.
+    skip = rule is not None and frozen_norms and device.type == "cpu"
     steps = len(batches)
     # Kept until the end of the epoch, since sums would be launches: 5 in a step.
     losses, predicted, expected = [], [], []
@@ -78,7 +87,7 @@ def supervised_epoch(
             optimiser.zero_grad(set_to_none=True)
             images, y = len(labels), parallel.local_part(labels)
             drawn = torch.rand(images, 1 + network.switches, generator=draws, device=device)
-            output = forward(x, half_held_open, (parallel.local_part(drawn),), False)
+            output = forward(x, rule or half_held_open, (parallel.local_part(drawn),), skip)
             loss = F.cross_entropy(output.logits, y) if loss_fn is None else loss_fn(x, output.logits, y)
             loss.backward(torch.full_like(loss, len(y) / images))
             parallel.all_reduce_gradients(network.parameters())
@@ -96,6 +105,11 @@ def supervised_epoch(
     correct = (torch.cat(predicted) == torch.cat(expected)).sum()
     loss, accuracy = (parallel.all_reduced(torch.stack([loss_sum, correct])) / seen).tolist()
     return EpochMeans(loss, accuracy)
+
+
+def as_used(drawn: Tensor, dtype: torch.dtype) -> DecisionRule:
+    """The rule of evaluation, for training: what was drawn does not count."""
+    return thresholded
 
 
 def half_held_open(drawn: Tensor, dtype: torch.dtype = torch.float32) -> DecisionRule:

@@ -21,7 +21,7 @@ from utils.data.images import ImageSet
 from utils.device import placed
 from utils.evaluate import Evaluation, evaluate
 from utils.flops import NetworkCost, network_cost
-from utils.run import BEST, LAST
+from utils.run import BEST
 
 COST = NetworkCost(parameters=1, flops=100, blocks=(40, 30, 20), layers={})
 
@@ -116,9 +116,9 @@ def test_the_network_stands_where_it_was_evaluated_and_goes_back(gate):
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
 
 
-def test_a_run_keeps_the_shift_in_its_best_network_alone(chain, shapes):
+def test_a_run_keeps_the_shift_in_its_best_network(chain, shapes):
     (folder,) = (path.parent for path in chain.glob("rl_pruned/*/*/*/best.pt"))
-    best, last = (load_checkpoint(folder / name) for name in (BEST, LAST))
+    best = load_checkpoint(folder / BEST)
     data = load_data(str(shapes), "png", best.data["image_size"], 0)
     images = split_data(data, best.data["val_fraction"], best.data["split_seed"]).val
     cost = network_cost(best.network(), best.data["image_size"])
@@ -126,11 +126,10 @@ def test_a_run_keeps_the_shift_in_its_best_network_alone(chain, shapes):
     assert (chosen.accuracy, chosen.computation) == pytest.approx(
         (best.metrics["accuracy"], best.metrics["computation"])
     )
-    at_half = evaluate(placed(last.network(), torch.device("cpu")), images, last.normaliser(), cost)
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    shifted = (line["Overview/accuracy_val"], line["Overview/computation_percentage"] / 100)
     own = (line["Policy/accuracy"], line["Policy/computation_percentage"] / 100)
-    assert (at_half.accuracy, at_half.computation) == pytest.approx(own)
-    assert line["Overview/accuracy_val"] >= own[0] or line["Overview/computation_percentage"] < 100 * own[1]
+    assert shifted[0] >= own[0] or shifted[1] < own[1]
 
 
 @pytest.mark.parametrize("flag", ["--fixed_alpha", "--target_computation=0.7"])

@@ -1,5 +1,6 @@
 """Stage 3's training: a policy that finds the easy images, baselines that agree, batch norms that do not drift."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from gating.baselines import BASELINES, baseline, thresholded_returns
 from gating.objectives import policy_loss, returns, skip_rewards
-from gating.reinforce import Reinforcement, partly_sampled, reinforce_epoch
+from gating.reinforce import Reinforcement, closing_epoch, partly_sampled, reinforce_epoch
 from gating.steering import FixedAlpha
 from gating.temperature import LOGIT, rescale_gate_logits
 from models import RoutedOutput, all_on, build_network, sampled, thresholded
@@ -270,6 +271,31 @@ def test_the_policy_learns_from_the_images_that_explore_and_alpha_sees_the_other
     assert means.total_return == pytest.approx(gained[::2].mean().item(), rel=1e-5)
     assert means.executed == pytest.approx((decisions[::2] @ shares).mean().item())
     assert means.loss == pytest.approx(cross_entropy.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "follow"])
+def test_closing_trains_the_network_on_the_paths_in_use_and_leaves_the_switches(mode):
+    """One step against the gradient of the cross-entropy under decisions that are written down."""
+    network = small_network().train()
+    x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))
+    if mode == "frozen":
+        freeze_batch_norms(network)
+    with torch.no_grad():
+        logits = torch.logit(copy.deepcopy(network)(x, decide=all_on).probabilities)
+        network.gate.decision.bias -= logits.median()
+        decisions = copy.deepcopy(network)(x, skip=False).decisions
+    reference = copy.deepcopy(network)
+    assert 0.2 < decisions.mean() < 0.8
+    columns = iter(decisions.unbind(1))
+    loss = F.cross_entropy(reference(x, decide=lambda _: next(columns), skip=False).logits, y)
+    loss.backward()
+    before = {name: weight.clone() for name, weight in network.named_parameters()}
+    setup = replace(setup_of(network), optimisers=reinforcement_optimisers(network, 0.0, 0.0), batch_norm=mode)
+    means = closing_epoch(setup, [(x, y)], lambda share: 0.1, "epoch")
+    assert means.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, weight in reference.named_parameters():
+        expected = before[name] if name.startswith("gate.") else before[name] - 0.1 * weight.grad
+        torch.testing.assert_close(network.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_network_and_gates_have_rates_of_their_own():
