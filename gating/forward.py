@@ -58,11 +58,14 @@ class _Cast(Function):
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         return _cast(weights, dtype)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_cast(gradients, torch.float32)
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Gates whose decisions are thresholded, and blocks that nobody takes, have no gradient.
+        cast = iter(_cast(tuple(g for g in gradients if g is not None), torch.float32))
+        return None, *(None if g is None else next(cast) for g in gradients)
 
 
 def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

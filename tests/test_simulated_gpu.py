@@ -18,7 +18,7 @@ from benchmarks.training import half_ranks
 from gating.baselines import BASELINES
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
-from gating.reinforce import Reinforcement, reinforce_epoch
+from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import SteeredAlpha
 from gating.supervised import supervised_epoch
 from models import ResNet, all_on, build_network, thresholded
@@ -58,7 +58,7 @@ def images(count: int) -> ImageSet:
 class Training:
     """Epochs of a stage on a simulated GPU."""
 
-    stage: str  # "sp", "pruned" or a baseline of stage 3
+    stage: str  # "sp", "pruned", a baseline of stage 3 or "closing"
     net: ResNet
     teacher: ResNet
     batch_norm: str = "frozen"
@@ -75,15 +75,18 @@ class Training:
         given = images(BATCH * steps).to(self.device)
         batches = TrainingBatches(given, BATCH, torch.Generator().manual_seed(0), NORMALISATION, True)
         trace.clear()
-        if self.stage in BASELINES:
+        if self.stage in (*BASELINES, "closing"):
             shares = torch.full((self.net.switches,), 1 / self.net.switches)
             setup = Reinforcement(
                 network=self.net, optimisers=reinforcement_optimisers(self.net, 0.9, 0.0), shares=shares,
-                draws=self.draws, baseline=self.stage, batch_norm=self.batch_norm, loss_fn=self.loss_fn,
-                forward=self.forward,
+                draws=self.draws, baseline="none" if self.stage == "closing" else self.stage,
+                batch_norm=self.batch_norm, loss_fn=self.loss_fn, forward=self.forward,
             )  # fmt: skip
-            alpha = SteeredAlpha(0.1, 1.0, 0.5, steps, self.device)
-            reinforce_epoch(setup, batches, [lambda _: 1e-3] * 2, alpha, "")
+            if self.stage == "closing":
+                closing_epoch(setup, batches, lambda _: 1e-3, "")
+            else:
+                alpha = SteeredAlpha(0.1, 1.0, 0.5, steps, self.device)
+                reinforce_epoch(setup, batches, [lambda _: 1e-3] * 2, alpha, "")
         else:
             supervised_epoch(
                 self.net, batches, sgd(self.net, 1e-3, 0.9, 0.0), learning_rate=lambda _: 1e-3, draws=self.draws,
@@ -97,6 +100,7 @@ class Training:
     [
         ("sp", "rnn", ""), ("sp", "ff1", ""), ("sp", "ff2", ""), ("sp", "none", ""), ("pruned", "rnn", ""),
         ("greedy", "rnn", "frozen"), ("greedy", "ff1", "follow"), ("batch", "ff2", "frozen"), ("none", "rnn", "follow"),
+        ("closing", "rnn", "frozen"), ("closing", "ff1", "follow"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("free", [2**30, 0])
@@ -117,7 +121,7 @@ def test_settled_switches(stage: str, settled: dict[str, int]):
         assert training.epoch(trace, 2)[0] == training.epoch(trace, 5)[0]
 
 
-@pytest.mark.parametrize(("stage", "most"), [("sp", 650), ("pruned", 875), ("greedy", 1315)])
+@pytest.mark.parametrize(("stage", "most"), [("sp", 650), ("pruned", 875), ("greedy", 1315), ("closing", 875)])
 def test_launches_of_a_step(stage: str, most: int):
     """Of ResNet-32, from stage 2 on with reduced ranks and a teacher; its width makes no difference.
 
