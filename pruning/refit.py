@@ -9,6 +9,7 @@ reconstruction of He et al., arXiv:1707.06168, section 3.1, here with low ranks 
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,7 @@ from torch.nn import functional as F
 from models import LowRankConv2d, ResNet, all_on
 from pruning.capture import first_images
 from pruning.channels import damped
-from pruning.joint_fit import Moments, jointly_fitted, mixing, multiplied_out
-from pruning.layers import ConvWeights, norm_behind, read_weights
+from pruning.layers import norm_behind
 from pruning.settings import Batches
 from utils import parallel
 from utils.modes import evaluation_mode
@@ -26,6 +26,16 @@ from utils.modes import evaluation_mode
 # That many determine a core: a quarter of them does nearly as well (ResNet-8 and 14, 16x16 pixels).
 IMAGES = 2000
 CHUNK = 32  # images whose unfolded patches are held in memory at once
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means and centred covariances of inputs z [n] and wanted outputs y [out] over images and positions, float64."""
+
+    zz: Tensor  # [n, n]
+    yz: Tensor  # [out, n]
+    z: Tensor  # [n]
+    y: Tensor  # [out]
 
 
 def moments(sums: Tensor, n: int) -> Moments:
@@ -82,48 +92,32 @@ def refit(network: ResNet, smaller: ResNet, names: Sequence[str], batches: Batch
     augmentation, both would be others.  For each layer both networks run as far as that layer.
 
     Args:
-        names: layers of both networks, from the input on.  All their convolutions are refitted, ranks stay.
+        names: layers of both networks, from the input on: low-rank ones lose nothing of their ranks, of a depthwise
+            separable one the last convolution is refitted, of a plain one the kernel.
         batches: called for each layer.  Where several processes share the batches, each passes its part of the images.
     """
     with evaluation_mode(network), evaluation_mode(smaller):
         for name in names:
             layer, norm = smaller.get_submodule(name), norm_behind(network, name)
             found = _measured(network, smaller, name, batches)
-            metric = norm.weight.double().square() / (norm.running_var.double() + norm.eps)
-            weights = _fitted(read_weights(smaller, name).to(torch.float64), found, metric)
-            _write(layer, weights)
-            intercept = found.y - multiplied_out(weights) @ found.z
+            metric = torch.diag(norm.weight.double().square() / (norm.running_var.double() + norm.eps))
+            K, U = best_map(found, metric, _free_rank(layer))
+            _write(layer, K, U)
+            intercept = found.y - (K if U is None else U @ K) @ found.z
             own = norm_behind(smaller, name)
             own.running_mean.copy_(norm.running_mean - intercept)
             own.running_var.copy_(norm.running_var)
 
 
-def _fitted(weights: ConvWeights, found: Moments, metric: Tensor) -> ConvWeights:
-    """The layer brought next to ``found``, moments of whole patches, under a diagonal metric [out].
-
-    In closed form but for what comes before the core and, where it is depthwise, for the core itself; then all of it
-    together; then in closed form again, since a descent ends near its minimum only.
-    """
-    weights = _behind_mixing(weights, found, metric)
-    if weights.rotate_in is None:
-        return weights
-    return _behind_mixing(jointly_fitted(weights, found, metric), found, metric)
-
-
-def _behind_mixing(weights: ConvWeights, found: Moments, metric: Tensor) -> ConvWeights:
-    """The core and the rotation behind it (of a depthwise core the latter alone) in closed form."""
-    Z, separable = mixing(weights), weights.depthwise
-    free_rank = None if weights.rotate_out is None or separable else weights.rotate_out.shape[1]
-    K, U = best_map(found if Z is None else found.through(Z), torch.diag(metric), free_rank)
-    if separable:
-        return ConvWeights(weights.core, weights.rotate_in, K, depthwise=True)
-    return ConvWeights(K.reshape(-1, *weights.core.shape[1:]), weights.rotate_in, U)
-
-
-def unfolded(layer: nn.Module, a: Tensor) -> Tensor:
-    """The patches that a layer reads, a row for each image and position, for inputs a [N, in, H, W]."""
-    windows = F.unfold(a, layer.kernel_size, padding=layer.padding, stride=layer.stride)
-    return windows.transpose(1, 2).flatten(0, 1)
+def patches(layer: nn.Module, a: Tensor) -> Tensor:
+    """What the refitted part of a layer reads, a row for each image and position, for inputs a [N, in, H, W]."""
+    if isinstance(layer, LowRankConv2d):
+        a = a if layer.rotate_in is None else layer.rotate_in(a)
+        if layer.core.groups > 1:
+            return _rows(layer.core(a))
+    kernel = layer.core if isinstance(layer, LowRankConv2d) else layer
+    unfolded = F.unfold(a, kernel.kernel_size, padding=kernel.padding, stride=kernel.stride)
+    return unfolded.transpose(1, 2).flatten(0, 1)
 
 
 class _Reached(Exception):
@@ -154,7 +148,7 @@ def _measured(network: ResNet, smaller: ResNet, name: str, batches: Batches) -> 
                 with suppress(_Reached):
                     run(x, decide=all_on, skip=False)
             for a, y in zip(seen["input"].split(CHUNK), seen["output"].split(CHUNK), strict=True):
-                z = unfolded(layer, a)
+                z = patches(layer, a)
                 part = row_sums(z, _rows(y))
                 sums, n = part if sums is None else sums + part, z.shape[1]
     finally:
@@ -168,11 +162,18 @@ def _rows(y: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _write(layer: nn.Module, weights: ConvWeights) -> None:
+def _free_rank(layer: nn.Module) -> int | None:
+    """The rank of a rotation behind the core, which is refitted with it."""
+    if not isinstance(layer, LowRankConv2d) or layer.rotate_out is None or layer.core.groups > 1:
+        return None
+    return layer.rotate_out.in_channels
+
+
+def _write(layer: nn.Module, K: Tensor, U: Tensor | None) -> None:
     if not isinstance(layer, LowRankConv2d):
-        layer.weight.copy_(weights.core)
-        return
-    layer.core.weight.copy_(weights.core)
-    for rotation, matrix in ((layer.rotate_in, weights.rotate_in), (layer.rotate_out, weights.rotate_out)):
-        if rotation is not None:
-            rotation.weight.copy_(matrix[:, :, None, None])
+        changed = layer
+    else:
+        changed = layer.core if layer.core.groups == 1 else layer.rotate_out
+    changed.weight.copy_(K.view_as(changed.weight))
+    if U is not None:
+        layer.rotate_out.weight.copy_(U[:, :, None, None])
