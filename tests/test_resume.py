@@ -22,7 +22,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from deploy import speeds
 from utils.errors import UserError
 from utils.files import write_json
-from utils.run import BEST, LAST, find_last_run, stage_folder
+from utils.run import BEST, LAST, Run, find_last_run, stage_folder
 from utils.settings import setting
 
 CTRL_C = "interrupted; what was saved is kept: the same command with --resume continues from there\n"
@@ -72,7 +72,7 @@ def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes:
     resumed, whole = run_folder(tmp_path, stage), run_folder(chain, stage)
     names = sorted(path.name for path in whole.glob("*.pt"))
     assert sorted(path.name for path in resumed.glob("*.pt")) == names and {BEST, LAST} <= set(names)
-    assert not list(resumed.glob(".*")), "what a killed save left behind is removed"
+    assert not list(resumed.glob(f".{LAST}*")), "what a killed save left behind is removed"
     for name in names:
         a, b = (torch.load(folder / name, weights_only=True) for folder in (resumed, whole))
         # The interrupted run was given its source by path, from another results folder; the other found it in its own.
@@ -206,3 +206,32 @@ def test_the_newest_run_with_these_settings_counts_and_some_may_differ(tmp_path:
     for lr, newest in ((1.0, "20250103-000000"), (2.0, "20250102-000000")):
         with pytest.raises(UserError, match=rf"{newest}/last.pt cannot be read"):
             find_last_run(tmp_path, Two(lr=lr))
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from utils.run import Run
+run = Run(Path(sys.argv[1]))
+print("holds it", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_that_is_being_written_is_left_alone(chain: Path, tmp_path: Path):
+    """The same command twice at once: the second says so, and nothing of the first is touched; a dead one lets go."""
+    copy = tmp_path / "results"
+    shutil.copytree(chain, copy)
+    folder = run_folder(copy, "sp")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout.readline().strip() == "holds it"
+        with pytest.raises(UserError, match="is being written by another process"):
+            Run(folder)
+        holder.kill()
+    Run(folder).close()
+    after = {path: path.read_bytes() for path in folder.iterdir() if path in before and "events" not in path.name}
+    assert after == {path: content for path, content in before.items() if "events" not in path.name}

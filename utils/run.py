@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from utils.files import write_json
 from utils.settings import NOT_COMPARED, as_dictionary
 from utils.tensorboard import Charts, TensorBoard
 
-LAST, BEST = "last.pt", "best.pt"
+LAST, BEST, LOCK = "last.pt", "best.pt", ".lock"
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class Run:
 
     def __init__(self, path: Path, purge_after: int | None = None):
         self.path, self._log, self._handlers, self._board = path, None, [], None
+        self._lock = None
         if not parallel.is_main_process():
             return
+        self._lock = _reserved(path)
         self._trim_metrics(purge_after)
         self._log = logging.getLogger(f"run.{path}")
         self._log.setLevel(logging.INFO)
@@ -129,12 +132,32 @@ class Run:
         for handler in self._handlers:
             self._log.removeHandler(handler)
             handler.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _reserved(path: Path) -> FileLock | None:
+    """A lock on a run's folder, which goes with the process, however that ends; None on a file system without locks.
+
+    Raises:
+        UserError: if another process has it.
+    """
+    lock = FileLock(path / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{path} is being written by another process: wait for that, or start a run of its own without --resume"
+        ) from None
+    except (OSError, NotImplementedError):
+        return None
+    return lock
 
 
 def find_last_run(parent: Path, settings: Any) -> LastRun | None:
