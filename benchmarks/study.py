@@ -4,10 +4,10 @@
     python -m benchmarks.study RESULT_DIR --keep FOLDER      # copies the records that they are made from
 
 What is read below RESULT_DIR: ``seed_*/results.json`` (the three stages), ``reference/seed_*/results.json`` (trained
-without switches), ``dense_switched/seed_*/results.json`` (switches on the unpruned network), ``alternatives_*.jsonl``
-and ``criteria.jsonl`` (their benchmarks' own), ``routing.json`` of stage 3's runs, and ``commands.tsv`` (what was run,
-and for how long).  What is not there yet leaves its rows out.  ``--keep`` also copies the page of images that the first
-seed's stage 3 found cheap and dear.
+without switches), ``dense_switched/seed_*/results.json`` (switches on the unpruned network), ``alternatives_*.jsonl``,
+``criteria.jsonl``, ``stage3_parts.json``, ``switch_knowledge.json`` (their benchmarks' own), ``routing.json`` of stage
+3's runs, and ``commands.tsv`` (what was run, and for how long).  What is not there yet leaves its rows out.  ``--keep``
+also copies the page of images that the first seed's stage 3 found cheap and dear.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from benchmarks import stage3_parts, switch_knowledge
 from benchmarks.common import read_lines
 from gating.pictures import draw_passing
 from utils.errors import UserError, run_command
@@ -32,7 +33,7 @@ ROUTING = "seed_*/rl_pruned/*/*/*/routing.json"
 RECORDS = (
     *("seed_*/results.json", "*/seed_*/results.json", "alternatives_*.jsonl", "criteria.jsonl"),
     *("seed_*/*/*/*/*/metrics.jsonl", "*/seed_*/*/*/*/*/metrics.jsonl", "seed_*/*/*/*/*/arguments.json"),
-    *(ROUTING, "commands.tsv"),
+    *(ROUTING, "commands.tsv", *(f"{name}.json" for name in ("stage3_parts", "switch_knowledge"))),
 )
 IMAGES = "seed_0/rl_pruned/*/*/*/easy_and_hard*.png"
 ALTERNATIVES = {
@@ -149,15 +150,16 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
             "",
             "## At as many executed FLOPs",
             "",
-            "| method | seeds | accuracy | GFLOPs executed | parameters |",
+            "| method | seeds | accuracy | GFLOPs executed | parameters | one image | 32 images |",
         ]
-        lines += ["|---|---|---|---|---|"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for method, name in ALTERNATIVES.items():
             if measured := found[method]:
+                times = [spread((m.get("milliseconds", {}).get(n) for m in measured), unit=" ms") for n in ("1", "32")]
                 lines.append(
                     f"| {name} | {len(measured)} | {spread((m['accuracy'] for m in measured), factor=100)} % "
                     f"| {spread((m['gflops'] for m in measured), 4)} "
-                    f"| {spread((m.get('parameters') for m in measured), 0)} |"
+                    f"| {spread((m.get('parameters') for m in measured), 0)} | {' | '.join(times)} |"
                 )
         bits = [m["bits"] for m in found["switches"]]
         routes = spread(m["bits_of_routes"] for m in found["switches"])
@@ -174,6 +176,13 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
             cells = [f"{spread((m['test'] for m in by_share.get(share, [])), factor=100)} %" for share in shares]
             seeds = max(len(measured) for measured in by_share.values())
             lines.append(f"| {STATIC_ALONE[variant][0]} | {seeds} | {' | '.join(cells)} |")
+    for name, title, table in (
+        ("stage3_parts", "What earns its place in stage 3", stage3_parts.table),
+        ("switch_knowledge", "What a switch can know", switch_knowledge.table),
+    ):
+        path = results / f"{name}.json"
+        if path.exists():
+            lines += ["", f"## {title}", "", table(json.loads(path.read_text())).rstrip()]
     lines += ["", made_with(results)]
     return [*lines, ""]
 

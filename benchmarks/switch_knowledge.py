@@ -213,7 +213,7 @@ def threshold_for(computation: float, prices: Tensor, network: ResNet, cost: Net
     saved = shares.expand_as(prices).flatten()[order].cumsum(0) / len(prices)
     already = 1 - cost.executed(torch.ones(1, network.switches)).item() / cost.flops  # by switches settled closed
     count = int((saved <= 1 - computation - already).sum())
-    return ranked[min(count, len(ranked) - 1)].item() - 1e-12 if count < len(ranked) else float("inf")
+    return ranked[count - 1].item() if count > 0 else -float("inf")
 
 
 @torch.no_grad()

@@ -67,8 +67,17 @@ for ((seed = 0; seed < seeds; seed++)); do
         --dynamic "$(chosen "$chain" rl_pruned)" --data_dir "$data" --img_type "$type" \
         --precision "$precision" --epochs "$third" --seed "$seed" --out "$results/alternatives_$seed"
 done
-[ "$size" = medium ] || run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \
-    --data_dir "$data" --img_type "$type" --precision "$precision" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" \
-    --epochs 2 --train_images 20000 --out "$results/criteria" \
-    --variants eigendamage "best forms, refitted" "Torch-Pruning, Hessian, global" random
+if [ "$size" != medium ]; then
+    run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \
+        --data_dir "$data" --img_type "$type" --precision "$precision" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" \
+        --epochs 2 --train_images 20000 --out "$results/criteria" \
+        --variants eigendamage "best forms, refitted" "Torch-Pruning, Hessian, global" random
+    run python -m benchmarks.stage3_parts --checkpoint "$(chosen "$results/seed_0" pruned)" \
+        --data_dir "$data" --img_type "$type" --precision "$precision" --seeds 1 --epochs 3 --train_images 8000 \
+        --lr 0.002 --bs 128 --out "$results/stage3_parts"
+    switched=$(chosen "$results/seed_0" rl_pruned)
+    unsettled=${switched%best.pt}unsettled.pt  # where switches were fixed: with all of them
+    run python -m benchmarks.switch_knowledge --checkpoint "$([ -e "$unsettled" ] && echo "$unsettled" || echo "$switched")" \
+        --data_dir "$data" --img_type "$type" --out "$results/switch_knowledge"
+fi
 run python -m benchmarks.study "$results"

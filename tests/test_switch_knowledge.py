@@ -1,0 +1,57 @@
+"""What a switch can know: regressions, prices and thresholds of the benchmark, and all of it on a tiny chain."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from networks import lively_network
+
+from benchmarks import switch_knowledge
+from benchmarks.switch_knowledge import linear, multilayer, per_flop, r_squared, threshold_for
+from utils.checkpoint import load_checkpoint
+from utils.flops import network_cost
+
+
+def test_regressions_explain_what_they_can_and_no_more():
+    """A linear map and noise of known variance; a square, which only the multilayer one can follow."""
+    torch.manual_seed(0)
+    x, other = torch.randn(6000, 5), torch.randn(3000, 5)
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x @ weights + 2.0 * torch.randn(len(x)) + 7
+
+    share = weights.square().sum().item() / (weights.square().sum().item() + 4.0)
+    explained = r_squared(linear(x, noisy(x))(other)[:, None], noisy(other)[:, None]).item()
+    assert explained == pytest.approx(share, abs=0.03)
+    square = x[:, 0].square()
+    assert abs(r_squared(linear(x, square)(other)[:, None], other[:, :1].square()).item()) < 0.05
+    assert r_squared(multilayer(x, square)(other)[:, None], other[:, :1].square()).item() > 0.8
+
+
+def test_the_threshold_leaves_the_computation_that_is_asked_for():
+    torch.manual_seed(0)
+    network = lively_network("sp", "rnn")
+    cost = network_cost(network, 8)
+    prices = per_flop(torch.rand(50, len(network.deciding)), network, cost)
+    dearest = max(cost.blocks) / (50 * cost.flops)
+    for asked in (1.0, 0.8, 0.6):
+        keep = prices > threshold_for(asked, prices, network, cost)
+        left = cost.executed(keep.float()).mean().item() / cost.flops
+        assert asked - 1e-9 <= left <= asked + dearest
+
+
+def test_all_of_it_on_a_tiny_chain(chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (run,) = (path.parent for path in chain.glob("rl_pruned/*/*/*/best.pt"))
+    checkpoint = run / "unsettled.pt" if (run / "unsettled.pt").exists() else run / "best.pt"
+    given = ["--checkpoint", checkpoint, "--data_dir", shapes, "--computation", 0.9, "--out", tmp_path / "known"]
+    monkeypatch.setattr("sys.argv", ["switch_knowledge", *map(str, given), "--num_workers", "0"])
+    monkeypatch.setattr(switch_knowledge, "STEPS", 20)
+    switch_knowledge.main()
+    content = json.loads((tmp_path / "known.json").read_text())
+    switches = len(load_checkpoint(checkpoint).network().deciding)
+    assert {row["decider"] for row in content["rows"]} == set(switch_knowledge.DECIDERS)
+    assert len(content["blocks"]) == len(content["r_squared"]["linear"]) == switches
+    assert all(0.5 <= row["computation"] <= 1 for row in content["rows"])
+    assert (tmp_path / "known.md").read_text() == switch_knowledge.table(content)
