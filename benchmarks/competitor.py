@@ -54,7 +54,7 @@ def torch_pruned(
         ratio = (low + high) / 2
         pruned = _pruned(plain, how, ratio, gradients, image_size)
         cost = network_cost(pruned, image_size).flops
-        if cost <= OVER * flops:
+        if cost <= OVER * flops or how.round_to is not None:  # which leaves few networks: the nearest has to do
             tried.append((abs(cost - flops), len(tried), pruned))
         low, high = (ratio, high) if cost > flops else (low, ratio)
     return min(tried)[2]
