@@ -51,7 +51,7 @@ def test_after_a_collapse_stage_3_goes_on_from_its_best_network(chain, shapes, t
     monkeypatch.setattr(main_rl_prune, "reinforce_epoch", trained)
     source = str(run_folder(chain, "sp") / BEST)  # within any budget
     given = arguments("rl_pruned", shapes, tmp_path, source)
-    run("rl_pruned", [*given, "--epochs", "3", "--max_accuracy_drop", "0.1"], monkeypatch)
+    run("rl_pruned", [*given, "--epochs", "3", "--closing", "0", "--max_accuracy_drop", "0.1"], monkeypatch)
 
     best = kept[2]
     assert best.progress["best"][0], "there is a network within the budget to go back to"
