@@ -94,7 +94,15 @@ def test_stage_3_falls_back_to_the_network_of_an_iteration(chain: Path, tmp_path
 def test_where_no_iteration_keeps_the_budget_the_unpruned_network_is_kept(chain, shapes, tmp_path, monkeypatch):
     source = run_folder(chain, "sp") / BEST
     given = arguments("pruned", shapes, tmp_path, str(source))
-    spoiled = ["prune_ratio=0.6", "max_accuracy_drop=0", "lr=0.5", "epochs_start=1", "epochs_end=1", "max_iter=1"]
+    spoiled = [
+        "prune_ratio=0.9",
+        "prune_ratio_limit=0.9",
+        "max_accuracy_drop=0",
+        "lr=0.5",
+        "epochs_start=1",
+        "epochs_end=1",
+        "max_iter=1",
+    ]
     monkeypatch.setattr(main_prune, "supervised_epoch", forgetting(main_prune.supervised_epoch))
     run(
         "pruned",

@@ -41,7 +41,16 @@ def test_files_of_a_run(chain: Path, stage: str):
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
     iterations = {f"iteration_{i:02d}.pt" for i in range(1, FINE_TUNING["iterations"] + 1)}
     bases = {f"eigenvalues_{i:02d}.png" for i in range(1, FINE_TUNING["iterations"] + 1)}
-    expected = {"arguments.json", "log.txt", "metrics.jsonl", "best.pt", "last.pt", "record.json", "results.png"}
+    expected = {
+        "arguments.json",
+        "log.txt",
+        "metrics.jsonl",
+        "best.pt",
+        "last.pt",
+        "record.json",
+        "results.png",
+        ".lock",
+    }
     routing = {"accuracy_against_flops.png", "easy_and_hard.png", "executed_flops.png", "passing_by_class.png"}
     own = {"sp": set(), "pruned": iterations | bases | {"ranks.png"}, "rl_pruned": routing | {"routing.json"}}
     settled = {"unsettled.pt"} if load_checkpoint(folder / "best.pt").architecture.get("settled") else set()
