@@ -73,15 +73,13 @@ def main() -> None:
     train, val, test = (
         single_skips(trained, network, images) for images in (splits.train[some], splits.val, splits.test)
     )
-    expected = {name: (lambda skips, name=name: known(skips, train, name)) for name in DECIDERS}
     fits = {"linear": linear, "multilayer": multilayer}
-    models = {
-        name: [fit(x, y) for x, y in zip(train.features, train.moved.t(), strict=True)] for name, fit in fits.items()
+    expected: dict[str, Callable[[Skips], Tensor]] = {
+        "alike": lambda skips: alike(train.moved.mean(dim=0), len(skips.moved)),
+        "switches": lambda skips: skips.probabilities,
+        "labelled": lambda skips: skips.rise,
+        **{name: regression(fit, train) for name, fit in fits.items()},
     }
-    for name, own in models.items():
-        expected[name] = lambda skips, own=own: torch.stack(
-            [model(x) for model, x in zip(own, skips.features, strict=True)], dim=1
-        )
     content = {
         "machine": machine(),
         "settings": {key: str(value) for key, value in vars(args).items()},
@@ -106,13 +104,18 @@ def main() -> None:
     print(table(content))
 
 
-def known(skips: Skips, train: Skips, name: str) -> Tensor:
-    """What a decider that fits nothing expects each skip to cost, [N, B]."""
-    if name == "alike":
-        # A coin where all images cost alike: noise too small to change the order of the blocks.
-        mean = train.moved.mean(dim=0).expand_as(skips.moved)
-        return mean * (1 + 1e-6 * torch.rand(mean.shape, device=mean.device))
-    return {"switches": skips.probabilities, "labelled": skips.rise}[name]
+def alike(mean: Tensor, images: int) -> Tensor:
+    """The mean cost of each skip for all images, [B] -> [N, B], with noise too small to change the order of the blocks.
+
+    It is the coin that decides between images where all cost the same.
+    """
+    return mean * (1 + 1e-6 * torch.rand(images, len(mean), device=mean.device))
+
+
+def regression(fit: Callable, train: Skips) -> Callable[[Skips], Tensor]:
+    """What a fit for each block expects of the skips of other images, [N, B]."""
+    models = [fit(x, y) for x, y in zip(train.features, train.moved.t(), strict=True)]
+    return lambda skips: torch.stack([model(x) for model, x in zip(models, skips.features, strict=True)], dim=1)
 
 
 @torch.no_grad()
