@@ -10,7 +10,7 @@ import torch
 
 from deploy.folding import deployable
 from deploy.graphs import onnx_model
-from deploy.session import open_session, run_in_parts
+from deploy.session import ExportedNetwork
 from deploy.timing import fastest
 from models import ResNet, thresholded
 from models.decisions import DecisionRule
@@ -76,12 +76,12 @@ def load_trained(args: argparse.Namespace) -> Trained:
 def milliseconds(trained: Trained, network: ResNet) -> dict[str, float]:
     """What the exported network takes on one thread for one image, mean over some, and for a batch, by their size."""
     model = onnx_model(deployable(network, trained.normalisation), trained.image_size)
-    session = open_session(model, threads=1)
+    exported = ExportedNetwork(model, threads=1)
     pixels = trained.splits.val[: max(TIMED)].pixels.cpu().numpy()
     times = {}
     for size in TIMED:
         parts = [pixels[i : i + size] for i in range(0, len(pixels), size)]
-        fastest_of = [fastest(lambda part=part: run_in_parts(session, part), 1.0 / len(parts)) for part in parts]
+        fastest_of = [fastest(lambda part=part: exported(part), 1.0 / len(parts)) for part in parts]
         times[str(size)] = 1e3 * sum(fastest_of) / len(parts)
     return times
 

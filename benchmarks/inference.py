@@ -2,7 +2,8 @@
 
 Each in eager PyTorch as it was trained, folded, with --compile compiled (where nothing is skipped), and exported, in
 float32 and int8; for 1, 32 and 128 images, on the CPU and, where torch and ONNX Runtime find one, on a CUDA device.
-All competitors of a batch size run in turns.  Prints every measurement, then a table, and writes a JSON file with
+All networks of a runtime and a batch size run in turns; runtimes run after one another, since the threads of one wait
+busily for a while and slow the next.  Prints every measurement, then a table, and writes a JSON file with
 machine, versions and spread.  Torch-Pruning's network is not fine-tuned: only its speed is compared.  Accuracies in
 float32 are those of the exported graphs, from which PyTorch's differ by rounding alone; int8 has its own.
 
@@ -33,7 +34,7 @@ from deploy.export import accuracy
 from deploy.folding import deployable, folded, without_switches
 from deploy.graphs import onnx_model
 from deploy.int8 import quantised
-from deploy.session import PROVIDERS, open_session, run_in_parts
+from deploy.session import PROVIDERS, ExportedNetwork
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
 from utils.device import placed
@@ -91,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--resize", type=number(int, 8), default=32, help="with --ranks: height and width of the images")
     add("--threads", type=number(int, 1), nargs="+", default=[torch.get_num_threads()], help="CPU threads to compare")
     add("--compile", action="store_true", help="measure torch.compile too")
-    add("--seconds", type=number(float, 0), default=60.0, help="time of each group of competitors, 5 rounds at least")
+    add("--seconds", type=number(float, 0), default=15.0, help="for a runtime and a batch size, 5 rounds at least")
     add("--output", type=Path, default=Path("inference.json"), help="JSON file to write")
     return parser.parse_args()
 
@@ -186,7 +187,7 @@ def compared(contest: Contest, place: dict[str, Any], args: argparse.Namespace) 
             if device == "cpu":
                 runs[INT8, name] = exported(contest.quantised[name], items, device, threads)
     flops = {name: executed_flops(network, subject, items) for name, network in contest.networks.items()}
-    timings = alternated(runs, len(items), args.seconds)
+    timings = in_turns(runs, len(items), args.seconds)
     for (runtime, name), timing in timings.items():
         yield row(place, runtime, name, DENSE, flops, timing, timings[runtime, DENSE])
 
@@ -209,10 +210,18 @@ def routed(contest: Contest, place: dict[str, Any], args: argparse.Namespace) ->
         runs[EXPORTED, DYNAMIC] = exported(contest.graphs[DYNAMIC], items, device, place["threads"])
         runs[EXPORTED, every] = exported(whole, items, device, place["threads"])
     flops = {DYNAMIC: executed_flops(network, subject, items), every: float(network_cost(network, size).flops)}
-    timings = alternated(runs, len(items), args.seconds)
+    timings = in_turns(runs, len(items), args.seconds)
     for runtime, name in timings:
         if name == DYNAMIC:
             yield row(place, runtime, name, every, flops, timings[runtime, name], timings[runtime, every])
+
+
+def in_turns(runs: dict[tuple[str, str], Run], items: int, seconds: float) -> dict[tuple[str, str], Timing]:
+    """Timings of all networks, those of each runtime in turns."""
+    timings: dict[tuple[str, str], Timing] = {}
+    for runtime in dict.fromkeys(runtime for runtime, _ in runs):
+        timings |= alternated({pair: run for pair, run in runs.items() if pair[0] == runtime}, items, seconds)
+    return timings
 
 
 def row(
@@ -257,9 +266,9 @@ def eager(
 
 def exported(model: Any, items: list[Tensor], device: str, threads: int) -> Run:
     """The graph as ONNX Runtime runs it, with uint8 images in main memory."""
-    session = open_session(model, device, threads)
+    network = ExportedNetwork(model, device, threads)
     images = [item.numpy() for item in items]
-    return lambda item: run_in_parts(session, images[item])
+    return lambda item: network(images[item])
 
 
 @torch.no_grad()

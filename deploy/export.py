@@ -16,7 +16,7 @@ from torch import Tensor
 from deploy.folding import deployable
 from deploy.graphs import onnx_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
-from deploy.session import check_session, open_session, run_in_parts
+from deploy.session import ExportedNetwork, check_session, open_session
 from gating.settle import description
 from utils.checkpoint import check_data, load_checkpoint
 from utils.data.folder import DataSet, load_data
@@ -81,9 +81,9 @@ def int8_version(model: onnx.ModelProto, data: DataSet) -> tuple[onnx.ModelProto
 
 def accuracy(model: onnx.ModelProto, images: Images, batch_size: int = 256) -> float:
     """Share of ``images`` that the graph classifies as they are labelled."""
-    session = open_session(model)
+    exported = ExportedNetwork(model)
     batches = images.batches(torch.arange(len(images)).split(batch_size))
-    answers = [run_in_parts(session, pixels.numpy())["logits"].argmax(axis=1) for pixels in batches]
+    answers = [exported(pixels.numpy())["logits"].argmax(axis=1) for pixels in batches]
     return float((np.concatenate(answers) == images.labels.numpy()).mean())
 
 

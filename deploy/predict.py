@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deploy.folding import deployable
 from deploy.labels import NETWORK, ROUTED, Labels, describe, read_labels
-from deploy.session import open_session, run_in_parts
+from deploy.session import open_session, run_session
 from utils.checkpoint import load_checkpoint
 from utils.data.images import read_image
 from utils.errors import UserError, run_command
@@ -82,7 +82,7 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
         raise UserError(f"{path} does not fit the labels.json beside it: export the network again")
 
     def classify(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = {name: torch.from_numpy(value) for name, value in run_in_parts(session, pixels.numpy()).items()}
+        outputs = {name: torch.from_numpy(value) for name, value in run_session(session, pixels.numpy()).items()}
         return outputs["logits"][0], outputs.get("decisions", torch.empty(1, 0))[0]
 
     return classify, labels

@@ -1,5 +1,9 @@
 """ONNX Runtime sessions, and the check of an exported graph against the network it came from."""
 
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +59,54 @@ def run_session(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> di
     return dict(zip(names, session.run(names, {IMAGES: pixels}), strict=True))
 
 
-def run_in_parts(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The same; on the CPU at most ``AT_ONCE`` images are computed at once."""
-    step = AT_ONCE if session.get_providers()[0] == PROVIDERS["cpu"] else len(pixels)
-    parts = [run_session(session, pixels[i : i + step]) for i in range(0, len(pixels), step)]
-    return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+class ExportedNetwork:
+    """An exported network as it is fastest: single images on all threads, batches in parts on a thread each.
+
+    On the CPU a part holds at most ``AT_ONCE`` images.  Parts of their own keep all threads busy where one part's small
+    operators, gates and gathered rows, would leave them waiting for each other.
+
+    Args:
+        model: graph, or file.
+        device: "cpu" or "cuda", on which batches are computed whole.
+        threads: CPU threads, 0 for one a core.
+
+    Raises:
+        UserError: if the file is missing or no ONNX model.
+    """
+
+    def __init__(self, model: onnx.ModelProto | Path, device: str = "cpu", threads: int = 0):
+        self.model, self.device = model, device
+        self.threads = threads or _cores()
+        self.session = open_session(model, device, threads)
+
+    def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """The outputs by name for uint8 images [N, 3, H, W].
+
+        Raises:
+            ValueError: if there is no image, which ONNX Runtime answers by ending the program.
+        """
+        if len(pixels) == 0:
+            raise ValueError("an exported network was given no images: it takes one or more")
+        if len(pixels) == 1 or self.device != "cpu":
+            return run_session(self.session, pixels)
+        step = min(AT_ONCE, math.ceil(len(pixels) / self.threads))
+        parts = [pixels[i : i + step] for i in range(0, len(pixels), step)]
+        run = self._workers.map if self.threads > 1 else map
+        outputs = list(run(lambda part: run_session(self._part_session, part), parts))
+        return {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+
+    @cached_property
+    def _part_session(self) -> onnxruntime.InferenceSession:
+        return self.session if self.threads == 1 else open_session(self.model, self.device, threads=1)
+
+    @cached_property
+    def _workers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads)
+
+
+def _cores() -> int:
+    """Cores that this process may use; not every system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deploy.folding import deployable, without_switches
 from deploy.graphs import onnx_model
-from deploy.session import open_session, run_in_parts
+from deploy.session import ExportedNetwork
 from deploy.timing import alternated
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
@@ -30,20 +30,20 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
     Returns:
         for each name latency_ms, of one image, and throughput, images a second in batches of ``BATCH``.
     """
-    sessions = {}
+    exported = {}
     for name, checkpoint in _readable(checkpoints).items():
         network = deployable(checkpoint.network(), checkpoint.normaliser())
         if checkpoint.stage != "rl_pruned":
             network = without_switches(network)
-        sessions[name] = open_session(onnx_model(network, checkpoint.data["image_size"]))
+        exported[name] = ExportedNetwork(onnx_model(network, checkpoint.data["image_size"]))
     images = [pixels[i : i + 1].numpy() for i in torch.linspace(0, len(pixels) - 1, IMAGES).long().tolist()]
     batch = pixels[torch.arange(BATCH) % len(pixels)].numpy()
-    run = lambda session: lambda item: run_in_parts(session, images[item])  # noqa: E731
-    latency = alternated({name: run(session) for name, session in sessions.items()}, len(images), SECONDS)
-    run_batch = lambda session: lambda item: run_in_parts(session, batch)  # noqa: E731
-    whole = alternated({name: run_batch(session) for name, session in sessions.items()}, 1, SECONDS)
+    run = lambda network: lambda item: network(images[item])  # noqa: E731
+    latency = alternated({name: run(network) for name, network in exported.items()}, len(images), SECONDS)
+    run_batch = lambda network: lambda item: network(batch)  # noqa: E731
+    whole = alternated({name: run_batch(network) for name, network in exported.items()}, 1, SECONDS)
     return {
-        name: {"latency_ms": 1e3 * latency[name].median, "throughput": BATCH / whole[name].median} for name in sessions
+        name: {"latency_ms": 1e3 * latency[name].median, "throughput": BATCH / whole[name].median} for name in exported
     }
 
 

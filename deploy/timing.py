@@ -2,13 +2,15 @@
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 # Runs item i (an image, or a batch) to its end.
 Run = Callable[[int], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ def fastest(run: Callable[[], object], seconds: float = 1.0, least: int = 5) -> 
 
 
 def alternated(
-    competitors: Mapping[str, Run], items: int, seconds: float, least: int = 5, most: int = 200
-) -> dict[str, Timing]:
+    competitors: Mapping[Name, Run], items: int, seconds: float, least: int = 5, most: int = 200
+) -> dict[Name, Timing]:
     """Time every competitor on every item, in turns whose order changes, after a round that is not counted.
 
     Args:

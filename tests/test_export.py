@@ -15,7 +15,7 @@ from deploy.folding import deployable
 from deploy.graphs import onnx_model
 from deploy.int8 import quantised
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED
-from deploy.session import AT_ONCE, TOLERANCE, check_session, open_session, run_in_parts, run_session
+from deploy.session import AT_ONCE, TOLERANCE, ExportedNetwork, check_session, open_session, run_session
 from models import GATES, build_network
 from utils.checkpoint import Checkpoint, describe, save_checkpoint
 from utils.errors import UserError
@@ -66,15 +66,25 @@ def test_every_batch_size_gives_the_same_answers(gate):
             np.testing.assert_allclose(values, whole[name][257 - batch :], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, AT_ONCE, AT_ONCE + 1, 3 * AT_ONCE])
-def test_parts_of_a_batch_give_what_the_batch_gives(batch):
-    session = open_session(onnx_model(deployable(lively_network("rl_pruned", "rnn"), NORMALISATION), 16), threads=1)
-    pixels = varied_images(3 * AT_ONCE)[:batch].numpy()
-    expected, outputs = run_session(session, pixels), run_in_parts(session, pixels)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, AT_ONCE, AT_ONCE + 1, 5 * AT_ONCE])
+def test_parts_of_a_batch_give_what_the_batch_gives(batch, threads):
+    model = onnx_model(deployable(lively_network("rl_pruned", "rnn"), NORMALISATION), 16)
+    pixels = varied_images(5 * AT_ONCE)[:batch].numpy()
+    expected, outputs = (
+        run_session(open_session(model, threads=1), pixels),
+        ExportedNetwork(model, threads=threads)(pixels),
+    )
     assert outputs.keys() == expected.keys()
     for name, values in outputs.items():
         assert values.shape == expected[name].shape
         np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_no_images_are_refused_before_onnx_runtime_sees_them():
+    exported = ExportedNetwork(onnx_model(deployable(lively_network("rl_pruned", "rnn"), NORMALISATION), 16), threads=1)
+    with pytest.raises(ValueError, match="no images"):
+        exported(varied_images(1)[:0].numpy())
 
 
 @pytest.mark.parametrize("gate", SWITCHED)
