@@ -4,10 +4,11 @@ Every function returns new modules and leaves its arguments as they are.  Produc
 once, to the dtype that the weights had.
 
 What is merged: each batch norm into the convolution before it (the last of a low-rank layer's), or into the linear
-projection of a gate; the convolutions of one low-rank layer with each other, in the grouping with the fewest FLOPs; the
-stride of a 1x1 core into the rotation before it; the scale of the normalisation into the stem.  What cannot be: two
-layers of a block (a relu stands between), a block's last rotation and the next block's first (the residual sum and a
-relu do), the mean of the normalisation (the stem pads with zeros after it was subtracted).
+projection of a gate, and that into the gate's LSTM; the convolutions of one low-rank layer with each other, in the
+grouping with the fewest FLOPs; the stride of a 1x1 core into the rotation before it; the scale of the normalisation
+into the stem.  What cannot be: two layers of a block (a relu stands between), a block's last rotation and the next
+block's first (the residual sum and a relu do), the mean of the normalisation (the stem pads with zeros after it was
+subtracted).
 """
 
 import copy
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ResNet
+from models.gates import RecurrentGate
 from models.resnet import BasicBlock
 from utils.data.augment import Normalisation
 
@@ -39,6 +41,8 @@ def folded(network: ResNet) -> ResNet:
         setattr(owner, name, _condensed(list(getattr(owner, name))))
     if smaller.gate is not None:
         _fold_sequences(smaller.gate)
+        if isinstance(smaller.gate, RecurrentGate):
+            smaller.gate = FoldedRecurrentGate(smaller.gate)
     return smaller
 
 
@@ -69,6 +73,38 @@ class Centred(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.mean.dtype) - self.mean
+
+
+class FoldedRecurrentGate(nn.Module):
+    """A ``RecurrentGate`` whose projections, without batch norms, are multiplied into the LSTM's input weights.
+
+    Each switch has an LSTM cell of its own, whose recurrent weights all share.
+    """
+
+    recurrent = True
+
+    def __init__(self, gate: RecurrentGate):
+        super().__init__()
+        self.cells = nn.ModuleList(_merged(projection, gate.lstm) for projection in gate.projections)
+        self.decision = gate.decision
+
+    def forward(self, switch: int, features: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+        """As ``RecurrentGate.forward``."""
+        h, c = self.cells[switch](features.mean(dim=(2, 3)), state)
+        return torch.sigmoid(self.decision(h)).squeeze(1), (h, c)
+
+
+def _merged(projection: nn.Module, lstm: nn.LSTMCell) -> nn.Module:
+    """The LSTM cell that does what ``projection``, a linear layer in a sequence, and then ``lstm`` do."""
+    if isinstance(projection, nn.Identity):  # of a switch that is not asked
+        return projection
+    (w1, b1), w2 = _double(projection[0]), lstm.weight_ih.detach().double()
+    cell = copy.deepcopy(lstm)
+    cell.input_size = w1.shape[1]
+    cell.weight_hh, cell.bias_hh = lstm.weight_hh, lstm.bias_hh
+    cell.weight_ih = nn.Parameter((w2 @ w1).to(lstm.weight_ih.dtype))
+    cell.bias_ih = nn.Parameter((w2 @ b1 + lstm.bias_ih.detach().double()).to(lstm.bias_ih.dtype))
+    return cell
 
 
 def linear_chain(layer: nn.Module) -> list[nn.Conv2d]:

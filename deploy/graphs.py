@@ -51,7 +51,9 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
             x = _switched(graph, block, x, example, decision)
         example = block(example)
     graph.prefix = ""
-    logits, example = graph.traced(lambda x: network.classifier(x.mean(dim=(2, 3))), (x, example))
+    logits, example = graph.traced(
+        lambda x: network.classifier(x.mean(dim=(2, 3), keepdim=True).flatten(1)), (x, example)
+    )
     outputs = {LOGITS: (logits, example.shape[1])}
     if probabilities:
         columns = graph.add("Concat", *probabilities, axis=1)

@@ -180,9 +180,8 @@ def _adaptive_pool(graph, x, size) -> str:
 
 
 def _mean(graph, x, axes, keepdim=False, **_) -> str:
-    if sorted(axis % 4 for axis in axes) == [2, 3]:  # a mean over pixels has an operator that fuses
-        pooled = graph.add("GlobalAveragePool", x)
-        return pooled if keepdim else graph.add("Flatten", pooled, axis=1)
+    if keepdim and sorted(axis % 4 for axis in axes) == [2, 3]:  # behind a convolution this stays in its layout
+        return graph.add("GlobalAveragePool", x)
     return graph.add("ReduceMean", x, graph.constant(axes, np.int64), keepdims=int(keepdim))
 
 
