@@ -357,8 +357,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def table(content: dict) -> str:
     def cells(values: dict | None, sign: str = "") -> str:
-        pair = [f"{v['mean']:{sign}.2f} ± {v['deviation']:.2f}" for v in values.values()] if values else ["", ""]
-        return " | ".join(pair)
+        return " | ".join(cell(v, sign) for v in values.values()) if values else " | "
+
+    def cell(value: dict[str, float], sign: str) -> str:
+        mean = f"{value['mean']:{sign}.2f}"
+        return f"{mean} ± {value['deviation']:.2f}" if value["deviation"] else mean  # none of a single seed
 
     settings, start = content["settings"], content["start"]
     lines = [

@@ -150,14 +150,15 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
             "",
             "## At as many executed FLOPs",
             "",
-            "| method | seeds | accuracy | GFLOPs executed | parameters | one image | 32 images |",
+            "| method | seeds | accuracy | points ahead of (c) | GFLOPs executed | parameters | 1 image | 32 images |",
         ]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
         for method, name in ALTERNATIVES.items():
             if measured := found[method]:
                 times = [spread((m.get("milliseconds", {}).get(n) for m in measured), unit=" ms") for n in ("1", "32")]
                 lines.append(
                     f"| {name} | {len(measured)} | {spread((m['accuracy'] for m in measured), factor=100)} % "
+                    f"| {spread(ahead(measured, found['switches']), factor=100)} "
                     f"| {spread((m['gflops'] for m in measured), 4)} "
                     f"| {spread((m.get('parameters') for m in measured), 0)} | {' | '.join(times)} |"
                 )
@@ -187,6 +188,12 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
     return [*lines, ""]
 
 
+def ahead(measured: Sequence[Record], others: Sequence[Record]) -> list[float]:
+    """By how much accuracy is above the others', seed by seed: seeds start from networks of different sizes."""
+    theirs = {m["seed"]: m["accuracy"] for m in others if m not in measured}
+    return [m["accuracy"] - theirs[m["seed"]] for m in measured if m["seed"] in theirs]
+
+
 def made_with(results: Path) -> str:
     """The machines and settings that the records name, in a sentence."""
     machines = {json.dumps(m["machine"], sort_keys=True) for own in alternatives(results).values() for m in own}
@@ -213,7 +220,10 @@ def stage_row(name: str, records: Sequence[Record]) -> str:
 
 
 def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
-    """Accuracy against executed GFLOPs and against measured latency, means with the seeds' deviations as bars."""
+    """Accuracy against executed GFLOPs and against measured latency, means with the seeds' deviations as bars.
+
+    Latency is a multiple of what the static network of the same seed took in the same run.
+    """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     against_flops, against_latency = figure.subplots(1, 2, sharey=True)
     for stage, colour, marker in (("sp", "#333333", "o"), ("pruned", "#1f77b4", "s"), ("rl_pruned", "#d62728", "^")):
@@ -223,9 +233,11 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
         key = "accuracy" if stage == "rl_pruned" else "accuracy_every_block"
         style = {"color": colour, "marker": marker, "label": METHODS[stage], "zorder": 3}
         bars(against_flops, [r["gflops"] for r in records], [r[key] for r in records], **style)
-        timed = [r for r in records if r.get("latency_ms")]
+        static = {r["seed"]: r.get("latency_ms") for r in stages["pruned"]}
+        timed = [r for r in records if r.get("latency_ms") and static.get(r["seed"])]
         if timed:
-            bars(against_latency, [r["latency_ms"] for r in timed], [r[key] for r in timed], **style)
+            times = [r["latency_ms"] / static[r["seed"]] for r in timed]
+            bars(against_latency, times, [r[key] for r in timed], **style)
         for record in records:
             points = sorted((p["gflops"], p["accuracy"]) for p in record["points"])
             if points:
@@ -241,6 +253,11 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
         if measured := found[method]:
             x, y = ([m[key] for m in measured] for key in ("gflops", "accuracy"))
             bars(against_flops, x, y, color=colour, marker=marker, label=method)
+            static = {m["seed"]: m.get("milliseconds") for m in found["start"]}
+            timed = [m for m in measured if m.get("milliseconds") and static.get(m["seed"])]
+            if timed:
+                times = [m["milliseconds"]["1"] / static[m["seed"]]["1"] for m in timed]
+                bars(against_latency, times, [m["accuracy"] for m in timed], color=colour, marker=marker, label=method)
     whole = statistics.mean(r["gflops"] for r in stages["sp"])
     for variant, by_share in static_alone(results).items():
         name, colour = STATIC_ALONE[variant]
@@ -251,7 +268,7 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
         against_flops.errorbar(x, [statistics.mean(own) for own in y], deviations, **style)
     for axis, label in (
         (against_flops, "GFLOPs executed for one image"),
-        (against_latency, "milliseconds for one image"),
+        (against_latency, "time for one image, as a multiple of the static network's"),
     ):
         axis.set(xlabel=label)
         axis.set_xlim(left=0)

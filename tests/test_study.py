@@ -104,6 +104,13 @@ def test_tables_hold_means_and_deviations(studied: Path, tmp_path: Path, monkeyp
     assert not list((tmp_path / "kept").rglob("*.pt")) and (tmp_path / "kept" / "study.png").stat().st_size > 0
 
 
+def test_methods_are_compared_seed_by_seed():
+    switches = [{"seed": 0, "accuracy": 0.5}, {"seed": 1, "accuracy": 0.75}]
+    others = [{"seed": 1, "accuracy": 0.875}, {"seed": 0, "accuracy": 0.25}, {"seed": 2, "accuracy": 0.9}]
+    assert study.ahead(others, switches) == [0.125, -0.25]
+    assert study.ahead(switches, switches) == []
+
+
 def test_the_study_names_what_it_does_not_know(tmp_path: Path):
     done = subprocess.run(["bash", ROOT / "scripts" / "study.sh", "tiny", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2
