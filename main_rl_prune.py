@@ -76,7 +76,7 @@ class Settings(TrainingSettings):
     target_computation: float | None = setting(
         None, "share of the FLOPs to execute, instead of the accuracy budget", low=0, high=1
     )
-    settle: float = setting(0.999, "share of images that fixes a switch which decides alike for them", low=0.5, high=1)
+    settle: float = setting(0.95, "share of images that fixes a switch which decides alike for them", low=0.5, high=1)
 
     def closes(self, epoch: int) -> bool:
         """Whether an epoch, counted from 1, is one of the last in which the switches stay as they are."""

@@ -15,7 +15,8 @@ def settle(
 ) -> tuple[ResNet, Evaluation] | None:
     """The network with its settled switches fixed, and what was measured of it on ``images``.
 
-    None where no switch has settled, or where fixing them leads out of the budget.
+    Where fixing all of them leads out of the budget those that have settled least are left to decide.  None where no
+    switch has settled, or none may be fixed.
 
     Args:
         images: validation images, of ``image_size`` pixels in height and width.
@@ -24,22 +25,27 @@ def settle(
     before = evaluate(network, images, normalisation, network_cost(network, image_size))
     fixed = settled_decisions(before.decisions, share)
     fixed = {switch: on for switch, on in fixed.items() if switch not in network.settled}
-    if not fixed:
-        return None
-    smaller = with_settled(network, fixed)
-    measured = evaluate(smaller, images, normalisation, network_cost(smaller, image_size))
-    return (smaller, measured) if budget.met(measured.accuracy, measured.computation) else None
+    while fixed:
+        smaller = with_settled(network, fixed)
+        measured = evaluate(smaller, images, normalisation, network_cost(smaller, image_size))
+        if budget.met(measured.accuracy, measured.computation):
+            return smaller, measured
+        fixed.popitem()
+    return None
 
 
 def settled_decisions(decisions: Tensor, share: float) -> dict[int, int]:
     """The switches that decide alike for at least ``share`` of the images, by index, and what they decide, 0 or 1.
 
+    Those that decide alike for the most images come first.
+
     Args:
         decisions: [N, K].
     """
     passing = decisions.double().mean(dim=0).tolist()
-    alike = {switch: int(p > 0.5) for switch, p in enumerate(passing)}
-    return {switch: on for switch, on in alike.items() if (passing[switch] if on else 1 - passing[switch]) >= share}
+    alike = {switch: max(p, 1 - p) for switch, p in enumerate(passing)}
+    settled = sorted((switch for switch in alike if alike[switch] >= share), key=lambda switch: -alike[switch])
+    return {switch: int(passing[switch] > 0.5) for switch in settled}
 
 
 def with_settled(network: ResNet, decisions: dict[int, int]) -> ResNet:

@@ -182,6 +182,24 @@ def test_settled_network_is_kept_within_the_budget_only(floor):
     assert settle(smaller, images, 16, NORMALISATION, Budget(floor), 0.999) is None, "there is no more to fix"
 
 
+def test_as_many_switches_are_fixed_as_the_budget_allows():
+    network, images = lively_network("rl_pruned", "ff2"), labelled(lively_network("rl_pruned", "ff2"), 64)
+    for switch, closed in ((0, 4), (1, 2)):  # of 64 images, those whose probability is lowest
+        logits = outputs(network, NORMALISATION.apply(images.pixels)).probabilities[:, switch].double().logit()
+        low, high = logits.sort().values[closed - 1 : closed + 1]
+        network.gate.last_layers[switch].bias.data -= ((low + high) / 2).float()
+    decisions = outputs(network, NORMALISATION.apply(images.pixels)).decisions
+    assert (len(images) - decisions.sum(dim=0)).tolist() == [4, 2]
+    assert list(settled_decisions(decisions, 0.9).items()) == [(1, 1), (0, 1)], "the most settled first"
+    cost = network_cost(with_settled(network, {1: 1}), 16)
+    one = evaluate(with_settled(network, {1: 1}), images, NORMALISATION, cost).computation
+    for target, fixed in ((1.0, {0: 1, 1: 1}), (one, {1: 1})):
+        smaller, measured = settle(network, images, 16, NORMALISATION, Budget(0.0, target), 0.9)
+        assert smaller.settled == fixed
+        assert measured.computation <= target + 0.005
+    assert settle(network, images, 16, NORMALISATION, Budget(0.0, one - 0.02), 0.9) is None
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_in_later_training_fixed_switches_stay_as_they_are(gate):
     network = with_settled(lively_network("rl_pruned", gate), {0: 0})
