@@ -65,7 +65,6 @@ class Settings(TrainingSettings):
     gate_lr: float = setting(0.01, "learning rate of the gates at the start, of Adam", low=0)
     rl_weight: float = setting(0.1, "weight of the policy loss beside the cross-entropy", low=0)
     distill: float = setting(0.5, "weight of following the predictions of the network it starts from", low=0, high=1)
-    entropy_weight: float = setting(0.02, "bonus for undecided switches, in nats of return", low=0)
     baseline: str = setting("greedy", "what a return is compared with", choices=BASELINES)
     batch_norm: str = setting(
         "frozen",
@@ -178,7 +177,6 @@ def reinforcement(
         draws=randomness.draws,
         gamma=settings.gamma,
         rl_weight=settings.rl_weight,
-        entropy_weight=settings.entropy_weight,
         baseline=settings.baseline,
         batch_norm=settings.batch_norm,
         loss_fn=loss_fn,

@@ -1,9 +1,8 @@
 """What earns its place in stage 3: the published recipe, each addition to it alone, all of them, and all but each.
 
 Published (SkipNet, arXiv:1711.09485): all images draw their decisions, norms follow the drawn paths, alpha is fixed,
-returns are compared with nothing, one SGD trains network and gates at one rate, no teacher, no entropy bonus, logits as
-stage 1 left them, judged at the threshold of one half.  Where alpha is fixed it is --alpha, where it is steered it
-starts there.
+returns are compared with nothing, one SGD trains network and gates at one rate, no teacher, logits as stage 1 left
+them, judged at the threshold of one half.  Where alpha is fixed it is --alpha, where it is steered it starts there.
 
 Method: every variant and seed trains the same statically pruned network on the same images.  Its budget is the
 validation accuracy of that network less --max_accuracy_drop.  Runs end at different accuracies and computations, so
@@ -62,7 +61,6 @@ class Recipe:
     rescaled: bool = False  # the gates' logits, at the start
     gates_adam: bool = False  # with a rate of their own
     distill: float = 0.0
-    entropy_weight: float = 0.0
     closing: float = 0.0  # share of the epochs, the last ones, in which the switches stay as they are
 
 
@@ -76,7 +74,6 @@ PARTS = {
     "softened gates": {"rescaled": True},
     "gates' own Adam": {"gates_adam": True},
     "distillation": {"distill": Settings.distill},
-    "entropy bonus": {"entropy_weight": Settings.entropy_weight},
     "closing epochs": {"closing": Settings.closing},
 }
 REESTIMATED = {"batch_norm": "reestimate"}  # instead of frozen
@@ -269,7 +266,6 @@ def reinforcement(
         all_explore=recipe.all_explore,
         gamma=Settings.gamma,
         rl_weight=Settings.rl_weight,
-        entropy_weight=recipe.entropy_weight,
         baseline=recipe.baseline,
         batch_norm=recipe.batch_norm,
         loss_fn=distillation_loss_fn(teacher, recipe.distill, precision) if recipe.distill else None,
@@ -387,7 +383,8 @@ def table(content: dict) -> str:
         "|---|---|---|---|---|",
     ]
     for part, (alone, last) in content["parts"].items():
-        lines.append(f"| {part} | {cells(alone, '+')} | {cells(last, '+')} |")
+        if alone or last:
+            lines.append(f"| {part} | {cells(alone, '+')} | {cells(last, '+')} |")
     return "\n".join(lines) + "\n"
 
 

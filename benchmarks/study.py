@@ -5,9 +5,9 @@
 
 What is read below RESULT_DIR: ``seed_*/results.json`` (the three stages), ``reference/seed_*/results.json`` (trained
 without switches), ``dense_switched/seed_*/results.json`` (switches on the unpruned network), ``alternatives_*.jsonl``,
-``criteria.jsonl``, ``stage3_parts.json``, ``switch_knowledge.json`` (their benchmarks' own), ``routing.json`` of stage
-3's runs, and ``commands.tsv`` (what was run, and for how long).  What is not there yet leaves its rows out.  ``--keep``
-also copies the page of images that the first seed's stage 3 found cheap and dear.
+``criteria.jsonl``, ``stage3_parts*.json``, ``switch_knowledge*.json`` (their benchmarks' own), ``routing.json`` of
+stage 3's runs, and ``commands.tsv`` (what was run, and for how long).  What is not there yet leaves its rows out.
+``--keep`` also copies the page of images that the first seed's stage 3 found cheap and dear.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ROUTING = "seed_*/rl_pruned/*/*/*/routing.json"
 RECORDS = (
     *("seed_*/results.json", "*/seed_*/results.json", "alternatives_*.jsonl", "criteria.jsonl"),
     *("seed_*/*/*/*/*/metrics.jsonl", "*/seed_*/*/*/*/*/metrics.jsonl", "seed_*/*/*/*/*/arguments.json"),
-    *(ROUTING, "commands.tsv", *(f"{name}.json" for name in ("stage3_parts", "switch_knowledge"))),
+    *(ROUTING, "commands.tsv", *(f"{name}*.json" for name in ("stage3_parts", "switch_knowledge"))),
 )
 IMAGES = "seed_0/rl_pruned/*/*/*/easy_and_hard*.png"
 ALTERNATIVES = {
@@ -181,8 +181,7 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
         ("stage3_parts", "What earns its place in stage 3", stage3_parts.table),
         ("switch_knowledge", "What a switch can know", switch_knowledge.table),
     ):
-        path = results / f"{name}.json"
-        if path.exists():
+        for path in sorted(results.glob(f"{name}*.json")):
             lines += ["", f"## {title}", "", table(json.loads(path.read_text())).rstrip()]
     lines += ["", made_with(results)]
     return [*lines, ""]

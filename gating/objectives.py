@@ -73,8 +73,7 @@ def policy_loss(probabilities: Tensor, decisions: Tensor, advantages: Tensor) ->
 def entropy(probabilities: Tensor) -> Tensor:
     """Mean over images of the summed entropy of their K decisions, in nats; [N, K] -> scalar.
 
-    As a bonus it keeps a switch from becoming certain: policy gradients vanish with p (1 - p), and a switch that is
-    sure would not answer when alpha changes.
+    Policy gradients vanish with p (1 - p): switches that are certain no longer answer when alpha changes.
     """
     p = probabilities.clamp(1e-6, 1 - 1e-6)
     return -(p * p.log() + (1 - p) * (1 - p).log()).sum(dim=1).mean()

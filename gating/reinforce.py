@@ -37,7 +37,7 @@ class ReinforceMeans(EpochMeans):
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforcement:
-    """What stage 3 trains and how: loss = supervised + rl_weight * (policy loss - entropy_weight * entropy).
+    """What stage 3 trains and how: loss = supervised + rl_weight * policy loss.
 
     ``gating.objectives`` has the terms.  The supervised loss is the mean cross-entropy unless ``loss_fn`` is given;
     returns are made of the cross-entropy in any case.
@@ -50,7 +50,6 @@ class Reinforcement:
     all_explore: bool = False  # every image of a batch draws its decisions, as published, not every other one
     gamma: float = 1.0
     rl_weight: float = 0.1
-    entropy_weight: float = 0.02
     baseline: str = "greedy"  # one of ``gating.baselines.BASELINES``
     batch_norm: str = "frozen"  # "frozen" uses running statistics; in other modes they follow the drawn paths
     loss_fn: LossFn | None = None
@@ -117,8 +116,7 @@ def reinforce_epoch(
             return thresholded_returns(network, x, y, shares, reward, setup.gamma, skip=skip, forward=forward)
 
         advantages = gained - baseline(setup.baseline, gained, greedy_returns, drawing)
-        uncertainty = entropy(p)
-        policy = policy_loss(p, z, advantages) - setup.entropy_weight * uncertainty
+        policy = policy_loss(p, z, advantages)
         supervised = cross_entropy.mean() if loss_fn is None else loss_fn(x, logits, y)
         # One of several processes may have a single image, which does not explore: a mean over none.  Its gates still
         # have to go backward with those of the others, whose shared norms wait for them.
@@ -133,7 +131,7 @@ def reinforce_epoch(
             returned, left = gained[:, 0], advantages[:, 0]
             correct = (logits.argmax(dim=1) == y).float()
             measured = [returned, returned.square(), left, left.square(), z @ shares]
-            measured += [(uncertainty / len(shares)).expand_as(left), reward * torch.ones_like(left)]
+            measured += [(entropy(p) / len(shares)).expand_as(left), reward * torch.ones_like(left)]
             every += torch.stack([cross_entropy, correct]).double().sum(dim=1)
             explored += torch.stack(measured).double().sum(dim=1)
         explored_images += drawing

@@ -90,7 +90,7 @@ def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH, dev
     alpha = SteeredAlpha(0.5, 1.0, 0.2, 6, device)
     setup = Reinforcement(
         network=net, optimisers=optimisers, shares=torch.tensor([0.4, 0.6]), draws=draws, rl_weight=1.0,
-        entropy_weight=0.02, baseline=baseline, batch_norm=batch_norm,
+        baseline=baseline, batch_norm=batch_norm,
     )  # fmt: skip
     # The first block is often skipped by all images of a batch, and its weights then have a gradient of zero.
     for layer in [net.gate.decision] if gate == "rnn" else net.gate.decisions:

@@ -62,7 +62,7 @@ def test_policy_finds_what_can_be_skipped(kind):
     shares = torch.tensor([0.5, 0.5])
     optimisers = reinforcement_optimisers(network, 0.9, 0.0)
     setup = Reinforcement(
-        network=network, optimisers=optimisers, shares=shares, draws=generator, rl_weight=1.0, entropy_weight=0.0,
+        network=network, optimisers=optimisers, shares=shares, draws=generator, rl_weight=1.0,
         baseline=kind,
     )  # fmt: skip
     for epoch in range(12):
@@ -109,7 +109,7 @@ def setup_of(network):
     """How most tests train two switches."""
     return Reinforcement(
         network=network, optimisers=reinforcement_optimisers(network, 0.9, 0.0), shares=torch.tensor([0.5, 0.5]),
-        draws=torch.Generator().manual_seed(0), rl_weight=0.1, entropy_weight=0.0, baseline="batch",
+        draws=torch.Generator().manual_seed(0), rl_weight=0.1, baseline="batch",
     )  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def test_the_policy_learns_from_the_images_that_explore_and_alpha_sees_the_other
     optimisers = reinforcement_optimisers(network, 0.0, 0.0)
     setup = Reinforcement(
         network=network, optimisers=optimisers, shares=shares, draws=torch.Generator().manual_seed(5), rl_weight=1.0,
-        entropy_weight=0.0, baseline="none",
+        baseline="none",
     )  # fmt: skip
     means = reinforce_epoch(setup, [(x, y)], fixed(0.0, 0.0), alpha, "epoch")
     for parameter, gradient in zip(network.gate.parameters(), expected, strict=True):

@@ -79,7 +79,7 @@ def test_the_published_recipe_has_none_of_the_additions(trained, monkeypatch):
     assert type(optimiser) is SGD and seen.rates == [0.01]
     gates = {id(p) for p in seen.setup.network.gate.parameters()}
     assert gates < {id(p) for group in optimiser.param_groups for p in group["params"]}
-    assert seen.setup.loss_fn is None and seen.setup.entropy_weight == 0 and seen.setup.baseline == "none"
+    assert seen.setup.loss_fn is None and seen.setup.baseline == "none"
     assert seen.means.advantage_deviation == pytest.approx(seen.means.return_deviation, abs=1e-9)
     assert seen.moved and seen.setup.all_explore and seen.searched == 0
     assert all(type(alpha) is FixedAlpha and alpha.value() == 0.1 for alpha in seen.controllers)
@@ -91,7 +91,6 @@ def test_all_additions_are_the_script_s_own_recipe(trained, monkeypatch):
     assert not seen.moved and not seen.setup.all_explore and seen.searched == 2
     assert all(type(alpha) is SteeredAlpha for alpha in seen.controllers)
     assert seen.setup.loss_fn is not None and seen.setup.baseline == "greedy"
-    assert seen.setup.entropy_weight == 0.02
     assert seen.logit <= LOGIT * 1.1  # measured on other images than the rescaling
 
 
