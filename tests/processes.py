@@ -50,7 +50,7 @@ from utils.errors import UserError, run_command  # noqa: E402
 from utils.evaluate import evaluate  # noqa: E402
 from utils.flops import network_cost  # noqa: E402
 from utils.norms import reestimate_batch_norms  # noqa: E402
-from utils.optimisers import reinforcement_optimisers, sgd  # noqa: E402
+from utils.optimisers import sgd  # noqa: E402
 from utils.run import Run  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -86,7 +86,8 @@ def supervised(size: int = BATCH, device: torch.device = CPU) -> dict:
 
 def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH, device: torch.device = CPU) -> dict:
     net, draws = network(gate, device), torch.Generator(device).manual_seed(3)
-    optimisers = reinforcement_optimisers(net, 0.9, 5e-4)
+    # Not Adam, whose steps are of one size for gradients of any size, rounding included.
+    optimisers = (sgd(net, 0.05, 0.9, 5e-4),)
     alpha = SteeredAlpha(0.5, 1.0, 0.2, 6, device)
     setup = Reinforcement(
         network=net, optimisers=optimisers, shares=torch.tensor([0.4, 0.6]), draws=draws, rl_weight=1.0,
@@ -95,7 +96,7 @@ def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH, dev
     # The first block is often skipped by all images of a batch, and its weights then have a gradient of zero.
     for layer in [net.gate.decision] if gate == "rnn" else net.gate.decisions:
         torch.nn.init.constant_(layer.bias, -2.0)
-    rates = (lambda _: 0.02, lambda _: 0.2)
+    rates = (lambda _: 0.05,)
     means = [reinforce_epoch(setup, batches(e, size, device), rates, alpha, "") for e in range(2)]
     return {"weights": net.state_dict(), "means": [vars(m) for m in means], "alpha": alpha.final}
 
