@@ -18,7 +18,7 @@ from gating.operating_point import find_operating_point, gate_biases_restored
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.routing import record_routing
 from gating.scalars import POLICY_CHARTS, epoch_scalars, layer_scalars, policy_line, policy_scalars
-from gating.settle import description, settle
+from gating.settle import UNSETTLED, description, settle
 from gating.steering import Budget, Steering
 from gating.temperature import rescale_gate_logits
 from models import ResNet, all_on, thresholded
@@ -40,7 +40,6 @@ from utils.settings import TrainingSettings, parse_flags, setting, with_default
 
 RESCALING_IMAGES = 512  # training images that the switches' certainty is measured on
 REESTIMATION_BATCHES = 40  # training batches that batch norms are re-estimated on
-UNSETTLED = "unsettled.pt"  # the chosen network before switches were fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,9 @@ class Settings(TrainingSettings):
     target_computation: float | None = setting(
         None, "share of the FLOPs to execute, instead of the accuracy budget", low=0, high=1
     )
-    settle: float = setting(0.95, "share of images that fixes a switch which decides alike for them", low=0.5, high=1)
+    settle: float = setting(
+        0.5, "share of images that a switch has to decide alike for, to be fixed at the end", low=0.5, high=1
+    )
 
     def closes(self, epoch: int) -> bool:
         """Whether an epoch, counted from 1, is one of the last in which the switches stay as they are."""
@@ -236,10 +237,12 @@ def finish(
     within_budget = best.progress["best"][0]
     met = "the best within the budget" if within_budget else "the nearest to the budget, which no epoch met"
     run.say(f"chosen: epoch {best.progress['step']}, {met}")
-    if within_budget:
-        best = settled(run, best, splits, budget, settings, device)
+    if (run.path / UNSETTLED).exists():  # a run that was interrupted below has fixed switches before
+        best = load_checkpoint(run.path / UNSETTLED)
     cost = network_cost(best.network(), settings.resize)
     record_routing(run, best, splits.test, cost, budget.floor, device)
+    if within_budget:
+        best = settled(run, best, splits, budget, settings, device)
     report(
         settings.result_dir, run, best, splits.test, splits.val_name, device, measured_speeds,
         within_budget=within_budget,
@@ -249,21 +252,21 @@ def finish(
 def settled(
     run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device
 ) -> Checkpoint:
-    """The chosen network with its settled switches fixed, saved in its place; as it is where none is or may be."""
+    """The chosen network with as many switches fixed as pay, saved in its place; as it is where none is."""
     network = placed(best.network(), device)
     found = settle(network, splits.val, settings.resize, best.normaliser(), budget, settings.settle)
     if found is None:
         return best
     smaller, val = found
-    if not network.settled:  # a run that was interrupted here has saved it before
-        save_checkpoint(run.path / UNSETTLED, best)
+    save_checkpoint(run.path / UNSETTLED, best)
+    run.say(
+        f"switches fixed to what they mostly decide, {description(smaller)}: {splits.val_name} accuracy "
+        f"{best.metrics['accuracy']:.2%} -> {val.accuracy:.2%}, computation {best.metrics['computation']:.1%} -> "
+        f"{val.computation:.1%} ({UNSETTLED} has the network as it was)"
+    )
     weights = {name: tensor.cpu() for name, tensor in smaller.state_dict().items()}
     best = replace(best, architecture=smaller.architecture, weights=weights, metrics=val.metrics)
     save_checkpoint(run.path / BEST, best)
-    run.say(
-        f"{description(smaller)}: the switches decide so for {settings.settle:.1%} of the images; {splits.val_name} "
-        f"accuracy {val.accuracy:.2%}, computation {val.computation:.1%} ({UNSETTLED} has the network as it was)"
-    )
     return best
 
 

@@ -6,8 +6,9 @@ From the statically pruned network that stage 3 started from, and at the mean FL
 * ``blocks removed``: whole blocks leave for all images alike, the least harmful one first, judged on the validation
   images, until the FLOPs are reached.  Blocks are large, so these FLOPs lie between those of two sets: both are
   fine-tuned, and what counts is the network of both between which a coin chooses for each image, with these very FLOPs;
-* ``switches``: stage 3's network as it is;
-* ``random switches``: stage 3's network, each switch deciding at random as often as it does by itself;
+* ``switches``: stage 3's network, every switch deciding image by image;
+* ``random switches``: the same network, each switch deciding at random as often as it does by itself;
+* ``switches fixed``: what stage 3 made of it at its end, those switches fixed that pay (left out where none was);
 * with --dense, ``Torch-Pruning``: stage 1's network without its channels of least importance, at static's FLOPs, and
   fine-tuned for as many epochs as stage 2 took for it, in one schedule, following stage 1's network as stage 2 does.
 
@@ -33,6 +34,7 @@ from benchmarks.competitor import Competitor, torch_pruned
 from deploy.folding import without_switches
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
+from gating.settle import UNSETTLED
 from gating.supervised import supervised_epoch
 from models import ResNet, all_on
 from models.decisions import DecisionRule
@@ -60,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What switches add.", allow_abbrev=False)
     add = parser.add_argument
     add("--static", type=Path, required=True, help="best.pt of stage 2, which stage 3 started from")
-    add("--dynamic", type=Path, required=True, help="best.pt of stage 3")
+    add("--dynamic", type=Path, required=True, help=f"best.pt of stage 3; {UNSETTLED} beside it is read, too")
     add("--dense", type=Path, help="best.pt of stage 1, for Torch-Pruning")
     add("--data_dir", required=True, help="data folder they were trained on")
     add("--img_type", type=image_type, default="png", help="image files to read")
@@ -77,11 +79,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     static, dynamic, device = load_checkpoint(args.static), load_checkpoint(args.dynamic), pick_device()
+    unsettled = args.dynamic.with_name(UNSETTLED)
     size = static.data["image_size"]
     data = load_data(args.data_dir, args.img_type, size, args.num_workers)
     check_data(static, data, size)
     splits = split_data(data, static.data["val_fraction"], static.data["split_seed"]).to(device)
-    start, switched = Trained(static, splits, device), Trained(dynamic, splits, device)
+    start, fixed = Trained(static, splits, device), Trained(dynamic, splits, device)
+    switched = Trained(load_checkpoint(unsettled), splits, device) if unsettled.exists() else fixed
     target = switched.evaluated(switched.network(), splits.val).flops_executed
     lines = beside(args.out, ".jsonl")
     lines.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +94,7 @@ def main() -> None:
         "start": lambda: result(start, start.network(), all_on),
         "switches": lambda: switches(switched),
         "random switches": lambda: random_switches(switched, args.seed),
+        **({"switches fixed": lambda: switches(fixed)} if unsettled.exists() else {}),
         "pruned further": lambda: pruned_further(start, target, args),
         "blocks removed": lambda: blocks_removed(start, target, args),
     }

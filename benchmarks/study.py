@@ -42,6 +42,7 @@ ALTERNATIVES = {
     "blocks removed": "(b) blocks removed for all images",
     "switches": "(c) switches",
     "random switches": "(d) switches at random, same rates",
+    "switches fixed": "(e) switches fixed where that pays",
     "Torch-Pruning": "Torch-Pruning, at static's FLOPs",
 }
 STATIC_ALONE = {  # variants of ``benchmarks.criteria``: what they are called, and how they are drawn
@@ -242,6 +243,7 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
             if points:
                 against_flops.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1)
     styles = {
+        "switches": ("#d62728", "o"),
         "pruned further": ("#17becf", "v"),
         "blocks removed": ("#2ca02c", "D"),
         "random switches": ("#ff7f0e", "x"),

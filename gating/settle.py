@@ -1,4 +1,4 @@
-"""Switches that decide alike for all but a few images: fixed, and the blocks that nobody takes left out."""
+"""Switches that are fixed to what they mostly decide: blocks that then nobody takes leave the network."""
 
 from torch import Tensor
 
@@ -9,18 +9,23 @@ from utils.data.images import Images
 from utils.evaluate import Evaluation, evaluate
 from utils.flops import network_cost
 
+UNSETTLED = "unsettled.pt"  # file of stage 3's chosen network before switches were fixed
+# What a switch costs, as a share of the executed FLOPs: fixed, it may let so much more be executed.  Measured are 1 to
+# 5 % of the time (docs/measurements.md): the cheaper the blocks, the more.
+SWITCH_COST = 0.01
+
 
 def settle(
     network: ResNet, images: Images, image_size: int, normalisation: Normalisation, budget: Budget, share: float
 ) -> tuple[ResNet, Evaluation] | None:
-    """The network with its settled switches fixed, and what was measured of it on ``images``.
+    """The network with as many switches fixed as pay, and what was measured of it on ``images``.
 
-    Where fixing all of them leads out of the budget those that have settled least are left to decide.  None where no
-    switch has settled, or none may be fixed.
+    The most settled are fixed first.  Those that have settled least are left to decide where fixing them, too, would
+    lead out of the budget or execute more FLOPs than their tests cost.  None where none is fixed.
 
     Args:
         images: validation images, of ``image_size`` pixels in height and width.
-        share: of the images that a switch has to decide alike for.
+        share: of the images that a switch has to decide alike for, to be fixed at all.
     """
     before = evaluate(network, images, normalisation, network_cost(network, image_size))
     fixed = settled_decisions(before.decisions, share)
@@ -28,7 +33,8 @@ def settle(
     while fixed:
         smaller = with_settled(network, fixed)
         measured = evaluate(smaller, images, normalisation, network_cost(smaller, image_size))
-        if budget.met(measured.accuracy, measured.computation):
+        pays = measured.flops_executed <= before.flops_executed * (1 + SWITCH_COST * len(fixed))
+        if pays and budget.met(measured.accuracy, measured.computation):
             return smaller, measured
         fixed.popitem()
     return None
