@@ -26,6 +26,7 @@ from utils import parallel
 from utils.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
 from utils.data.batches import Splits, TrainingBatches, check_batches, split_data
 from utils.data.folder import load_data
+from utils.data.images import evenly_spaced
 from utils.device import Randomness, described, pick_device, pick_precision, placed
 from utils.errors import UserError, run_command
 from utils.evaluate import Evaluation, check_finite, evaluate
@@ -155,7 +156,7 @@ def main() -> None:
             steering.plan(epoch + 1, **stands_at)
             keeper.save_last()
 
-        finish(run, keeper.best(), splits, budget, settings, device)
+        finish(run, keeper.best(), splits, budget, settings, device, precision)
 
 
 def reinforcement(
@@ -196,7 +197,9 @@ def begin(
         f"{splits.val_name} accuracy {start.accuracy:.2%}, budget at least {max(budget.floor, 0):.2%} (stage 1 had "
         f"{keeper.described.original['accuracy']:.2%}); computation {start.computation:.1%}"
     )
-    rescale_gate_logits(network, normalisation.apply(splits.train[:RESCALING_IMAGES].pixels))
+    rescale_gate_logits(
+        network, normalisation.apply(splits.train[evenly_spaced(len(splits.train), RESCALING_IMAGES)].pixels)
+    )
     run.record(0, {}, **layer_scalars(network, cost))
     steering.begin(**start.metrics)
     keeper.offer(budget.score(start.accuracy, start.computation), start)
@@ -231,8 +234,9 @@ def reestimate(network: ResNet, batches: TrainingBatches) -> None:
 
 
 def finish(
-    run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device
-) -> None:
+    run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device,
+    precision: torch.dtype,
+) -> None:  # fmt: skip
     """Say what was chosen, draw what its switches do, and report."""
     within_budget = best.progress["best"][0]
     met = "the best within the budget" if within_budget else "the nearest to the budget, which no epoch met"
@@ -242,7 +246,7 @@ def finish(
     cost = network_cost(best.network(), settings.resize)
     record_routing(run, best, splits.test, cost, budget.floor, device)
     if within_budget:
-        best = settled(run, best, splits, budget, settings, device)
+        best = settled(run, best, splits, budget, settings, device, precision)
     report(
         settings.result_dir, run, best, splits.test, splits.val_name, device, measured_speeds,
         within_budget=within_budget,
@@ -250,22 +254,22 @@ def finish(
 
 
 def settled(
-    run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device
-) -> Checkpoint:
-    """The chosen network with as many switches fixed as pay, saved in its place; as it is where none is."""
-    network = placed(best.network(), device)
-    found = settle(network, splits.val, settings.resize, best.normaliser(), budget, settings.settle)
-    if found is None:
-        return best
-    smaller, val = found
-    save_checkpoint(run.path / UNSETTLED, best)
-    run.say(
-        f"switches fixed to what they mostly decide, {description(smaller)}: {splits.val_name} accuracy "
-        f"{best.metrics['accuracy']:.2%} -> {val.accuracy:.2%}, computation {best.metrics['computation']:.1%} -> "
-        f"{val.computation:.1%} ({UNSETTLED} has the network as it was)"
-    )
-    weights = {name: tensor.cpu() for name, tensor in smaller.state_dict().items()}
-    best = replace(best, architecture=smaller.architecture, weights=weights, metrics=val.metrics)
+    run: Run, best: Checkpoint, splits: Splits, budget: Budget, settings: Settings, device: torch.device,
+    precision: torch.dtype,
+) -> Checkpoint:  # fmt: skip
+    """The chosen network with its switches fixed where that pays, saved in its place; as it is where it does not."""
+    network, normalisation = placed(best.network(), device), best.normaliser()
+    found = settle(network, splits.val, settings.resize, normalisation, budget, settings.settle, precision)
+    if found is not None:
+        before, after = found.before, found.after
+        run.say(
+            f"switches fixed to what they mostly decide, {description(found.network)}: {splits.val_name} accuracy "
+            f"{before.accuracy:.2%} -> {after.accuracy:.2%}, computation {before.computation:.1%} -> "
+            f"{after.computation:.1%} ({UNSETTLED} has the network as it was)"
+        )
+        save_checkpoint(run.path / UNSETTLED, best)
+        weights = {name: tensor.cpu() for name, tensor in found.network.state_dict().items()}
+        best = replace(best, architecture=found.network.architecture, weights=weights, metrics=after.metrics)
     save_checkpoint(run.path / BEST, best)
     return best
 

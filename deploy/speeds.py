@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deploy.folding import deployable, without_switches
@@ -11,6 +10,7 @@ from deploy.graphs import onnx_model
 from deploy.session import ExportedNetwork
 from deploy.timing import alternated
 from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.data.images import evenly_spaced
 from utils.errors import UserError
 from utils.results import BATCH
 
@@ -36,8 +36,8 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
         if checkpoint.stage != "rl_pruned":
             network = without_switches(network)
         exported[name] = ExportedNetwork(onnx_model(network, checkpoint.data["image_size"]))
-    images = [pixels[i : i + 1].numpy() for i in torch.linspace(0, len(pixels) - 1, IMAGES).long().tolist()]
-    batch = pixels[torch.arange(BATCH) % len(pixels)].numpy()
+    images = [pixels[i : i + 1].numpy() for i in evenly_spaced(len(pixels), IMAGES).tolist()]
+    batch = pixels[evenly_spaced(len(pixels), BATCH)].numpy()
     run = lambda network: lambda item: network(images[item])  # noqa: E731
     latency = alternated({name: run(network) for name, network in exported.items()}, len(images), SECONDS)
     run_batch = lambda network: lambda item: network(batch)  # noqa: E731

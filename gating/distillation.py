@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gating.supervised import LossFn
 from models import LowRankConv2d, ResNet
+from models.resnet import BasicBlock
 
 # Softens both predictions so that small probabilities count; for small networks arXiv:1503.02531 found 2.5 to 4 to work
 # best (section 3).
@@ -57,8 +58,9 @@ def _bare(network: ResNet) -> ResNet:
     bare.gate = None
     bare.stem = _folded(*bare.stem)
     for block in bare.blocks:
-        block.conv1, block.bn1 = _folded(block.conv1, block.bn1), nn.Identity()
-        block.conv2, block.bn2 = _folded(block.conv2, block.bn2), nn.Identity()
+        if isinstance(block, BasicBlock):
+            block.conv1, block.bn1 = _folded(block.conv1, block.bn1), nn.Identity()
+            block.conv2, block.bn2 = _folded(block.conv2, block.bn2), nn.Identity()
         if block.shortcut is not None:
             block.shortcut = _folded(*block.shortcut)
     return bare

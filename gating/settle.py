@@ -1,5 +1,8 @@
 """Switches that are fixed to what they mostly decide: blocks that then nobody takes leave the network."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from gating.steering import Budget
@@ -10,34 +13,62 @@ from utils.evaluate import Evaluation, evaluate
 from utils.flops import network_cost
 
 UNSETTLED = "unsettled.pt"  # file of stage 3's chosen network before switches were fixed
-# What a switch costs, as a share of the executed FLOPs: fixed, it may let so much more be executed.  Measured are 1 to
-# 5 % of the time (docs/measurements.md): the cheaper the blocks, the more.
-SWITCH_COST = 0.01
+# What a switch costs, as a share of the executed FLOPs: its step of the gate; its test, gathering and scattering.
+# Measured are 1 to 5 % of the time for both together (docs/measurements.md): the cheaper the blocks, the more.
+STEP_COST = TEST_COST = 0.005
+TOLERATED = 0.001  # accuracy that fixing may cost, within the budget: five of CIFAR-10's validation images
+
+
+class Settled(NamedTuple):
+    """A network with fixed switches, and what was measured with and without them."""
+
+    network: ResNet
+    before: Evaluation
+    after: Evaluation
 
 
 def settle(
-    network: ResNet, images: Images, image_size: int, normalisation: Normalisation, budget: Budget, share: float
-) -> tuple[ResNet, Evaluation] | None:
-    """The network with as many switches fixed as pay, and what was measured of it on ``images``.
+    network: ResNet,
+    images: Images,
+    image_size: int,
+    normalisation: Normalisation,
+    budget: Budget,
+    share: float,
+    precision: torch.dtype = torch.float32,
+) -> Settled | None:
+    """Fix the switches whose tests cost more than they save; None where there is none.
 
-    The most settled are fixed first.  Those that have settled least are left to decide where fixing them, too, would
-    lead out of the budget or execute more FLOPs than their tests cost.  None where none is fixed.
+    One after the other is fixed to what it mostly decides, the most settled first, and stays so where budget and
+    accuracy are kept.  Of the networks passed on the way the cheapest is chosen: by its executed FLOPs, and what the
+    steps and tests of its gate cost beside them.
 
     Args:
         images: validation images, of ``image_size`` pixels in height and width.
         share: of the images that a switch has to decide alike for, to be fixed at all.
+        precision: that networks are judged in, see ``utils.device.pick_precision``.
     """
-    before = evaluate(network, images, normalisation, network_cost(network, image_size))
-    fixed = settled_decisions(before.decisions, share)
-    fixed = {switch: on for switch, on in fixed.items() if switch not in network.settled}
-    while fixed:
-        smaller = with_settled(network, fixed)
-        measured = evaluate(smaller, images, normalisation, network_cost(smaller, image_size))
-        pays = measured.flops_executed <= before.flops_executed * (1 + SWITCH_COST * len(fixed))
-        if pays and budget.met(measured.accuracy, measured.computation):
-            return smaller, measured
-        fixed.popitem()
-    return None
+
+    def measured(network: ResNet) -> Evaluation:
+        return evaluate(network, images, normalisation, network_cost(network, image_size), precision=precision)
+
+    def price(network: ResNet, executed: float) -> float:
+        steps = sum(network.steps(switch) for switch in range(network.switches))
+        return executed + (STEP_COST * steps + TEST_COST * len(network.deciding)) * before.flops_executed
+
+    before = measured(network)
+    fixed: dict[int, int] = {}
+    best, lowest = None, price(network, before.flops_executed)
+    for switch, on in settled_decisions(before.decisions, share).items():
+        if switch in network.settled:
+            continue
+        smaller = with_settled(network, {**fixed, switch: on})
+        after = measured(smaller)
+        if after.accuracy < before.accuracy - TOLERATED or not budget.met(after.accuracy, after.computation):
+            continue
+        fixed[switch] = on
+        if price(smaller, after.flops_executed) < lowest:
+            best, lowest = Settled(smaller, before, after), price(smaller, after.flops_executed)
+    return best
 
 
 def settled_decisions(decisions: Tensor, share: float) -> dict[int, int]:

@@ -76,6 +76,10 @@ def pruned_network(settings: Any, data_name: str) -> Checkpoint:
             )
     if pruned.architecture["gate"] == "none":
         raise UserError(f"checkpoint {path} has no switches to teach: train stage 1 with --gate rnn, ff1 or ff2")
+    if not pruned.network().deciding:
+        raise UserError(
+            f"checkpoint {path} has no switch that still decides: give the unsettled.pt beside it, or one of stage 2"
+        )
     return _started_from(path, pruned, "rl_pruned", settings)
 
 

@@ -21,6 +21,14 @@ from utils.errors import UserError
 AHEAD = 3  # batches that are fetched while one is trained on
 
 
+def evenly_spaced(images: int, count: int) -> Tensor:
+    """Indices [count] of some of ``images``: data folders are read class by class, so that the first are all alike.
+
+    Where there are fewer, some come twice.
+    """
+    return torch.linspace(0, images - 1, count).long()
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """N labelled images in the memory of one device."""
