@@ -34,7 +34,7 @@ from benchmarks.competitor import Competitor, torch_pruned
 from deploy.folding import without_switches
 from gating.distillation import distillation_loss_fn
 from gating.forward import training_forward
-from gating.settle import UNSETTLED
+from gating.settle import UNSETTLED, with_settled
 from gating.supervised import supervised_epoch
 from models import ResNet, all_on
 from models.decisions import DecisionRule
@@ -193,7 +193,6 @@ def pruned_further(trained: Trained, target: float, args: argparse.Namespace) ->
         network, batches, draws, cost=cost, goal=Goal(flops=target), method=Method(prune_ratio_limit=0.97)
     )
     smaller = placed(pruned.network, trained.device)
-    reestimate_batch_norms(smaller, batches(), all_on)
     fine_tune(trained, smaller, args, all_on, args.epochs)
     return result(trained, smaller, all_on)
 
@@ -234,7 +233,9 @@ def with_blocks(trained: Trained, kept: Tensor, args: argparse.Namespace) -> dic
     some = some_of(splits.train, seed=0)
     reestimate_batch_norms(network, plain_batches(some, args.batch_size, trained.normalisation), Same(kept))
     fine_tune(trained, network, args, Same(kept), args.epochs)
-    return {**result(trained, network, Same(kept)), "kept": kept.tolist()}
+    left_out = {switch: 0 for switch, runs in enumerate(kept.tolist()) if not runs}
+    parameters = sum(p.numel() for p in with_settled(network, left_out).parameters())
+    return {**result(trained, network, Same(kept)), "parameters": parameters, "kept": kept.tolist()}
 
 
 class Same:

@@ -1,11 +1,13 @@
 """What the benchmarks share: the trained network and its data, the machine, and files written so that runs resume."""
 
 import argparse
+import copy
 import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnxruntime
 import torch
 
 from deploy.folding import deployable
@@ -18,7 +20,7 @@ from utils.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.data.augment import Normalisation
 from utils.data.batches import Splits, split_data
 from utils.data.folder import load_data
-from utils.data.images import Images
+from utils.data.images import Images, evenly_spaced
 from utils.device import pick_device, placed
 from utils.evaluate import Evaluation, evaluate
 from utils.flops import network_cost
@@ -75,9 +77,11 @@ def load_trained(args: argparse.Namespace) -> Trained:
 
 def milliseconds(trained: Trained, network: ResNet) -> dict[str, float]:
     """What the exported network takes on one thread for one image, mean over some, and for a batch, by their size."""
-    model = onnx_model(deployable(network, trained.normalisation), trained.image_size)
+    deployed = deployable(copy.deepcopy(network).cpu(), trained.normalisation)
+    model = onnx_model(deployed, trained.image_size)
     exported = ExportedNetwork(model, threads=1)
-    pixels = trained.splits.val[: max(TIMED)].pixels.cpu().numpy()
+    val = trained.splits.val
+    pixels = val[evenly_spaced(len(val), max(TIMED))].pixels.cpu().numpy()
     times = {}
     for size in TIMED:
         parts = [pixels[i : i + size] for i in range(0, len(pixels), size)]
@@ -94,6 +98,7 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
     }
 

@@ -37,6 +37,7 @@ from deploy.int8 import quantised
 from deploy.session import PROVIDERS, ExportedNetwork
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
+from utils.data.images import evenly_spaced
 from utils.device import placed
 from utils.errors import UserError, run_command
 from utils.evaluate import evaluate
@@ -237,7 +238,7 @@ def row(
 def items_of(pixels: Tensor, batch: int) -> list[Tensor]:
     """What one round runs: some single images, spread over all of them, or one batch; uint8 [batch, 3, H, W] each."""
     count = SINGLE_IMAGES if batch == 1 else batch
-    chosen = pixels[torch.linspace(0, len(pixels) - 1, count).long()]
+    chosen = pixels[evenly_spaced(len(pixels), count)]
     return list(chosen.split(batch))
 
 

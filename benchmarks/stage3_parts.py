@@ -42,6 +42,7 @@ from gating.temperature import rescale_gate_logits
 from main_rl_prune import RESCALING_IMAGES, Settings, reestimate
 from models import ResNet
 from utils.data.batches import TrainingBatches
+from utils.data.images import evenly_spaced
 from utils.device import PRECISIONS, Randomness, pick_precision
 from utils.errors import UserError, run_command
 from utils.evaluate import Evaluation, check_finite, evaluate
@@ -216,7 +217,9 @@ def train(
     batches = TrainingBatches(splits.train, args.bs, randomness.data, normalisation, flip)
     setup = reinforcement(recipe, trained, network, cost, randomness, precision)
     if recipe.rescaled:
-        rescale_gate_logits(network, normalisation.apply(splits.train[:RESCALING_IMAGES].pixels))
+        rescale_gate_logits(
+            network, normalisation.apply(splits.train[evenly_spaced(len(splits.train), RESCALING_IMAGES)].pixels)
+        )
     steering = Steering(
         budget, cost, alpha=args.alpha, epochs=args.epochs, steps=len(batches), device=trained.device,
         fixed=not recipe.steered,

@@ -13,7 +13,7 @@ on the validation images, and the network really runs its decisions on the test 
 * ``linear``, ``multilayer``: the regressions; ``multilayer`` has two hidden layers;
 * ``labelled``: the rise of the image's own loss, which takes the label and turns errors into hits: out of reach.
 
-    python -m benchmarks.switch_knowledge --checkpoint RL_PRUNED/best.pt --data_dir DATA --out OUT
+    python -m benchmarks.switch_knowledge --checkpoint RL_PRUNED/unsettled.pt --data_dir DATA --out OUT
 """
 
 import argparse
@@ -206,11 +206,12 @@ def r_squared(expected: Tensor, true: Tensor) -> Tensor:
 
 def per_flop(expected: Tensor, network: ResNet, cost: NetworkCost) -> Tensor:
     """[N, B] over the share of all FLOPs that each skip saves."""
-    return expected / torch.tensor([cost.blocks[switch] / cost.flops for switch in network.deciding])
+    return expected / expected.new_tensor([cost.blocks[switch] / cost.flops for switch in network.deciding])
 
 
 def threshold_for(computation: float, prices: Tensor, network: ResNet, cost: NetworkCost) -> float:
     """The price up to which pairs of image and block are skipped so that ``computation`` of the FLOPs is left."""
+    prices = prices.cpu()
     shares = torch.tensor([cost.blocks[switch] / cost.flops for switch in network.deciding], dtype=torch.float64)
     ranked, order = prices.flatten().sort()
     saved = shares.expand_as(prices).flatten()[order].cumsum(0) / len(prices)

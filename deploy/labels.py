@@ -1,7 +1,7 @@
 """The files of an exported network and labels.json, which says what the others mean."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ class Labels:
     image_size: int
     flops: float  # of one image with every block run
     flops_of_switched_blocks: list[float]
+    fixed_blocks: list[int] = field(default_factory=list)  # whose switch no longer decides, counted from 1
 
 
 def describe(checkpoint: Checkpoint, deployed: ResNet) -> dict[str, Any]:
     """What labels.json says: classes, image size, FLOPs of one image, where the network comes from.
 
-    The FLOPs are those of the folded network, which multiplying out can leave below the checkpoint's.
+    The FLOPs are those of the folded network: multiplied out it may have fewer than the checkpoint's, and a bias where
+    a batch norm was.
     """
     cost = network_cost(deployed, checkpoint.data["image_size"])
     return {
@@ -37,6 +39,7 @@ def describe(checkpoint: Checkpoint, deployed: ResNet) -> dict[str, Any]:
         "image_size": checkpoint.data["image_size"],
         "flops": cost.flops,
         "flops_of_switched_blocks": list(cost.blocks),
+        "fixed_blocks": [switch + 2 for switch in sorted(deployed.settled)],  # the first block has no switch
         "stage": checkpoint.stage,
         "dataset": checkpoint.data["name"],
         "metrics": checkpoint.metrics,
@@ -55,8 +58,8 @@ def read_labels(folder: Path) -> Labels:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
-        return Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a folder that python -m deploy.export wrote") from None
+        return Labels(**{key: content[key] for key in Labels.__dataclass_fields__ if key in content})
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist: give the folder that python -m deploy.export wrote") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what this program writes ({error}): export the network again") from None

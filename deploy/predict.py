@@ -92,9 +92,11 @@ def answer(logits: Tensor, decisions: Tensor, labels: Labels) -> str:
     """One image's line: class, probability, FLOPs, and the blocks skipped, counted from 1 as the network runs them."""
     probability, label = logits.softmax(dim=0).max(dim=0)
     # The first block has no switch: switch 1 is block 2's.
-    skipped = [switch + 2 for switch, taken in enumerate(decisions.tolist()) if not taken]
-    flops = labels.flops - sum(labels.flops_of_switched_blocks[block - 2] for block in skipped)
-    blocks = "no switches" if len(decisions) == 0 else f"{len(skipped)} of {len(decisions)} switched blocks skipped"
+    left = [switch + 2 for switch, taken in enumerate(decisions.tolist()) if not taken]
+    flops = labels.flops - sum(labels.flops_of_switched_blocks[block - 2] for block in left)
+    skipped = [block for block in left if block not in labels.fixed_blocks]
+    deciding = len(decisions) - len(labels.fixed_blocks)
+    blocks = f"{len(skipped)} of {deciding} switched blocks skipped" if deciding else "no switches"
     if skipped:
         blocks += f" ({', '.join(map(str, skipped))})"
     return f"{labels.classes[label]}  {probability:.1%}  {flops / 1e6:.4g} MFLOPs  {blocks}"
