@@ -183,7 +183,7 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     finally:
         if settings.objective == "latency" and parallel.is_main_process():
             times.save()
-    # Neither rounding nor measured times may choose another network in another process.
+    # Rounding may not choose another network in another process.
     pruned = parallel.broadcast_object(pruned)
     if pruned.nothing_changed:
         return None
@@ -281,14 +281,18 @@ def record_pruning(
 def smallest_within_budget(
     run: Run, start: Checkpoint, unpruned: Checkpoint, iterations: list[Checkpoint], floor: float
 ) -> tuple[Checkpoint, bool]:
-    """The iteration with the fewest FLOPs within the budget, and whether there is one: else stage 1's network."""
+    """The iteration with the fewest FLOPs within the budget, or stage 1's network, and whether the budget is kept."""
     within = [c for c in iterations if c.metrics["accuracy"] >= floor - 1e-9]
     if within:
         best = min(within, key=lambda c: network_cost(c.network(), start.data["image_size"]).flops)
         run.say(f"chosen: iteration {best.progress['iteration']}, the smallest network within the budget")
         return best, True
-    run.say("no iteration stayed within the budget: the unpruned network is kept; try a smaller prune_ratio")
-    return replace(unpruned, stage="pruned", source=start.source, seed=start.seed, training={}), False
+    if iterations:
+        run.say("no iteration stayed within the budget: the unpruned network is kept; try a smaller prune_ratio")
+    else:
+        run.say("nothing was pruned: the network of stage 1 is kept")
+    kept = {"source": start.source, "seed": start.seed, "progress": PruningProgress().state_dict(), "training": {}}
+    return replace(unpruned, stage="pruned", **kept), not iterations
 
 
 def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> None:

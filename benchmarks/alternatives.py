@@ -294,4 +294,4 @@ def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on="the same command")

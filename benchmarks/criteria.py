@@ -297,4 +297,4 @@ def draw(path: Path, args: argparse.Namespace, rows: list[dict], whole: float) -
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on="the same command")

@@ -37,6 +37,7 @@ from deploy.int8 import quantised
 from deploy.session import PROVIDERS, ExportedNetwork
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
+from models.decisions import DecisionRule
 from utils.data.images import evenly_spaced
 from utils.device import placed
 from utils.errors import UserError, run_command
@@ -117,7 +118,7 @@ def main() -> None:
             for batch in BATCHES:
                 place = {"device": device, "threads": threads, "skipped": skipped, "batch": batch}
                 new = list(compared(contest, place, args))
-                if subject.dynamic is not None:
+                if subject.dynamic is not None and subject.dynamic.deciding:
                     new += routed(contest, place, args)
                 print("\n".join(line(row) for row in new), flush=True)
                 rows += new
@@ -210,7 +211,9 @@ def routed(contest: Contest, place: dict[str, Any], args: argparse.Namespace) ->
         whole = onnx_model(without_switches(deployable(network, subject.normalisation)), size)
         runs[EXPORTED, DYNAMIC] = exported(contest.graphs[DYNAMIC], items, device, place["threads"])
         runs[EXPORTED, every] = exported(whole, items, device, place["threads"])
-    flops = {DYNAMIC: executed_flops(network, subject, items), every: float(network_cost(network, size).flops)}
+    flops = {
+        name: executed_flops(network, subject, items, rule) for name, rule in ((DYNAMIC, thresholded), (every, all_on))
+    }
     timings = in_turns(runs, len(items), args.seconds)
     for runtime, name in timings:
         if name == DYNAMIC:
@@ -273,12 +276,13 @@ def exported(model: Any, items: list[Tensor], device: str, threads: int) -> Run:
 
 
 @torch.no_grad()
-def executed_flops(network: ResNet, subject: Subject, items: list[Tensor]) -> float:
+def executed_flops(network: ResNet, subject: Subject, items: list[Tensor], decide: DecisionRule = thresholded) -> float:
     """FLOPs of one image of the unfolded network, mean over the images; those of skipped blocks left out."""
     cost = network_cost(network, subject.image_size)
     if network.switches == 0:
         return float(cost.flops)
-    return cost.executed(network(subject.normalisation.apply(torch.cat(items))).decisions).mean().item()
+    decisions = network(subject.normalisation.apply(torch.cat(items)), decide=decide).decisions
+    return cost.executed(decisions).mean().item()
 
 
 HEADER = (
@@ -349,4 +353,4 @@ def machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=False)
+    run_command(main, goes_on=None)

@@ -138,4 +138,4 @@ def draw(path: Path, points: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on="the same command")

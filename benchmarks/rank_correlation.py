@@ -130,4 +130,4 @@ def draw(path: Path, points: list[dict], correlations: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on=None)

@@ -392,4 +392,4 @@ def table(content: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on="the same command")

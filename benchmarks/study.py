@@ -290,4 +290,4 @@ def bars(axis: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> No
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=False)
+    run_command(main, goes_on=None)

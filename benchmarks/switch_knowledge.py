@@ -206,7 +206,8 @@ def r_squared(expected: Tensor, true: Tensor) -> Tensor:
 
 def per_flop(expected: Tensor, network: ResNet, cost: NetworkCost) -> Tensor:
     """[N, B] over the share of all FLOPs that each skip saves."""
-    return expected / expected.new_tensor([cost.blocks[switch] / cost.flops for switch in network.deciding])
+    shares = [cost.blocks[switch] / cost.flops for switch in network.deciding]
+    return expected / torch.tensor(shares, device=expected.device)
 
 
 def threshold_for(computation: float, prices: Tensor, network: ResNet, cost: NetworkCost) -> float:
@@ -263,4 +264,4 @@ def table(content: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on=None)

@@ -373,4 +373,4 @@ def described(threads: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=False)
+    run_command(main, goes_on=None)

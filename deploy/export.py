@@ -113,4 +113,4 @@ def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=False)
+    run_command(main, goes_on=None)

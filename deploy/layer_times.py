@@ -12,6 +12,7 @@ from deploy.graphs import IR_VERSION, OPSET
 from deploy.session import open_session
 from deploy.timing import fastest
 from pruning.costs import Chain
+from utils import parallel
 from utils.files import write_json
 
 SECONDS = 0.01  # spent on each chain, but three runs at least
@@ -19,6 +20,8 @@ SECONDS = 0.01  # spent on each chain, but three runs at least
 
 class LayerTimes:
     """Seconds that chains of convolutions take for one image, on one thread; each is measured once and then known.
+
+    Of several processes one measures, so that all, which ask for the same chains in the same order, choose alike.
 
     Args:
         path: JSON file to keep them in, so that an interrupted run goes on with the same table; none by default.
@@ -30,12 +33,14 @@ class LayerTimes:
         if path is not None:
             with suppress(OSError, ValueError):  # a table that is not there, or damaged, is measured anew
                 self.known = json.loads(path.read_text())
+        self.known = parallel.broadcast_object(self.known)
 
     def seconds(self, chain: Chain, size: int) -> float:
         """The fastest of several runs of ``chain`` on an image of ``size`` x ``size`` pixels."""
         key = f"{size}: " + ", ".join("-".join(map(str, convolution)) for convolution in chain)
         if key not in self.known:
-            self.known[key] = _measured(chain, size)
+            measured = _measured(chain, size) if parallel.is_main_process() else None
+            self.known[key] = parallel.broadcast_object(measured)
         return self.known[key]
 
     def save(self) -> None:

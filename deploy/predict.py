@@ -103,4 +103,4 @@ def answer(logits: Tensor, decisions: Tensor, labels: Labels) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=False)
+    run_command(main, goes_on=None)

@@ -119,6 +119,21 @@ def test_where_no_iteration_keeps_the_budget_the_unpruned_network_is_kept(chain,
     assert "[^budget]: no network met the budget" in (tmp_path / "results.md").read_text()
 
 
+def test_where_nothing_can_be_pruned_the_network_is_within_its_budget(
+    chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = run_folder(chain, "sp") / BEST
+    given = arguments("pruned", shapes, tmp_path, str(source))
+    run("pruned", [*given, "--set=decomposition=truncate", "--set=prune_ratio_limit=0"], monkeypatch)
+    folder = run_folder(tmp_path, "pruned")
+    assert "nothing was pruned: the network of stage 1 is kept" in (folder / "log.txt").read_text()
+    best, unpruned = load_checkpoint(folder / BEST), load_checkpoint(source)
+    assert all(torch.equal(best.weights[name], weight) for name, weight in unpruned.weights.items())
+    assert best.progress["iteration"] == 0
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    assert record["within_budget"] is True and record["compression"] == 0
+
+
 def forgetting(train):
     """Training after which the classifier answers the same to everything, as the network before it is made to."""
 

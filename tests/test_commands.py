@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
+from gating.settle import with_settled
 from models import all_on
-from utils.checkpoint import load_checkpoint, load_network
+from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.errors import UserError, run_command
 
 METHODS = ["w/o Pruning", "w/ Static Pruning only", "w/ Static and Dynamic Pruning"]
@@ -262,6 +264,15 @@ def test_a_network_without_switches_cannot_be_taught(chain: Path, shapes: Path, 
     torch.save(content, tmp_path / "plain.pt")
     given = arguments("rl_pruned", shapes, chain, str(tmp_path / "plain.pt"))
     assert "has no switches to teach" in error_line("rl_pruned", given, monkeypatch, capsys)
+
+
+def test_where_no_switch_decides_none_can_be_taught(chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys):
+    pruned = load_checkpoint(chain / records(chain)[1]["checkpoint"])
+    fixed = with_settled(pruned.network(), {0: 1, 1: 0})
+    save_checkpoint(tmp_path / "fixed.pt", replace(pruned, architecture=fixed.architecture, weights=fixed.state_dict()))
+    given = arguments("rl_pruned", shapes, chain, str(tmp_path / "fixed.pt"))
+    line = error_line("rl_pruned", given, monkeypatch, capsys)
+    assert "has no switch that still decides: give the unsettled.pt" in line
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

@@ -95,6 +95,16 @@ def test_a_chain_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert list(json.loads(path.read_text()).values()) == [0.5]
 
 
+def test_of_several_processes_one_measures(monkeypatch):
+    """Times that differ would let each process choose another network."""
+    sent = iter([{}, 0.25])
+    monkeypatch.setattr(layer_times.parallel, "is_main_process", lambda: False)
+    monkeypatch.setattr(layer_times.parallel, "broadcast_object", lambda value: next(sent))
+    monkeypatch.delattr(layer_times, "_measured")
+    times = LayerTimes()
+    assert times.seconds((Convolution(3, 4, 3),), 8) == times.seconds((Convolution(3, 4, 3),), 8) == 0.25
+
+
 def test_a_time_is_that_of_the_fastest_run(monkeypatch):
     """By a clock that the runs move themselves: the first one, which allocates, does not count."""
     taken, clock, runs = [0.5, 0.004, 0.002, 0.003, 0.006, 0.001], [0.0], []

@@ -230,9 +230,14 @@ def test_a_run_that_is_being_written_is_left_alone(chain: Path, tmp_path: Path):
         stdout=subprocess.PIPE, text=True,
     ) as holder:  # fmt: skip
         assert holder.stdout.readline().strip() == "holds it"
+        being_saved = [folder / f".{name}.x1y2" for name in (LAST, BEST)]
+        for path in being_saved:
+            path.touch()
         with pytest.raises(UserError, match="is being written by another process"):
             Run(folder)
+        assert all(path.exists() for path in being_saved), "files that the first is writing"
         holder.kill()
     Run(folder).close()
+    assert not any(path.exists() for path in being_saved), "what its killed saves have left"
     after = {path: path.read_bytes() for path in folder.iterdir() if path in before and "events" not in path.name}
     assert after == {path: content for path, content in before.items() if "events" not in path.name}

@@ -13,6 +13,7 @@ from deploy import export, predict
 from deploy.folding import deployable, folded
 from deploy.graphs import onnx_model
 from deploy.session import check_session, open_session, run_session
+from gating.distillation import distillation_loss, distillation_loss_fn
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.settle import description, settle, settled_decisions, with_settled
 from gating.steering import Budget, FixedAlpha
@@ -245,6 +246,16 @@ def test_in_later_training_fixed_switches_stay_as_they_are(gate):
     for skip in (False, True):
         for rule in (all_on, sampled(torch.zeros(32, 2)), torch.ones_like):
             assert (network(x, decide=rule, skip=skip).decisions == torch.tensor([0.0, 1.0])).all()
+
+
+@pytest.mark.parametrize("fixed", [{0: 0}, {1: 1}, {0: 0, 1: 0}])
+def test_a_network_that_blocks_have_left_may_be_the_teacher(fixed):
+    teacher = with_settled(lively_network("rl_pruned", "rnn"), fixed)
+    x, labels = NORMALISATION.apply(varied_images(8)), torch.arange(8)
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = distillation_loss(logits, teacher(x, decide=all_on).logits, labels, 0.5)
+    torch.testing.assert_close(distillation_loss_fn(teacher, 0.5)(x, logits, labels), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_export_says_what_was_left_out_and_predict_skips_it(tmp_path, monkeypatch, capsys):

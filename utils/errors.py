@@ -8,25 +8,28 @@ class UserError(Exception):
     """Something the user can put right; the message is one sentence: the thing, what was found and the cure."""
 
 
-def run_command(main: Callable[[], None], resumable: bool = True) -> None:
+RESUME = "the same command with --resume"
+
+
+def run_command(main: Callable[[], None], goes_on: str | None = RESUME) -> None:
     """Run a command's main function; report a user's error in one line (exit code 2) and Ctrl-C in one line (130).
 
     Args:
-        resumable: whether the command takes --resume.
+        goes_on: what continues from where it was interrupted; None where nothing does.
     """
     try:
         main()
     except (UserError, KeyboardInterrupt) as error:
-        sys.exit(report_error(error, resumable))
+        sys.exit(report_error(error, goes_on))
 
 
-def report_error(error: UserError | KeyboardInterrupt, resumable: bool = True) -> int:
+def report_error(error: UserError | KeyboardInterrupt, goes_on: str | None = RESUME) -> int:
     """Report an error in one line on standard error; the exit code that goes with it."""
     if isinstance(error, UserError):
         # What a library says of a damaged file may run over many lines.
         line, code = f"error: {' '.join(str(error).split())}", 2
     else:
-        kept = "; what was saved is kept: the same command with --resume continues from there" if resumable else ""
+        kept = f"; what was saved is kept: {goes_on} continues from there" if goes_on else ""
         line, code = f"interrupted{kept}", 130
     print(line, file=sys.stderr, flush=True)
     return code

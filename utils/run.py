@@ -53,6 +53,8 @@ class Run:
         if not parallel.is_main_process():
             return
         self._lock = _reserved(path)
+        for leftover in path.glob(".*.pt.*"):  # of saves that were killed
+            leftover.unlink()
         self._trim_metrics(purge_after)
         self._log = logging.getLogger(f"run.{path}")
         self._log.setLevel(logging.INFO)
@@ -83,9 +85,6 @@ class Run:
     @classmethod
     def reopened(cls, last: "LastRun") -> "Run":
         """A run to go on with; what it wrote after its last checkpoint is forgotten."""
-        if parallel.is_main_process():
-            for leftover in last.path.glob(f".{LAST}.*"):  # of a save that was killed
-                leftover.unlink()
         return cls(last.path, purge_after=last.checkpoint.progress["step"])
 
     def _trim_metrics(self, purge_after: int | None) -> None:
