@@ -2,7 +2,8 @@
 
 For each image and switched block of a trained network: how far its prediction moves (divergence from that with every
 block run) where this block alone is skipped.  Regressions of it on what the switch sees, the pooled inputs of its block
-and of those before it, are fitted on training images; their R^2 on test images says what any gate could know.
+and of those before it, are fitted on training images; their R^2 on test images says what any gate could know.  So does
+that of a convolutional network for the whole feature map that enters the block: what a gate that sees more could.
 
 Then deciders at equal executed FLOPs.  Each ranks all pairs of image and block by what it expects a skip to cost over
 the FLOPs that it saves, and skips the cheapest until the computation that is asked for is left; its threshold is found
@@ -23,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.alternatives import decided
 from benchmarks.common import Trained, add_trained_arguments, beside, load_trained, machine
+from benchmarks.regressions import Regression, convolutional, linear, multilayer
 from models import ResNet, all_on
 from models.gates import pooled
 from utils.data.batches import plain_batches
@@ -37,8 +39,7 @@ from utils.flops import NetworkCost, network_cost
 from utils.modes import evaluation_mode
 
 DECIDERS = ("alike", "switches", "linear", "multilayer", "labelled")
-RIDGE = 1e-3  # of the features' mean variance
-HIDDEN, STEPS, BATCH, RATE = 128, 3000, 512, 1e-3  # of the multilayer regressions
+AT_ONCE = 256  # images
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def main() -> None:
         "blocks": [f"blocks.{switch + 1}" for switch in network.deciding],
         "shares": [cost.blocks[switch] / cost.flops for switch in network.deciding],
         "divergence": test.moved.mean(dim=0).tolist(),
-        "r_squared": {name: r_squared(expected[name](test), test.moved).tolist() for name in fits},
+        "r_squared": {
+            **{name: r_squared(expected[name](test), test.moved).tolist() for name in fits},
+            "convolutional": from_maps(trained, network, splits.train[some], train.moved, test.moved),
+        },
         "whole": trained.evaluated(network, splits.test, all_on).metrics,
         "as it is": trained.evaluated(network, splits.test).metrics,
         "rows": [],
@@ -104,6 +108,30 @@ def main() -> None:
     print(table(content))
 
 
+def from_maps(trained: Trained, network: ResNet, images: Images, moved: Tensor, of_test: Tensor) -> list[float]:
+    """R^2 on the test images of regressions on the feature maps, block by block, fitted on ``images``."""
+    found = []
+    for column, switch in enumerate(network.deciding):
+        model = convolutional(maps_entering(trained, network, images, switch), moved[:, column])
+        expected = model(maps_entering(trained, network, trained.splits.test, switch))
+        found.append(r_squared(expected[:, None], of_test[:, column, None]).item())
+    return found
+
+
+@torch.no_grad()
+def maps_entering(trained: Trained, network: ResNet, images: Images, switch: int) -> Tensor:
+    """The input of a switched block for all images, every block run; float16 [N, channels, H, W]."""
+    seen: list[Tensor] = []
+    handle = network.blocks[switch + 1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].half()))
+    try:
+        with evaluation_mode(network):
+            for x, _ in plain_batches(images, AT_ONCE, trained.normalisation):
+                network(x, decide=all_on, skip=False)
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
 def alike(mean: Tensor, images: int) -> Tensor:
     """The mean cost of each skip for all images, [B] -> [N, B], with noise too small to change the order of the blocks.
 
@@ -112,7 +140,7 @@ def alike(mean: Tensor, images: int) -> Tensor:
     return mean * (1 + 1e-6 * torch.rand(images, len(mean), device=mean.device))
 
 
-def regression(fit: Callable, train: Skips) -> Callable[[Skips], Tensor]:
+def regression(fit: Callable[[Tensor, Tensor], Regression], train: Skips) -> Callable[[Skips], Tensor]:
     """What a fit for each block expects of the skips of other images, [N, B]."""
     models = [fit(x, y) for x, y in zip(train.features, train.moved.t(), strict=True)]
     return lambda skips: torch.stack([model(x) for model, x in zip(models, skips.features, strict=True)], dim=1)
@@ -132,7 +160,7 @@ def single_skips(trained: Trained, network: ResNet, images: Images) -> Skips:
     ]
     try:
         with evaluation_mode(network):
-            for x, y in plain_batches(images, 256, trained.normalisation):
+            for x, y in plain_batches(images, AT_ONCE, trained.normalisation):
                 seen.clear()
                 whole = network(x, decide=all_on, skip=False)
                 inputs = list(seen)
@@ -155,48 +183,6 @@ def without(network: ResNet, x: Tensor, y: Tensor, switch: int, log_p: Tensor) -
     kept[switch] = 0
     log_q = network(x, decide=decided(kept), skip=False).logits.log_softmax(dim=1)
     return F.nll_loss(log_q, y, reduction="none"), (log_p.exp() * (log_p - log_q)).sum(dim=1)
-
-
-def linear(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Ridge regression of y [N] on x [N, n]."""
-    mean, scale = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
-    z = ((x - mean) / scale).double()
-    gram = z.t() @ z / len(z) + RIDGE * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-    weights = torch.linalg.solve(gram, z.t() @ (y - y.mean()).double() / len(z)).float()
-    return lambda x: (x - mean) / scale @ weights + y.mean()
-
-
-def multilayer(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Regression of y [N] on x [N, n] by a network with two hidden layers, of its root, whose tail is shorter."""
-    mean, scale = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
-    z, root = (x - mean) / scale, y.clamp(min=0).sqrt()
-    centre, spread = root.mean(), root.std().clamp(min=1e-6)
-    model = nn.Sequential(
-        nn.Linear(x.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2)
-    ).to(x.device)
-    optimiser = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-
-    # Mean and variance of the root: its mean square is the mean of y.
-    def predicted(z: Tensor) -> tuple[Tensor, Tensor]:
-        of_root, log_variance = model(z).unbind(1)
-        return of_root * spread + centre, log_variance.clamp(-8, 8) + 2 * spread.log()
-
-    for _ in range(STEPS):
-        rows = torch.randint(len(z), (BATCH,), device=z.device)
-        of_root, log_variance = predicted(z[rows])
-        loss = (log_variance + (root[rows] - of_root).square() / log_variance.exp()).mean() / 2
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-
-    @torch.no_grad()
-    def expected(x: Tensor) -> Tensor:
-        of_root, log_variance = predicted((x - mean) / scale)
-        return of_root.square() + log_variance.exp()
-
-    return expected
 
 
 def r_squared(expected: Tensor, true: Tensor) -> Tensor:
@@ -225,9 +211,9 @@ def threshold_for(computation: float, prices: Tensor, network: ResNet, cost: Net
 def run(trained: Trained, network: ResNet, cost: NetworkCost, keep: Tensor) -> dict[str, float]:
     """Accuracy and computation on the test images under decisions keep [N, B]."""
     test, correct, executed, loss = trained.splits.test, 0, [], 0.0
-    rows = keep.float().split(256)
+    rows = keep.float().split(AT_ONCE)
     with evaluation_mode(network):
-        for (x, y), of_batch in zip(plain_batches(test, 256, trained.normalisation), rows, strict=True):
+        for (x, y), of_batch in zip(plain_batches(test, AT_ONCE, trained.normalisation), rows, strict=True):
             decisions = torch.ones(len(x), network.switches, device=x.device)
             decisions[:, network.deciding] = of_batch
             output = network(x, decide=decided(decisions))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from networks import lively_network
 
-from benchmarks import switch_knowledge
-from benchmarks.switch_knowledge import linear, multilayer, per_flop, r_squared, threshold_for
+from benchmarks import regressions, switch_knowledge
+from benchmarks.regressions import convolutional, linear, multilayer
+from benchmarks.switch_knowledge import per_flop, r_squared, threshold_for
 from utils.checkpoint import load_checkpoint
 from utils.flops import network_cost
 
@@ -30,6 +31,17 @@ def test_regressions_explain_what_they_can_and_no_more():
     assert r_squared(multilayer(x, square)(other)[:, None], other[:, :1].square()).item() > 0.8
 
 
+def test_a_regression_on_maps_sees_what_means_do_not():
+    """Where something is in a map, not how much of it: the means over all positions are the same."""
+    torch.manual_seed(0)
+    size, images = 8, 4000
+    maps, column = torch.zeros(images, 3, size, size), torch.randint(size, (images,))
+    maps[torch.arange(images), :, torch.randint(size, (images,)), column] = 8
+    y = (2 * (column - 3.5) / 7).square()  # by how far it is from the middle, mirrored or not
+    model = convolutional(maps[:3500], y[:3500])
+    assert r_squared(model(maps[3500:])[:, None], y[3500:, None]).item() > 0.5
+
+
 def test_the_threshold_leaves_the_computation_that_is_asked_for():
     torch.manual_seed(0)
     network = lively_network("sp", "rnn")
@@ -47,11 +59,14 @@ def test_all_of_it_on_a_tiny_chain(chain: Path, shapes: Path, tmp_path: Path, mo
     checkpoint = run / "unsettled.pt" if (run / "unsettled.pt").exists() else run / "best.pt"
     given = ["--checkpoint", checkpoint, "--data_dir", shapes, "--computation", 0.9, "--out", tmp_path / "known"]
     monkeypatch.setattr("sys.argv", ["switch_knowledge", *map(str, given), "--num_workers", "0"])
-    monkeypatch.setattr(switch_knowledge, "STEPS", 20)
+    monkeypatch.setattr(regressions, "STEPS", 20)
     switch_knowledge.main()
     content = json.loads((tmp_path / "known.json").read_text())
     switches = len(load_checkpoint(checkpoint).network().deciding)
     assert {row["decider"] for row in content["rows"]} == set(switch_knowledge.DECIDERS)
-    assert len(content["blocks"]) == len(content["r_squared"]["linear"]) == switches
+    assert {name: len(own) for name, own in content["r_squared"].items()} == dict.fromkeys(
+        ("linear", "multilayer", "convolutional"), switches
+    )
+    assert len(content["blocks"]) == switches
     assert all(0.5 <= row["computation"] <= 1 for row in content["rows"])
     assert (tmp_path / "known.md").read_text() == switch_knowledge.table(content)
