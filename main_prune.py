@@ -45,7 +45,10 @@ from utils.settings import RESUME, Parser, load_settings
 
 
 def parse_arguments() -> tuple[PruneSettings, bool]:
-    parser = Parser("Stage 2: static pruning.")
+    parser = Parser(
+        "Stage 2: static pruning.  docs/options.md lists the keys of its settings.",
+        hint="--help lists the flags; a key of the settings is given as --set key=value",
+    )
     parser.add_argument("--config_path", default="config.json", help="settings file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the settings"

@@ -54,8 +54,13 @@ class Trained:
         return evaluate(network, images, self.normalisation, network_cost(network, self.image_size), decide)
 
 
-def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="best.pt of stage 1")
+def add_trained_arguments(parser: argparse.ArgumentParser, checkpoint: str = "best.pt of stage 1") -> None:
+    """``--checkpoint``, of what it says, and the data.
+
+    Args:
+        checkpoint: which one is meant.
+    """
+    parser.add_argument("--checkpoint", required=True, help=checkpoint)
     parser.add_argument("--data_dir", required=True, help="data folder it was trained on")
     parser.add_argument("--img_type", type=image_type, default="png", help="image files to read")
     parser.add_argument("--num_workers", type=int, default=2, help="threads that decode images")

@@ -312,7 +312,7 @@ def table(rows: list[Row], accuracies: dict[str, float]) -> str:
         lines += [
             f"{device}, {threads} threads" + ("" if skipped is None else f", {skipped:.0%} of the switches closed"),
             "",
-            "| runtime | network | accuracy | GFLOPs | " + " | ".join(COLUMNS.values()) + " |",
+            "| runtime | network | accuracy | GFLOPs of the timed images | " + " | ".join(COLUMNS.values()) + " |",
             "|---|---|---|---|" + "---|" * len(COLUMNS),
         ]
         own = [r for r in against_dense if (r.device, r.threads, r.skipped) == (device, threads, skipped)]

@@ -108,7 +108,7 @@ SETTINGS = ("checkpoint", "epochs", "lr", "bs", "alpha", "max_accuracy_drop", "t
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What earns its place in stage 3.", allow_abbrev=False)
-    add_trained_arguments(parser)
+    add_trained_arguments(parser, "best.pt of stage 2")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--lr", type=float, default=Settings.lr, help="of the network, and of its gates without Adam")
     parser.add_argument("--bs", type=int, default=Settings.bs)

@@ -142,7 +142,9 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
     lines += ["| network | seeds | accuracy | GFLOPs executed | parameters | computation | latency | images a second |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     rows = [(METHODS[stage], records) for stage, records in stages.items()]
-    rows.append(("trained without switches", rows_by_stage(results, "reference")["sp"]))
+    reference = rows_by_stage(results, "reference")
+    rows.append(("trained without switches", reference["sp"]))
+    rows.append(("trained without switches, pruned statically", reference["pruned"]))
     rows.append(("switches on the unpruned network", rows_by_stage(results, "dense_switched")["rl_pruned"]))
     lines += [stage_row(name, records) for name, records in rows if records]
     found = alternatives(results)
@@ -182,10 +184,24 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
         ("stage3_parts", "What earns its place in stage 3", stage3_parts.table),
         ("switch_knowledge", "What a switch can know", switch_knowledge.table),
     ):
-        for path in sorted(results.glob(f"{name}*.json")):
-            lines += ["", f"## {title}", "", table(json.loads(path.read_text())).rstrip()]
+        contents = [json.loads(path.read_text()) for path in sorted(results.glob(f"{name}*.json"))]
+        for content in contents:
+            lines += ["", f"## {title}", "", table(content).rstrip()]
+        if name == "stage3_parts" and len(contents) > 1:
+            lines += ["", "Over these networks, FLOPs saved and accuracy, in points:", "", *over_networks(contents)]
     lines += ["", made_with(results)]
     return [*lines, ""]
+
+
+def over_networks(contents: Sequence[Record]) -> list[str]:
+    """What each part of stage 3 adds, mean and deviation over the networks that it was measured on, in Markdown."""
+    lines = ["| part | networks | added to published: saved | accuracy | added to all others: saved | accuracy |"]
+    lines.append("|---|---|---|---|---|---|")
+    for part in contents[0]["parts"]:
+        measured = [content["parts"][part] for content in contents if all(content["parts"].get(part, [None]))]
+        cells = [spread(m[i][key]["mean"] for m in measured) for i in (0, 1) for key in ("saved", "accuracy")]
+        lines.append(f"| {part} | {len(measured)} | {' | '.join(cells)} |")
+    return lines
 
 
 def ahead(measured: Sequence[Record], others: Sequence[Record]) -> list[float]:

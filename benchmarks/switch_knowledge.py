@@ -54,7 +54,7 @@ class Skips:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a switch can know.", allow_abbrev=False)
-    add_trained_arguments(parser)
+    add_trained_arguments(parser, "best.pt of stage 3, or unsettled.pt where switches were fixed")
     parser.add_argument("--train_images", type=int, default=20000, help="that regressions are fitted on")
     parser.add_argument("--computation", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="shares of the FLOPs")
     parser.add_argument("--seed", type=int, default=0)

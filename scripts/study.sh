@@ -2,7 +2,7 @@
 # What do switches save on top of static pruning, at one point of accuracy?  From nothing to tables and pictures.
 # Usage: bash scripts/study.sh small|medium|full RESULT_DIR [SEEDS]
 #   small    ResNet-20, width 32, 16x16 pixels, three seeds: the comparisons
-#   medium   the same network at 32x32, one seed: the headline
+#   medium   the same network at 32x32, one seed, pruned in one step: the headline
 #   full     ResNet-32, width 64, the published epochs, one seed: for a GPU
 # DATA_DIR and IMG_TYPE say where the images are (data/cifar10, jpg), PRECISION how to train (auto; bf16 pays on CPUs
 # that multiply it).  Stopped at any moment, within a run too, the same command goes on; SECONDS_A_PIECE stops a run by
@@ -13,11 +13,13 @@ cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n 3,10p "$0"; exit 2; }
 size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-jpg} precision=${PRECISION:-auto}
 at=()  # where the switches end: the fewest FLOPs within one point
+flops=0.12 fisher=10000 rate=0.02
 case $size in
-small)  depth=20 width=32 pixels=16 first=20 iterations=4 tuning=2 third=6 seeds=${3:-3}
+small)  depth=20 width=32 pixels=16 first=20 iterations=4 tuning=2 last_tuning=4 third=6 seeds=${3:-3}
         at=(--target_computation 0.8) ;;  # so that all alternatives are compared at as many executed FLOPs
-medium) depth=20 width=32 pixels=32 first=20 iterations=3 tuning=1 third=4 seeds=${3:-1} ;;
-full)   depth=32 width=64 pixels=32 first=200 iterations=8 tuning=20 third=100 seeds=${3:-1} ;;
+medium) depth=20 width=32 pixels=32 first=20 iterations=1 tuning=4 last_tuning=4 third=6 seeds=${3:-1}
+        flops=0.22 fisher=3000 rate=0.01 ;;
+full)   depth=32 width=64 pixels=32 first=200 iterations=8 tuning=20 last_tuning=40 third=100 seeds=${3:-1} ;;
 *)      echo "error: study $size is unknown: use small, medium or full" >&2; exit 2 ;;
 esac
 network="$(basename "$(realpath "$data")")/resnet$depth"
@@ -45,12 +47,12 @@ first() {  # first FOLDER SEED MORE...
 second() {  # second FOLDER SEED: the cheapest within one point
     has "$1" pruned || run python main_prune.py --config_path config.json --set "depth=$depth" --set "width=$width" \
         --set "resize=$pixels" --set "img_type=$type" --set "data_dir=$data" --set num_workers=4 --set "seed=$2" \
-        --set "result_dir=$1" --set "precision=$precision" --set target_flops=0.12 --set "max_iter=$iterations" \
-        --set "epochs_start=$tuning" --set "epochs_end=$((2 * tuning))" --resume
+        --set "result_dir=$1" --set "precision=$precision" --set "target_flops=$flops" --set "max_iter=$iterations" \
+        --set "fisher_images=$fisher" --set "epochs_start=$tuning" --set "epochs_end=$last_tuning" --resume
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
-    has "$folder" rl_pruned || run python main_rl_prune.py "${common[@]}" --epochs "$third" --lr 0.02 --bs 128 \
+    has "$folder" rl_pruned || run python main_rl_prune.py "${common[@]}" --epochs "$third" --lr "$rate" --bs 128 \
         --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
 }
 
@@ -61,23 +63,27 @@ for ((seed = 0; seed < seeds; seed++)); do
     third "$chain" "$seed" "${at[@]}"
     if [ "$size" != medium ]; then
         first "$results/reference/seed_$seed" "$seed" --gate none
+        second "$results/reference/seed_$seed" "$seed"
         third "$results/dense_switched/seed_$seed" "$seed" --checkpoint "$(chosen "$chain" sp)"
     fi
     run python -m benchmarks.alternatives --dense "$(chosen "$chain" sp)" --static "$(chosen "$chain" pruned)" \
         --dynamic "$(chosen "$chain" rl_pruned)" --data_dir "$data" --img_type "$type" \
-        --precision "$precision" --epochs "$third" --seed "$seed" --out "$results/alternatives_$seed"
+        --precision "$precision" --epochs "$third" --lr "$rate" --seed "$seed" --out "$results/alternatives_$seed"
+    if [ "$size" != medium ]; then
+        run python -m benchmarks.stage3_parts --checkpoint "$(chosen "$chain" pruned)" \
+            --data_dir "$data" --img_type "$type" --precision "$precision" --seeds 1 --epochs 3 --train_images 8000 \
+            --lr 0.002 --bs 128 --out "$results/stage3_parts_$seed"
+        switched=$(chosen "$chain" rl_pruned)
+        unsettled=${switched%best.pt}unsettled.pt  # where switches were fixed: with all of them
+        run python -m benchmarks.switch_knowledge --data_dir "$data" --img_type "$type" \
+            --checkpoint "$([ -e "$unsettled" ] && echo "$unsettled" || echo "$switched")" \
+            --out "$results/switch_knowledge_$seed"
+    fi
 done
 if [ "$size" != medium ]; then
     run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \
         --data_dir "$data" --img_type "$type" --precision "$precision" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" \
         --epochs 2 --train_images 20000 --out "$results/criteria" \
         --variants eigendamage "best forms, refitted" "Torch-Pruning, Hessian, global" random
-    run python -m benchmarks.stage3_parts --checkpoint "$(chosen "$results/seed_0" pruned)" \
-        --data_dir "$data" --img_type "$type" --precision "$precision" --seeds 1 --epochs 3 --train_images 8000 \
-        --lr 0.002 --bs 128 --out "$results/stage3_parts"
-    switched=$(chosen "$results/seed_0" rl_pruned)
-    unsettled=${switched%best.pt}unsettled.pt  # where switches were fixed: with all of them
-    run python -m benchmarks.switch_knowledge --checkpoint "$([ -e "$unsettled" ] && echo "$unsettled" || echo "$switched")" \
-        --data_dir "$data" --img_type "$type" --out "$results/switch_knowledge"
 fi
 run python -m benchmarks.study "$results"

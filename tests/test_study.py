@@ -150,7 +150,7 @@ def test_the_full_study_goes_on_piece_by_piece(tmp_path: Path):
     made = calls.read_text().splitlines()
     names = [line.removeprefix("-m ").split()[0] for line in made]
     stages = ["main_sp.py", "main_prune.py", "main_rl_prune.py"]
-    stages += ["main_sp.py", "main_rl_prune.py"]  # without switches, and with them on the unpruned network
+    stages += ["main_sp.py", "main_prune.py", "main_rl_prune.py"]  # without switches; with them, unpruned
     called = [name for name, before in zip(names, [None, *names], strict=False) if name != before]
     assert [name for name in called if name in stages] == stages
     assert names[-1] == "benchmarks.study" and all(made.count(line) > 1 for line in made), "each was stopped once"

@@ -101,13 +101,14 @@ def as_dictionary(settings: Any) -> dict[str, Any]:
 class Parser(argparse.ArgumentParser):
     """Reports a wrong flag as every other mistake is reported, in one sentence."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, hint: str = "--help lists the flags"):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
+        self.hint = hint
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message} (--help lists the flags)")
+        raise UserError(f"{message} ({self.hint})")
 
 
 def settings_parser(cls: type, description: str) -> Parser:

@@ -72,7 +72,10 @@ def _load(folder: str, image_type: str, size: int, workers: int, download: bool)
         train, test = (ImageSet(_resized(pixels, size), torch.from_numpy(labels)) for pixels, labels in (train, test))
         return DataSet(name, classes, train, None, test)
     if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist: point --data_dir (data_dir in config.json) at one")
+        raise UserError(
+            f"data folder {root} does not exist: name one with --data_dir (in stage 2 --set data_dir=FOLDER), or let "
+            f"stage 1 fetch CIFAR with --download"
+        )
     parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     if "train" not in parts or len(parts) == 1:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"

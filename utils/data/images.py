@@ -182,7 +182,9 @@ def read_image(path: Path, size: int) -> np.ndarray:
             image.load()
             return np.asarray(in_rgb(image, size))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read ({error}): replace or remove it") from error
+        raise UserError(
+            f"image {path} cannot be read ({error}): give another path, or replace or remove the file"
+        ) from error
 
 
 def in_rgb(image: Image.Image, size: int) -> Image.Image:
