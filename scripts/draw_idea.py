@@ -1,4 +1,4 @@
-"""Draw docs/idea.png, the README's picture: a block with its switch, a convolution turned into three, the three stages.
+"""Draw docs/idea.png, the README's picture: a block with its switch, a convolution rebuilt, the three stages.
 
 Usage: python scripts/draw_idea.py [file, docs/idea.png by default]
 """
@@ -99,8 +99,8 @@ def draw_matrix(axis: Axes, values: np.ndarray, left: float, bottom: float, side
 
 
 def draw_convolution(axis: Axes) -> None:
-    """A weight, the same in the eigenbasis with the directions that go, and the three convolutions that are left."""
-    heading(axis, 520, 582, "A convolution turned into three")
+    """A weight, the same in the eigenbasis with the directions that go, and two forms of what is left."""
+    heading(axis, 520, 582, "A convolution in a cheaper form")
     side, bottom = 112, 407
     channels, directions = weights()
     first, second, third = 520, 682, 858
@@ -113,32 +113,44 @@ def draw_convolution(axis: Axes) -> None:
     axis.add_patch(
         Rectangle((second, bottom + side - kept), kept, kept, fill=False, edgecolor=INK, linewidth=1.8, zorder=5)
     )
-    text(axis, second + (side + kept) / 2 - 18, bottom + (side - kept) / 2, "dropped", 10, zorder=6)
-    line(axis, (first + side + 6, bottom + side / 2), (second - 6, bottom + side / 2), arrow=True)
-    text(axis, (first + side + second) / 2, bottom + side / 2 + 14, "rotate", 9.5)
-    line(axis, (second + side + 6, bottom + side / 2), (third - 8, bottom + side / 2), arrow=True)
-    text(axis, (second + side + third) / 2, bottom + side / 2 + 14, "rebuild", 9.5)
-    # 1x1, core, 1x1: as high as they have channels.
-    middle, high, low = bottom + side / 2, side / 2, kept / 2
-    for left, right, a, b in ((third, third + 40, high, low), (third + 92, third + 132, low, high)):
-        corners = [(left, middle - a), (left, middle + a), (right, middle + b), (right, middle - b)]
-        axis.add_patch(Polygon(corners, facecolor=PALE, edgecolor=GREY, linewidth=1.5, joinstyle="round"))
-        text(axis, (left + right) / 2, middle, "1×1", 9.5)
-    axis.add_patch(
-        Rectangle((third + 45, middle - low), 42, 2 * low, facecolor=STATIC_PALE, edgecolor=STATIC, linewidth=1.5)
-    )
-    text(axis, third + 66, middle, "3×3", 9.5)
+    text(axis, second + (side + kept) / 2 - 18, bottom + (side - kept) / 2, "matters\nlittle", 10, zorder=6)
+    middle = bottom + side / 2
+    line(axis, (first + side + 6, middle), (second - 6, middle), arrow=True)
+    text(axis, (first + side + second) / 2, middle + 14, "rotate", 9.5)
+    line(axis, (second + side + 6, middle), (third - 8, middle), arrow=True)
+    text(axis, (second + side + third) / 2, middle + 14, "rebuild", 9.5)
+    draw_form(axis, third, middle + 32, 1)
+    text(axis, third + 66, middle, "or", 9.5, color=GREY)
+    draw_form(axis, third, middle - 32, 5)
     text(axis, first + side / 2, bottom + side + 14, "64 → 64 channels", 9.5)
     text(axis, second + side / 2, bottom + side + 14, "64 → 64 directions", 9.5)
     text(axis, third + 66, bottom + side + 14, "64 → 24 → 24 → 64", 9.5)
-    before, after = 9 * 64 * 64, 64 * 24 + 9 * 24 * 24 + 24 * 64
-    text(axis, first + side / 2, bottom - 16, f"{before:,} weights", 9.5, color=GREY)
-    text(axis, third + 66, bottom - 16, f"{after:,} weights", 9.5, color=GREY)
-    text(axis, second + side / 2, bottom - 16, "ranked by curvature", 9.5, color=GREY)
+    text(axis, first + side / 2, bottom - 16, "3×3 weights", 9.5, color=GREY)
+    text(axis, third + 66, bottom - 16, "3×3 of each channel", 9.5, color=GREY)
+    text(axis, second + side / 2, bottom - 16, "weighed by curvature", 9.5, color=GREY)
     text(
         axis, 520, 346, "In the eigenbasis of the loss's curvature a few directions matter.\n"
-        "They become three small convolutions: no masks, no zeros.", 10, ha="left",
+        "Every layer takes the form that loses least for its FLOPs.", 10, ha="left",
     )  # fmt: skip
+
+
+def draw_form(axis: Axes, left: float, middle: float, kernels: int) -> None:
+    """1x1, core, 1x1, as high as they have channels; the core of one kernel for all channels, or one for each."""
+    high, low = 25, 13
+    for start, a, b in ((left, high, low), (left + 92, low, high)):
+        corners = [(start, middle - a), (start, middle + a), (start + 40, middle + b), (start + 40, middle - b)]
+        axis.add_patch(Polygon(corners, facecolor=PALE, edgecolor=GREY, linewidth=1.5, joinstyle="round"))
+        text(axis, start + 20, middle, "1×1", 9.5)
+    height = 2 * low / kernels
+    for i in range(kernels):
+        axis.add_patch(
+            Rectangle(
+                (left + 45, middle - low + i * height), 42, height, facecolor=STATIC_PALE, edgecolor=STATIC,
+                linewidth=1.5 if kernels == 1 else 1.0,
+            )
+        )  # fmt: skip
+    if kernels == 1:
+        text(axis, left + 66, middle, "3×3", 9.5)
 
 
 def draw_network(axis: Axes, left: float, middle: float, height: float, runs: str, *, switches: bool) -> None:
@@ -173,8 +185,8 @@ def draw_stages(axis: Axes) -> None:
     scripts = ("main_sp.py", "main_prune.py", "main_rl_prune.py")
     says = (
         "Supervised. On half of the images every\nblock runs, on the others switches decide.",
-        "Measure, drop, rebuild, fine-tune, repeat,\nwhile the accuracy stays within the budget.",
-        "By REINFORCE: rewarded for FLOPs saved,\nas long as the prediction stays right.",
+        "Measure, rebuild, fine-tune, repeat,\nwhile the accuracy stays within the budget.",
+        "By REINFORCE: rewarded for FLOPs saved.\nThose that do not pay are fixed at the end.",
     )
     colours = (INK, STATIC, DYNAMIC)
     line(axis, (10, 308), (990, 308), colour="#d5dbe1")
