@@ -38,9 +38,9 @@ def settle(
 ) -> Settled | None:
     """Fix the switches whose tests cost more than they save; None where there is none.
 
-    One after the other is fixed to what it mostly decides, the most settled first, and stays so where budget and
-    accuracy are kept.  Of the networks passed on the way the cheapest is chosen: by its executed FLOPs, and what the
-    steps and tests of its gate cost beside them.
+    They are fixed to what they mostly decide, the most settled first: one after the other, and a second time without
+    those that break the budget or cost accuracy.  Of the networks on both ways that keep them the cheapest is chosen,
+    by its executed FLOPs and what the steps and tests of its gate cost beside them.
 
     Args:
         images: validation images, of ``image_size`` pixels in height and width.
@@ -56,18 +56,21 @@ def settle(
         return executed + (STEP_COST * steps + TEST_COST * len(network.deciding)) * before.flops_executed
 
     before = measured(network)
-    fixed: dict[int, int] = {}
+    every, kept = {}, {}
     best, lowest = None, price(network, before.flops_executed)
     for switch, on in settled_decisions(before.decisions, share).items():
         if switch in network.settled:
             continue
-        smaller = with_settled(network, {**fixed, switch: on})
-        after = measured(smaller)
-        if after.accuracy < before.accuracy - TOLERATED or not budget.met(after.accuracy, after.computation):
-            continue
-        fixed[switch] = on
-        if price(smaller, after.flops_executed) < lowest:
-            best, lowest = Settled(smaller, before, after), price(smaller, after.flops_executed)
+        every, grown = {**every, switch: on}, {**kept, switch: on}
+        for fixed in (grown,) if every == grown else (every, grown):
+            smaller = with_settled(network, fixed)
+            after = measured(smaller)
+            if after.accuracy < before.accuracy - TOLERATED or not budget.met(after.accuracy, after.computation):
+                continue
+            if fixed is grown:
+                kept = grown
+            if price(smaller, after.flops_executed) < lowest:
+                best, lowest = Settled(smaller, before, after), price(smaller, after.flops_executed)
     return best
 
 
