@@ -76,7 +76,10 @@ class Settings(TrainingSettings):
         None, "share of the FLOPs to execute, instead of the accuracy budget", low=0, high=1
     )
     settle: float = setting(
-        0.5, "share of images that a switch has to decide alike for, to be fixed at the end", low=0.5, high=1
+        0.5,
+        "share of images that a switch has to decide alike for, to be fixed at the end where that pays",
+        low=0.5,
+        high=1,
     )
 
     def closes(self, epoch: int) -> bool:
