@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.util.tensor_util import make_ndarray
 
 from deploy import speeds
+from gating.settle import UNSETTLED
 from utils.errors import UserError
 from utils.files import write_json
 from utils.run import BEST, LAST, Run, find_last_run, stage_folder
@@ -159,7 +160,7 @@ def test_a_finished_run_only_reports_again(stage: str, chain: Path, shapes: Path
     results = tmp_path / "results"
     shutil.copytree(chain, results)
     before = {path: path.read_bytes() for path in run_folder(results, stage).glob("*.pt")}
-    assert stage != "rl_pruned" or any(path.name == "unsettled.pt" for path in before), "switches are fixed once"
+    assert stage != "rl_pruned" or any(path.name == UNSETTLED for path in before), "switches are fixed once"
     lines = metrics(run_folder(results, stage))
     monkeypatch.setattr(speeds, "SECONDS", 0.0)
     in_process(stage, [*arguments(stage, shapes, results), "--resume"], monkeypatch)
@@ -168,6 +169,21 @@ def test_a_finished_run_only_reports_again(stage: str, chain: Path, shapes: Path
         assert_equal(weights(path.read_bytes()), weights(content), path.name)
     assert metrics(run_folder(results, stage)) == lines
     assert len(json.loads((results / "results.json").read_text())) == 3
+
+
+def test_a_run_that_ended_while_switches_were_fixed_fixes_them_alike(
+    chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between its two saves: ``unsettled.pt`` is written, ``best.pt`` is as it was."""
+    results = tmp_path / "results"
+    shutil.copytree(chain, results)
+    folder = run_folder(results, "rl_pruned")
+    shutil.copyfile(folder / UNSETTLED, folder / BEST)
+    monkeypatch.setattr(speeds, "SECONDS", 0.0)
+    in_process("rl_pruned", [*arguments("rl_pruned", shapes, results), "--resume"], monkeypatch)
+    for name in (BEST, UNSETTLED):
+        paths = (folder / name, run_folder(chain, "rl_pruned") / name)
+        assert_equal(*(torch.load(path, weights_only=True) for path in paths), name)
 
 
 def test_other_classes_are_refused(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
