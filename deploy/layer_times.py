@@ -21,7 +21,8 @@ SECONDS = 0.01  # spent on each chain, but three runs at least
 class LayerTimes:
     """Seconds that chains of convolutions take for one image, on one thread; each is measured once and then known.
 
-    Of several processes one measures, so that all, which ask for the same chains in the same order, choose alike.
+    Of several processes one measures, so that all choose alike.  Their saliencies are the same, and so they ask for the
+    same chains in the same order.
 
     Args:
         path: JSON file to keep them in, so that an interrupted run goes on with the same table; none by default.

@@ -14,7 +14,7 @@ from utils.flops import network_cost
 
 UNSETTLED = "unsettled.pt"  # file of stage 3's chosen network before switches were fixed
 # What a switch costs, as a share of the executed FLOPs: its step of the gate; its test, gathering and scattering.
-# Measured are 1 to 5 % of the time for both together (docs/measurements.md): the cheaper the blocks, the more.
+# Measured are 1 to 4 % of the time for both together (docs/measurements.md): the cheaper the blocks, the more.
 STEP_COST = TEST_COST = 0.005
 TOLERATED = 0.001  # accuracy that fixing may cost, within the budget: five of CIFAR-10's validation images
 

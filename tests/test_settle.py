@@ -1,5 +1,8 @@
 """Fixed switches: the same logits where decisions agree, the FLOPs that run, and a smaller checkpoint."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from deploy import export, predict
 from deploy.folding import deployable, folded
 from deploy.graphs import onnx_model
 from deploy.session import check_session, open_session, run_session
+from gating import settle as settling
 from gating.distillation import distillation_loss, distillation_loss_fn
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.settle import description, settle, settled_decisions, with_settled
@@ -218,6 +222,39 @@ def test_switches_that_save_more_than_they_cost_go_on_deciding():
     assert found.after.flops_executed <= 1.01 * executed
 
 
+# Accuracy and FLOPs where switches are fixed, those of the network as it is, 0.9 and 1000, where nothing is said.
+TOGETHER = [
+    # One alone costs accuracy, and with the other it does not.
+    ({(0,): (0.85, 1000)}, {0, 1}),
+    # It does with the other, too: this one is fixed without it.
+    ({(0,): (0.85, 1000), (0, 1): (0.85, 1000)}, {1}),
+    # A tenth of a point may be lost, and not more.
+    ({(0,): (0.8991, 1000), (0, 1): (0.8991, 1000)}, {0, 1}),
+    ({(0,): (0.8989, 1000), (0, 1): (0.8989, 1000)}, {1}),
+    # A step and a test cost half a percent each.  The first of a recurrent gate's two steps stays while the second
+    # switch decides: fixed, it takes the test alone with it.
+    ({(0,): (0.9, 1004), (0, 1): (0.9, 1030), (1,): (0.9, 1030)}, {0}),
+    ({(0,): (0.9, 1006), (0, 1): (0.9, 1030), (1,): (0.9, 1030)}, None),
+    # Both take two steps and two tests with them.
+    ({(0,): (0.9, 1006), (0, 1): (0.9, 1019), (1,): (0.9, 1030)}, {0, 1}),
+    ({(0,): (0.9, 1006), (0, 1): (0.9, 1021), (1,): (0.9, 1030)}, None),
+]
+
+
+@pytest.mark.parametrize(("measured", "fixed"), TOGETHER)
+def test_what_is_fixed_keeps_the_accuracy_and_costs_least(measured, fixed, monkeypatch):
+    decisions = torch.zeros(1000, 2)
+    decisions[:1, 1] = 1  # the first switch is the more settled one
+
+    def told(network, images, normalisation, cost, precision):
+        accuracy, flops = measured.get(tuple(sorted(network.settled)), (0.9, 1000))
+        return SimpleNamespace(accuracy=accuracy, computation=flops / 2000, flops_executed=flops, decisions=decisions)
+
+    monkeypatch.setattr(settling, "evaluate", told)
+    found = settle(lively_network("sp", "rnn"), None, 16, NORMALISATION, Budget(0.0), 0.5)
+    assert (found and set(found.network.settled)) == fixed
+
+
 @pytest.mark.parametrize("target", [None, 1.0])
 def test_what_costs_accuracy_is_not_fixed_whatever_the_budget(target):
     """Closed for all images, blocks that many need would save FLOPs and keep a budget of computation."""
@@ -268,7 +305,26 @@ def test_export_says_what_was_left_out_and_predict_skips_it(tmp_path, monkeypatc
     for source in (("--checkpoint", path), ("--onnx", tmp_path / "out")):
         run_main(monkeypatch, predict, *source, tmp_path / "image.png")
         answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1] and " of 1 switched blocks skipped" in answers[0]
+    assert answers[0] == answers[1] and " of 1 switched blocks skipped" in answers[0] and "(2" not in answers[0]
+
+
+def test_predict_tells_what_left_from_what_is_skipped(tmp_path, monkeypatch, capsys):
+    """All switches fixed: none is skipped, and the FLOPs are those of what is left; older exports do not say it."""
+    network = with_settled(lively_network("rl_pruned", "rnn"), {0: 0, 1: 1})
+    path = checkpoint_file(tmp_path / "best.pt", network, list("abcdefghij"))
+    run_main(monkeypatch, export, "--checkpoint", path, "--output", tmp_path / "out")
+    Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    capsys.readouterr()
+    run_main(monkeypatch, predict, "--onnx", tmp_path / "out", tmp_path / "image.png")
+    cost = network_cost(deployable(network, NORMALISATION), 16)
+    left = (cost.flops - cost.blocks[0]) / 1e6
+    assert capsys.readouterr().out.endswith(f"{left:.4g} MFLOPs  no switches\n")
+    labels = tmp_path / "out" / "labels.json"
+    content = json.loads(labels.read_text())
+    assert content.pop("fixed_blocks") == [2, 3]
+    labels.write_text(json.dumps(content))
+    run_main(monkeypatch, predict, "--onnx", tmp_path / "out", tmp_path / "image.png")
+    assert capsys.readouterr().out.endswith(f"{left:.4g} MFLOPs  1 of 2 switched blocks skipped (2)\n")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

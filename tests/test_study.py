@@ -117,6 +117,18 @@ def test_methods_are_compared_seed_by_seed():
     assert study.ahead(switches, switches) == []
 
 
+def test_parts_of_stage_3_are_averaged_over_networks():
+    def part(saved: float) -> list:
+        one = {"saved": {"mean": saved, "deviation": 0.0}, "accuracy": {"mean": -saved, "deviation": 0.0}}
+        return [one, {**one, "saved": {"mean": 2 * saved, "deviation": 0.0}}]
+
+    contents = [{"parts": {"a": part(1.0), "b": part(4.0)}}, {"parts": {"a": part(3.0), "b": [None, None]}}]
+    assert study.over_networks(contents)[2:] == [
+        "| a | 2 | 2.00 ± 1.41 | -2.00 ± 1.41 | 4.00 ± 2.83 | -2.00 ± 1.41 |",
+        "| b | 1 | 4.00 | -4.00 | 8.00 | -4.00 |",
+    ]
+
+
 def test_the_study_names_what_it_does_not_know(tmp_path: Path):
     done = subprocess.run(["bash", ROOT / "scripts" / "study.sh", "tiny", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2
