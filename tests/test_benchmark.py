@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from benchmarks import inference
 from benchmarks.competitor import IMPORTANCES, Competitor, _gradients, torch_pruned
 from benchmarks.networks import with_random_weights
-from models import build_network
+from gating.settle import with_settled
+from models import all_on, build_network
+from utils.data.images import evenly_spaced
 from utils.flops import network_cost
 
 
@@ -103,3 +105,19 @@ def test_trained_networks_are_compared_with_their_accuracies_without_stage_three
         assert found == [pytest.approx(found[0], abs=1 / 30)] * 3 and f"ONNX Runtime, int8: {network}" in accuracies
     rows = [text for text in capsys.readouterr().out.splitlines() if text.startswith(("| PyTorch", "| ONNX Runtime"))]
     assert len(rows) == 4 * 3 and sum("| – |" in text for text in rows) == 4, "Torch-Pruning's is not fine-tuned"
+
+
+def test_every_block_is_what_is_left_of_the_network():
+    """Against which a switched network's speed is judged: blocks that have left are run by neither."""
+    subject = with_random_weights(depth=14, width=8, image_size=8, kept=0.5, skipped=0.3)
+    fixed = with_settled(subject.dynamic, {0: 0, 1: 1})
+    items = inference.items_of(subject.pixels, 32)
+    cost = network_cost(fixed, 8)
+    assert inference.executed_flops(fixed, subject, items, all_on) == pytest.approx(cost.flops - cost.blocks[0])
+    assert inference.executed_flops(fixed, subject, items) < cost.flops - cost.blocks[0]
+
+
+def test_timed_images_are_spread_over_all():
+    assert evenly_spaced(9, 3).tolist() == [0, 4, 8]
+    assert evenly_spaced(3, 5).tolist() == [0, 0, 1, 1, 2]
+    assert evenly_spaced(50000, 50000).tolist() == list(range(50000))
