@@ -171,6 +171,7 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
             "",
             f"Decisions tell {routes} bits of an image; the switches' own entropies add up to {spread(bits)} bits.",
         ]
+    lines += static_pruning({"with switches": stages, "without": reference})
     if alone := static_alone(results):
         shares = list(next(iter(alone.values())))
         lines += ["", "## Static pruning alone, at once and with the same short fine-tuning", ""]
@@ -191,6 +192,29 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
             lines += ["", "Over these networks, FLOPs saved and accuracy, in points:", "", *over_networks(contents)]
     lines += ["", made_with(results)]
     return [*lines, ""]
+
+
+def static_pruning(trained: dict[str, dict[str, list[Record]]]) -> list[str]:
+    """Accuracy of networks trained in several ways, unpruned and after each iteration of stage 2, in Markdown.
+
+    Args:
+        trained: records by stage, by what the table calls their networks.
+    """
+    trained = {name: stages for name, stages in trained.items() if stages["pruned"]}
+    if len(trained) < 2:
+        return []
+    every = [record["points"] for stages in trained.values() for record in stages["pruned"]]
+    iterations = range(min(len(points) for points in every))
+    flops = [statistics.mean(points[i]["gflops"] for points in every) for i in iterations]
+    lines = ["", "## Static pruning of networks with and without switches, iteration by iteration", ""]
+    lines += ["| stage 1 | seeds | unpruned | " + " | ".join(f"{value:.4f} GFLOPs" for value in flops) + " |"]
+    lines += ["|---|---|---|" + "---|" * len(iterations)]
+    for name, stages in trained.items():
+        points = [[record["points"][i]["accuracy"] for record in stages["pruned"]] for i in iterations]
+        own = [[record["accuracy_every_block"] for record in stages["sp"]], *points]
+        cells = [f"{spread(accuracies, factor=100)} %" for accuracies in own]
+        lines.append(f"| {name} | {len(stages['pruned'])} | {' | '.join(cells)} |")
+    return lines
 
 
 def over_networks(contents: Sequence[Record]) -> list[str]:

@@ -117,6 +117,21 @@ def test_methods_are_compared_seed_by_seed():
     assert study.ahead(switches, switches) == []
 
 
+def test_static_pruning_with_and_without_switches():
+    def stages(whole: float, *points: float) -> dict:
+        tried = [{"gflops": 0.01 / (i + 1), "accuracy": accuracy} for i, accuracy in enumerate(points)]
+        return {"sp": [{"accuracy_every_block": whole}] * 2, "pruned": [{"points": tried}] * 2}
+
+    with_, without = stages(0.8, 0.75, 0.7), stages(0.81, 0.8)
+    assert study.static_pruning({"with switches": with_, "without": without})[3:] == [
+        "| stage 1 | seeds | unpruned | 0.0100 GFLOPs |",
+        "|---|---|---|---|",
+        "| with switches | 2 | 80.00 ± 0.00 % | 75.00 ± 0.00 % |",
+        "| without | 2 | 81.00 ± 0.00 % | 80.00 ± 0.00 % |",
+    ]
+    assert study.static_pruning({"with switches": with_, "without": {"sp": [], "pruned": []}}) == []
+
+
 def test_parts_of_stage_3_are_averaged_over_networks():
     def part(saved: float) -> list:
         one = {"saved": {"mean": saved, "deviation": 0.0}, "accuracy": {"mean": -saved, "deviation": 0.0}}
