@@ -299,6 +299,12 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
             if timed:
                 times = [m["milliseconds"]["1"] / static[m["seed"]]["1"] for m in timed]
                 bars(against_latency, times, [m["accuracy"] for m in timed], color=colour, marker=marker, label=method)
+    plain = rows_by_stage(results, "reference")
+    for number, (whole, pruned) in enumerate(zip(plain["sp"], plain["pruned"], strict=False)):
+        points = [(whole["gflops"], whole["accuracy_every_block"])]
+        points += [(p["gflops"], p["accuracy"]) for p in pruned["points"]]
+        label = {} if number else {"label": "trained without switches, pruned"}
+        against_flops.plot(*zip(*sorted(points), strict=True), color="#2a6f2a", linewidth=1, linestyle=":", **label)
     whole = statistics.mean(r["gflops"] for r in stages["sp"])
     for variant, by_share in static_alone(results).items():
         name, colour = STATIC_ALONE[variant]
