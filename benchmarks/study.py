@@ -300,8 +300,8 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
                 times = [m["milliseconds"]["1"] / static[m["seed"]]["1"] for m in timed]
                 bars(against_latency, times, [m["accuracy"] for m in timed], color=colour, marker=marker, label=method)
     plain = rows_by_stage(results, "reference")
-    for number, (whole, pruned) in enumerate(zip(plain["sp"], plain["pruned"], strict=False)):
-        points = [(whole["gflops"], whole["accuracy_every_block"])]
+    for number, (unpruned, pruned) in enumerate(zip(plain["sp"], plain["pruned"], strict=False)):
+        points = [(unpruned["gflops"], unpruned["accuracy_every_block"])]
         points += [(p["gflops"], p["accuracy"]) for p in pruned["points"]]
         label = {} if number else {"label": "trained without switches, pruned"}
         against_flops.plot(*zip(*sorted(points), strict=True), color="#2a6f2a", linewidth=1, linestyle=":", **label)

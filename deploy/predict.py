@@ -92,9 +92,9 @@ def answer(logits: Tensor, decisions: Tensor, labels: Labels) -> str:
     """One image's line: class, probability, FLOPs, and the blocks skipped, counted from 1 as the network runs them."""
     probability, label = logits.softmax(dim=0).max(dim=0)
     # The first block has no switch: switch 1 is block 2's.
-    left = [switch + 2 for switch, taken in enumerate(decisions.tolist()) if not taken]
-    flops = labels.flops - sum(labels.flops_of_switched_blocks[block - 2] for block in left)
-    skipped = [block for block in left if block not in labels.fixed_blocks]
+    not_run = [switch + 2 for switch, taken in enumerate(decisions.tolist()) if not taken]
+    flops = labels.flops - sum(labels.flops_of_switched_blocks[block - 2] for block in not_run)
+    skipped = [block for block in not_run if block not in labels.fixed_blocks]
     deciding = len(decisions) - len(labels.fixed_blocks)
     blocks = f"{len(skipped)} of {deciding} switched blocks skipped" if deciding else "no switches"
     if skipped:

@@ -3,15 +3,14 @@
 import sys
 from collections.abc import Callable
 
+WITH_RESUME = "the same command with --resume"
+
 
 class UserError(Exception):
     """Something the user can put right; the message is one sentence: the thing, what was found and the cure."""
 
 
-RESUME = "the same command with --resume"
-
-
-def run_command(main: Callable[[], None], goes_on: str | None = RESUME) -> None:
+def run_command(main: Callable[[], None], goes_on: str | None = WITH_RESUME) -> None:
     """Run a command's main function; report a user's error in one line (exit code 2) and Ctrl-C in one line (130).
 
     Args:
@@ -23,7 +22,7 @@ def run_command(main: Callable[[], None], goes_on: str | None = RESUME) -> None:
         sys.exit(report_error(error, goes_on))
 
 
-def report_error(error: UserError | KeyboardInterrupt, goes_on: str | None = RESUME) -> int:
+def report_error(error: UserError | KeyboardInterrupt, goes_on: str | None = WITH_RESUME) -> int:
     """Report an error in one line on standard error; the exit code that goes with it."""
     if isinstance(error, UserError):
         # What a library says of a damaged file may run over many lines.
