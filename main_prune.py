@@ -10,17 +10,20 @@ import torch
 
 from deploy.layer_times import LayerTimes
 from deploy.speeds import measured_speeds
-from gating.distillation import distillation_loss_fn
-from gating.forward import training_forward
-from gating.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
-from gating.supervised import LossFn, supervised_epoch
 from models import ResNet, all_on
 from pruning.changes import Pruned, changes_table, eigenvalues_picture, layer_ranks, ranks_picture
 from pruning.iteration import check_goal, prune_once
 from pruning.selection import Goal, part_of_the_way
 from pruning.settings import PruneSettings
+from training.distillation import distillation_loss_fn
+from training.evaluate import check_finite, evaluate
+from training.forward import training_forward
+from training.norms import placed, reestimate_batch_norms
+from training.optimisers import rates_of_epoch, sgd
+from training.report import report
+from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
+from training.supervised import LossFn, supervised_epoch
 from utils import parallel
-from utils.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
 from utils.data.augment import Normalisation
 from utils.data.batches import (
     Splits,
@@ -31,16 +34,13 @@ from utils.data.batches import (
     whole_batches_by_process,
 )
 from utils.data.folder import load_data
-from utils.device import Randomness, described, pick_device, pick_precision, placed
+from utils.device import Randomness, described, pick_device, pick_precision
 from utils.errors import run_command
-from utils.evaluate import check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
-from utils.keeper import Keeper, Progress
-from utils.norms import reestimate_batch_norms
-from utils.optimisers import rates_of_epoch, sgd
-from utils.predecessors import epochs_missing, source_path, trained_network
-from utils.results import report
-from utils.run import BEST, Run, find_last_run, open_run, stage_folder
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
+from utils.runs.keeper import Keeper, Progress
+from utils.runs.predecessors import epochs_missing, source_path, trained_network
+from utils.runs.run import BEST, Run, find_last_run, open_run, stage_folder
 from utils.settings import RESUME, Parser, load_settings
 
 
@@ -226,7 +226,7 @@ def fine_tune(
         keeper.resume(last)
     else:
         val = evaluate(network, splits.val, stage.normalisation, cost, precision=stage.precision)
-        keeper.offer([0 if splits.val_is_test else val.accuracy], val)
+        keeper.offer([0 if splits.val_is_test else val.accuracy], val.metrics)
         keeper.save_last()
 
     for epoch in range(progress.epoch + 1, progress.epochs + 1):
@@ -246,7 +246,7 @@ def fine_tune(
         if epoch % settings.log_interval == 0 or epoch == progress.epochs:
             run.say(epoch_line(title, train, val, every_block, splits.val_name))
         # Without validation images no epoch may be preferred: the last one counts.
-        keeper.offer([epoch if splits.val_is_test else val.accuracy], val)
+        keeper.offer([epoch if splits.val_is_test else val.accuracy], val.metrics)
         keeper.save_last()
 
     best = keeper.best()

@@ -12,31 +12,32 @@ import torch
 
 from deploy.speeds import measured_speeds
 from gating.baselines import BASELINES
-from gating.distillation import distillation_loss_fn
-from gating.forward import training_forward
 from gating.operating_point import find_operating_point, gate_biases_restored
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.routing import record_routing
-from gating.scalars import POLICY_CHARTS, epoch_scalars, layer_scalars, policy_line, policy_scalars
+from gating.scalars import POLICY_CHARTS, policy_line, policy_scalars
 from gating.settle import UNSETTLED, description, settle
 from gating.steering import Budget, Steering
 from gating.temperature import rescale_gate_logits
 from models import ResNet, all_on, thresholded
+from training.distillation import distillation_loss_fn
+from training.evaluate import Evaluation, check_finite, evaluate
+from training.forward import training_forward
+from training.norms import BATCH_NORM_MODES, placed, reestimate_batch_norms
+from training.optimisers import rates_of_epoch, reinforcement_optimisers
+from training.report import report
+from training.scalars import epoch_scalars, layer_scalars
 from utils import parallel
-from utils.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
 from utils.data.batches import Splits, TrainingBatches, check_batches, split_data
 from utils.data.folder import load_data
 from utils.data.images import evenly_spaced
-from utils.device import Randomness, described, pick_device, pick_precision, placed
+from utils.device import Randomness, described, pick_device, pick_precision
 from utils.errors import UserError, run_command
-from utils.evaluate import Evaluation, check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
-from utils.keeper import Keeper, Progress
-from utils.norms import BATCH_NORM_MODES, reestimate_batch_norms
-from utils.optimisers import rates_of_epoch, reinforcement_optimisers
-from utils.predecessors import pruned_network, source_path
-from utils.results import report
-from utils.run import BEST, Run, find_last_run, open_run, stage_folder
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
+from utils.runs.keeper import Keeper, Progress
+from utils.runs.predecessors import pruned_network, source_path
+from utils.runs.run import BEST, Run, find_last_run, open_run, stage_folder
 from utils.settings import TrainingSettings, parse_flags, setting, with_default
 
 RESCALING_IMAGES = 512  # training images that the switches' certainty is measured on
@@ -205,7 +206,7 @@ def begin(
     )
     run.record(0, {}, **layer_scalars(network, cost))
     steering.begin(**start.metrics)
-    keeper.offer(budget.score(start.accuracy, start.computation), start)
+    keeper.offer(budget.score(start.accuracy, start.computation), start.metrics)
     keeper.save_last()
 
 
@@ -224,7 +225,7 @@ def offered(
         else:
             normalisation = keeper.described.normaliser()
             found = find_operating_point(network, splits.val, normalisation, budget, cost, at_half, precision)
-        if keeper.offer(budget.score(found.accuracy, found.computation), found):
+        if keeper.offer(budget.score(found.accuracy, found.computation), found.metrics):
             steering.remember(found.computation)
     return found
 

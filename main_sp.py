@@ -9,23 +9,24 @@ from dataclasses import dataclass
 import torch
 
 from deploy.speeds import measured_speeds
-from gating.forward import training_forward
-from gating.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
-from gating.supervised import supervised_epoch
 from models import GATES, all_on, build_network
+from training.evaluate import check_finite, evaluate
+from training.forward import training_forward
+from training.norms import placed
+from training.optimisers import rates_of_epoch, sgd
+from training.report import report
+from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
+from training.supervised import supervised_epoch
 from utils import parallel
-from utils.checkpoint import Checkpoint, check_data, describe
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, check_batches, split_data, training_normalisation
 from utils.data.folder import DataSet, load_data
-from utils.device import Randomness, described, pick_device, pick_precision, placed
+from utils.device import Randomness, described, pick_device, pick_precision
 from utils.errors import run_command
-from utils.evaluate import check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
-from utils.keeper import Keeper, Progress
-from utils.optimisers import rates_of_epoch, sgd
-from utils.results import report
-from utils.run import find_last_run, open_run, stage_folder
+from utils.runs.checkpoint import Checkpoint, check_data, describe
+from utils.runs.keeper import Keeper, Progress
+from utils.runs.run import find_last_run, open_run, stage_folder
 from utils.settings import TrainingSettings, parse_flags, setting
 
 
@@ -91,7 +92,7 @@ def main() -> None:
             run.say(epoch_line(title, train, val, every_block, splits.val_name))
             progress.step = epoch
             # Without validation images no epoch may be preferred: the last one counts.
-            keeper.offer([epoch if splits.val_is_test else val.accuracy], val)
+            keeper.offer([epoch if splits.val_is_test else val.accuracy], val.metrics)
             keeper.save_last()
 
         selected_on = "last epoch" if splits.val_is_test else "validation"

@@ -32,25 +32,25 @@ from torch import Tensor
 from benchmarks.common import Trained, append_line, beside, machine, milliseconds, read_lines
 from benchmarks.competitor import Competitor, torch_pruned
 from deploy.folding import without_switches
-from gating.distillation import distillation_loss_fn
-from gating.forward import training_forward
 from gating.settle import UNSETTLED, with_settled
-from gating.supervised import supervised_epoch
 from models import ResNet, all_on
 from models.decisions import DecisionRule
 from pruning.iteration import prune_once
 from pruning.selection import Goal
 from pruning.settings import Method
-from utils.checkpoint import Checkpoint, check_data, load_checkpoint
+from training.distillation import distillation_loss_fn
+from training.evaluate import evaluate
+from training.forward import training_forward
+from training.norms import placed, reestimate_batch_norms
+from training.optimisers import rates_of_epoch, sgd
+from training.supervised import supervised_epoch
 from utils.data.batches import Splits, TrainingBatches, plain_batches, split_data
 from utils.data.folder import load_data
 from utils.data.images import Images
-from utils.device import PRECISIONS, pick_device, pick_precision, placed
+from utils.device import PRECISIONS, pick_device, pick_precision
 from utils.errors import run_command
-from utils.evaluate import evaluate
 from utils.flops import NetworkCost, network_cost
-from utils.norms import reestimate_batch_norms
-from utils.optimisers import rates_of_epoch, sgd
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.settings import image_type
 
 FISHER_IMAGES = 10000

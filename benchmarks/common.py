@@ -16,14 +16,15 @@ from deploy.session import ExportedNetwork
 from deploy.timing import fastest
 from models import ResNet, thresholded
 from models.decisions import DecisionRule
-from utils.checkpoint import Checkpoint, check_data, load_checkpoint
+from training.evaluate import Evaluation, evaluate
+from training.norms import placed
 from utils.data.augment import Normalisation
 from utils.data.batches import Splits, split_data
 from utils.data.folder import load_data
 from utils.data.images import Images, evenly_spaced
-from utils.device import pick_device, placed
-from utils.evaluate import Evaluation, evaluate
+from utils.device import pick_device
 from utils.flops import network_cost
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.settings import image_type
 
 TIMED = (1, 32)  # images at once

@@ -40,21 +40,21 @@ from benchmarks.common import (
 from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
 from deploy.folding import without_switches
 from deploy.layer_times import LayerTimes
-from gating.distillation import distillation_loss_fn
-from gating.forward import training_forward
-from gating.supervised import supervised_epoch
 from models import ResNet, all_on
 from pruning.iteration import prune_once
 from pruning.selection import Goal, part_of_the_way
 from pruning.settings import CHANNEL_CRITERIA, Batches, Method
+from training.distillation import distillation_loss_fn
+from training.evaluate import evaluate
+from training.forward import training_forward
+from training.norms import placed, reestimate_batch_norms
+from training.optimisers import rates_of_epoch, sgd
+from training.supervised import supervised_epoch
 from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import Images
-from utils.device import PRECISIONS, pick_precision, placed
+from utils.device import PRECISIONS, pick_precision
 from utils.errors import UserError, run_command
-from utils.evaluate import evaluate
 from utils.flops import network_cost
-from utils.norms import reestimate_batch_norms
-from utils.optimisers import rates_of_epoch, sgd
 
 # Channel criteria may only take what lies inside of blocks, so a share of 12 % needs nearly all of it.
 BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency", refit=False)

@@ -38,10 +38,10 @@ from deploy.session import PROVIDERS, ExportedNetwork
 from deploy.timing import Run, Timing, alternated
 from models import ResNet, all_on, thresholded
 from models.decisions import DecisionRule
+from training.evaluate import evaluate
+from training.norms import placed
 from utils.data.images import evenly_spaced
-from utils.device import placed
 from utils.errors import UserError, run_command
-from utils.evaluate import evaluate
 from utils.files import write_json
 from utils.flops import network_cost
 from utils.settings import image_type, number

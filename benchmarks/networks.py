@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from deploy.int8 import CALIBRATION_IMAGES
 from models import ResNet, build_network
-from utils.checkpoint import check_data, load_checkpoint
 from utils.data.augment import Normalisation
 from utils.data.folder import load_data
 from utils.data.images import Images
 from utils.errors import UserError
+from utils.runs.checkpoint import check_data, load_checkpoint
 
 SPREAD = 8.0  # of the logits of random switches
 

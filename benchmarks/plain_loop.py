@@ -15,8 +15,8 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
-from gating.supervised import half_held_open
 from models import ResNet
+from training.supervised import half_held_open
 from utils.data.augment import PADDING, Normalisation
 from utils.data.folder import IMAGE_TYPES
 

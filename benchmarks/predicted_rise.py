@@ -27,8 +27,8 @@ from models import all_on
 from pruning.iteration import prune_once
 from pruning.selection import Goal
 from pruning.settings import Method
+from training.norms import placed
 from utils.data.batches import plain_batches
-from utils.device import placed
 from utils.errors import UserError, run_command
 from utils.flops import network_cost
 

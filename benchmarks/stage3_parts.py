@@ -33,21 +33,21 @@ from torch import Tensor
 
 from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
 from benchmarks.criteria import subset
-from gating.distillation import distillation_loss_fn
-from gating.forward import training_forward
 from gating.operating_point import NEAR, find_operating_point, gate_biases_restored
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import Budget, Steering
 from gating.temperature import rescale_gate_logits
 from main_rl_prune import RESCALING_IMAGES, Settings, reestimate
 from models import ResNet
+from training.distillation import distillation_loss_fn
+from training.evaluate import Evaluation, check_finite, evaluate
+from training.forward import training_forward
+from training.optimisers import rates_of_epoch, reinforcement_optimisers, sgd
 from utils.data.batches import TrainingBatches
 from utils.data.images import evenly_spaced
 from utils.device import PRECISIONS, Randomness, pick_precision
 from utils.errors import UserError, run_command
-from utils.evaluate import Evaluation, check_finite, evaluate
 from utils.flops import NetworkCost, network_cost
-from utils.optimisers import rates_of_epoch, reinforcement_optimisers, sgd
 
 
 @dataclass(frozen=True)

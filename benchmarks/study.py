@@ -27,7 +27,7 @@ from benchmarks import stage3_parts, switch_knowledge
 from benchmarks.common import read_lines
 from gating.pictures import draw_passing
 from utils.errors import UserError, run_command
-from utils.results import METHODS
+from utils.runs.records import METHODS
 
 ROUTING = "seed_*/rl_pruned/*/*/*/routing.json"
 RECORDS = (

@@ -37,20 +37,21 @@ from torch.utils.data import DataLoader
 from benchmarks.common import machine
 from benchmarks.plain_loop import plain_batches, plain_loader, plain_run
 from deploy.timing import Timing, alternated
-from gating.forward import training_forward
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import FixedAlpha
-from gating.supervised import supervised_epoch
 from models import ResNet, build_network
+from training.forward import training_forward
+from training.norms import placed
+from training.optimisers import reinforcement_optimisers, sgd
+from training.supervised import supervised_epoch
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, training_normalisation
 from utils.data.folder import load_data
 from utils.data.images import Images
-from utils.device import PRECISIONS, pick_device, pick_precision, placed
+from utils.device import PRECISIONS, pick_device, pick_precision
 from utils.errors import UserError, run_command
 from utils.files import write_json
 from utils.flops import network_cost
-from utils.optimisers import reinforcement_optimisers, sgd
 from utils.settings import image_type, number
 
 CLASSES = 10  # of made images

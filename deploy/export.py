@@ -18,11 +18,11 @@ from deploy.graphs import onnx_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
 from deploy.session import ExportedNetwork, check_session, open_session
 from gating.settle import description
-from utils.checkpoint import check_data, load_checkpoint
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
 from utils.errors import UserError, run_command
 from utils.files import write_json
+from utils.runs.checkpoint import check_data, load_checkpoint
 from utils.settings import image_type, number
 
 CHECKED_IMAGES = 256

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from models import ResNet
-from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.flops import network_cost
+from utils.runs.checkpoint import Checkpoint
 
 FORMAT = "switched-resnet-onnx-1"
 NETWORK, INT8, LABELS = "network.onnx", "network_int8.onnx", "labels.json"

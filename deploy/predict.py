@@ -14,9 +14,9 @@ from torch import Tensor
 from deploy.folding import deployable
 from deploy.labels import NETWORK, ROUTED, Labels, describe, read_labels
 from deploy.session import open_session, run_session
-from utils.checkpoint import load_checkpoint
 from utils.data.images import read_image
 from utils.errors import UserError, run_command
+from utils.runs.checkpoint import load_checkpoint
 
 # uint8 [1, 3, H, W] to logits [classes] and decisions [K]; K is 0 for a network without switches.
 Classifier = Callable[[Tensor], tuple[Tensor, Tensor]]

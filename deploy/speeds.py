@@ -9,10 +9,10 @@ from deploy.folding import deployable, without_switches
 from deploy.graphs import onnx_model
 from deploy.session import ExportedNetwork
 from deploy.timing import alternated
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.data.images import evenly_spaced
 from utils.errors import UserError
-from utils.results import BATCH
+from utils.runs.checkpoint import Checkpoint, load_checkpoint
+from utils.runs.results import BATCH
 
 IMAGES = 16  # test images that latency is averaged over: a switched network is faster on some than on others
 SECONDS = 4.0  # of each of the two measurements, where every network is fast enough for the least number of rounds

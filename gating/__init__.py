@@ -1,1 +1,1 @@
-"""Training of networks with switches: the supervised and the reinforcement objective, one epoch of each."""
+"""Switches: REINFORCE, steering, operating point, fixing, routing pictures."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gating.forward import Forward, training_forward
 from gating.objectives import batch_baseline, returns, skip_rewards
 from models import ResNet, thresholded
 from models.decisions import DecisionRule
+from training.forward import Forward, training_forward
 from utils import parallel
 from utils.modes import evaluation_mode
 
@@ -52,7 +52,7 @@ def thresholded_returns(
 
     Args:
         skip: as in the network's forward pass.
-        forward: that forward pass, from ``gating.forward.training_forward``; plain by default.
+        forward: that forward pass, from ``training.forward.training_forward``; plain by default.
     """
     forward = training_forward(network) if forward is None else forward
     with evaluation_mode(network):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gating.steering import Budget
 from models import ResNet
+from training.evaluate import Evaluation, evaluate
 from utils.data.augment import Normalisation
 from utils.data.images import Images
-from utils.evaluate import Evaluation, evaluate
 from utils.flops import NetworkCost
 
 SEARCH = 5  # evaluations
@@ -53,7 +53,7 @@ def find_operating_point(
 
     Args:
         at_half: the network's evaluation on ``images`` at the threshold of one half.
-        precision: of evaluation, as in ``utils.evaluate.evaluate``.
+        precision: of evaluation, as in ``training.evaluate.evaluate``.
     """
     layers = network.gate.last_layers
     biases = [layer.bias.clone() for layer in layers]

@@ -10,17 +10,17 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from gating.baselines import baseline, thresholded_returns
-from gating.forward import Forward, training_forward
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
-from gating.supervised import CHECK_EVERY, EpochMeans, LossFn, as_used, supervised_epoch
 from models import ResNet, sampled, thresholded
 from models.decisions import DecisionRule
+from training.forward import Forward, training_forward
+from training.norms import freeze_batch_norms
+from training.optimisers import set_learning_rate
+from training.supervised import CHECK_EVERY, EpochMeans, LossFn, as_used, supervised_epoch
 from utils import parallel
 from utils.data.batches import TrainingBatches
 from utils.errors import UserError
-from utils.norms import freeze_batch_norms
-from utils.optimisers import set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Reinforcement:
     baseline: str = "greedy"  # one of ``gating.baselines.BASELINES``
     batch_norm: str = "frozen"  # "frozen" uses running statistics; in other modes they follow the drawn paths
     loss_fn: LossFn | None = None
-    forward: Forward | None = None  # from ``gating.forward.training_forward``; plain by default
+    forward: Forward | None = None  # from ``training.forward.training_forward``; plain by default
 
 
 def reinforce_epoch(

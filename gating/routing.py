@@ -13,14 +13,14 @@ from gating.pictures import (
     draw_path,
     passing_by_class,
 )
+from training.evaluate import evaluate
+from training.norms import placed
 from utils import parallel
-from utils.checkpoint import Checkpoint
 from utils.data.images import Images
-from utils.device import placed
-from utils.evaluate import evaluate
 from utils.files import write_json
 from utils.flops import NetworkCost
-from utils.run import Run
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.run import Run
 
 
 def record_routing(

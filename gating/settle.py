@@ -7,9 +7,9 @@ from torch import Tensor
 
 from gating.steering import Budget
 from models import ResNet, build_network
+from training.evaluate import Evaluation, evaluate
 from utils.data.augment import Normalisation
 from utils.data.images import Images
-from utils.evaluate import Evaluation, evaluate
 from utils.flops import network_cost
 
 UNSETTLED = "unsettled.pt"  # file of stage 3's chosen network before switches were fixed

@@ -12,8 +12,7 @@ from pruning.capture import FISHER_TYPES
 from pruning.costs import Seconds
 from pruning.selection import OBJECTIVES
 from utils.errors import UserError
-from utils.optimisers import SCHEDULES
-from utils.settings import StageSettings, setting
+from utils.settings import SCHEDULES, StageSettings, setting
 
 EIGENBASIS_CRITERIA = ("eigendamage",)
 CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
@@ -140,7 +139,7 @@ class PruneSettings(Method, StageSettings):
             raise UserError(f"exp_name is {self.exp_name!r}: it becomes part of a folder's name, so use no separators")
 
     def schedule(self) -> dict[str, Any]:
-        """Arguments of ``utils.optimisers.scheduled`` from ``scheduler_params``."""
+        """Arguments of ``training.optimisers.scheduled`` from ``scheduler_params``."""
         given = dict(self.scheduler_params)
         name = given.pop("name", "cosine")
         if "gamma" in given:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from forks import Forked
 
-from utils.run import stage_folder
+from utils.runs.run import stage_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}

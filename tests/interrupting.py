@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.run import Run  # noqa: E402
+from utils.runs.run import Run  # noqa: E402
 
 
 def main() -> None:

@@ -25,10 +25,8 @@ from commands import SCRIPTS, arguments  # noqa: E402
 from simulated_gpu import simulated  # noqa: E402
 
 from deploy import speeds  # noqa: E402
-from gating.forward import training_forward  # noqa: E402
 from gating.reinforce import Reinforcement, reinforce_epoch  # noqa: E402
 from gating.steering import SteeredAlpha  # noqa: E402
-from gating.supervised import half_held_open, supervised_epoch  # noqa: E402
 from models import ResNet, all_on, build_network, thresholded  # noqa: E402
 from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
 from pruning.factors import collect_factors  # noqa: E402
@@ -36,6 +34,14 @@ from pruning.layers import prunable_layers, read_weights, rebuilt_layers  # noqa
 from pruning.refit import refit  # noqa: E402
 from pruning.surgery import composed, merged, rebuild  # noqa: E402
 from pruning.tucker import tucker  # noqa: E402
+from training.evaluate import evaluate  # noqa: E402
+from training.forward import training_forward  # noqa: E402
+from training.norms import (
+    placed,
+    reestimate_batch_norms,
+)
+from training.optimisers import sgd  # noqa: E402
+from training.supervised import half_held_open, supervised_epoch  # noqa: E402
 from utils import heartbeats, parallel  # noqa: E402
 from utils.data.augment import Normalisation  # noqa: E402
 from utils.data.batches import (  # noqa: E402
@@ -45,13 +51,10 @@ from utils.data.batches import (  # noqa: E402
     whole_batches_by_process,
 )
 from utils.data.images import ImageSet  # noqa: E402
-from utils.device import pick_device, placed  # noqa: E402
+from utils.device import pick_device  # noqa: E402
 from utils.errors import UserError, run_command  # noqa: E402
-from utils.evaluate import evaluate  # noqa: E402
 from utils.flops import network_cost  # noqa: E402
-from utils.norms import reestimate_batch_norms  # noqa: E402
-from utils.optimisers import sgd  # noqa: E402
-from utils.run import Run  # noqa: E402
+from utils.runs.run import Run  # noqa: E402
 
 CPU = torch.device("cpu")
 NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.3, 0.3, 0.3))

@@ -17,11 +17,11 @@ import main_rl_prune
 from deploy import speeds
 from gating.steering import Budget, next_setpoint
 from models import build_network
-from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.predecessors import pruned_network
-from utils.run import BEST, LAST
+from utils.runs.checkpoint import load_checkpoint, save_checkpoint
+from utils.runs.predecessors import pruned_network
+from utils.runs.run import BEST, LAST
 
 
 def run(stage: str, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from models import ResNet, build_network, sampled
-from utils import checkpoint as module
-from utils.checkpoint import FORMAT, Checkpoint, atomic_save, describe, load_checkpoint, load_network
-from utils.checkpoint import save_checkpoint as save
 from utils.data.augment import Normalisation
 from utils.errors import UserError
+from utils.runs import checkpoint as module
+from utils.runs.checkpoint import FORMAT, Checkpoint, atomic_save, describe, load_checkpoint, load_network
+from utils.runs.checkpoint import save_checkpoint as save
 
 RANKS = {"stem.0": (2, None), "blocks.0.conv2": (3, 2), "blocks.1.shortcut.0": (None, 5), "blocks.2.conv1": (1, 7)}
 

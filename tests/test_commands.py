@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gating.settle import with_settled
 from models import all_on
-from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.errors import UserError, run_command
+from utils.runs.checkpoint import load_checkpoint, load_network, save_checkpoint
 
 METHODS = ["w/o Pruning", "w/ Static Pruning only", "w/ Static and Dynamic Pruning"]
 OVERVIEW = {f"Overview/{figure}_{part}" for part in ("train", "val") for figure in ("loss", "accuracy")}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pruning.settings import PruneSettings
+from training.optimisers import scheduled
 from utils.errors import UserError
-from utils.optimisers import scheduled
 from utils.settings import as_dictionary, checked_settings, keys, load_settings
 
 CONFIG = Path(__file__).parents[1] / "config.json"

@@ -6,8 +6,8 @@ from networks import NORMALISATION, STAGES, lively_network, varied_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from gating.pictures import CLASSES_A_PAGE, draw_easy_and_hard
+from training.evaluate import evaluate
 from utils.data.images import ImageSet
-from utils.evaluate import evaluate
 from utils.flops import network_cost
 
 

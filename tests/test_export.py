@@ -17,8 +17,8 @@ from deploy.int8 import quantised
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED
 from deploy.session import AT_ONCE, TOLERANCE, ExportedNetwork, check_session, open_session, run_session
 from models import GATES, build_network
-from utils.checkpoint import Checkpoint, describe, save_checkpoint
 from utils.errors import UserError
+from utils.runs.checkpoint import Checkpoint, describe, save_checkpoint
 
 SWITCHED = [gate for gate in GATES if gate != "none"]
 

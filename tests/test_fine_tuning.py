@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gating.distillation import TEMPERATURE, distillation_loss, distillation_loss_fn
-from gating.supervised import supervised_epoch
 from models import all_on, build_network
 from pruning.changes import eigenvalues_picture, layer_ranks, ranks_picture
 from pruning.eigenbasis import Eigenbasis
-from utils.norms import reestimate_batch_norms
+from training.distillation import TEMPERATURE, distillation_loss, distillation_loss_fn
+from training.norms import reestimate_batch_norms
+from training.supervised import supervised_epoch
 
 
 def small(gate: str = "rnn"):

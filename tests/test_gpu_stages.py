@@ -14,7 +14,7 @@ from benchmarks import alternatives, regressions, switch_knowledge
 from deploy import speeds
 from gating.settle import UNSETTLED
 from utils.data import memory
-from utils.run import Run
+from utils.runs.run import Run
 
 SHORT = {
     "sp": ["--epochs", "2"],

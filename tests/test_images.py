@@ -12,6 +12,7 @@ from test_data import UNCHANGED, numbered
 from test_fine_tuning import small
 
 import main_sp
+from training.evaluate import evaluate
 from utils import parallel
 from utils.data import images, memory
 from utils.data.augment import colour_histogram, normalisation_of
@@ -19,9 +20,8 @@ from utils.data.batches import TrainingBatches, plain_batches, split_data, train
 from utils.data.folder import load_data
 from utils.data.images import FetchedSet, HostPixels, ImageSet
 from utils.errors import UserError
-from utils.evaluate import evaluate
 from utils.flops import network_cost
-from utils.run import BEST, LAST, Run
+from utils.runs.run import BEST, LAST, Run
 
 CPU = torch.device("cpu")
 

@@ -13,15 +13,15 @@ from gating import operating_point
 from gating.operating_point import REACH, SEARCH, find_operating_point, gate_biases_restored, offset_to
 from gating.steering import Budget
 from models import build_network
-from utils.checkpoint import load_checkpoint
+from training.evaluate import Evaluation, evaluate
+from training.norms import placed
 from utils.data.augment import Normalisation
 from utils.data.batches import split_data
 from utils.data.folder import load_data
 from utils.data.images import ImageSet
-from utils.device import placed
-from utils.evaluate import Evaluation, evaluate
 from utils.flops import NetworkCost, network_cost
-from utils.run import BEST
+from utils.runs.checkpoint import load_checkpoint
+from utils.runs.run import BEST
 
 COST = NetworkCost(parameters=1, flops=100, blocks=(40, 30, 20), layers={})
 

@@ -19,11 +19,11 @@ from simulated_gpu import simulated
 from torch import nn
 
 from deploy import speeds
+from training.norms import SharedBatchNorm, with_shared_norms
 from utils import parallel
 from utils.data.batches import batch_ends, check_batches
 from utils.errors import UserError
-from utils.norms import SharedBatchNorm, with_shared_norms
-from utils.run import BEST, LAST
+from utils.runs.run import BEST, LAST
 
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
 HELPER = ROOT / "tests" / "processes.py"

@@ -10,8 +10,8 @@ from commands import ROOT
 from forks import Forked
 
 from models import build_network
-from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.flops import network_cost
+from utils.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from forks import ENVIRONMENT
 from networks import lively_network, varied_images
 from test_export import checkpoint_file
 
-from utils import records, results
-from utils.checkpoint import load_checkpoint
+from training import report as reporting
 from utils.data.images import ImageSet
 from utils.errors import UserError
-from utils.run import BEST, Run, stage_folder
+from utils.runs import records
+from utils.runs.checkpoint import load_checkpoint
+from utils.runs.run import BEST, Run, stage_folder
 
 RUN_NAMES = ("20250101-000000", "20250101-000000-2")
 
@@ -51,11 +52,11 @@ def finished_run(result_dir: Path, name: str) -> Run:
     return Run(folder)
 
 
-def reported(result_dir: Path, run: Run, measure_speeds: results.MeasureSpeeds) -> dict:
+def reported(result_dir: Path, run: Run, measure_speeds: reporting.MeasureSpeeds) -> dict:
     test = ImageSet(varied_images(8), torch.arange(8) % 10)
     best = load_checkpoint(run.path / BEST)
     with run:
-        return results.report(result_dir, run, best, test, "validation", torch.device("cpu"), measure_speeds)
+        return reporting.report(result_dir, run, best, test, "validation", torch.device("cpu"), measure_speeds)
 
 
 def test_runs_that_end_at_the_same_moment_lose_nothing(tmp_path):
@@ -112,7 +113,7 @@ def test_speeds_go_into_the_records_of_the_chain(tmp_path):
     best.source = pruned["checkpoint"]
     speeds = {start["checkpoint"]: {"latency_ms": 3.0, "throughput": 4.0}}
     with run:
-        own = results.report(
+        own = reporting.report(
             tmp_path, run, best, ImageSet(varied_images(8), torch.arange(8)), "validation", torch.device("cpu"),
             lambda files, pixels: speeds | {list(files)[-1]: {"latency_ms": 5.0, "throughput": 6.0}},
         )  # fmt: skip
@@ -173,7 +174,7 @@ def test_a_damaged_record_of_another_run_keeps_none_from_being_saved(tmp_path):
 HOLD = """
 import os, sys
 from pathlib import Path
-from utils.records import results_locked
+from utils.runs.records import results_locked
 with results_locked(Path(sys.argv[1]), print):
     print("locked", flush=True)
     sys.stdin.read()

@@ -14,12 +14,12 @@ from gating.reinforce import Reinforcement, closing_epoch, partly_sampled, reinf
 from gating.steering import FixedAlpha
 from gating.temperature import LOGIT, rescale_gate_logits
 from models import RoutedOutput, all_on, build_network, sampled, thresholded
+from training.evaluate import evaluate
+from training.norms import batch_norms, freeze_batch_norms, reestimate_batch_norms
+from training.optimisers import reinforcement_optimisers
 from utils.data.augment import Normalisation
 from utils.data.images import ImageSet
-from utils.evaluate import evaluate
 from utils.flops import network_cost
-from utils.norms import batch_norms, freeze_batch_norms, reestimate_batch_norms
-from utils.optimisers import reinforcement_optimisers
 
 CPU = torch.device("cpu")
 

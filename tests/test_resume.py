@@ -23,7 +23,7 @@ from deploy import speeds
 from gating.settle import UNSETTLED
 from utils.errors import UserError
 from utils.files import write_json
-from utils.run import BEST, LAST, Run, find_last_run, stage_folder
+from utils.runs.run import BEST, LAST, Run, find_last_run, stage_folder
 from utils.settings import setting
 
 CTRL_C = "interrupted; what was saved is kept: the same command with --resume continues from there\n"
@@ -228,7 +228,7 @@ def test_the_newest_run_with_these_settings_counts_and_some_may_differ(tmp_path:
 HOLDER = """
 import sys
 from pathlib import Path
-from utils.run import Run
+from utils.runs.run import Run
 run = Run(Path(sys.argv[1]))
 print("holds it", flush=True)
 sys.stdin.read()

@@ -17,7 +17,6 @@ from deploy.folding import deployable, folded
 from deploy.graphs import onnx_model
 from deploy.session import check_session, open_session, run_session
 from gating import settle as settling
-from gating.distillation import distillation_loss, distillation_loss_fn
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.settle import description, settle, settled_decisions, with_settled
 from gating.steering import Budget, FixedAlpha
@@ -26,13 +25,14 @@ from models import all_on, build_network, sampled, thresholded
 from pruning.iteration import check_goal
 from pruning.selection import Goal
 from pruning.settings import Method
-from utils.checkpoint import load_checkpoint
+from training.distillation import distillation_loss, distillation_loss_fn
+from training.evaluate import evaluate
+from training.optimisers import reinforcement_optimisers
 from utils.data.batches import TrainingBatches
 from utils.data.images import ImageSet
 from utils.errors import UserError
-from utils.evaluate import evaluate
 from utils.flops import network_cost
-from utils.optimisers import reinforcement_optimisers
+from utils.runs.checkpoint import load_checkpoint
 
 GATES = ("rnn", "ff1", "ff2")
 # All ways to fix some of the two switches.

@@ -16,11 +16,8 @@ from benchmarks import rank_correlation
 from benchmarks.common import load_trained
 from benchmarks.training import half_ranks
 from gating.baselines import BASELINES
-from gating.distillation import distillation_loss_fn
-from gating.forward import training_forward
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import SteeredAlpha
-from gating.supervised import supervised_epoch
 from models import ResNet, all_on, build_network, thresholded
 from models.decisions import DecisionRule
 from pruning.factors import collect_factors
@@ -28,16 +25,19 @@ from pruning.iteration import prune_once
 from pruning.layers import prunable_layers
 from pruning.selection import Goal
 from pruning.settings import CRITERIA, DECOMPOSITIONS, Method
+from training.distillation import distillation_loss_fn
+from training.evaluate import evaluate
+from training.forward import training_forward
+from training.norms import placed, with_shared_norms
+from training.optimisers import reinforcement_optimisers, sgd
+from training.supervised import supervised_epoch
 from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import ImageSet
-from utils.device import Randomness, described, pick_device, pick_precision, placed
+from utils.device import Randomness, described, pick_device, pick_precision
 from utils.errors import UserError
-from utils.evaluate import evaluate
 from utils.flops import network_cost
-from utils.norms import with_shared_norms
-from utils.optimisers import reinforcement_optimisers, sgd
 
 CPU = torch.device("cpu")
 BATCH = 8

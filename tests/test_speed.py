@@ -9,7 +9,9 @@ from test_export import checkpoint_file
 
 from deploy import speeds, timing
 from deploy.timing import Timing, alternated
-from utils import results
+from training import report as reporting
+from utils.runs import records as run_records
+from utils.runs import results
 
 
 def test_times_are_averages_over_items_that_differ(monkeypatch):
@@ -40,7 +42,8 @@ def chain(tmp_path):
         checkpoint_file(tmp_path / stage / "best.pt", lively_network(stage, "rnn"), list("abcdefghij"), stage)
         records.append(
             {
-                "method": results.METHODS[stage], "stage": stage, "dataset": "shapes", "network": "resnet", "depth": 8,
+                "method": run_records.METHODS[stage],
+                "stage": stage, "dataset": "shapes", "network": "resnet", "depth": 8,
                 "width": 8, "accuracy": 0.9, "gflops": 0.1, "compression": 0.5, "parameters": 10, "computation": 0.5,
                 "checkpoint": f"{stage}/best.pt", "source": source, "selected_on": "validation", "points": [],
             }
@@ -53,7 +56,7 @@ def with_speeds(chain: list[dict], folder: Path) -> list[dict]:
     """The records with what is measured of their checkpoints, as a report joins them."""
     files = {record["checkpoint"]: folder / record["checkpoint"] for record in chain}
     measured = speeds.measured_speeds(files, varied_images(20))
-    return [record | measured.get(record["checkpoint"], results.NOT_MEASURED) for record in chain]
+    return [record | measured.get(record["checkpoint"], reporting.NOT_MEASURED) for record in chain]
 
 
 def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):
@@ -78,9 +81,9 @@ def test_checkpoint_that_is_gone_has_a_dash(chain, tmp_path, monkeypatch):
 
 def test_a_chain_that_leads_back_to_itself_ends(chain):
     chain[0]["source"] = chain[-1]["checkpoint"]
-    assert results.latest_chain(chain) == chain
+    assert run_records.latest_chain(chain) == chain
     chain[-1]["source"] = chain[-1]["checkpoint"]
-    assert results.latest_chain(chain) == chain[-1:]
+    assert run_records.latest_chain(chain) == chain[-1:]
 
 
 def test_a_row_made_from_another_network_than_the_one_above_says_so(chain):

@@ -16,10 +16,10 @@ from gating.reinforce import reinforce_epoch
 from gating.steering import Budget, FixedAlpha, SteeredAlpha
 from gating.temperature import LOGIT
 from models import all_on
+from training.evaluate import evaluate
+from training.norms import batch_norms
 from utils.device import Randomness
-from utils.evaluate import evaluate
 from utils.flops import network_cost
-from utils.norms import batch_norms
 
 
 def stage_one(chain: Path) -> Path:

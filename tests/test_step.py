@@ -13,18 +13,17 @@ from torch.nn import functional as F
 
 import main_sp
 from deploy import speeds
-from gating.distillation import distillation_loss_fn
-from gating.forward import training_forward
 from gating.reinforce import Reinforcement, partly_sampled, reinforce_epoch
 from gating.steering import SteeredAlpha
-from gating.supervised import half_held_open, supervised_epoch
 from models import ResNet, build_network, sampled, straight_through
+from training.distillation import distillation_loss_fn
+from training.forward import training_forward
+from training.norms import placed, with_shared_norms
+from training.optimisers import reinforcement_optimisers, sgd
+from training.supervised import half_held_open, supervised_epoch
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches
 from utils.data.images import ImageSet
-from utils.device import placed
-from utils.norms import with_shared_norms
-from utils.optimisers import reinforcement_optimisers, sgd
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from benchmarks import alternatives, study
 from benchmarks.alternatives import Same
 from gating.settle import UNSETTLED
 from models import all_on
-from utils.checkpoint import load_checkpoint
 from utils.flops import network_cost
-from utils.run import BEST
+from utils.runs.checkpoint import load_checkpoint
+from utils.runs.run import BEST
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from networks import lively_network
 from benchmarks import regressions, switch_knowledge
 from benchmarks.regressions import convolutional, linear, multilayer
 from benchmarks.switch_knowledge import per_flop, r_squared, threshold_for
-from utils.checkpoint import load_checkpoint
 from utils.flops import network_cost
+from utils.runs.checkpoint import load_checkpoint
 
 
 def test_regressions_explain_what_they_can_and_no_more():

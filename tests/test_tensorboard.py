@@ -12,9 +12,9 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.util.tensor_util import make_ndarray
 from test_export import checkpoint_file
 
-from utils.checkpoint import load_checkpoint
-from utils.run import LAST, LastRun, Run
-from utils.tensorboard import hyperparameters, settings_table
+from utils.runs.checkpoint import load_checkpoint
+from utils.runs.run import LAST, LastRun, Run
+from utils.runs.tensorboard import hyperparameters, settings_table
 
 SETTINGS = {"lr": 0.1, "bs": 64, "compile": False, "gate": "rnn", "target": None, "schedule": {"steps": [0.5, 0.75]}}
 CHARTS = {"Overview": {"accuracy": ["Overview/accuracy_.*"], "alpha": ["Overview/alpha"]}}

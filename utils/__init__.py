@@ -1,1 +1,1 @@
-"""Data, checkpoints, run folders, costs, settings and results: what all three stages share."""
+"""Settings, errors, files, device, processes and costs; data and runs have rooms of their own."""

@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 
-from models import ResNet
-from utils import parallel
 from utils.errors import UserError
-from utils.norms import with_shared_norms
 
 PRECISIONS = ("auto", "float32", "bf16")
 BF16_CAPABILITY = (8, 0)  # Ampere: GPUs before it emulate bf16, slower than float32
@@ -51,15 +48,6 @@ def described(device: torch.device, precision: torch.dtype) -> str:
     if precision == torch.bfloat16:
         return f"{name} in bf16 (Fisher and report in full float32)"
     return f"{name} in full float32{' (it has no bf16)' if _lacks_bf16(device) else ''}"
-
-
-def placed(network: ResNet, device: torch.device) -> ResNet:
-    """The network on ``device`` with channels last: tensor cores read that layout, and CPUs train 1.2x faster in it.
-
-    Where several processes train it, its batch norms share their statistics.
-    """
-    network = network.to(device, memory_format=torch.channels_last)
-    return network if parallel.world_size() == 1 else with_shared_norms(network)
 
 
 def mixed_precision(device: torch.device, precision: torch.dtype) -> AbstractContextManager:

@@ -13,7 +13,8 @@ from models import NETWORKS, check_depth
 from utils.data.folder import IMAGE_TYPES
 from utils.device import PRECISIONS
 from utils.errors import UserError
-from utils.optimisers import SCHEDULES
+
+SCHEDULES = ("cosine", "step")  # of learning rates, see ``training.optimisers``
 
 # What may change between the start of a run and its resumption without changing its outcome but for rounding.
 NOT_COMPARED = ("download", "num_workers", "data_dir", "result_dir", "compile")

@@ -9,7 +9,6 @@ from torch.optim import SGD, Adam, Optimizer
 
 from models import ResNet
 
-SCHEDULES = ("cosine", "step")
 MILESTONES = (0.5, 0.75)
 
 AnyOptimiser = TypeVar("AnyOptimiser", bound=Optimizer)

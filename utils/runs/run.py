@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from utils import parallel
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.files import write_json
+from utils.runs.checkpoint import Checkpoint, load_checkpoint
+from utils.runs.tensorboard import Charts, TensorBoard
 from utils.settings import NOT_COMPARED, as_dictionary
-from utils.tensorboard import Charts, TensorBoard
 
 LAST, BEST, LOCK = "last.pt", "best.pt", ".lock"
 

@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 from models import ResNet
-from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.evaluate import Evaluation
-from utils.run import BEST, LAST, Run
+from utils.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.runs.run import BEST, LAST, Run
 
 
 class Stateful(Protocol):
@@ -56,13 +55,13 @@ class Keeper:
         self.described, self.network, self.progress, self.stateful = described, network, progress, dict(stateful)
         self.best_path, self._last_path = run.path / best_name, run.path / LAST
 
-    def offer(self, score: Sequence[float], evaluation: Evaluation) -> bool:
+    def offer(self, score: Sequence[float], metrics: dict[str, float]) -> bool:
         """Keep the network as the best if its score is above that of every one before; whether it was."""
         score = list(score)
         if self.progress.best is not None and score <= self.progress.best:
             return False
         self.progress.best = score
-        save_checkpoint(self.best_path, self._checkpoint(evaluation.metrics))
+        save_checkpoint(self.best_path, self._checkpoint(metrics))
         return True
 
     def save_last(self) -> None:

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from gating.forward import Forward, training_forward
 from models import ResNet, sampled, straight_through, thresholded
 from models.decisions import DecisionRule
+from training.forward import Forward, training_forward
+from training.norms import batches_counted_at_once, freeze_batch_norms
+from training.optimisers import set_learning_rate
 from utils import parallel
 from utils.data.batches import TrainingBatches
 from utils.errors import UserError
-from utils.norms import batches_counted_at_once, freeze_batch_norms
-from utils.optimisers import set_learning_rate
 
 # Half of the images of a batch pass with every switch held open, so that the whole network, which static pruning works
 # on, is trained whatever the switches do.  On the other half decisions are drawn, not thresholded: switches that only
@@ -60,7 +60,7 @@ def supervised_epoch(
         draws: generator, on the network's device, of decisions and of the images whose switches are held open.
         title: what the progress bar says.
         loss_fn: what is minimised and reported; the cross-entropy by default.
-        forward: the network's forward pass, from ``gating.forward.training_forward``; plain by default.
+        forward: the network's forward pass, from ``training.forward.training_forward``; plain by default.
         rule: makes a decision rule from numbers [N, 1 + K], uniform in [0, 1), and a dtype.  By default switches learn
             (``half_held_open``); under a rule of one's own no gradient goes through a decision.
         frozen_norms: batch norms use their running statistics and leave them as they are.

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from gating.supervised import LossFn
 from models import LowRankConv2d, ResNet
 from models.resnet import BasicBlock
+from training.supervised import LossFn
 
 # Softens both predictions so that small probabilities count; for small networks arXiv:1503.02531 found 2.5 to 4 to work
 # best (section 3).
@@ -35,7 +35,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: f
 
 
 def distillation_loss_fn(teacher: ResNet, weight: float, precision: torch.dtype = torch.float32) -> LossFn:
-    """``distillation_loss`` as the epochs of training take it (``gating.supervised``, ``gating.reinforce``).
+    """``distillation_loss`` as the epochs of training take it (``training.supervised``, ``gating.reinforce``).
 
     Args:
         teacher: every block of it runs, as in evaluation mode.

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.run import BEST, LAST, stage_folder
+from utils.runs.checkpoint import Checkpoint, load_checkpoint
+from utils.runs.run import BEST, LAST, stage_folder
 
 COMMANDS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
 

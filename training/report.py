@@ -1,0 +1,102 @@
+"""What a finished run measures of the network that it chose, and its row in the results."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import all_on
+from training.evaluate import evaluate
+from training.norms import placed
+from utils import parallel
+from utils.data.images import Images
+from utils.flops import network_cost
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.predecessors import relative_to_results
+from utils.runs.records import METHODS, Record, latest_chain, read_records, results_locked, save_records
+from utils.runs.results import results_picture, results_table, shown_accuracy, write_results
+from utils.runs.run import BEST, Run
+
+TIMED_IMAGES = 1000  # test images at most that speeds are measured on
+SHOWN = ("compression", "computation", "gflops", "latency_ms", "parameters", "throughput")  # beside hyperparameters
+NOT_MEASURED = {"latency_ms": None, "throughput": None}
+# Of checkpoints by name and test images, uint8 [N, 3, H, W]: latency_ms and throughput by name, see ``deploy.speeds``.
+MeasureSpeeds = Callable[[dict[str, Path], Tensor], dict[str, dict[str, float]]]
+
+
+def report(
+    result_dir: str | Path,
+    run: Run,
+    best: Checkpoint,
+    test: Images,
+    selected_on: str,
+    device: torch.device,
+    measure_speeds: MeasureSpeeds,
+    points: list[dict[str, float]] | None = None,
+    within_budget: bool = True,
+) -> Record:
+    """Measure a finished run's best network on the test images; add it to the results, draw them, print the table.
+
+    Several processes share the test images; one does the rest.
+
+    Args:
+        best: the checkpoint the run chose.
+        measure_speeds: of the exported networks.
+        selected_on: what it was chosen on: "validation", "test" or "last epoch".
+        points: gflops and accuracy of other networks of the run, for the picture.
+        within_budget: whether it kept the accuracy (or the computation) that the run was asked for.
+    """
+    result_dir = Path(result_dir).expanduser()
+    network = placed(best.network(), device)
+    test = test.to(device)
+    cost = network_cost(network, best.data["image_size"])
+    measured = evaluate(network, test, best.normaliser(), cost)
+    counted = measured.flops_executed if best.stage == "rl_pruned" else measured.flops_all
+    record = {
+        "method": METHODS[best.stage],
+        "stage": best.stage,
+        "dataset": best.data["name"],
+        **{key: best.architecture[key] for key in ("network", "depth", "width", "num_classes", "gate")},
+        "accuracy": measured.accuracy,
+        "accuracy_every_block": evaluate(network, test, best.normaliser(), cost, all_on).accuracy,
+        "gflops": counted / 1e9,
+        "gflops_all": measured.flops_all / 1e9,
+        "gflops_executed": measured.flops_executed / 1e9,
+        "parameters": cost.parameters,
+        "compression": best.compression(cost),
+        "computation": measured.computation,
+        "seed": best.seed,
+        "checkpoint": relative_to_results(run.path / BEST, result_dir),
+        "source": best.source,
+        "selected_on": selected_on,
+        "within_budget": within_budget,
+        "points": points or [],
+        **NOT_MEASURED,
+    }
+    if not parallel.is_main_process():
+        return record
+    save_records(result_dir, [record])  # first of all, so that nothing can keep a finished run from it
+    with results_locked(result_dir, run.say):
+        records = read_records(result_dir)
+        write_results(result_dir, records)
+    run.say("measuring the exported networks")
+    files = {r["checkpoint"]: result_dir / r["checkpoint"] for r in latest_chain(records, record)}
+    speeds = measure_speeds(files, test[:: -(-len(test) // TIMED_IMAGES)].pixels.cpu())
+    with results_locked(result_dir, run.say):
+        records = read_records(result_dir)  # anew: other runs may have ended meanwhile
+        measured_now = [r for r in records if r["checkpoint"] in files]
+        for r in measured_now:
+            r.update(speeds.get(r["checkpoint"], NOT_MEASURED))
+        save_records(result_dir, measured_now)
+        write_results(result_dir, records)
+    record = next((r for r in records if r["checkpoint"] == record["checkpoint"]), record)
+    chain = latest_chain(records, record)
+    run.say(f"\n{results_table(chain)}")
+    shown = {"accuracy": shown_accuracy(record)} | {key: record[key] for key in SHOWN if record[key] is not None}
+    run.results(results_table(chain), shown)
+    run.picture("results", results_picture(chain))
+    run.say(f"table    {result_dir / 'results.md'}")
+    run.say(f"picture  {result_dir / 'results.png'}")
+    run.say(f"watch    tensorboard --logdir {result_dir}  (overview: http://localhost:6006/#custom_scalars)")
+    return record

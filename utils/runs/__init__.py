@@ -1,0 +1,1 @@
+"""Run folders, keeping and resuming, checkpoints, predecessors, records, the results table and its picture."""
