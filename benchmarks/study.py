@@ -5,8 +5,8 @@
 
 What is read below RESULT_DIR: ``seed_*/results.json`` (the three stages), ``reference/seed_*/results.json`` (trained
 without switches), ``dense_switched/seed_*/results.json`` (switches on the unpruned network), ``alternatives_*.jsonl``,
-``criteria.jsonl``, ``stage3_parts*.json``, ``switch_knowledge*.json`` (their benchmarks' own), ``routing.json`` of
-stage 3's runs, and ``commands.tsv`` (what was run, and for how long).  What is not there yet leaves its rows out.
+``criteria.jsonl``, ``routing.json`` of stage 3's runs, and ``commands.tsv`` (what was run, and for how long).  What is
+not there yet leaves its rows out.
 ``--keep`` also copies the page of images that the first seed's stage 3 found cheap and dear.
 """
 
@@ -23,7 +23,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from benchmarks import stage3_parts, switch_knowledge
 from benchmarks.common import read_lines
 from gating.pictures import draw_passing
 from utils.errors import UserError, run_command
@@ -33,7 +32,8 @@ ROUTING = "seed_*/rl_pruned/*/*/*/routing.json"
 RECORDS = (
     *("seed_*/results.json", "*/seed_*/results.json", "alternatives_*.jsonl", "criteria.jsonl"),
     *("seed_*/*/*/*/*/metrics.jsonl", "*/seed_*/*/*/*/*/metrics.jsonl", "seed_*/*/*/*/*/arguments.json"),
-    *(ROUTING, "commands.tsv", *(f"{name}*.json" for name in ("stage3_parts", "switch_knowledge"))),
+    ROUTING,
+    "commands.tsv",
 )
 IMAGES = "seed_0/rl_pruned/*/*/*/easy_and_hard*.png"
 ALTERNATIVES = {
@@ -181,15 +181,6 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
             cells = [f"{spread((m['test'] for m in by_share.get(share, [])), factor=100)} %" for share in shares]
             seeds = max(len(measured) for measured in by_share.values())
             lines.append(f"| {STATIC_ALONE[variant][0]} | {seeds} | {' | '.join(cells)} |")
-    for name, title, table in (
-        ("stage3_parts", "What earns its place in stage 3", stage3_parts.table),
-        ("switch_knowledge", "What a switch can know", switch_knowledge.table),
-    ):
-        contents = [json.loads(path.read_text()) for path in sorted(results.glob(f"{name}*.json"))]
-        for content in contents:
-            lines += ["", f"## {title}", "", table(content).rstrip()]
-        if name == "stage3_parts" and len(contents) > 1:
-            lines += ["", "Over these networks, FLOPs saved and accuracy, in points:", "", *over_networks(contents)]
     lines += ["", made_with(results)]
     return [*lines, ""]
 
@@ -214,17 +205,6 @@ def static_pruning(trained: dict[str, dict[str, list[Record]]]) -> list[str]:
         own = [[record["accuracy_every_block"] for record in stages["sp"]], *points]
         cells = [f"{spread(accuracies, factor=100)} %" for accuracies in own]
         lines.append(f"| {name} | {len(stages['pruned'])} | {' | '.join(cells)} |")
-    return lines
-
-
-def over_networks(contents: Sequence[Record]) -> list[str]:
-    """What each part of stage 3 adds, mean and deviation over the networks that it was measured on, in Markdown."""
-    lines = ["| part | networks | added to published: saved | accuracy | added to all others: saved | accuracy |"]
-    lines.append("|---|---|---|---|---|---|")
-    for part in contents[0]["parts"]:
-        measured = [content["parts"][part] for content in contents if all(content["parts"].get(part, [None]))]
-        cells = [spread(m[i][key]["mean"] for m in measured) for i in (0, 1) for key in ("saved", "accuracy")]
-        lines.append(f"| {part} | {len(measured)} | {' | '.join(cells)} |")
     return lines
 
 

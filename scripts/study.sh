@@ -69,16 +69,6 @@ for ((seed = 0; seed < seeds; seed++)); do
     run python -m benchmarks.alternatives --dense "$(chosen "$chain" sp)" --static "$(chosen "$chain" pruned)" \
         --dynamic "$(chosen "$chain" rl_pruned)" --data_dir "$data" --img_type "$type" \
         --precision "$precision" --epochs "$third" --lr "$rate" --seed "$seed" --out "$results/alternatives_$seed"
-    if [ "$size" != medium ]; then
-        run python -m benchmarks.stage3_parts --checkpoint "$(chosen "$chain" pruned)" \
-            --data_dir "$data" --img_type "$type" --precision "$precision" --seeds 1 --epochs 3 --train_images 8000 \
-            --lr 0.002 --bs 128 --out "$results/stage3_parts_$seed"
-        switched=$(chosen "$chain" rl_pruned)
-        unsettled=${switched%best.pt}unsettled.pt  # where switches were fixed: with all of them
-        run python -m benchmarks.switch_knowledge --data_dir "$data" --img_type "$type" \
-            --checkpoint "$([ -e "$unsettled" ] && echo "$unsettled" || echo "$switched")" \
-            --out "$results/switch_knowledge_$seed"
-    fi
 done
 if [ "$size" != medium ]; then
     run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \

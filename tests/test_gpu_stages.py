@@ -10,9 +10,8 @@ from commands import SCRIPTS, arguments, metrics, run_folder
 from processes import run_stage
 from simulated_gpu import simulated
 
-from benchmarks import alternatives, regressions, switch_knowledge
+from benchmarks import alternatives
 from deploy import speeds
-from gating.settle import UNSETTLED
 from utils.data import memory
 from utils.runs.run import Run
 
@@ -68,15 +67,10 @@ def test_what_a_study_measures(chain: Path, shapes: Path, tmp_path: Path, monkey
     with simulated():
         monkeypatch.setattr(sys, "argv", [str(word) for word in ["", *given, "--out", tmp_path / "alternatives"]])
         alternatives.main()
-        given = ["--checkpoint", dynamic.with_name(UNSETTLED), *data, "--computation", 0.9]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in ["", *given, "--out", tmp_path / "known"]])
-        monkeypatch.setattr(regressions, "STEPS", 2)
-        switch_knowledge.main()
     lines = [json.loads(line) for line in (tmp_path / "alternatives.jsonl").read_text().splitlines()]
     assert [line["method"] for line in lines if "milliseconds" in line] == [
         "start", "switches", "switches fixed", "pruned further",
     ]  # fmt: skip
-    assert (tmp_path / "known.md").exists()
 
 
 def test_a_network_without_gates(shapes: Path, tmp_path: Path):

@@ -1,19 +1,14 @@
 """The GPU's path without a GPU: every tensor where it has to be, and no wait inside a training step."""
 
-import argparse
 import copy
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from commands import run_folder
 from simulated_gpu import SimulatedTensor, Trace, simulated
 from torch import nn
 
-from benchmarks import rank_correlation
-from benchmarks.common import load_trained
 from benchmarks.training import half_ranks
 from gating.baselines import BASELINES
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
@@ -260,15 +255,6 @@ def test_a_shared_norm_of_one_gpu_is_a_plain_one(shape: tuple[int, ...]):
             results.append([t.detach().cpu() for t in (y, *gradients, *norm.state_dict().values())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
-
-
-def test_rank_correlation_of_images_that_do_not_fit(chain: Path, shapes: Path):
-    given = argparse.Namespace(
-        checkpoint=str(run_folder(chain, "sp") / "best.pt"), data_dir=str(shapes), img_type="png", num_workers=1,
-        images=32, batch_size=16, fisher_draws=1, directions=2, seed=0,
-    )  # fmt: skip
-    with simulated(free_memory=0):
-        assert len(rank_correlation.measure(given, load_trained(given))) == 2
 
 
 @pytest.mark.parametrize("saved_on_gpu", [True, False])
