@@ -36,10 +36,7 @@ from pruning.surgery import composed, merged, rebuild  # noqa: E402
 from pruning.tucker import tucker  # noqa: E402
 from training.evaluate import evaluate  # noqa: E402
 from training.forward import training_forward  # noqa: E402
-from training.norms import (
-    placed,
-    reestimate_batch_norms,
-)
+from training.norms import placed, reestimate_batch_norms  # noqa: E402
 from training.optimisers import sgd  # noqa: E402
 from training.supervised import half_held_open, supervised_epoch  # noqa: E402
 from utils import heartbeats, parallel  # noqa: E402

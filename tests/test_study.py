@@ -169,6 +169,6 @@ def test_the_full_study_goes_on_piece_by_piece(tmp_path: Path):
     called = [name for name, before in zip(names, [None, *names], strict=False) if name != before]
     assert [name for name in called if name in stages] == stages
     assert names[-1] == "benchmarks.study" and all(made.count(line) > 1 for line in made), "each was stopped once"
-    assert all("bf16" in line for line in made[:-1])
+    assert all("bf16" in line for line in made if "benchmarks.study" not in line)
     taken = [line.split("\t") for line in (tmp_path / "results" / "commands.tsv").read_text().splitlines()]
     assert [line.replace("'", "").removeprefix("python ").strip() for _, line in taken] == made
