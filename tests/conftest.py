@@ -11,6 +11,12 @@ from PIL import Image
 torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws is the same in every run and order of the tests."""
+    torch.manual_seed(0)
+
+
 def write_shapes(root: Path, parts: dict[str, int], size: int = 8, seed: int = 0, suffix: str = "png") -> Path:
     """Three classes that a small network tells apart: a bright bar on the left, in the middle or on the right."""
     generator = np.random.default_rng(seed)
