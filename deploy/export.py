@@ -5,6 +5,7 @@ Writes network.onnx, labels.json, and with --int8 network_int8.onnx.  Both graph
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from deploy.folder import write_together
 from deploy.folding import deployable
 from deploy.graphs import onnx_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
@@ -21,7 +23,6 @@ from gating.settle import description
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
 from utils.errors import UserError, run_command
-from utils.files import write_json
 from utils.runs.checkpoint import check_data, load_checkpoint
 from utils.settings import image_type, number
 
@@ -97,18 +98,15 @@ def random_pixels(count: int, size: int) -> Tensor:
 
 
 def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[str, Any]) -> None:
-    """Write the graphs, then labels.json; files of an earlier export that are not among them are removed.
+    """Write the graphs and labels.json; files of an earlier export that are not among them are removed.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written; an earlier export in it is left as it was.
     """
+    contents = {name: model.SerializeToString() for name, model in models.items()}
+    contents[LABELS] = (json.dumps(labels, indent=2) + "\n").encode()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (LABELS, NETWORK, ROUTED, INT8):
-            (folder / name).unlink(missing_ok=True)
-        for name, model in models.items():
-            (folder / name).write_bytes(model.SerializeToString())
-        write_json(folder / LABELS, labels)
+        write_together(folder, contents, {NETWORK, ROUTED, INT8} - set(contents))
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}): free space or choose another --output") from None
 

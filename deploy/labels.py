@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deploy.folder import finish
 from models import ResNet
 from utils.errors import UserError
 from utils.flops import network_cost
@@ -55,6 +56,7 @@ def read_labels(folder: Path) -> Labels:
     """
     path = folder / LABELS
     try:
+        finish(folder)
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
