@@ -30,7 +30,7 @@ from utils.data.batches import (
     TrainingBatches,
     batch_parts_by_process,
     check_batches,
-    split_data,
+    split_as_before,
     whole_batches_by_process,
 )
 from utils.data.folder import load_data
@@ -95,13 +95,16 @@ def main() -> None:
     start = last.checkpoint if last else trained_network(settings, data.name)
     check_data(start, data, settings.resize)
     check_goal(start.network(), settings.resize, last_goal(settings, start.original), settings)
-    splits = split_data(data, start.data["val_fraction"], start.data["split_seed"]).to(device)
+    splits = split_as_before(data, start.data, resumed=last is not None).to(device)
+    start = replace(start, data={**start.data, **splits.identity})
     check_batches(min(len(splits.train), settings.fisher_images), settings.batch_size)
     randomness = Randomness(settings.seed, device)
     accuracy, floor = start.metrics["accuracy"], start.original["accuracy"] - settings.max_accuracy_drop
 
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
         run.say(f"{run.path} on {described(device, precision)}, {splits.place}: pruning {start.source}")
+        for note in splits.notes:
+            run.say(note)
         unpruned = stage_1_network(run, start, settings)
         loss_fn = None
         if settings.distill:

@@ -28,7 +28,7 @@ from training.optimisers import rates_of_epoch, reinforcement_optimisers
 from training.report import report
 from training.scalars import epoch_scalars, layer_scalars
 from utils import parallel
-from utils.data.batches import Splits, TrainingBatches, check_batches, split_data
+from utils.data.batches import Splits, TrainingBatches, check_batches, split_as_before
 from utils.data.folder import load_data
 from utils.data.images import evenly_spaced
 from utils.device import Randomness, described, pick_device, pick_precision
@@ -107,7 +107,8 @@ def main() -> None:
     last = find_last_run(parent, settings) if resume else None
     start = last.checkpoint if last else pruned_network(settings, data.name)
     check_data(start, data, settings.resize)
-    splits = split_data(data, start.data["val_fraction"], start.data["split_seed"]).to(device)
+    splits = split_as_before(data, start.data, resumed=last is not None).to(device)
+    start = replace(start, data={**start.data, **splits.identity})
     check_batches(len(splits.train), settings.bs)
     network = placed(start.network(), device)
     cost = network_cost(network, settings.resize)
@@ -124,6 +125,8 @@ def main() -> None:
 
     with open_run(parent, settings, last, resume, POLICY_CHARTS) as run:
         run.say(f"{run.path} on {described(device, precision)}, {splits.place}: starting from {start.source}")
+        for note in splits.notes:
+            run.say(note)
         progress = Progress()
         stateful = {"random": randomness, "steering": steering, "sgd": setup.optimisers[0], "adam": setup.optimisers[1]}
         keeper = Keeper(run, start, network, progress, stateful)

@@ -19,7 +19,14 @@ from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scal
 from training.supervised import supervised_epoch
 from utils import parallel
 from utils.data.augment import Normalisation
-from utils.data.batches import TrainingBatches, check_batches, split_data, training_normalisation
+from utils.data.batches import (
+    Splits,
+    TrainingBatches,
+    check_batches,
+    split_as_before,
+    split_data,
+    training_normalisation,
+)
 from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, described, pick_device, pick_precision
 from utils.errors import run_command
@@ -47,7 +54,13 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     randomness = Randomness(settings.seed, device)
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers, settings.download)
-    splits = split_data(data, settings.val_fraction, settings.seed)
+    parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
+    last = find_last_run(parent, settings) if resume else None
+    if last:
+        check_data(last.checkpoint, data, settings.resize)
+        splits = split_as_before(data, last.checkpoint.data, resumed=True)
+    else:
+        splits = split_data(data, settings.val_fraction, settings.seed)
     check_batches(len(splits.train), settings.bs)
     normalisation = training_normalisation(splits.train)
     network = build_network(
@@ -56,10 +69,6 @@ def main() -> None:
     network = placed(network, device)
     cost = network_cost(network, settings.resize)
     optimiser = sgd(network, settings.lr, settings.momentum, settings.weight_decay)
-    parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
-    last = find_last_run(parent, settings) if resume else None
-    if last:
-        check_data(last.checkpoint, data, settings.resize)
 
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
         splits = splits.to(device)
@@ -67,9 +76,11 @@ def main() -> None:
             f"{run.path} on {described(device, precision)}, {splits.place}: {len(splits.train):,} training images, "
             f"{len(splits.val):,} {splits.val_name} images"
         )
+        for note in splits.notes:
+            run.say(note)
         run.say(f"{settings.network}{settings.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
         progress = Progress()
-        start = description(settings, data, normalisation, cost)
+        start = description(settings, data, splits, normalisation, cost)
         keeper = Keeper(run, start, network, progress, {"optimiser": optimiser, "random": randomness})
         if last:
             keeper.resume(last.checkpoint)
@@ -99,7 +110,9 @@ def main() -> None:
         report(settings.result_dir, run, keeper.best(), splits.test, selected_on, device, measured_speeds)
 
 
-def description(settings: Settings, data: DataSet, normalisation: Normalisation, cost: NetworkCost) -> Checkpoint:
+def description(
+    settings: Settings, data: DataSet, splits: Splits, normalisation: Normalisation, cost: NetworkCost
+) -> Checkpoint:
     """What every checkpoint of the run holds."""
     return Checkpoint(
         stage="sp",
@@ -113,6 +126,7 @@ def description(settings: Settings, data: DataSet, normalisation: Normalisation,
             "flip": not settings.no_flip,
             "val_fraction": settings.val_fraction,
             "split_seed": settings.seed,
+            **splits.identity,
         },
         metrics={"accuracy": 0.0, "computation": 1.0},
         original={"accuracy": 0.0, "parameters": cost.parameters, "flops": cost.flops},

@@ -44,7 +44,7 @@ from training.forward import training_forward
 from training.norms import placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, sgd
 from training.supervised import supervised_epoch
-from utils.data.batches import Splits, TrainingBatches, plain_batches, split_data
+from utils.data.batches import Splits, TrainingBatches, plain_batches, split_as_before
 from utils.data.folder import load_data
 from utils.data.images import Images
 from utils.device import PRECISIONS, pick_device, pick_precision
@@ -83,7 +83,7 @@ def main() -> None:
     size = static.data["image_size"]
     data = load_data(args.data_dir, args.img_type, size, args.num_workers)
     check_data(static, data, size)
-    splits = split_data(data, static.data["val_fraction"], static.data["split_seed"]).to(device)
+    splits = split_as_before(data, static.data).to(device)
     start, fixed = Trained(static, splits, device), Trained(dynamic, splits, device)
     switched = Trained(load_checkpoint(unsettled), splits, device) if unsettled.exists() else fixed
     target = switched.evaluated(switched.network(), splits.val).flops_executed

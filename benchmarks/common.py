@@ -19,7 +19,7 @@ from models.decisions import DecisionRule
 from training.evaluate import Evaluation, evaluate
 from training.norms import placed
 from utils.data.augment import Normalisation
-from utils.data.batches import Splits, split_data
+from utils.data.batches import Splits, split_as_before
 from utils.data.folder import load_data
 from utils.data.images import Images, evenly_spaced
 from utils.device import pick_device
@@ -77,7 +77,7 @@ def load_trained(args: argparse.Namespace) -> Trained:
     size = checkpoint.data["image_size"]
     data = load_data(args.data_dir, args.img_type, size, args.num_workers)
     check_data(checkpoint, data, size)
-    splits = split_data(data, checkpoint.data["val_fraction"], checkpoint.data["split_seed"])
+    splits = split_as_before(data, checkpoint.data)
     return Trained(checkpoint, splits.to(device), device)
 
 

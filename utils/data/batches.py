@@ -1,7 +1,8 @@
 """Splits of the images, and the batches that training and evaluation take from them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,11 @@ from torch import Tensor
 from utils import parallel
 from utils.data.augment import Normalisation, colour_histogram, crop_and_flip, draw_crops, normalisation_of
 from utils.data.folder import DataSet
+from utils.data.identity import digest, first_copies
 from utils.data.images import Images
 from utils.errors import UserError
+
+PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,10 @@ class Splits:
     val: Images
     test: Images
     val_is_test: bool = False  # where no image was set aside for validation
+    # What a checkpoint keeps to know these images again: fingerprints of all that were ever set aside, int64 [n], and a
+    # digest of each part.
+    identity: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the user has to know of them
 
     @property
     def val_name(self) -> str:
@@ -34,7 +42,7 @@ class Splits:
         return place if parallel.world_size() == 1 else f"{place}, {parallel.world_size()} processes"
 
     def to(self, device: torch.device) -> "Splits":
-        return Splits(self.train.to(device), self.val.to(device), self.test.to(device), self.val_is_test)
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -59,10 +67,100 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 def split_data(data: DataSet, val_fraction: float, seed: int) -> Splits:
     """Set validation images aside: the data's own, else a seeded, stratified share of the training images.
 
+    Copies of an image that is set aside are so, too.
+
     Raises:
         UserError: if fewer than two images are left to train on.
     """
-    splits = _split(data, val_fraction, seed)
+    return _drawn(data, val_fraction, seed, first_copies(data.fingerprints["train"]))
+
+
+def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = False) -> Splits:
+    """The split of an earlier run: what was set aside then is not trained on, whatever has become of its file since.
+
+    Training images that are new are trained on.  New ones of a ``val/`` folder are left out: an earlier stage may have
+    been trained on them.
+
+    Args:
+        known: what the run's checkpoint says of its data.
+        resumed: whether that very run goes on, for which no image may have changed.
+
+    Raises:
+        UserError: if this is other data, or if fewer than two images are left to train on.
+    """
+    if "set_aside" not in known:  # of an older version, which split by position
+        everything = torch.ones(len(data.train), dtype=torch.bool)
+        splits = _drawn(data, known["val_fraction"], known["split_seed"], everything)
+        return replace(splits, notes=("the checkpoint is of an older version: its images cannot be checked",))
+    if why := other_data(data, known):
+        raise UserError(why)
+    splits, notes = _splits(data, known["set_aside"]), []
+    changed = [PARTS[part] for part in PARTS if splits.identity[part] != known[part]]
+    if changed and resumed:
+        raise UserError(
+            f"the {' and '.join(changed)} images of data {data.name} are not those that this run began with: put "
+            f"those back, or start a new run without --resume"
+        )
+    vanished = _missing(data, known["set_aside"])
+    if vanished:
+        notes.append(
+            f"{vanished} of {len(known['set_aside'])} images that were set aside for validation are no longer in the "
+            f"data: {len(splits.val)} are left to choose by"
+        )
+    if PARTS["train"] in changed:
+        notes.append("training images were added or removed since the checkpoint was made: those there now are used")
+    return replace(splits, notes=tuple(notes))
+
+
+def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
+    """Why this is not the data that a checkpoint's network was made with, empty where nothing says so.
+
+    Args:
+        known: what the checkpoint says of its data.
+    """
+    if "set_aside" not in known:
+        return ""
+    if digest(data.fingerprints["test"]) != known["test"]:
+        return (
+            f"the test images of data {data.name} are not those that the checkpoint's run had (other files, or decoded "
+            f"by another version of Pillow): use the same data, or start with stage 1 again"
+        )
+    missing, count = _missing(data, known["set_aside"]), len(known["set_aside"])
+    if 2 * missing > count:
+        return (
+            f"data {data.name} lacks {missing} of the {count} images that the checkpoint's run set aside for "
+            f"validation: use the same data, or start with stage 1 again"
+        )
+    return ""
+
+
+def _missing(data: DataSet, set_aside: Tensor) -> int:
+    """How many of the images that were set aside, by their fingerprints, are not where validation images come from."""
+    return int((~torch.isin(set_aside, data.fingerprints["train" if data.val is None else "val"])).sum())
+
+
+def _drawn(data: DataSet, val_fraction: float, seed: int, among: Tensor) -> Splits:
+    """The data's own validation images, or some of the training images for which ``among``, bool [N], is true."""
+    if data.val is not None:
+        return _splits(data, data.fingerprints["val"])
+    candidates = among.nonzero().squeeze(1)
+    _, aside = stratified_split(data.train.labels[candidates], val_fraction, seed)
+    return _splits(data, data.fingerprints["train"][candidates[aside]])
+
+
+def _splits(data: DataSet, set_aside: Tensor) -> Splits:
+    """Keep the images of these fingerprints, int64 [n], from training, and choose by those that are there."""
+    prints, held = data.fingerprints, "train" if data.val is None else "val"
+    kept, aside = (~torch.isin(prints["train"], set_aside), torch.isin(prints[held], set_aside))
+    val_is_test = len(set_aside) == 0
+    used = {"train": prints["train"][kept], "val": prints[held][aside], "test": prints["test"]}
+    splits = Splits(
+        train=_chosen(data.train, kept),
+        val=data.test if val_is_test else _chosen(getattr(data, held), aside),
+        test=data.test,
+        val_is_test=val_is_test,
+        identity={"set_aside": set_aside.unique(), **{part: digest(own) for part, own in used.items()}},
+    )
     if len(splits.train) < 2:
         raise UserError(
             f"data {data.name} leaves {len(splits.train)} image to train on: batch norms need two, add more"
@@ -70,13 +168,9 @@ def split_data(data: DataSet, val_fraction: float, seed: int) -> Splits:
     return splits
 
 
-def _split(data: DataSet, val_fraction: float, seed: int) -> Splits:
-    if data.val is not None:
-        return Splits(data.train, data.val, data.test)
-    kept, aside = stratified_split(data.train.labels, val_fraction, seed)
-    if len(aside) == 0:
-        return Splits(data.train, data.test, data.test, val_is_test=True)
-    return Splits(data.train[kept], data.train[aside], data.test)
+def _chosen(images: Images, members: Tensor) -> Images:
+    """Those for which ``members``, bool [N], is true, without a copy where it is for all."""
+    return images if members.all() else images[members.nonzero().squeeze(1)]
 
 
 def batch_ends(images: int, batch_size: int) -> list[int]:

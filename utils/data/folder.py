@@ -8,6 +8,7 @@ batch by batch instead; the batches are the same.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from utils import parallel
 from utils.data import memory
 from utils.data.cache import cache_files, content_key, read_cache, write_cache
 from utils.data.cifar import CIFAR_FOLDERS, read_cifar
+from utils.data.identity import fingerprints
 from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, read_image
 from utils.errors import UserError
 
@@ -41,6 +43,15 @@ class DataSet:
     train: Images
     val: Images | None  # only where the data has validation images of its own
     test: Images
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Tensor]:
+        """Those of the images of each part, int64 [N]; images that are not in memory are all decoded for it.
+
+        Several processes share the work, so that all of them have to ask.
+        """
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {part: fingerprints(images) for part, images in parts.items() if images is not None}
 
 
 def load_data(folder: str, image_type: str, size: int, workers: int, download: bool = False) -> DataSet:

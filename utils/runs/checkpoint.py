@@ -32,9 +32,9 @@ class Checkpoint:
     weights: dict[str, Tensor]
     normalisation: dict[str, list[float]]  # mean and std of the training images
     classes: list[str]
-    data: dict[
-        str, Any
-    ]  # name, image_size, flip, val_fraction, split_seed: later stages must set aside the same images
+    # name, image_size, flip, val_fraction, split_seed, and ``utils.data.batches.Splits.identity``, which older versions
+    # did not keep: later stages must set aside the same images
+    data: dict[str, Any]
     metrics: dict[str, float]  # measured on the images that choices look at
     original: dict[str, float]  # parameters, flops and accuracy of stage 1's network
     seed: int
