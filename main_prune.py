@@ -92,7 +92,7 @@ def main() -> None:
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
     parent = stage_folder(settings.result_dir, "pruned", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
-    start = last.checkpoint if last else trained_network(settings, data.name)
+    start, notes = (last.checkpoint, []) if last else trained_network(settings, data)
     check_data(start, data, settings.resize)
     check_goal(start.network(), settings.resize, last_goal(settings, start.original), settings)
     splits = split_as_before(data, start.data, resumed=last is not None).to(device)
@@ -103,7 +103,7 @@ def main() -> None:
 
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
         run.say(f"{run.path} on {described(device, precision)}, {splits.place}: pruning {start.source}")
-        for note in splits.notes:
+        for note in [*notes, *splits.notes]:
             run.say(note)
         unpruned = stage_1_network(run, start, settings)
         loss_fn = None

@@ -105,7 +105,7 @@ def main() -> None:
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers, settings.download)
     parent = stage_folder(settings.result_dir, "rl_pruned", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
-    start = last.checkpoint if last else pruned_network(settings, data.name)
+    start, notes = (last.checkpoint, []) if last else pruned_network(settings, data)
     check_data(start, data, settings.resize)
     splits = split_as_before(data, start.data, resumed=last is not None).to(device)
     start = replace(start, data={**start.data, **splits.identity})
@@ -125,7 +125,7 @@ def main() -> None:
 
     with open_run(parent, settings, last, resume, POLICY_CHARTS) as run:
         run.say(f"{run.path} on {described(device, precision)}, {splits.place}: starting from {start.source}")
-        for note in splits.notes:
+        for note in [*notes, *splits.notes]:
             run.say(note)
         progress = Progress()
         stateful = {"random": randomness, "steering": steering, "sgd": setup.optimisers[0], "adam": setup.optimisers[1]}

@@ -17,6 +17,7 @@ import main_rl_prune
 from deploy import speeds
 from gating.steering import Budget, next_setpoint
 from models import build_network
+from utils.data.folder import load_data
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -66,7 +67,7 @@ def test_after_a_collapse_stage_3_goes_on_from_its_best_network(chain, shapes, t
     assert "back to the best network" in (run_folder(tmp_path, "rl_pruned") / "log.txt").read_text()
 
 
-def test_stage_3_falls_back_to_the_network_of_an_iteration(chain: Path, tmp_path: Path):
+def test_stage_3_falls_back_to_the_network_of_an_iteration(chain: Path, shapes: Path, tmp_path: Path):
     """Stage 2 chose under a wider budget than stage 3 has: the smallest iteration within the narrow one counts."""
     results = tmp_path / "results"
     shutil.copytree(chain, results)
@@ -79,16 +80,17 @@ def test_stage_3_falls_back_to_the_network_of_an_iteration(chain: Path, tmp_path
                           original={**checkpoint.original, "accuracy": floor + 0.1})  # fmt: skip
         save_checkpoint(folder / name, changed)
     settings = SimpleNamespace(
-        checkpoint="", result_dir=str(results), network="resnet", depth=8, max_accuracy_drop=0.1, seed=3
+        checkpoint="", result_dir=str(results), network="resnet", depth=8, resize=8, max_accuracy_drop=0.1, seed=3
     )
-    start = pruned_network(settings, "shapes")
+    data = load_data(str(shapes), "png", 8, 1)
+    start, _ = pruned_network(settings, data)
     assert start.source == str((folder / "iteration_01.pt").relative_to(results))
     assert (start.stage, start.seed, start.progress) == ("rl_pruned", 3, {})
     settings.max_accuracy_drop = 0.4  # now the one that stage 2 chose is within the budget, too
-    assert pruned_network(settings, "shapes").source == str((folder / BEST).relative_to(results))
+    assert pruned_network(settings, data)[0].source == str((folder / BEST).relative_to(results))
     settings.max_accuracy_drop = -0.3
     with pytest.raises(UserError, match=r"no network of stage 2 is within -0\.3 of stage 1's accuracy"):
-        pruned_network(settings, "shapes")
+        pruned_network(settings, data)
 
 
 def test_where_no_iteration_keeps_the_budget_the_unpruned_network_is_kept(chain, shapes, tmp_path, monkeypatch):

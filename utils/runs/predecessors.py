@@ -5,82 +5,89 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from utils.data.batches import other_data
+from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.runs.checkpoint import Checkpoint, load_checkpoint
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
+from utils.runs.records import RECORD
 from utils.runs.run import BEST, LAST, stage_folder
 
 COMMANDS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
+NAMED = 5  # runs that a line names at most
 
 Found = list[tuple[Path, Checkpoint]]
 
 
-def trained_network(settings: Any, data_name: str) -> Checkpoint:
-    """What stage 2 starts from: the checkpoint named, or stage 1's with the best accuracy (the newest of equals).
+def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]:
+    """What stage 2 starts from: the checkpoint named, or that of the newest run of stage 1 that fits and has ended.
+
+    A run fits if its network, depth, width, image size and images are those of the settings; one that has not ended is
+    taken only where no other is left.
 
     Args:
         settings: of stage 2 (``pruning.settings.PruneSettings``).
 
+    Returns:
+        the first checkpoint of stage 2, and lines that say which was taken, and from among which.
+
     Raises:
-        UserError: if there is none, or if it is of another size.
+        UserError: if there is none that fits, or if the one named does not.
     """
     if settings.checkpoint:
         path = Path(settings.checkpoint).expanduser()
         trained = load_checkpoint(path)
-    else:
-        found = finished_checkpoints(settings.result_dir, "sp", data_name, settings.network, settings.depth)
-        of_this_width = [item for item in found if item[1].architecture["width"] == settings.width] or found
-        path, trained = max(reversed(of_this_width), key=lambda item: item[1].metrics["accuracy"])
-    for key in ("network", "depth", "width"):
-        if trained.architecture[key] != getattr(settings, key):
-            raise UserError(
-                f"checkpoint {path} has {key} {trained.architecture[key]}, the settings say {getattr(settings, key)}: "
-                f"change {key} or the checkpoint"
-            )
-    return _started_from(path, trained, "pruned", settings)
+        _check(path, trained, settings, data)
+        return _started_from(path, trained, "pruned", settings), []
+    found, unfit = _saved(settings, "sp", data, BEST)
+    if not found:
+        raise _nothing_fits(settings, "sp", data, unfit)
+    ended = [item for item in found if has_ended(item[0])]
+    path, trained = (ended or found)[-1]
+    why = "the newest run of stage 1 that fits" + ("" if ended else "; none that fits has ended")
+    notes = [f"starting from {_described(path, trained, settings)}: {why}", *_others(path, found, unfit, settings)]
+    return _started_from(path, trained, "pruned", settings), notes
 
 
-def pruned_network(settings: Any, data_name: str) -> Checkpoint:
+def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]:
     """What stage 3 starts from: the checkpoint named, or stage 2's with the fewest FLOPs within the budget.
 
-    Only networks from a stage 1 of the same size as the newest run's count.
+    Only networks with switches, and with the depth, the image size and the images of the settings count, and of those
+    the ones that were made from the same network of stage 1 as the newest run's.  Where no network that a run chose is
+    within the budget, those of single iterations count, since stage 2's budget may have been wider; where none of these
+    is either, the networks that were made from another one of stage 1; then those of runs that have not ended.
 
     Args:
         settings: of stage 3.
 
+    Returns:
+        the first checkpoint of stage 3, and lines that say which was taken, and from among which.
+
     Raises:
-        UserError: if there is none, or if it has no switches.
+        UserError: if there is none, or if the one named does not fit.
     """
     if settings.checkpoint:
         path = Path(settings.checkpoint).expanduser()
         pruned = load_checkpoint(path)
-    else:
-        folder = (settings.result_dir, "pruned", data_name, settings.network, settings.depth)
-        found = finished_checkpoints(*folder)
-        newest = found[-1][1]
-        # The networks that stage 2 chose come first, those of single iterations where its budget was wider than ours.
-        within = _within_budget(found, newest, settings.max_accuracy_drop) or _within_budget(
-            saved_checkpoints(*folder, "iteration_*.pt"), newest, settings.max_accuracy_drop
-        )
-        if not within:
-            raise UserError(
-                f"no network of stage 2 is within {settings.max_accuracy_drop} of stage 1's accuracy: raise "
-                f"--max_accuracy_drop, name a --checkpoint, or run main_prune.py with a smaller prune_ratio"
-            )
-        image_size = newest.data["image_size"]
-        path, pruned = min(within, key=lambda item: network_cost(item[1].network(), image_size).flops)
-    for key in ("network", "depth"):
-        if pruned.architecture[key] != getattr(settings, key):
-            raise UserError(
-                f"checkpoint {path} has {key} {pruned.architecture[key]}, not {getattr(settings, key)}: change --{key}"
-            )
-    if pruned.architecture["gate"] == "none":
-        raise UserError(f"checkpoint {path} has no switches to teach: train stage 1 with --gate rnn, ff1 or ff2")
-    if not pruned.network().deciding:
+        _check(path, pruned, settings, data, switched=True)
+        return _started_from(path, pruned, "rl_pruned", settings), []
+    found, unfit = _saved(settings, "pruned", data, BEST, switched=True)
+    single, unfit_single = _saved(settings, "pruned", data, "iteration_*.pt", switched=True)
+    if not found and not single:
+        raise _nothing_fits(settings, "pruned", data, unfit or unfit_single)
+    ended = [item for item in single if (item[0].parent / BEST).exists()]
+    pools = [pool for origin in _origins(found) for pool in (_made_from(origin, found), _made_from(origin, ended))]
+    pools += [_made_from(origin, single) for origin in _origins(single)]
+    within = next(filter(None, (_within_budget(pool, settings.max_accuracy_drop) for pool in pools)), None)
+    if within is None:
         raise UserError(
-            f"checkpoint {path} has no switch that still decides: give the unsettled.pt beside it, or one of stage 2"
+            f"no network of stage 2 is within {settings.max_accuracy_drop} of stage 1's accuracy: raise "
+            f"--max_accuracy_drop, name a --checkpoint, or run main_prune.py with a smaller prune_ratio"
         )
-    return _started_from(path, pruned, "rl_pruned", settings)
+    path, pruned = min(within, key=lambda item: network_cost(item[1].network(), settings.resize).flops)
+    why = f"the smallest within the budget of those made from {pruned.source}"
+    notes = [f"starting from {_described(path, pruned, settings)}: {why}", *_others(path, found, unfit, settings)]
+    return _started_from(path, pruned, "rl_pruned", settings), notes
 
 
 def _started_from(path: Path, source: Checkpoint, stage: str, settings: Any) -> Checkpoint:
@@ -89,43 +96,107 @@ def _started_from(path: Path, source: Checkpoint, stage: str, settings: Any) -> 
     return replace(source, stage=stage, source=name, seed=settings.seed, progress={}, training={})
 
 
-def _within_budget(found: Found, newest: Checkpoint, drop: float) -> Found:
-    """The switched networks within the budget that come from a stage 1 of the same cost as the newest run's."""
-    return [
-        (path, c)
-        for path, c in found
-        if c.metrics["accuracy"] >= c.original["accuracy"] - drop - 1e-9
-        and all(c.original[key] == newest.original[key] for key in ("parameters", "flops"))
-        and c.architecture["gate"] == newest.architecture["gate"]
-    ]
+def _saved(
+    settings: Any, stage: str, data: DataSet, name: str, switched: bool = False
+) -> tuple[Found, dict[Path, UserError]]:
+    """The checkpoints of a stage called ``name`` that fit, oldest run first; and of all others what is against them."""
+    folder = stage_folder(settings.result_dir, stage, data.name, settings.network, settings.depth)
+    found, unfit = [], {}
+    for path in sorted(folder.glob(f"*/{name}")):
+        try:
+            checkpoint = load_checkpoint(path)
+            _check(path, checkpoint, settings, data, switched)
+            found.append((path, checkpoint))
+        except UserError as error:  # of a run that was abandoned, too
+            unfit[path] = error
+    return found, unfit
 
 
-def saved_checkpoints(result_dir: str | Path, stage: str, data: str, network: str, depth: int, name: str) -> Found:
-    """Every checkpoint of a stage for this data set and network whose file is called ``name``, oldest run first."""
-    folder = stage_folder(result_dir, stage, data, network, depth)
-    return [(path, load_checkpoint(path)) for path in sorted(folder.glob(f"*/{name}"))]
+def _check(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet, switched: bool = False) -> None:
+    """Refuse a checkpoint that does not fit the settings and the data.
 
-
-def finished_checkpoints(result_dir: str | Path, stage: str, data: str, network: str, depth: int) -> Found:
-    """Every ``best.pt`` of a stage, as ``saved_checkpoints``.
+    Args:
+        switched: whether it needs switches that decide.
 
     Raises:
-        UserError: if there is none; the message says which command makes one.
+        UserError: with the reason.
     """
-    found = saved_checkpoints(result_dir, stage, data, network, depth, BEST)
-    if not found:
-        folder = stage_folder(result_dir, stage, data, network, depth)
-        raise UserError(f"no checkpoint {folder}/*/{BEST}: run {COMMANDS[stage]} with the same data and network first")
-    return found
+    for key in ("network", "depth", "width"):
+        if getattr(settings, key, checkpoint.architecture[key]) != checkpoint.architecture[key]:
+            raise UserError(
+                f"checkpoint {path} has {key} {checkpoint.architecture[key]}, the settings say "
+                f"{getattr(settings, key)}: change {key} or the checkpoint"
+            )
+    check_data(checkpoint, data, settings.resize)
+    if why := other_data(data, checkpoint.data):
+        raise UserError(why)
+    network = checkpoint.network()
+    if switched and checkpoint.architecture["gate"] == "none":
+        raise UserError(f"checkpoint {path} has no switches to teach: train stage 1 with --gate rnn, ff1 or ff2")
+    if switched and not network.deciding:
+        raise UserError(
+            f"checkpoint {path} has no switch that still decides: give the unsettled.pt beside it, or one of stage 2"
+        )
 
 
-def epochs_missing(path: Path) -> int:
-    """Epochs that the run which wrote a checkpoint of stage 1 or 3 has yet to train; 0 where nothing tells."""
+def _nothing_fits(settings: Any, stage: str, data: DataSet, unfit: dict[Path, UserError]) -> UserError:
+    """Says what is against the newest run, or that there is none."""
+    if unfit:
+        path, error = list(unfit.items())[-1]
+        more = f" (nor do {len(unfit) - 1} older ones)" if len(unfit) > 1 else ""
+        return UserError(f"{relative_to_results(path, settings.result_dir)} does not fit{more}: {error}")
+    folder = stage_folder(settings.result_dir, stage, data.name, settings.network, settings.depth)
+    return UserError(f"no checkpoint {folder}/*/{BEST}: run {COMMANDS[stage]} with the same data and network first")
+
+
+def _described(path: Path, checkpoint: Checkpoint, settings: Any) -> str:
+    name, accuracy = relative_to_results(path, settings.result_dir), checkpoint.metrics["accuracy"]
+    return f"{name} (gate {checkpoint.architecture['gate']}, accuracy {accuracy:.2%})"
+
+
+def _others(taken: Path, found: Found, unfit: dict[Path, UserError], settings: Any) -> list[str]:
+    """A line on the runs that fit and were not taken, and one on those that do not fit, newest first."""
+    fitting = [_described(*item, settings) for item in reversed(found) if item[0].parent != taken.parent]
+    unfitting = [f"{relative_to_results(path, settings.result_dir)} ({unfit[path]})" for path in reversed(unfit)]
+    lines = []
+    for title, names in (("not taken", fitting), ("do not fit", unfitting)):
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines.append(f"{title}: {', '.join(names[:NAMED])}{more} (checkpoint names one)")
+    return lines
+
+
+def _origins(found: Found) -> list[str | None]:
+    """The networks of stage 1 that some of stage 2 were made from, that of the newest run first."""
+    return list(dict.fromkeys(checkpoint.source for _, checkpoint in reversed(found)))
+
+
+def _made_from(origin: str | None, found: Found) -> Found:
+    return [(path, checkpoint) for path, checkpoint in found if checkpoint.source == origin]
+
+
+def _within_budget(found: Found, drop: float) -> Found:
+    return [(path, c) for path, c in found if c.metrics["accuracy"] >= c.original["accuracy"] - drop - 1e-9]
+
+
+def has_ended(path: Path) -> bool:
+    """Whether the run that wrote a checkpoint of stage 1 has trained all its epochs, as far as its folder tells."""
+    return (path.parent / RECORD).exists() or epochs_missing(path) == 0
+
+
+def epochs_missing(path: Path) -> int | None:
+    """Epochs that the run which wrote a checkpoint of stage 1 or 3 has yet to train, None where its files are damaged.
+
+    A checkpoint without a run's files around it was put there by its user: 0.
+    """
+    last = path.parent / LAST
+    if not last.exists():
+        return 0
     try:
         wanted = json.loads((path.parent / "arguments.json").read_text())["epochs"]
-        return max(0, wanted - load_checkpoint(path.parent / LAST).progress["step"])
+        return max(0, wanted - load_checkpoint(last).progress["step"])
     except (OSError, KeyError, TypeError, ValueError, UserError):
-        return 0
+        return None
 
 
 def relative_to_results(path: Path, result_dir: str | Path) -> str:
