@@ -93,7 +93,7 @@ class PruneSettings(Method, StageSettings):
     """
 
     width: int = setting(64, "width of the network of stage 1", low=1)
-    checkpoint: str = setting("", "checkpoint to prune; empty: the best of stage 1 in result_dir")
+    checkpoint: str = setting("", "checkpoint to prune; empty: the newest run of stage 1 that fits")
     batch_size: int = setting(128, "images in a batch", low=2)
     lr: float = setting(0.02, "learning rate at the start of each fine-tuning", low=0)
     scheduler_params: dict = setting(
