@@ -5,7 +5,7 @@ never runs code.  Its keys are the fields of ``Checkpoint``.
 """
 
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -110,13 +110,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"checkpoint {path} cannot be read ({reason}): it is damaged or of another program") from error
     kinds = {f.name: get_origin(f.type) or f.type for f in fields(Checkpoint)}
     kinds["source"] = str | None
+    needed = {f.name for f in fields(Checkpoint) if f.default is MISSING and f.default_factory is MISSING}
     if (
         not isinstance(content, dict)
         or content.pop("format", None) != FORMAT
-        or set(content) != set(kinds)
-        or not all(isinstance(content[name], kind) for name, kind in kinds.items())
+        or not content.keys() >= needed
+        or not all(isinstance(content[name], kind) for name, kind in kinds.items() if name in content)
     ):
         raise UserError(f"{path} is no checkpoint of this program (format {FORMAT}): give one made by the three stages")
+    if unknown := content.keys() - kinds:
+        names = ", ".join(map(str, unknown))
+        raise UserError(f"checkpoint {path} was written by a newer version of this program ({names}): update this one")
     if not all(torch.isfinite(weight).all() for weight in content["weights"].values()):
         raise UserError(f"checkpoint {path} holds weights that are not finite: its training diverged, use another one")
     return Checkpoint(**content)

@@ -29,8 +29,8 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for f in fields(self):
-            setattr(self, f.name, state[f.name])
+        for f in fields(self):  # what an older version did not save has its default
+            setattr(self, f.name, state.get(f.name, f.default))
 
 
 class Keeper:
