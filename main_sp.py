@@ -4,6 +4,11 @@ Cross-entropy through drawn decisions with straight-through gradients; half of t
 Writes result_dir/sp/<data set>/<network><depth>/<run>/ and the results table.  The README shows the use.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.interruptions import prepare
+
+    prepare()
+
 from dataclasses import dataclass
 
 import torch

@@ -1,9 +1,12 @@
 """Errors that a user can mend, and how a command reports them."""
 
+import errno
 import sys
 from collections.abc import Callable
 
 WITH_RESUME = "the same command with --resume"
+
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -20,6 +23,14 @@ def run_command(main: Callable[[], None], goes_on: str | None = WITH_RESUME) -> 
         main()
     except (UserError, KeyboardInterrupt) as error:
         sys.exit(report_error(error, goes_on))
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        name = error.filename or "a file"
+        what = UserError(
+            f"{name} cannot be written ({error.strerror}): free disk space or fix permissions{kept(goes_on)}"
+        )
+        sys.exit(report_error(what))
 
 
 def report_error(error: UserError | KeyboardInterrupt, goes_on: str | None = WITH_RESUME) -> int:
@@ -28,7 +39,11 @@ def report_error(error: UserError | KeyboardInterrupt, goes_on: str | None = WIT
         # What a library says of a damaged file may run over many lines.
         line, code = f"error: {' '.join(str(error).split())}", 2
     else:
-        kept = f"; what was saved is kept: {goes_on} continues from there" if goes_on else ""
-        line, code = f"interrupted{kept}", 130
+        line, code = f"interrupted{kept(goes_on)}", 130
     print(line, file=sys.stderr, flush=True)
     return code
+
+
+def kept(goes_on: str | None) -> str:
+    """The end of a sentence that says what becomes of an interrupted command."""
+    return f"; what was saved is kept: {goes_on} continues from there" if goes_on else ""

@@ -102,6 +102,7 @@ def _join() -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot reach each other ({error}): start them with torchrun") from error
     signal.signal(signal.SIGTERM, _told_to_end)  # which torchrun sends to the others when one has died
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of several processes one tells
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)

@@ -1,0 +1,96 @@
+"""Signals and lost outputs: a command ends in one sentence, whatever it was doing, or goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, SCRIPTS
+
+SENTENCES = {
+    "SIGINT": "interrupted",
+    "SIGTERM": "ended by SIGTERM",
+    "SIGHUP": "ended by SIGHUP, its terminal was closed",
+}
+KEPT = "; what was saved is kept: the same command with --resume continues from there\n"
+
+
+def python(code: str, **given) -> subprocess.CompletedProcess[str]:
+    code = f"import os, signal, sys\nfrom utils.interruptions import prepare\nprepare()\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60, **{"capture_output": True, **given}
+    )
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_a_signal_ends_a_command_in_one_sentence(name: str):
+    done = python(f"print('so far')\nos.kill(os.getpid(), signal.{name})\nprint('more')")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        128 + signal.Signals[name], "so far\n", SENTENCES[name] + KEPT
+    )  # fmt: skip
+
+
+def test_nothing_swallows_a_signal():
+    """As Python does with what is raised in a finalizer."""
+    done = python(
+        "class Finalized:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        return [i for i in range(1000)]\nFinalized()\nprint('goes on')"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", SENTENCES["SIGINT"] + KEPT)
+
+
+def test_a_second_signal_changes_nothing():
+    done = python(
+        "ended = os._exit\n"
+        "def exit(code):\n    os.kill(os.getpid(), signal.SIGINT)\n    ended(code)\n"
+        "os._exit = exit\nos.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert (done.returncode, done.stderr) == (143, SENTENCES["SIGTERM"] + KEPT)
+
+
+def test_what_was_ignored_before_still_is():
+    """As under nohup."""
+    ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    done = python("os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')", preexec_fn=ignored)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "goes on\n", "")
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_ctrl_c_while_importing(stage: str, tmp_path: Path):
+    """PyTorch's place is taken by a module during whose import the user loses patience."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / SCRIPTS[stage]), "--help"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", SENTENCES["SIGINT"] + KEPT)
+
+
+def test_outputs_that_are_closed_from_the_start(tmp_path: Path):
+    """The first files that are opened would be taken for standard output and error."""
+    closed = lambda: (os.close(0), os.close(1), os.close(2))  # noqa: E731
+    code = f"file = open({str(tmp_path / 'file')!r}, 'w')\nprint('lost')\nprint('lost', file=sys.stderr)"
+    done = python(f"{code}\nos.write(1, b'lost')", preexec_fn=closed, capture_output=False)
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == ""
+
+
+def test_outputs_on_a_full_disk():
+    with open("/dev/full", "w") as full:
+        done = python("print('lost')\nprint('lost', file=sys.stderr)", capture_output=False, stdout=full, stderr=full)
+    assert done.returncode == 0
+
+
+def test_a_terminal_that_goes_away():
+    """SIGHUP is ignored, and nobody holds the other end any more: writing fails with an input/output error."""
+    ours, theirs = os.openpty()
+    code = "sys.stdin.read()\nprint('lost')\nprint('lost', file=sys.stderr)\nsys.exit(7)"
+    code = f"import signal, sys\nfrom utils.interruptions import prepare\nprepare()\n{code}"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        os.close(ours)
+        process.communicate(b"", timeout=60)
+    assert process.returncode == 7

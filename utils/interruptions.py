@@ -1,0 +1,70 @@
+"""What befalls a command from outside: signals that end it, and outputs that nobody reads any more.
+
+This is imported before everything else, so nothing here may take long to import.
+"""
+
+import io
+import os
+import signal
+import sys
+from contextlib import suppress
+from functools import partial
+from types import FrameType
+
+from utils.errors import WITH_RESUME, kept
+
+ENDED_BY = {
+    "SIGINT": "interrupted",
+    "SIGTERM": "ended by SIGTERM",
+    "SIGHUP": "ended by SIGHUP, its terminal was closed",
+}
+
+
+def prepare(goes_on: str | None = WITH_RESUME) -> None:
+    """From now on signals end the command in one sentence, and what cannot be printed is lost.
+
+    Signals that were ignored before, as under nohup, still are.
+
+    Args:
+        goes_on: what continues from where the command was ended; None where nothing does.
+    """
+    _keep_outputs()
+    for name, what in ENDED_BY.items():
+        number = signal.Signals[name]
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, partial(_end, what + kept(goes_on)))
+
+
+def _end(sentence: str, number: int, frame: FrameType | None) -> None:
+    """End at once, wherever the program is: all that is saved is written whole or not at all.
+
+    An exception is of no use here.  Finalizers, callbacks and C++ code swallow it or make another of it, and a second
+    signal would interrupt what the first has begun.
+    """
+    for name in ENDED_BY:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    with suppress(OSError):  # ``print`` may be what was interrupted
+        os.write(2, ("\n" * os.isatty(2) + f"{sentence}\n").encode())  # below a progress bar, where there is one
+    os._exit(128 + number)
+
+
+class _Output(io.FileIO):
+    """Standard output or error, of which is lost what nobody can read: its reader, terminal or disk space has gone."""
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def _keep_outputs() -> None:
+    for descriptor in range(3):  # one that was closed would become that of the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the first that is free
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        encoding = getattr(getattr(sys, name), "encoding", "utf-8")
+        output = io.BufferedWriter(_Output(descriptor, "wb", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(output, encoding, errors="backslashreplace", line_buffering=True))
