@@ -4,6 +4,11 @@ Repeats prune, fine-tune, measure until the accuracy has fallen by more than the
 network.  Writes result_dir/pruned/<data set>/<network><depth>/<run>/ and the results table.  Settings: config.json.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.interruptions import prepare
+
+    prepare()
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,7 +126,7 @@ def main() -> None:
         while True:
             if progress.iteration > 0:
                 network, accuracy = fine_tune(stage, network, progress, last and last.checkpoint)
-                last = None
+            last = None
             run.say(
                 f"after iteration {progress.iteration}: accuracy {accuracy:.2%}, budget at least {max(floor, 0):.2%}"
             )
@@ -188,7 +193,8 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
         )
     finally:
         if settings.objective == "latency" and parallel.is_main_process():
-            times.save()
+            with stage.run.going_on_without("layer_times.json"):
+                times.save()
     # Rounding may not choose another network in another process.
     pruned = parallel.broadcast_object(pruned)
     if pruned.nothing_changed:

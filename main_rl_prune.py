@@ -3,6 +3,11 @@
 Writes result_dir/rl_pruned/<data set>/<network><depth>/<run>/ and the results table.  The README shows the use.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.interruptions import prepare
+
+    prepare()
+
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -85,7 +90,7 @@ class Settings(TrainingSettings):
 
     def closes(self, epoch: int) -> bool:
         """Whether an epoch, counted from 1, is one of the last in which the switches stay as they are."""
-        return epoch > self.epochs - round(self.closing * self.epochs)
+        return self.epochs - round(self.closing * self.epochs) < epoch <= self.epochs
 
     def rates(self, epoch: int) -> list[Callable[[float], float]]:
         """Learning rates of an epoch, of the network and of its gates, see ``rates_of_epoch``."""
@@ -138,8 +143,6 @@ def main() -> None:
         for epoch in range(progress.step + 1, settings.epochs + 1):
             rates = settings.rates(epoch)
             title, alpha, closing = f"epoch {epoch:3d}/{settings.epochs}", steering.controller(), settings.closes(epoch)
-            if closing and not settings.closes(epoch - 1):
-                stand_on_best(keeper, setup)
             if closing:
                 train = closing_epoch(setup, batches, rates[0], title)
             else:
@@ -161,6 +164,8 @@ def main() -> None:
             if not settings.fixed_alpha and progress.best[0] and budget.lost(at_operating_point.accuracy):
                 stands_at = go_back(run, keeper, steering, setup, budget)
             steering.plan(epoch + 1, **stands_at)
+            if settings.closes(epoch + 1) and not closing:
+                stand_on_best(keeper, setup)  # before last.pt is saved: the next epoch may replace best.pt
             keeper.save_last()
 
         finish(run, keeper.best(), splits, budget, settings, device, precision)
