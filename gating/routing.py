@@ -1,7 +1,5 @@
 """What the switches of a finished run do with the test images: pictures and ``routing.json``."""
 
-import json
-
 import torch
 
 from gating.pictures import (
@@ -41,8 +39,7 @@ def record_routing(
     run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all))
     for page, figure in enumerate(draw_easy_and_hard(test, measured.executed, classes), start=1):
         run.picture("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}", figure)
-    epochs = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    epochs = [values for values in epochs if "Overview/accuracy_val" in values]
+    epochs = [values for values in run.recorded() if "Overview/accuracy_val" in values]
     path = [[values[tag] for values in epochs] for tag in ("Overview/accuracy_val", "Overview/executed_flops")]
     run.picture("accuracy_against_flops", draw_path(*path, floor))
     routing = {
@@ -52,4 +49,5 @@ def record_routing(
         "passing": measured.passing,
         "passing_by_class": dict(zip(classes, passing.tolist(), strict=True)),
     }
-    write_json(run.path / "routing.json", routing)
+    with run.going_on_without("routing.json"):
+        write_json(run.path / "routing.json", routing)

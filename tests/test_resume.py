@@ -26,20 +26,25 @@ from utils.files import write_json
 from utils.runs.run import BEST, LAST, Run, find_last_run, stage_folder
 from utils.settings import setting
 
-CTRL_C = "interrupted; what was saved is kept: the same command with --resume continues from there\n"
-# Where each stage is interrupted, first by Ctrl-C, then by a kill: in its first epoch, and again later.
+KEPT = "; what was saved is kept: the same command with --resume continues from there\n"
+SAID = {
+    "SIGINT": "interrupted" + KEPT,
+    "SIGTERM": "ended by SIGTERM" + KEPT,
+    "SIGHUP": "ended by SIGHUP, its terminal was closed" + KEPT,
+}
+# Where each stage is interrupted, first by a signal that it answers, then by a kill: in its first epoch, and later.
 INTERRUPTIONS = {
     "sp": [("recorded", 1, "SIGINT"), ("saving", 4, "SIGKILL")],
-    "pruned": [("recorded", 2, "SIGINT"), ("recorded", 4, "SIGKILL")],  # step 4 is the pruning of iteration 2
-    "rl_pruned": [("recorded", 1, "SIGINT"), ("saving", 3, "SIGKILL")],
+    "pruned": [("recorded", 1, "SIGTERM"), ("recorded", 4, "SIGKILL")],  # both within the pruning of an iteration
+    "rl_pruned": [("recorded", 1, "SIGHUP"), ("recorded", 4, "SIGKILL")],  # 4 is the closing epoch, best.pt its own
 }
 
 
 def interrupt(stage: str, given: list[str], place: str, step: int, name: str) -> None:
     arguments = [SCRIPTS[stage], place, str(step), name, *given]
     done = Forked(ROOT / "tests" / "interrupting.py", arguments).finished(timeout=240)
-    if name == "SIGINT":
-        assert (done.returncode, done.stderr) == (130, CTRL_C)
+    if name in SAID:
+        assert (done.returncode, done.stderr) == (128 + signal.Signals[name], SAID[name])
     else:
         assert done.returncode == -signal.Signals[name], done.stderr
 
@@ -73,7 +78,7 @@ def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes:
     resumed, whole = run_folder(tmp_path, stage), run_folder(chain, stage)
     names = sorted(path.name for path in whole.glob("*.pt"))
     assert sorted(path.name for path in resumed.glob("*.pt")) == names and {BEST, LAST} <= set(names)
-    assert not list(resumed.glob(f".{LAST}*")), "what a killed save left behind is removed"
+    assert not list(tmp_path.rglob(".*.tmp")), "what a killed save left behind is removed"
     for name in names:
         a, b = (torch.load(folder / name, weights_only=True) for folder in (resumed, whole))
         # The interrupted run was given its source by path, from another results folder; the other found it in its own.
@@ -102,7 +107,7 @@ def test_ctrl_c_from_outside(shapes: Path, tmp_path: Path):
         time.sleep(0.02)
     os.kill(forked.process.pid, signal.SIGINT)
     done = forked.finished(timeout=240)
-    assert (done.returncode, done.stderr) == (130, CTRL_C)
+    assert (done.returncode, done.stderr) == (130, SAID["SIGINT"])
     folder = run_folder(tmp_path, "sp")
     last = torch.load(folder / LAST, weights_only=True)
     steps = [line["step"] for line in metrics(folder)]
@@ -246,7 +251,7 @@ def test_a_run_that_is_being_written_is_left_alone(chain: Path, tmp_path: Path):
         stdout=subprocess.PIPE, text=True,
     ) as holder:  # fmt: skip
         assert holder.stdout.readline().strip() == "holds it"
-        being_saved = [folder / f".{name}.x1y2" for name in (LAST, BEST)]
+        being_saved = [folder / f".{name}.x1y2.tmp" for name in (LAST, BEST)]
         for path in being_saved:
             path.touch()
         with pytest.raises(UserError, match="is being written by another process"):

@@ -1,12 +1,15 @@
 """Files that are written whole or not at all."""
 
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+TEMPORARY = ".tmp"
 
 
 @contextmanager
@@ -16,17 +19,53 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: if it cannot be written; what stood at ``path`` is left as it was.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = _temporary_beside(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
-        os.replace(temporary, path)
+            os.fsync(descriptor)
+            with suppress(OSError):  # file systems without permissions refuse it
+                os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
+            os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _temporary_beside(path: Path) -> tuple[int, str]:
+    """A new file, locked for as long as it is open: ``remove_leftovers`` knows by that whether its writer lives."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # else it was taken for a leftover before it was locked
+            return descriptor, name
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed; those that are being written stay."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        with suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def append(path: Path, content: bytes) -> None:
+    """Append ``content`` whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            os.truncate(path, end)
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "step")  # of learning rates, see ``training.optimisers``
 # What may change between the start of a run and its resumption without changing its outcome but for rounding.
 NOT_COMPARED = ("download", "num_workers", "data_dir", "result_dir", "compile")
 
-RESUME = "go on with the newest run of this stage that has these settings, or start one"
+RESUME = "go on with the newest unfinished run of this stage that has these settings, or start one"
 
 Settings = TypeVar("Settings", bound="StageSettings")
 
@@ -97,6 +97,12 @@ def keys(cls: type) -> list[Field]:
 def as_dictionary(settings: Any) -> dict[str, Any]:
     content = asdict(settings)
     return {f.name: content[f.name] for f in keys(type(settings))}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """What every setting is where nothing is given; one that has to be given is left out."""
+    given = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in keys(cls)}
+    return {name: value for name, value in given.items() if value is not MISSING}
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.runs.records import RECORD
-from utils.runs.run import BEST, LAST, stage_folder
+from utils.runs.run import BEST, LAST, age, stage_folder
 
 COMMANDS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
 NAMED = 5  # runs that a line names at most
@@ -102,7 +102,7 @@ def _saved(
     """The checkpoints of a stage called ``name`` that fit, oldest run first; and of all others what is against them."""
     folder = stage_folder(settings.result_dir, stage, data.name, settings.network, settings.depth)
     found, unfit = [], {}
-    for path in sorted(folder.glob(f"*/{name}")):
+    for path in sorted(folder.glob(f"*/{name}"), key=lambda path: (age(path.parent), path.name)):
         try:
             checkpoint = load_checkpoint(path)
             _check(path, checkpoint, settings, data, switched)

@@ -13,7 +13,8 @@ from typing import Any
 from filelock import FileLock
 
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import remove_leftovers, write_json
+from utils.runs.run import age
 
 METHODS = {
     "sp": "w/o Pruning",
@@ -45,7 +46,7 @@ def read_records(result_dir: Path) -> list[Record]:
         for path in result_dir.glob(f"{stage}/*/*/*/{RECORD}"):  # data set, network, run
             (record,) = _content(path, dict, "its stage with the same settings and --resume makes a new one")
             records[record["checkpoint"]] = record
-    return sorted(records.values(), key=_age)
+    return sorted(records.values(), key=lambda record: _age(result_dir, record))
 
 
 def save_records(result_dir: Path, records: list[Record]) -> None:
@@ -77,6 +78,7 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # running out of patience is an OSError, too
         say(f"{result_dir} cannot be locked ({error}): of runs that end together, results.md may lack one for a while")
+    remove_leftovers(result_dir)
     try:
         yield
     finally:
@@ -111,7 +113,7 @@ def _content(path: Path, kind: type, cure: str) -> list[Record]:
         raise UserError(f"{path} cannot be read ({error}): move it away, and {cure}") from None
 
 
-def _age(record: Record) -> tuple[str, int, str]:
-    """Orders by the time in the name of the run's folder, and runs of one second by what tells them apart."""
+def _age(result_dir: Path, record: Record) -> tuple:
+    """Orders by when the runs were started, and runs of one moment by what tells them apart."""
     checkpoint = record["checkpoint"]
-    return Path(checkpoint).parent.name, list(METHODS).index(record["stage"]), checkpoint
+    return age((result_dir / checkpoint).parent), list(METHODS).index(record["stage"]), checkpoint

@@ -1,13 +1,15 @@
 """The folder of one run: arguments, log, metrics, TensorBoard events and checkpoints."""
 
+import io
 import itertools
 import json
 import logging
-import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from tqdm import tqdm
 
 from utils import parallel
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import append, atomic_write, remove_leftovers, write_json
 from utils.runs.checkpoint import Checkpoint, load_checkpoint
 from utils.runs.tensorboard import Charts, TensorBoard
-from utils.settings import NOT_COMPARED, as_dictionary
+from utils.settings import NOT_COMPARED, as_dictionary, defaults
 
-LAST, BEST, LOCK = "last.pt", "best.pt", ".lock"
+LAST, BEST, LOCK, METRICS, ARGUMENTS = "last.pt", "best.pt", ".lock", "metrics.jsonl", "arguments.json"
+FINISHED = "results.png"  # what a run writes at its very end
+STARTED = "started"  # beside the settings in arguments.json: when, an absolute time
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,28 @@ class Run:
 
     def __init__(self, path: Path, purge_after: int | None = None):
         self.path, self._log, self._handlers, self._board = path, None, [], None
-        self._lock = None
+        self._lock, self._warned = None, set()
         if not parallel.is_main_process():
             return
         self._lock = _reserved(path)
-        for leftover in path.glob(".*.pt.*"):  # of saves that were killed
-            leftover.unlink()
-        self._trim_metrics(purge_after)
+        try:
+            for folder in (path, *(other for other in path.parent.glob("*") if not (other / LAST).exists())):
+                remove_leftovers(folder)  # a run that was killed before its first checkpoint is never opened again
+            if purge_after is not None:
+                _trim(path / METRICS, purge_after)
+            self._handlers = [_LogFile(path / "log.txt"), _AboveTheBar()]
+            self._board = TensorBoard(path, purge_after)
+        except OSError as error:
+            self.close()
+            raise UserError(
+                f"run folder {path} cannot be written ({error}): free disk space, fix permissions or choose another "
+                f"--result_dir"
+            ) from error
         self._log = logging.getLogger(f"run.{path}")
         self._log.setLevel(logging.INFO)
         self._log.propagate = False
-        to_file = logging.FileHandler(path / "log.txt")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self._handlers = [to_file, _AboveTheBar()]
         for handler in self._handlers:
             self._log.addHandler(handler)
-        self._board = TensorBoard(path, purge_after)
 
     @classmethod
     def new(cls, parent: Path, arguments: Mapping[str, Any], charts: Charts, name: str = "") -> "Run":
@@ -87,13 +97,6 @@ class Run:
         """A run to go on with; what it wrote after its last checkpoint is forgotten."""
         return cls(last.path, purge_after=last.checkpoint.progress["step"])
 
-    def _trim_metrics(self, purge_after: int | None) -> None:
-        metrics = self.path / "metrics.jsonl"
-        if purge_after is not None and metrics.exists():
-            lines = metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= purge_after]
-            metrics.write_text("".join(kept))
-
     def say(self, message: str) -> None:
         """Print a line and keep it in ``log.txt``."""
         if self._log is not None:
@@ -103,9 +106,14 @@ class Run:
         """Append one line to ``metrics.jsonl``; ``values`` go to TensorBoard too, under their names."""
         if self._board is None:
             return
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **notes, **values}) + "\n")
-        self._board.scalars(values, step)
+        with self.going_on_without(METRICS):
+            append(self.path / METRICS, (json.dumps({"step": step, **notes, **values}) + "\n").encode())
+        with self.going_on_without("TensorBoard's events"):
+            self._board.scalars(values, step)
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``."""
+        return [line for _, line in _lines(self.path / METRICS)]
 
     def picture(self, name: str, figure: Figure, step: int | None = None, number: int | None = None) -> None:
         """Keep a figure as ``name``.png in the folder and under Pictures in TensorBoard.
@@ -117,19 +125,33 @@ class Run:
         if self._board is None:
             return
         suffix = "" if number is None else f"_{number:02d}"
-        figure.savefig(self.path / f"{name}{suffix}.png", dpi=110)
-        self._board.figure(name, figure, step)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=110)
+        with self.going_on_without("TensorBoard's events"):
+            self._board.picture(name, png.getvalue(), step)
+        with self.going_on_without("pictures"), atomic_write(self.path / f"{name}{suffix}.png") as file:
+            file.write(png.getvalue())
 
     def results(self, table: str, values: Mapping[str, float]) -> None:
         """Show the run's results in TensorBoard: a table in Markdown, and ``values`` beside the hyperparameters."""
         if self._board is not None:
-            self._board.results(table, values)
+            with self.going_on_without("TensorBoard's events"):
+                self._board.results(table, values)
+
+    @contextmanager
+    def going_on_without(self, what: str) -> Iterator[None]:
+        """Warn, once, where ``what`` cannot be written: nothing that a run needs to go on depends on it."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                self.say(f"{what} in {self.path} cannot be written ({error.strerror or error}): going on without")
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
         for handler in self._handlers:
-            self._log.removeHandler(handler)
+            if self._log is not None:
+                self._log.removeHandler(handler)
             handler.close()
         if self._lock is not None:
             self._lock.release()
@@ -159,17 +181,44 @@ def _reserved(path: Path) -> FileLock | None:
     return lock
 
 
+def started_runs(parent: Path) -> list[Path]:
+    """The runs below ``parent`` that can go on, the one that was started first before the others."""
+    return sorted((path for path in parent.glob("*") if (path / LAST).is_file()), key=age)
+
+
+def age(path: Path) -> tuple[float, list]:
+    """Orders the folders of runs by when they were started, those of one moment by their names (-2 before -10).
+
+    The name is in local time, which another time zone or summer time moves; it counts for runs of older versions only.
+    """
+    name = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return _started(path), name
+
+
+def _started(path: Path) -> float:
+    """Seconds since 1970."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return datetime.fromisoformat(json.loads((path / ARGUMENTS).read_text())[STARTED]).timestamp()
+    with suppress(ValueError):
+        return datetime.strptime(path.name[:15], "%Y%m%d-%H%M%S").timestamp()
+    return 0.0
+
+
+def choose_run(parent: Path, settings: Any) -> Path | None:
+    """The newest run below ``parent`` with these settings that has not ended, else the newest that has; else None."""
+    fitting = [path for path in started_runs(parent) if not _differing(path, settings)]
+    unfinished = [path for path in fitting if not (path / FINISHED).exists()]
+    return (unfinished or fitting or [None])[-1]
+
+
 def find_last_run(parent: Path, settings: Any) -> LastRun | None:
-    """The newest run below ``parent`` that was started with these settings, None where there is none.
+    """The run that --resume goes on with, None where there is none.  One process chooses for all.
 
     Raises:
         UserError: if its checkpoint cannot be read.
     """
-    wanted = as_dictionary(settings)
-    for path in sorted(parent.glob("*"), reverse=True):
-        if (path / LAST).is_file() and not _differing(path, wanted):
-            return LastRun(path, load_checkpoint(path / LAST))
-    return None
+    path = parallel.broadcast_object(choose_run(parent, settings) if parallel.is_main_process() else None)
+    return None if path is None else LastRun(path, load_checkpoint(path / LAST))
 
 
 def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, charts: Charts) -> Run:
@@ -182,27 +231,28 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
     if last is not None:
         return Run.reopened(last)
     arguments = as_dictionary(settings)
-    earlier = sorted(path for path in parent.glob("*") if (path / LAST).is_file())
+    earlier = started_runs(parent)
     run = Run.new(parent, arguments, charts, arguments.get("exp_name", ""))
     if resume and not earlier:
         run.say(f"there is no run to go on with in {parent}: this is a new one")
     elif resume:
         run.say(
-            f"no run in {parent} has these settings ({earlier[-1].name}: {_differing(earlier[-1], arguments)}): "
+            f"no run in {parent} has these settings ({earlier[-1].name}: {_differing(earlier[-1], settings)}): "
             f"this is a new one"
         )
     return run
 
 
-def _differing(path: Path, wanted: Mapping[str, Any]) -> str:
+def _differing(path: Path, settings: Any) -> str:
     """The first setting that a run was started with another value of, empty where there is none."""
     try:
-        before = dict(json.loads((path / "arguments.json").read_text()))
+        # A setting that is newer than the run has the default there.
+        before = {**defaults(type(settings)), **json.loads((path / ARGUMENTS).read_text())}
     except (OSError, TypeError, ValueError) as error:
-        return f"arguments.json cannot be read, {error}"
-    for key in wanted:
-        if key not in NOT_COMPARED and before.get(key) != wanted[key]:
-            return f"{key}={before.get(key)!r}, not {wanted[key]!r}"
+        return f"{ARGUMENTS} cannot be read, {error}"
+    for key, wanted in as_dictionary(settings).items():
+        if key not in NOT_COMPARED and before.get(key) != wanted:
+            return f"{key}={before.get(key)!r}, not {wanted!r}"
     return ""
 
 
@@ -212,7 +262,7 @@ def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
         path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
             path.mkdir(parents=True)
-            write_json(path / "arguments.json", dict(arguments))
+            write_json(path / ARGUMENTS, {**arguments, STARTED: _now(path).isoformat()})
             return path
         except FileExistsError:  # of a run that started in the same second
             if parent.is_dir():
@@ -223,12 +273,51 @@ def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
         raise UserError(f"result folder {parent} cannot be written ({error}): choose another --result_dir")
 
 
+def _now(new: Path) -> datetime:
+    """The time in UTC, but after the start of every stage's runs with this data and network: clocks are set back."""
+    network, data = new.parent, new.parent.parent
+    others = data.parent.parent.glob(f"*/{data.name}/{network.name}/*")
+    latest = max((_started(other) for other in others if other != new), default=0.0)
+    earliest = datetime.fromtimestamp(latest, timezone.utc) + timedelta(microseconds=1)
+    return max(datetime.now(timezone.utc), earliest)
+
+
+def _lines(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of ``metrics.jsonl`` and what they say; one that a kill or a full disk cut short is left out."""
+    if not metrics.exists():
+        return
+    for line in metrics.read_text().splitlines(keepends=True):
+        with suppress(ValueError):
+            content = json.loads(line)
+            if line.endswith("\n"):
+                yield line, content
+
+
+def _trim(metrics: Path, step: int) -> None:
+    """Forget what was recorded after ``step``."""
+    if metrics.exists():
+        kept = [line for line, content in _lines(metrics) if content["step"] <= step]
+        with atomic_write(metrics) as file:
+            file.write("".join(kept).encode())
+
+
+class _LogFile(logging.FileHandler):
+    """``log.txt``; where it cannot be written, as on a full disk, the run goes on without."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._warned:
+            self._warned = True
+            print(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}): going on without", file=sys.stderr)
+
+
 class _AboveTheBar(logging.Handler):
     """Prints to standard output without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read it has gone: the log goes on in the file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()

@@ -5,22 +5,34 @@ others: ``Overview`` comes first, then ``Overview-results``, then all whose name
 several curves in a chart, "HParams" the settings of all runs with the first five metrics.
 """
 
+import io
 import json
+import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # ``hparams.api`` imports TensorFlow
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import custom_scalars, scalar, text
+
+from utils.files import append
 
 # In "Time Series" this group follows Overview; among metrics, which are sorted by character, "-" comes before "/".
 RESULTS_GROUP = "Overview-results"
+EVENTS = "events.out.tfevents"  # and seconds since 1970: how TensorBoard knows its files
 Charts = Mapping[str, Mapping[str, Sequence[str]]]  # section, chart, and regular expressions for the tags it shows
 
 
 class TensorBoard:
-    """The event file of a run, open for writing.
+    """The event file of a run.  Each event is written whole, or raises OSError and is missing.
+
+    ``SummaryWriter`` is of no use here: it writes in a thread, which a full disk ends for good, in a traceback.
 
     Args:
         purge_after: what was shown of later steps before is forgotten; None for a new run.
@@ -30,43 +42,51 @@ class TensorBoard:
         *subject, run = folder.parts[-4:]  # stage, data set, network
         self._name = f"{run} {'/'.join(subject)}"  # the part that differs first: little of it is shown
         self._last_step = purge_after or 0
-        # TensorBoard takes the first such mark for the start and purges at later ones: a new run needs one, too.
-        self._writer = SummaryWriter(str(folder), purge_step=0 if purge_after is None else purge_after + 1)
+        # TensorBoard reads the files of a folder in the order of their names, whatever has become of the clock.
+        earlier = [int(path.name.split(".")[3]) for path in folder.glob(f"{EVENTS}.*")]
+        now = max([time.time(), *(seconds + 1 for seconds in earlier)])
+        self._path = folder / f"{EVENTS}.{now:017.6f}.{socket.gethostname()}.{os.getpid()}"
+        # It takes the first such mark for the start and purges at later ones: a new run needs one, too.
+        start = 0 if purge_after is None else purge_after + 1
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 
     def describe(self, settings: Mapping[str, Any], charts: Charts) -> None:
         """Once a run: what it was asked for, as text and as hyperparameters, and which curves share a chart.
 
-        ``SummaryWriter.add_hparams`` is of no use here: it makes a second run for its numbers, and the list of
-        hyperparameters that it writes lets TensorBoard show those of one stage only.  Without a list TensorBoard
-        collects those of all runs, and offers the last value of every curve beside them.
+        A list of hyperparameters would let TensorBoard show those of one stage only.  Without a list it collects those
+        of all runs, and offers the last value of every curve beside them.
         """
         layout = {section: {title: ["Multiline", list(tags)] for title, tags in group.items()}
                   for section, group in charts.items()}  # fmt: skip
-        self._writer.add_custom_scalars(layout)
-        self._writer.add_text("settings", settings_table(settings), 0)
-        self._writer.file_writer.add_summary(hparams_pb(hyperparameters(settings), self._name), 0)
-        self._writer.flush()
+        self._add(0, custom_scalars(layout), text("settings", settings_table(settings)))
+        self._add(0, hparams_pb(hyperparameters(settings), self._name))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
         self._last_step = max(self._last_step, step)
-        self._writer.flush()
+        self._add(step, *(scalar(tag, value) for tag, value in values.items()))
 
     def results(self, table: str, values: Mapping[str, float]) -> None:
         """At the end of a run: the results table as text, and numbers that stand beside the hyperparameters."""
-        self._writer.add_text("results", table, self._end)
-        for name, value in values.items():
-            self._writer.add_scalar(f"{RESULTS_GROUP}/{name}", value, self._end)
-        self._writer.flush()
+        numbers = [scalar(f"{RESULTS_GROUP}/{name}", value) for name, value in values.items()]
+        self._add(self._end, text("results", table), *numbers)
 
-    def figure(self, name: str, figure: Figure, step: int | None = None) -> None:
-        """A figure, which is closed; without a step it belongs to the run as a whole."""
-        self._writer.add_figure(f"Pictures/{name}", figure, self._end if step is None else step)
-        self._writer.flush()
+    def picture(self, name: str, png: bytes, step: int | None = None) -> None:
+        """A PNG file's content; without a step it belongs to the run as a whole."""
+        width, height = Image.open(io.BytesIO(png)).size
+        picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+        values = Summary(value=[Summary.Value(tag=f"Pictures/{name}", image=picture)])
+        self._add(self._end if step is None else step, values)
 
-    def close(self) -> None:
-        self._writer.close()
+    def _add(self, step: int, *summaries: Summary) -> None:
+        values = [value for summary in summaries for value in summary.value]
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        append(self._path, record.getvalue())
 
     @property
     def _end(self) -> int:

@@ -1,0 +1,166 @@
+"""Run folders: their order, what a full disk does to them, and what killed runs leave."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from test_checkpoint import files_of_at_most
+
+from utils.errors import UserError, run_command
+from utils.files import atomic_write, remove_leftovers, write_json
+from utils.runs.run import ARGUMENTS, FINISHED, LAST, METRICS, Run, age, choose_run
+from utils.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Two:
+    lr: float = setting(0.1, "")
+    momentum: float = setting(0.9, "")
+
+
+def folder(parent: Path, name: str, started: str | None = None, finished: bool = False, **arguments) -> Path:
+    """The folder of a run that can go on."""
+    path = parent / name
+    path.mkdir(parents=True)
+    (path / LAST).touch()
+    write_json(path / ARGUMENTS, arguments | ({} if started is None else {"started": started}))
+    if finished:
+        (path / FINISHED).touch()
+    return path
+
+
+def test_runs_are_ordered_by_when_they_were_started(tmp_path: Path):
+    """In UTC, whatever their names say; runs of older versions by their names, and -2 comes before -10."""
+    expected = [
+        folder(tmp_path, "20260101-000000"),
+        folder(tmp_path, "20260101-000000-2"),
+        folder(tmp_path, "20260101-000000-10"),
+        folder(tmp_path, "20260701-110000-10", "2026-07-01T09:00:00+00:00"),
+        folder(tmp_path, "20260701-060000", "2026-07-01T06:00:00-04:00"),
+        folder(tmp_path, "20260701-100000-2", "2026-07-01T10:30:00.5+00:00"),
+        folder(tmp_path, "20260701-100000-10", "2026-07-01T10:30:00.5+00:00"),
+    ]
+    assert sorted(reversed(expected), key=age) == expected
+
+
+def test_a_clock_that_was_set_back_makes_no_older_run_the_newest(tmp_path: Path):
+    """Nor does one that a run of another stage, from which this one may have started, was told the time by."""
+    later = folder(tmp_path / "sp/shapes/resnet8", "20990101-000000", "2099-01-01T00:00:00+00:00")
+    runs = []
+    for _ in range(2):
+        with Run.new(tmp_path / "pruned/shapes/resnet8", {}, {}) as run:
+            runs.append(run.path)
+    assert sorted([runs[1], later, runs[0]], key=age) == [later, *runs]
+
+
+def test_a_run_that_has_not_ended_goes_on_first(tmp_path: Path):
+    folder(tmp_path, "20260101-000000", lr=0.1)
+    killed = folder(tmp_path, "20260102-000000", lr=0.1)
+    folder(tmp_path, "20260103-000000", lr=0.2)
+    folder(tmp_path, "20260104-000000", lr=0.1, finished=True)
+    newest = folder(tmp_path, "20260105-000000", lr=0.3, finished=True)
+    assert choose_run(tmp_path, Two()) == killed
+    assert choose_run(tmp_path, Two(lr=0.3)) == newest
+    assert choose_run(tmp_path, Two(lr=0.4)) is None
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default_there(tmp_path: Path):
+    run = folder(tmp_path, "20260101-000000", lr=0.1)  # momentum was not known
+    assert choose_run(tmp_path, Two()) == run
+    assert choose_run(tmp_path, Two(momentum=0.8)) is None
+
+
+def test_temporary_files_of_killed_writers_are_removed(tmp_path: Path):
+    """Of all kinds, in the run's folder and in those of runs that never saved; what is being written stays."""
+    parent = tmp_path / "sp/shapes/resnet8"
+    abandoned, mine = parent / "20260101-000000", parent / "20260102-000000"
+    left = [path / f".{name}.x1y2.tmp" for path in (abandoned, mine) for name in (LAST, "record.json", "ranks.png")]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with atomic_write(mine / "written") as file:
+        Run(mine).close()
+        file.write(b"whole")
+    assert (mine / "written").read_bytes() == b"whole"
+    assert not any(path.exists() for path in left)
+    leftover = tmp_path / ".results.png.x1y2.tmp"
+    leftover.touch()
+    remove_leftovers(tmp_path)
+    assert not leftover.exists()
+
+
+def test_trimming_metrics_replaces_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Killed at any moment of it, either the old file is there or the new one."""
+    with Run(tmp_path) as run:
+        for step in (1, 2, 3):
+            run.record(step, {"a": step / 2})
+    before = (tmp_path / METRICS).read_text()
+    (tmp_path / METRICS).write_text('{"step": 1, "cut sh\n' + before + '{"step": 2')
+
+    replaced, replace = [], os.replace
+
+    def replacing(source, target) -> None:
+        replaced.append((Path(source).read_text(), Path(target).read_text()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    Run(tmp_path, purge_after=2).close()
+    lines = [{"step": 1, "a": 0.5}, {"step": 2, "a": 1.0}]
+    assert [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()] == lines
+    ((new, old),) = replaced
+    assert before in old and new == (tmp_path / METRICS).read_text()
+
+
+def test_a_run_goes_on_without_what_it_cannot_write(tmp_path: Path, capsys):
+    """A full disk, later freed: one warning of each kind, and nothing is written by halves."""
+    with Run(tmp_path) as run:
+        run.record(1, {"Overview/a": 1.0})
+        with files_of_at_most(100):
+            for step in (2, 3):
+                run.record(step, {f"Overview/{'long' * 30}": 2.0})
+                run.picture("ranks", Figure(figsize=(1, 1)), step)
+                run.results("table", {"a": 1.0})
+        run.record(4, {"Overview/a": 4.0})
+        run.picture("ranks", Figure(figsize=(1, 1)), 4)
+    assert [line["step"] for line in run.recorded()] == [1, 4]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Tensors("Overview/a")] == [1, 4]
+    assert [event.step for event in events.Tensors("Pictures/ranks")] == [4]
+    said = capsys.readouterr()
+    assert said.err.count("log.txt cannot be written") == 1 and said.err.count("\n") == 1
+    warned = {line.split(" in ")[0] for line in said.out.splitlines()}
+    assert warned == {METRICS, "TensorBoard's events", "pictures"} and len(said.out.splitlines()) == 3
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path):
+    Run(tmp_path).close()
+    with files_of_at_most(0), pytest.raises(UserError, match=f"run folder {tmp_path} cannot be written"):
+        Run(tmp_path)
+    Run(tmp_path).close()  # and the folder is free again
+
+
+def test_whatever_else_cannot_be_written_is_one_sentence(tmp_path: Path, capsys):
+    with files_of_at_most(0), pytest.raises(SystemExit) as ended:
+        run_command(lambda: write_json(tmp_path / "x.json", {}))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert "cannot be written (File too large): free disk space or fix permissions; what was saved is kept" in said
+
+
+def test_events_of_an_earlier_clock_stay_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A resumed run purges what it repeats, although the clock was set back meanwhile."""
+    now = time.time()
+    with Run(tmp_path) as run:
+        run.record(1, {"a": 1.0})
+        run.record(2, {"a": 2.0})
+    monkeypatch.setattr(time, "time", lambda: now - 5000)
+    with Run(tmp_path, purge_after=1) as run:
+        run.record(2, {"a": 3.0})
+    scalars = EventAccumulator(str(tmp_path)).Reload().Tensors("a")
+    assert [(event.step, event.tensor_proto.float_val[0]) for event in scalars] == [(1, 1.0), (2, 3.0)]
