@@ -112,6 +112,7 @@ def test_keys_and_types_of_the_results(chain: Path):
         "method": str, "stage": str, "dataset": str, "network": str, "depth": int, "width": int, "num_classes": int,
         "accuracy": float, "gflops": float, "gflops_all": float, "gflops_executed": float, "parameters": int,
         "compression": float, "computation": float, "seed": int, "checkpoint": str, "selected_on": str,
+        "image_size": int, "chain_speeds": dict,
     }  # fmt: skip
     found = records(chain)
     assert [(r["method"], r["stage"]) for r in found] == list(zip(METHODS, SCRIPTS, strict=True))
@@ -125,7 +126,9 @@ def test_keys_and_types_of_the_results(chain: Path):
         assert record["selected_on"] == "validation"
         assert record["checkpoint"] == str((run_folder(chain, record["stage"]) / "best.pt").relative_to(chain))
     assert [r["source"] for r in found] == [None, found[0]["checkpoint"], found[1]["checkpoint"]]
-    assert [p["iteration"] for p in found[1]["points"]] == [1, 2]
+    for number, record in enumerate(found, start=1):
+        assert list(record["chain_speeds"]) == [r["checkpoint"] for r in found[:number]]
+    assert [(p["iteration"], p["measured_on"]) for p in found[1]["points"]] == [(1, "validation"), (2, "validation")]
 
 
 @pytest.mark.parametrize("index", range(3))

@@ -1,6 +1,7 @@
 """The results of runs that end at the same moment, of older versions, of damaged files and of folders without locks."""
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from test_export import checkpoint_file
 from training import report as reporting
 from utils.data.images import ImageSet
 from utils.errors import UserError
-from utils.runs import records
+from utils.runs import records, results
 from utils.runs.checkpoint import load_checkpoint
 from utils.runs.run import BEST, Run, stage_folder
 
@@ -169,6 +170,75 @@ def test_a_damaged_record_of_another_run_keeps_none_from_being_saved(tmp_path):
     with pytest.raises(UserError, match=f"{RUN_NAMES[0]}/record.json cannot be read"):
         reported(tmp_path, run, lambda files, pixels: {})
     assert json.loads((run.path / "record.json").read_text())["stage"] == "sp"
+
+
+def table_rows(table: str) -> list[list[str]]:
+    """The accuracies of each table in turn."""
+    sections = table.split("## ")[1:]
+    return [[line.split(" | ")[1] for line in part.splitlines() if line.startswith("| w")] for part in sections]
+
+
+def two_chains(**changed: object) -> list[dict]:
+    """Two of one data set and network, whose runs took turns, and a run of stage 1 that is newer than both."""
+    first, second = (
+        record("sp", "1", accuracy=0.91, gate="rnn", **changed),
+        record("sp", "2", accuracy=0.92, gate="none"),
+    )
+    pruned = [record("pruned", "3", second["checkpoint"], accuracy=0.82)]
+    pruned.append(record("pruned", "4", first["checkpoint"], accuracy=0.81))
+    switched = record("rl_pruned", "5", pruned[1]["checkpoint"], accuracy=0.71)
+    return [first, second, *pruned, switched, record("sp", "6", accuracy=0.96)]
+
+
+def test_every_chain_has_a_table_of_its_own_the_newest_first():
+    table = results.results_table(two_chains())
+    assert table_rows(table) == [["96.00%"], ["91.00%", "81.00%", "71.00%"], ["92.00%", "82.00%"]]
+    assert "width 8, gate none\n" in table and "width 8, gate rnn\n" in table
+    assert "Runs: `sp/shapes/resnet8/2`, `pruned/shapes/resnet8/3`" in table
+    assert table.count("Accuracy on the test images.") == 1
+
+
+def test_two_networks_of_one_network_are_two_chains():
+    start = record("sp", "1", accuracy=0.9)
+    later = [record("pruned", str(i), start["checkpoint"], accuracy=0.8 + i / 100) for i in (2, 3)]
+    assert table_rows(results.results_table([start, *later])) == [["90.00%", "83.00%"], ["90.00%", "82.00%"]]
+
+
+def test_footnotes_of_many_tables():
+    """Each is written once; those that name a source have a mark of their own for each."""
+    made = two_chains(selected_on="test")
+    made[2] |= {"source": "sp/shapes/resnet8/2/other.pt", "selected_on": "test"}
+    made[3] |= {"source": "sp/shapes/resnet8/1/iteration_01.pt", "within_budget": False}
+    table = results.results_table(made)
+    assert [table.count(f"[^{mark}]") for mark in ("test", "budget", "source", "source2")] == [3, 2, 2, 2]
+    assert [table.count(f"[^{mark}]:") for mark in ("test", "budget", "source", "source2")] == [1, 1, 1, 1]
+
+
+def test_a_table_shows_the_speeds_that_were_measured_together():
+    """Of a run of stage 1 that two chains have, the later chain's measurement is in its record."""
+    start = record("sp", "1", latency_ms=3.0, throughput=3.0)
+    chains = []
+    for name, speed in (("2", 2.0), ("3", 3.0)):
+        end = record("pruned", name, start["checkpoint"], latency_ms=speed / 2, throughput=2 * speed)
+        speeds = {start["checkpoint"]: {"latency_ms": speed, "throughput": speed}}
+        speeds[end["checkpoint"]] = {"latency_ms": speed / 2, "throughput": 2 * speed}
+        chains.append(end | {"chain_speeds": speeds})
+    table = results.results_table([start, *chains])
+    latencies = [line.split(" | ")[6] for line in table.splitlines() if line.startswith("| w")]
+    assert latencies == ["3.00 ms", "1.50 ms", "2.00 ms", "1.00 ms"]
+
+
+def test_the_picture_says_which_images_the_iterations_were_measured_on():
+    points = [{"iteration": 1, "gflops": 0.05, "accuracy": 0.8, "measured_on": "validation"}]
+    for measured_on, expected in (("validation", "iterations, on the validation images"), (None, "on the test images")):
+        older = [{key: p[key] for key in p if key != "measured_on"} for p in points]
+        made = record("pruned", "1", points=points if measured_on else older)
+        (axis,) = results.results_picture([made]).axes
+        assert any(expected in text.get_text() for text in axis.get_legend().get_texts())
+
+
+def test_the_picture_of_a_data_folder_with_dollar_signs():
+    results.results_picture([record("sp", "1", dataset="$\\_$ and $")]).savefig(io.BytesIO())
 
 
 HOLD = """

@@ -9,7 +9,6 @@ from test_export import checkpoint_file
 
 from deploy import speeds, timing
 from deploy.timing import Timing, alternated
-from training import report as reporting
 from utils.runs import records as run_records
 from utils.runs import results
 
@@ -56,7 +55,7 @@ def with_speeds(chain: list[dict], folder: Path) -> list[dict]:
     """The records with what is measured of their checkpoints, as a report joins them."""
     files = {record["checkpoint"]: folder / record["checkpoint"] for record in chain}
     measured = speeds.measured_speeds(files, varied_images(20))
-    return [record | measured.get(record["checkpoint"], reporting.NOT_MEASURED) for record in chain]
+    return [record | measured.get(record["checkpoint"], run_records.NOT_MEASURED) for record in chain]
 
 
 def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):

@@ -14,13 +14,20 @@ from utils.data.images import Images
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.predecessors import relative_to_results
-from utils.runs.records import METHODS, Record, latest_chain, read_records, results_locked, save_records
+from utils.runs.records import (
+    METHODS,
+    NOT_MEASURED,
+    Record,
+    latest_chain,
+    read_records,
+    results_locked,
+    save_records,
+)
 from utils.runs.results import results_picture, results_table, shown_accuracy, write_results
 from utils.runs.run import BEST, Run
 
 TIMED_IMAGES = 1000  # test images at most that speeds are measured on
 SHOWN = ("compression", "computation", "gflops", "latency_ms", "parameters", "throughput")  # beside hyperparameters
-NOT_MEASURED = {"latency_ms": None, "throughput": None}
 # Of checkpoints by name and test images, uint8 [N, 3, H, W]: latency_ms and throughput by name, see ``deploy.speeds``.
 MeasureSpeeds = Callable[[dict[str, Path], Tensor], dict[str, dict[str, float]]]
 
@@ -33,7 +40,7 @@ def report(
     selected_on: str,
     device: torch.device,
     measure_speeds: MeasureSpeeds,
-    points: list[dict[str, float]] | None = None,
+    points: list[dict[str, float | str]] | None = None,
     within_budget: bool = True,
 ) -> Record:
     """Measure a finished run's best network on the test images; add it to the results, draw them, print the table.
@@ -44,7 +51,7 @@ def report(
         best: the checkpoint the run chose.
         measure_speeds: of the exported networks.
         selected_on: what it was chosen on: "validation", "test" or "last epoch".
-        points: gflops and accuracy of other networks of the run, for the picture.
+        points: gflops and accuracy of other networks of the run, and what it was measured on, for the picture.
         within_budget: whether it kept the accuracy (or the computation) that the run was asked for.
     """
     result_dir = Path(result_dir).expanduser()
@@ -66,6 +73,7 @@ def report(
         "parameters": cost.parameters,
         "compression": best.compression(cost),
         "computation": measured.computation,
+        "image_size": best.data["image_size"],
         "seed": best.seed,
         "checkpoint": relative_to_results(run.path / BEST, result_dir),
         "source": best.source,
@@ -88,6 +96,8 @@ def report(
         measured_now = [r for r in records if r["checkpoint"] in files]
         for r in measured_now:
             r.update(speeds.get(r["checkpoint"], NOT_MEASURED))
+            if r["checkpoint"] == record["checkpoint"]:
+                r["chain_speeds"] = {name: speeds.get(name, NOT_MEASURED) for name in files}
         save_records(result_dir, measured_now)
         write_results(result_dir, records)
     record = next((r for r in records if r["checkpoint"] == record["checkpoint"]), record)

@@ -23,6 +23,7 @@ METHODS = {
 }
 RECORD, RESULTS, LOCK = "record.json", "results.json", ".results.lock"
 PATIENCE = 60.0  # seconds to wait for a run that writes its results, which takes one or two
+NOT_MEASURED = {"latency_ms": None, "throughput": None}
 Record = dict[str, Any]
 NEEDED = {  # to be shown in the table and the picture
     "stage", "method", "dataset", "network", "depth", "width", "accuracy", "gflops", "compression", "parameters",
@@ -96,6 +97,22 @@ def latest_chain(records: list[Record], last: Record | None = None) -> list[Reco
             break
         chain.insert(0, earlier)
     return chain
+
+
+def chains(records: list[Record]) -> list[list[Record]]:
+    """Every chain of stages, the newest first: a run that no other was made from, and those that it was made from."""
+    found, shown = [], set()
+    for record in reversed(records):
+        if record["checkpoint"] not in shown:
+            found.append(latest_chain(records, record))
+            shown |= {r["checkpoint"] for r in found[-1]}
+    return found
+
+
+def timed_together(chain: list[Record]) -> list[Record]:
+    """The records of a chain with the speeds that its last run measured of all of them; older ones keep their own."""
+    together = chain[-1].get("chain_speeds")
+    return chain if together is None else [r | together.get(r["checkpoint"], NOT_MEASURED) for r in chain]
 
 
 def _content(path: Path, kind: type, cure: str) -> list[Record]:

@@ -1,6 +1,5 @@
 """The results of all stages: the table and the picture of all runs."""
 
-import itertools
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,7 +8,7 @@ from matplotlib.ticker import PercentFormatter
 
 from utils.errors import UserError
 from utils.files import atomic_write, write_json
-from utils.runs.records import RESULTS, Record, latest_chain
+from utils.runs.records import RESULTS, Record, chains, timed_together
 
 BATCH = 128  # images of a batch that throughput is measured with
 
@@ -34,50 +33,63 @@ def _subject(record: Record) -> tuple:
     return tuple(record[key] for key in ("dataset", "network", "depth", "width"))
 
 
+def _title(record: Record) -> str:
+    """What tells a chain from others: data, network and, in records that have them, gate, image size and seed."""
+    dataset, network, depth, width = _subject(record)
+    parts = [str(dataset), f"{network}{depth}", f"width {width}"]
+    parts += [f"{name} {record[key]}" for name, key in (("gate", "gate"), ("seed", "seed")) if key in record]
+    if "image_size" in record:
+        parts.append("{0}x{0} pixels".format(record["image_size"]))
+    return ", ".join(parts)
+
+
 def results_table(records: list[Record]) -> str:
-    """The table in Markdown: for each data set and network the newest chain of stages, with footnotes."""
-    sections = []
-    for subject in dict.fromkeys(_subject(r) for r in records):
-        chain = latest_chain([r for r in records if _subject(r) == subject])
-        dataset, network, depth, width = subject
+    """In Markdown, a table for every chain of stages, the newest first, then what the columns mean, and footnotes."""
+    sections, footnotes = [], {}
+    found = [timed_together(chain) for chain in chains(records)]
+    for chain in found:
         lines = [
-            f"## {dataset}, {network}{depth}, width {width}",
+            f"## {_title(chain[0])}",
             "",
             f"| Methods | Accuracy | FLOPS (in GFLOPS) | Compression | Parameters | Computation "
             f"| Latency (batch 1) | Throughput (batch {BATCH}) |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for before, r in zip([None, *chain], chain, strict=False):
-            note = "[^test]" if r["selected_on"] == "test" else ""
-            note += "" if r.get("within_budget", True) else "[^budget]"
-            note += "[^source]" if _other_source(before, r) else ""
             computation = r["computation"] if r["stage"] == "rl_pruned" else 1.0
             lines.append(
-                f"| {r['method']}{note} | {shown_accuracy(r):.2%} | {_three_digits(r['gflops'])} "
-                f"| {r['compression']:.1%} | {r['parameters']:,} | {computation:.1%} "
+                f"| {r['method']}{_marks(before, r, footnotes)} | {shown_accuracy(r):.2%} "
+                f"| {_three_digits(r['gflops'])} | {r['compression']:.1%} | {r['parameters']:,} | {computation:.1%} "
                 f"| {_or_dash(r, 'latency_ms', '{:.2f} ms')} | {_or_dash(r, 'throughput', '{:,.0f}/s')} |"
             )
-        lines += [
-            "",
-            "Accuracy on the test images. FLOPS: two per multiply-add, one image. Every block is run and counted in "
-            "the first two rows; in the third the switches decide, and FLOPS are the mean of what is executed. "
-            "Computation: executed share. Latency and throughput: exported networks with ONNX Runtime on the CPU, all "
-            "rows in one run; in the third, blocks are skipped, in batches as on single images.",
-        ]
-        if any(r.get("latency_ms") is None for r in chain):
-            lines += ["", "–: not measured; it needs the row's checkpoint."]
-        if any(r["selected_on"] == "test" for r in chain):
-            lines += ["", "[^test]: chosen on the test images, for want of validation images: its accuracy flatters."]
-        if not all(r.get("within_budget", True) for r in chain):
-            lines += [
-                "",
-                "[^budget]: no network met the budget; this is the nearest to it, or the one it started from.",
-            ]
-        for before, r in itertools.pairwise(chain):
-            if _other_source(before, r):
-                lines += ["", f"[^source]: made from {r['source']}, not from the network of the row above."]
+        lines += ["", "Runs: " + ", ".join(f"`{Path(r['checkpoint']).parent}`" for r in chain)]
         sections.append("\n".join(lines) + "\n")
+    if any(r.get("latency_ms") is None for chain in found for r in chain):
+        sections.append("–: not measured; it needs the row's checkpoint.\n")
+    sections.append(
+        "Accuracy on the test images. FLOPS: two per multiply-add, one image. Every block is run and counted in the "
+        "first two rows of a table; in the third the switches decide, and FLOPS are the mean of what is executed. "
+        "Computation: executed share. Latency and throughput: exported networks with ONNX Runtime on the CPU, all rows "
+        "of a table in one run; in the third, blocks are skipped, in batches as on single images.\n"
+    )
+    sections += [f"[^{mark}]: {text}\n" for text, mark in footnotes.items()]
     return "\n".join(sections)
+
+
+def _marks(before: Record | None, record: Record, footnotes: dict[str, str]) -> str:
+    """The marks of a row's footnotes; those that are not among ``footnotes`` (mark by text) yet are added to them."""
+    texts = []
+    if record["selected_on"] == "test":
+        text = "chosen on the test images, for want of validation images: its accuracy flatters."
+        texts.append((text, "test"))
+    if not record.get("within_budget", True):
+        text = "no network met the budget; this is the nearest to it, or the one it started from."
+        texts.append((text, "budget"))
+    if _other_source(before, record):
+        others = sum(mark.startswith("source") for mark in footnotes.values())
+        text = f"made from {record['source']}, not from the network of the row above."
+        texts.append((text, f"source{others + 1 if others else ''}"))
+    return "".join(f"[^{footnotes.setdefault(text, mark)}]" for text, mark in texts)
 
 
 def _other_source(before: Record | None, record: Record) -> bool:
@@ -102,19 +114,19 @@ def _three_digits(gflops: float) -> str:
 
 
 def results_picture(records: list[Record]) -> Figure:
-    """A column for each data set and network: accuracy against GFLOPs and, where measured, against latency.
+    """A column for each data set and network: its newest chain's accuracy against GFLOPs and, where measured, latency.
 
     Every iteration of static pruning is a point of the first.
     """
-    subjects = list(dict.fromkeys(_subject(r) for r in records))
-    chains = [latest_chain([r for r in records if _subject(r) == subject]) for subject in subjects]
-    rows = 2 if any(r.get("latency_ms") for chain in chains for r in chain) else 1
-    figure = Figure(figsize=(6 * len(subjects), 4.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, len(subjects), squeeze=False)
-    for column, (subject, chain) in enumerate(zip(subjects, chains, strict=True)):
-        title = f"{subject[0]}, {subject[1]}{subject[2]}, width {subject[3]}"
+    newest = {}
+    for chain in chains(records):
+        newest.setdefault(_subject(chain[0]), timed_together(chain))
+    rows = 2 if any(r.get("latency_ms") for chain in newest.values() for r in chain) else 1
+    figure = Figure(figsize=(6 * len(newest), 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(newest), squeeze=False)
+    for column, chain in enumerate(newest.values()):
         _draw_panel(axes[0][column], chain, "gflops", "GFLOPs for one image")
-        axes[0][column].set_title(title)
+        axes[0][column].set_title(_title(chain[0]), fontsize=9, parse_math=False)
         if rows == 2:
             measured = [r for r in chain if r.get("latency_ms")]
             _draw_panel(axes[1][column], measured, "latency_ms", "measured milliseconds for one image")
@@ -128,7 +140,9 @@ def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:
         marker, colour = styles[record["stage"]]
         points = sorted((p[key], p["accuracy"]) for p in record["points"] if key in p)
         if points:
-            axis.plot(*zip(*points, strict=True), marker=".", color=colour, alpha=0.4, linewidth=1)
+            images = record["points"][0].get("measured_on", "test")  # older versions measured on no others
+            style = {"marker": ".", "color": colour, "alpha": 0.4, "linewidth": 1}
+            axis.plot(*zip(*points, strict=True), label=f"iterations, on the {images} images", **style)
         axis.plot(record[key], shown_accuracy(record), marker, color=colour, markersize=9, label=record["method"])
     axis.set(xlabel=label, ylabel="accuracy on the test images")
     axis.set_xlim(left=0)
