@@ -142,7 +142,7 @@ def main() -> None:
         best, within_budget = smallest_within_budget(run, start, unpruned, iterations, floor)
         save_checkpoint(run.path / BEST, best)
         draw_ranks(run, unpruned, iterations)
-        points = [test_point(iteration, stage) for iteration in iterations]
+        points = [point(iteration, stage) for iteration in iterations]
         report(
             settings.result_dir, run, best, splits.test, splits.val_name, device, measured_speeds, points, within_budget
         )
@@ -314,15 +314,16 @@ def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> 
     run.picture("ranks", ranks_picture([(label, layer_ranks(c.network())) for label, c in networks]))
 
 
-def test_point(checkpoint: Checkpoint, stage: Stage) -> dict[str, float]:
-    """GFLOPs and test accuracy of one iteration, for the picture only."""
+def point(checkpoint: Checkpoint, stage: Stage) -> dict[str, float | str]:
+    """GFLOPs of one iteration and its accuracy on the images that choices look at, every block run: for the picture."""
     network = placed(checkpoint.network(), stage.device)
     cost = network_cost(network, stage.settings.resize)
-    measured = evaluate(network, stage.splits.test, stage.normalisation, cost, all_on)
+    measured = evaluate(network, stage.splits.val, stage.normalisation, cost, all_on)
     return {
         "iteration": checkpoint.progress["iteration"],
         "gflops": measured.flops_all / 1e9,
         "accuracy": measured.accuracy,
+        "measured_on": stage.splits.val_name,
     }
 
 
