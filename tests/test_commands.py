@@ -260,6 +260,22 @@ def test_a_checkpoint_of_other_networks_or_classes(
     assert "trained on 3 classes" in line and "the data has 2" in line
 
 
+@pytest.mark.parametrize(
+    ("stage", "resumed"),
+    [(stage, resumed) for stage in SCRIPTS for resumed in (True, False) if resumed or stage != "sp"],
+)
+def test_other_data_of_the_same_name_and_classes(
+    stage: str, resumed: bool, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """A finished run is not opened again for it, and no stage goes on with it."""
+    before = [path.stat().st_mtime_ns for path in sorted(chain.glob("*/*/*/*/*"))]
+    data = write_shapes(tmp_path / shapes.name, {"train": 40, "test": 10}, seed=1)
+    given = [*arguments(stage, data, chain), *(["--resume"] if resumed else [])]
+    line = error_line(stage, given, monkeypatch, capsys)
+    assert "the test images of data shapes are not those that the checkpoint's run had" in line
+    assert [path.stat().st_mtime_ns for path in sorted(chain.glob("*/*/*/*/*"))] == before
+
+
 def test_a_network_without_switches_cannot_be_taught(chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys):
     content = torch.load(chain / records(chain)[1]["checkpoint"], weights_only=True)
     content["architecture"]["gate"] = "none"
