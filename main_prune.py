@@ -107,9 +107,8 @@ def main() -> None:
     accuracy, floor = start.metrics["accuracy"], start.original["accuracy"] - settings.max_accuracy_drop
 
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
-        run.say(f"{run.path} on {described(device, precision)}, {splits.place}: pruning {start.source}")
-        for note in [*notes, *splits.notes]:
-            run.say(note)
+        first = f"{run.path} on {described(device, precision)}, {splits.place}: pruning {start.source}"
+        run.say("\n".join([first, *notes, *splits.notes]))
         unpruned = stage_1_network(run, start, settings)
         loss_fn = None
         if settings.distill:

@@ -129,9 +129,8 @@ def main() -> None:
     )  # fmt: skip
 
     with open_run(parent, settings, last, resume, POLICY_CHARTS) as run:
-        run.say(f"{run.path} on {described(device, precision)}, {splits.place}: starting from {start.source}")
-        for note in [*notes, *splits.notes]:
-            run.say(note)
+        first = f"{run.path} on {described(device, precision)}, {splits.place}: starting from {start.source}"
+        run.say("\n".join([first, *notes, *splits.notes]))
         progress = Progress()
         stateful = {"random": randomness, "steering": steering, "sgd": setup.optimisers[0], "adam": setup.optimisers[1]}
         keeper = Keeper(run, start, network, progress, stateful)

@@ -38,7 +38,7 @@ from utils.errors import run_command
 from utils.flops import NetworkCost, network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, describe
 from utils.runs.keeper import Keeper, Progress
-from utils.runs.run import find_last_run, open_run, stage_folder
+from utils.runs.run import LastRun, find_last_run, open_run, stage_folder
 from utils.settings import TrainingSettings, parse_flags, setting
 
 
@@ -61,11 +61,7 @@ def main() -> None:
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers, settings.download)
     parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
-    if last:
-        check_data(last.checkpoint, data, settings.resize)
-        splits = split_as_before(data, last.checkpoint.data, resumed=True)
-    else:
-        splits = split_data(data, settings.val_fraction, settings.seed)
+    splits = split_for(settings, data, last)
     check_batches(len(splits.train), settings.bs)
     normalisation = training_normalisation(splits.train)
     network = build_network(
@@ -113,6 +109,14 @@ def main() -> None:
 
         selected_on = "last epoch" if splits.val_is_test else "validation"
         report(settings.result_dir, run, keeper.best(), splits.test, selected_on, device, measured_speeds)
+
+
+def split_for(settings: Settings, data: DataSet, last: LastRun | None) -> Splits:
+    """The images of a new run, or those that an interrupted one goes on with."""
+    if last is None:
+        return split_data(data, settings.val_fraction, settings.seed)
+    check_data(last.checkpoint, data, settings.resize)
+    return split_as_before(data, last.checkpoint.data, resumed=True)
 
 
 def description(
