@@ -3,13 +3,12 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models import LowRankConv2d, ResNet
-from models.resnet import BasicBlock
+from models import ResNet
 from training.supervised import LossFn
+from utils.device import mixed_precision
 
 # Softens both predictions so that small probabilities count; for small networks arXiv:1503.02531 found 2.5 to 4 to work
 # best (section 3).
@@ -38,37 +37,16 @@ def distillation_loss_fn(teacher: ResNet, weight: float, precision: torch.dtype 
     """``distillation_loss`` as the epochs of training take it (``training.supervised``, ``gating.reinforce``).
 
     Args:
-        teacher: every block of it runs, as in evaluation mode.
+        teacher: a copy of it as it is now runs in evaluation mode, with every block on.
         weight: of the distillation in the loss.
-        precision: of the teacher, from ``utils.device.pick_precision``.
+        precision: of the teacher's products, from ``utils.device.pick_precision``.
     """
-    bare = _bare(teacher).to(precision)
+    followed = copy.deepcopy(teacher).eval()
+    followed.gate = None
 
     def loss_fn(x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = bare(x.to(precision)).logits
+        with torch.no_grad(), mixed_precision(x.device, precision):
+            target = followed(x).logits
         return distillation_loss(logits, target.float(), labels, weight)
 
     return loss_fn
-
-
-def _bare(network: ResNet) -> ResNet:
-    """A copy without gates, its batch norms folded into the convolutions: 82 launches, of ResNet-32's 277 in bf16."""
-    bare = copy.deepcopy(network).eval()
-    bare.gate = None
-    bare.stem = _folded(*bare.stem)
-    for block in bare.blocks:
-        if isinstance(block, BasicBlock):
-            block.conv1, block.bn1 = _folded(block.conv1, block.bn1), nn.Identity()
-            block.conv2, block.bn2 = _folded(block.conv2, block.bn2), nn.Identity()
-        if block.shortcut is not None:
-            block.shortcut = _folded(*block.shortcut)
-    return bare
-
-
-def _folded(layer: nn.Conv2d | LowRankConv2d, norm: nn.Module) -> nn.Module:
-    if isinstance(layer, nn.Conv2d):
-        return fuse_conv_bn_eval(layer, norm)
-    last = "core" if layer.rotate_out is None else "rotate_out"
-    setattr(layer, last, fuse_conv_bn_eval(getattr(layer, last), norm))
-    return layer
