@@ -1,0 +1,139 @@
+"""Any network as an ONNX graph: ``torch.onnx.export`` behind the normalisation, checked against PyTorch.
+
+The graphs of the switched ResNet, which gather the images that a block runs on, are those of ``deploy.graphs``.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from deploy.graphs import IMAGES, LOGITS, OPSET
+from deploy.session import TOLERANCE, open_session, run_session
+from utils.data.augment import Normalisation
+from utils.errors import UserError
+
+TRACED_BATCH = 2
+CHECKED_BATCHES = (1, 3)  # not the one of the tracing run: a graph that has it built in is found out
+
+
+def general_model(
+    network: nn.Module, normalisation: Normalisation, height: int, width: int
+) -> tuple[onnx.ModelProto, float]:
+    """The graph of a network in evaluation mode: uint8 images [N, 3, height, width] to logits [N, classes].
+
+    Args:
+        network: of normalised images [N, 3, height, width] to logits; left in the modes in which it was.
+
+    Returns:
+        the graph, and the largest deviation of its logits from PyTorch's on random images, as a share of the largest.
+
+    Raises:
+        UserError: if the network cannot be run on such images, or cannot be translated, or the graph deviates by more
+            than ``TOLERANCE``.
+    """
+    whole = _Normalised(network, normalisation)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (sum(CHECKED_BATCHES), 3, height, width), generator=generator, dtype=torch.uint8)
+    with torch.no_grad(), _evaluated(whole):
+        try:
+            expected = whole(pixels)
+        except Exception as error:
+            raise UserError(f"the network cannot run on {height}x{width} images: {_reason(error)}") from None
+        if not isinstance(expected, Tensor) or expected.dim() != 2:
+            found = list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+            raise UserError(
+                f"the network returns {found} for {len(pixels)} images: an export needs logits [N, classes]"
+            )
+        try:
+            model = _translated(whole, pixels[:TRACED_BATCH])
+        except Exception as error:
+            raise UserError(f"torch.onnx.export cannot translate the network: {_reason(error)}") from None
+    onnx.checker.check_model(model, full_check=True)
+    session = open_session(model)
+    batches = pixels.split(CHECKED_BATCHES)
+    outputs = torch.cat([torch.from_numpy(run_session(session, batch.numpy())[LOGITS]) for batch in batches])
+    smallest = torch.finfo(expected.dtype).tiny  # the logits of a network that was never trained may all be zero
+    deviation = ((outputs - expected).abs().max() / expected.abs().max().clamp(min=smallest)).item()
+    if not deviation <= TOLERANCE:
+        raise UserError(
+            f"the exported graph deviates from the network by {deviation:.2g}, more than {TOLERANCE:g}: look for "
+            "branches in its forward pass that depend on the images, which an exported graph cannot take"
+        )
+    return model, deviation
+
+
+class _Normalised(nn.Module):
+    def __init__(self, network: nn.Module, normalisation: Normalisation):
+        super().__init__()
+        self.network, self.normalisation = network, normalisation
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network(self.normalisation.apply(pixels))
+
+
+class _PoolingAsProducts(TorchFunctionMode):
+    """ONNX has no adaptive pooling to sizes that do not divide the input's, as in VGG on small images."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.adaptive_avg_pool2d:
+            return _adaptive_pool(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _adaptive_pool(x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
+    inputs = [int(n) for n in x.shape[-2:]]
+    pair = [output_size] * 2 if isinstance(output_size, int) else output_size
+    sizes = [n if size is None else size for n, size in zip(inputs, pair, strict=True)]
+    if all(n % size == 0 for n, size in zip(inputs, sizes, strict=True)):
+        return F.adaptive_avg_pool2d(x, sizes)
+    rows, columns = (_averages(n, size).to(x) for n, size in zip(inputs, sizes, strict=True))
+    return rows @ x @ columns.T
+
+
+def _averages(inputs: int, outputs: int) -> Tensor:
+    """[outputs, inputs]: each row averages the inputs from floor(i n / m) to ceil((i + 1) n / m), as PyTorch does."""
+    matrix = torch.zeros(outputs, inputs)
+    for i in range(outputs):
+        first, last = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
+        matrix[i, first:last] = 1 / (last - first)
+    return matrix
+
+
+def _translated(network: nn.Module, pixels: Tensor) -> onnx.ModelProto:
+    # The exporter of TorchScript needs no further package and is in every PyTorch from 2.6 to 2.11.  It warns that
+    # another is newer, and prints pages of what it could not translate.
+    torch._C._jit_set_onnx_log_enabled(False)
+    content = io.BytesIO()
+    with warnings.catch_warnings(), _PoolingAsProducts():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network, (pixels,), content, dynamo=False, opset_version=OPSET, input_names=[IMAGES],
+            output_names=[LOGITS], dynamic_axes={IMAGES: {0: "N"}, LOGITS: {0: "N"}},
+        )  # fmt: skip
+    return onnx.load_from_string(content.getvalue())
+
+
+@contextmanager
+def _evaluated(network: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, attention in plain operators; afterwards as before."""
+    modes = [(module, module.training) for module in network.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    network.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes:
+            module.training = training
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

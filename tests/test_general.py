@@ -1,0 +1,92 @@
+"""Networks of other people as ONNX graphs: PyTorch's logits to 1e-4 for any number of images."""
+
+import pytest
+import torch
+import torchvision
+from networks import NORMALISATION
+from torch import nn
+from torch.nn import functional as F
+
+from deploy.general import general_model
+from deploy.session import open_session, run_session
+from utils.errors import UserError
+
+
+def agrees(network: nn.Module, height: int, width: int) -> None:
+    """Against the network on images that the export has not seen."""
+    model, deviation = general_model(network, NORMALISATION, height, width)
+    assert deviation <= 1e-4
+    session = open_session(model, threads=1)
+    for batch in (1, 2, 7):
+        pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        with torch.no_grad():
+            expected = network(NORMALISATION.apply(pixels))
+        logits = torch.from_numpy(run_session(session, pixels.numpy())["logits"])
+        assert logits.shape == expected.shape
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1"]
+)
+def test_networks_of_torchvision(name):
+    options = {"init_weights": False} if name == "googlenet" else {}
+    network = torchvision.models.get_model(name, num_classes=10, **options).eval()
+    if name == "vgg11":  # the same pooling to 7x7, without the 119 million parameters behind it
+        network.classifier = nn.Linear(512 * 7 * 7, 10)
+    agrees(network, 64, 64)
+
+
+def test_transformers_and_images_that_are_no_squares():
+    network = torchvision.models.VisionTransformer(16, 4, 2, 2, 8, 16, num_classes=5).eval()
+    nn.init.normal_(network.heads.head.weight)
+    agrees(network, 16, 16)
+    agrees(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d((7, None)), nn.Flatten(), nn.LazyLinear(5)).eval(),
+        12,
+        20,
+    )
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [((2, 2), 7), ((5, 9), (3, 4)), ((8, 8), (4, 2)), ((6, 5), (None, 3))])
+def test_adaptive_pooling_of_any_sizes(inputs, outputs):
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return F.adaptive_avg_pool2d(x, outputs).flatten(1)
+
+    agrees(Pooled(), *inputs)
+
+
+def test_the_network_is_left_in_its_modes():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 3))
+    network[1].eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    general_model(network, NORMALISATION, 8, 8)
+    assert [module.training for module in network.modules()] == [True, True, False, True, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Refusing(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x.view(-1, 7), "cannot run on 8x8 images"),
+        (lambda x: {"logits": x}, "returns dict for 4 images"),
+        (lambda x: x, r"returns \[4, 3, 8, 8\] for 4 images"),
+        (lambda x: torch.linalg.svdvals(x[:, 0]), "torch.onnx.export cannot translate"),
+        (lambda x: x.flatten(1) * (1 if len(x) == 2 else 2), "deviates from the network"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_a_sentence(function, message, capfd):
+    with pytest.raises(UserError, match=message) as raised:
+        general_model(Refusing(function), NORMALISATION, 8, 8)
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
