@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import onnx
 import torch
@@ -109,9 +110,9 @@ def _averages(inputs: int, outputs: int) -> Tensor:
 def _translated(network: nn.Module, pixels: Tensor) -> onnx.ModelProto:
     # The exporter of TorchScript needs no further package and is in every PyTorch from 2.6 to 2.11.  It warns that
     # another is newer, and prints pages of what it could not translate.
-    torch._C._jit_set_onnx_log_enabled(False)
     content = io.BytesIO()
-    with warnings.catch_warnings(), _PoolingAsProducts():
+    silent = mock.patch.object(torch._C, "_jit_onnx_log", create=True)
+    with warnings.catch_warnings(), silent, _PoolingAsProducts():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network, (pixels,), content, dynamo=False, opset_version=OPSET, input_names=[IMAGES],

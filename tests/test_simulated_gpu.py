@@ -9,7 +9,6 @@ import torch
 from simulated_gpu import SimulatedTensor, Trace, simulated
 from torch import nn
 
-from benchmarks.training import half_ranks
 from gating.baselines import BASELINES
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import SteeredAlpha
@@ -114,24 +113,6 @@ def test_settled_switches(stage: str, settled: dict[str, int]):
         net = build_network("resnet", depth=8, num_classes=5, width=4, gate="rnn", settled=settled)
         training = Training(stage, net, network())
         assert training.epoch(trace, 2)[0] == training.epoch(trace, 5)[0]
-
-
-@pytest.mark.parametrize(("stage", "most"), [("sp", 650), ("pruned", 875), ("greedy", 1315), ("closing", 875)])
-def test_launches_of_a_step(stage: str, most: int):
-    """Of ResNet-32, from stage 2 on with reduced ranks and a teacher; its width makes no difference.
-
-    A GPU of today needs about 5 ms for the arithmetic of a step at width 64 and batch 128, and as long for being told
-    of a thousand operations.
-    """
-    with simulated() as trace:
-        ranks = {} if stage == "sp" else half_ranks(32, 4)
-        net, teacher = (
-            build_network("resnet", depth=32, num_classes=5, width=4, gate="rnn", ranks=r) for r in (ranks, {})
-        )
-        training = Training(stage, net, teacher)
-        # The first and the last loss of an epoch are looked at, in both.
-        (_, few), (_, many) = training.epoch(trace, 2), training.epoch(trace, 4)
-    assert (many - few) / 2 <= most
 
 
 def test_a_gpu_alone_is_compiled_for_with_cuda_graphs(monkeypatch: pytest.MonkeyPatch):
