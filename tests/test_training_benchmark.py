@@ -35,7 +35,7 @@ def test_command_measures_every_competitor(
     assert rows["stage 3"]["flops"] == pytest.approx(rows["stage 2, fine-tuning"]["flops"] * 4 / 3)
     share = 1 - rows["stage 1"]["rate"] / rows["stage 1 without gates"]["rate"]
     assert content["gate_share"] == pytest.approx(share)
-    assert set(content["first_batch"]) == {"cold cache", "warm cache", "plain loop"}
+    assert set(content["first_batch"]) == {"ours", "plain loop"}
     assert content["machine"]["threads"] == 1 and content["peak_memory"] > 2**20
     assert content["machine"]["versions"].keys() == {"torch", "torchvision", "numpy", "pillow"}
     printed = capsys.readouterr().out

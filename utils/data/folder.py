@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from utils import parallel
 from utils.data import memory
-from utils.data.cache import cache_files, content_key, read_cache, write_cache
 from utils.data.cifar import CIFAR_FOLDERS, read_cifar
 from utils.data.identity import fingerprints
 from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, read_image
@@ -64,22 +63,17 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
         workers: threads that decode.
         download: fetch CIFAR-100 or CIFAR-10 (by the folder's name) through torchvision if it is not there.
 
-    Image files are decoded into memory, or taken from the cache that an earlier run has left (``utils.data.cache``).
-    Where all of them would take more than a third of the available memory (``utils.data.memory``) they are only
-    listed, and decoded whenever a batch needs them.
+    Image files are decoded into memory.  Where all of them would take more than a third of the available memory
+    (``utils.data.memory``) they are only listed, and decoded whenever a batch needs them.
 
     Raises:
         UserError: for anything that is missing, empty, unreadable or inconsistent.
     """
-    with parallel.main_process_first():  # the others find what it has downloaded and cached
-        return _load(folder, image_type, size, workers, download)
-
-
-def _load(folder: str, image_type: str, size: int, workers: int, download: bool) -> DataSet:
     root = Path(folder).expanduser()
     name = root.resolve().name
     if download or any((root / cifar).is_dir() for cifar in CIFAR_FOLDERS.values()):
-        classes, train, test = read_cifar(root, download)
+        with parallel.main_process_first():  # the others find what it has downloaded
+            classes, train, test = read_cifar(root, download)
         train, test = (ImageSet(_resized(pixels, size), torch.from_numpy(labels)) for pixels, labels in (train, test))
         return DataSet(name, classes, train, None, test)
     if not root.is_dir():
@@ -109,7 +103,7 @@ def _load(folder: str, image_type: str, size: int, workers: int, download: bool)
     if needed > limit:
         sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
     else:
-        sets = {part: _decoded(parts[part], suffixes[0], *listed, size, workers) for part, listed in found.items()}
+        sets = {part: _decoded(parts[part], *listed, size, workers) for part, listed in found.items()}
     return DataSet(name, tuple(classes), sets["train"], sets.get("val"), sets["test"])
 
 
@@ -140,18 +134,7 @@ def _streamed(files: list[Path], labels: Tensor, size: int, workers: int) -> Fet
     return FetchedSet(ImageFiles(files, size, workers), torch.arange(len(files)), labels, torch.device("cpu"))
 
 
-def _decoded(folder: Path, suffix: str, files: list[Path], labels: Tensor, size: int, workers: int) -> ImageSet:
-    name = f"{folder.name}-{suffix[1:]}-{size}"
-    caches = cache_files(folder.parent, name, content_key(folder, files, size))
-    pixels = read_cache(caches, (len(files), 3, size, size))
-    if pixels is None:
-        pixels = _decode(folder, files, size, workers)
-        write_cache(caches, pixels)
-    return ImageSet(torch.from_numpy(pixels), labels)
-
-
-def _decode(folder: Path, files: list[Path], size: int, workers: int) -> np.ndarray:
-    """uint8 [N, 3, size, size]."""
+def _decoded(folder: Path, files: list[Path], labels: Tensor, size: int, workers: int) -> ImageSet:
     pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         decoded = pool.map(lambda path: read_image(path, size), files)
@@ -169,7 +152,7 @@ def _decode(folder: Path, files: list[Path], size: int, workers: int) -> np.ndar
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return pixels
+    return ImageSet(torch.from_numpy(pixels), labels)
 
 
 def _resized(pixels: np.ndarray, size: int) -> Tensor:
