@@ -19,7 +19,7 @@ def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
     image = axis.imshow(passing, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axis.set(xlabel="switch", title="share of test images that pass")
     axis.set_xticks(range(passing.shape[1]), [str(i + 1) for i in range(passing.shape[1])])
-    axis.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) > 20 else 9)
+    axis.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) > 20 else 9, parse_math=False)
     figure.colorbar(image, ax=axis, format=PercentFormatter(1))
     return figure
 
@@ -51,7 +51,7 @@ def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str],
         for axis in axes.flat:
             axis.axis("off")
         for row, (name, (easy, hard)) in zip(axes, page, strict=True):
-            row[count].text(0.5, 0.5, name, ha="center", va="center", fontsize=9)
+            row[count].text(0.5, 0.5, name, parse_math=False, ha="center", va="center", fontsize=9)
             for start, members in ((0, easy), (count + 1, hard)):
                 for column, i in enumerate(members.tolist(), start):
                     row[column].imshow(images[i : i + 1].pixels[0].cpu().permute(1, 2, 0).numpy())

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from models import ResNet
@@ -86,7 +87,7 @@ def ranks_picture(iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]
         axis.set_ylabel(title)
         axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
-    axes[1].set_xticks(range(len(names)), [name.removeprefix("blocks.") for name in names], rotation=90, fontsize=7)
+    _name_layers(axes[1], names)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
@@ -107,5 +108,10 @@ def eigenvalues_picture(bases: Mapping[str, Eigenbasis]) -> Figure:
         axis.boxplot(logarithms, positions=range(len(names)), whis=(0, 100), widths=0.6)
         axis.set_ylabel(f"log10 of the eigenvalues\n{title}")
         axis.grid(axis="y", alpha=0.3)
-    axes[1].set_xticks(range(len(names)), [name.removeprefix("blocks.") for name in names], rotation=90, fontsize=7)
+    _name_layers(axes[1], names)
     return figure
+
+
+def _name_layers(axis: Axes, names: Sequence[str]) -> None:
+    labels = [name.removeprefix("blocks.") for name in names]
+    axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7, parse_math=False)
