@@ -51,10 +51,10 @@ def test_answers_are_the_networks(folder, source, monkeypatch, capsys):
         assert 0 < float(rest[0]) * 1e6 <= 1.001 * network_cost(network, 16).executed(decisions[None]).item()
 
 
-def command(*arguments, cwd=ROOT):
+def command(*arguments, cwd=ROOT, encoding=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "deploy.predict", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, encoding=encoding)
 
 
 def test_image_that_cannot_be_read_is_named_and_the_others_answered(folder, tmp_path):
@@ -67,6 +67,20 @@ def test_image_that_cannot_be_read_is_named_and_the_others_answered(folder, tmp_
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [str(folder / "0.png"), str(folder / "1.png")]
     errors = done.stderr.splitlines()
     assert len(errors) == 2 and "broken.png" in errors[0] and "missing.png" in errors[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_cannot_be_printed_are_escaped(folder, tmp_path, encoding, monkeypatch):
+    """Not UTF-8, or not in the terminal's encoding: all images are answered."""
+    for name in (b"caf\xe9.png", "käse.png".encode(), b"plain.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes((folder / "0.png").read_bytes())
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    images = [os.fsencode(tmp_path) + b"/" + name for name in (b"caf\xe9.png", "käse.png".encode(), b"plain.png")]
+    done = command("--checkpoint", folder / "best.pt", *map(os.fsdecode, images), encoding=encoding)
+    assert done.returncode == 0 and done.stderr == ""
+    shown = "käse" if encoding == "utf-8" else r"k\xe4se"
+    names = [r"caf\udce9.png", f"{shown}.png", "plain.png"]
+    assert [line.split(": ")[0] for line in done.stdout.splitlines()] == [f"{tmp_path}/{name}" for name in names]
 
 
 class _Code:

@@ -1,6 +1,7 @@
 """Errors that a user can mend, and how a command reports them."""
 
 import errno
+import io
 import sys
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ def run_command(main: Callable[[], None], goes_on: str | None = WITH_RESUME) -> 
     Args:
         goes_on: what continues from where it was interrupted; None where nothing does.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may have what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, KeyboardInterrupt) as error:
