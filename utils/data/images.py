@@ -6,18 +6,20 @@ Both kinds are used alike: ``len``, ``labels``, subsets by index or slice, ``pix
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from utils.data.memory import fits_on
 from utils.errors import UserError
 
+SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit images Pillow may give 32 bits a pixel
 AHEAD = 3  # batches that are fetched while one is trained on
 
 
@@ -172,26 +174,48 @@ Images = ImageSet | FetchedSet
 
 
 def read_image(path: Path, size: int) -> np.ndarray:
-    """The image as uint8 [size, size, 3] in RGB.
+    """The image as uint8 [size, size, 3] in RGB, upright as its EXIF orientation says, transparency over white.
 
     Raises:
-        UserError: if the file cannot be decoded to its end.
+        UserError: if the file cannot be decoded to its end, or has pixels whose white is not known.
     """
     try:
         with Image.open(path) as image:
             image.load()
+            _turn_upright(image)
             return np.asarray(in_rgb(image, size))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise whatever they stumble over
+        found = str(error) or type(error).__name__
         raise UserError(
-            f"image {path} cannot be read ({error}): give another path, or replace or remove the file"
+            f"image {path} cannot be read ({found}): give another path, or replace or remove the file"
         ) from error
 
 
+def _turn_upright(image: Image.Image) -> None:
+    with suppress(Exception):  # damaged EXIF data say nothing of the orientation; the pixels may be whole
+        ImageOps.exif_transpose(image, in_place=True)
+
+
 def in_rgb(image: Image.Image, size: int) -> Image.Image:
-    """The image in 8-bit RGB, ``size`` pixels high and wide."""
-    if image.mode.startswith("I"):  # 16 bits a pixel: converting would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
+    """The image in 8-bit RGB, ``size`` pixels high and wide; what is transparent shows white.
+
+    Raises:
+        ValueError: for 32 bits a pixel, integers or floats: files do not say which value is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS_AS_I):
+        image = _eight_bits(image)
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel, of which no value is known to be white: 8 or 16 bits are needed")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Of 16 bits a pixel the upper 8: ``convert`` would clip at 255 instead of scaling."""
+    values = np.asarray(image).astype(np.uint32)
+    pixels = (values >> 8).clip(0, 255).astype(np.uint8)
+    pixels[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(pixels)
