@@ -18,7 +18,7 @@ from torchvision import transforms
 from models import ResNet
 from training.supervised import half_held_open
 from utils.data.augment import PADDING, Normalisation
-from utils.data.folder import IMAGE_TYPES
+from utils.data.listing import IMAGE_TYPES
 
 
 def plain_loader(

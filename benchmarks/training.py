@@ -48,6 +48,7 @@ from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, training_normalisation
 from utils.data.folder import load_data
 from utils.data.images import Images
+from utils.data.listing import IMAGE_TYPES
 from utils.device import PRECISIONS, pick_device, pick_precision
 from utils.errors import UserError, run_command
 from utils.files import write_json
@@ -169,7 +170,7 @@ def made(args: argparse.Namespace, scratch: Path) -> Path:
     generator = np.random.default_rng(0)
     for part, count in (("train", args.images), ("test", CLASSES)):
         for i in range(max(count, CLASSES)):
-            path = scratch / part / str(i % CLASSES) / f"{i:06d}.{args.img_type}"
+            path = scratch / part / str(i % CLASSES) / f"{i:06d}{IMAGE_TYPES[args.img_type][0]}"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = generator.integers(0, 256, (args.resize, args.resize, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path)

@@ -9,6 +9,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from conftest import write_shapes
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
@@ -199,3 +200,19 @@ def test_a_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     message = refusal(tmp_path / "cifar_100", download=True)
     assert message.startswith(f"CIFAR100 could not be read from {tmp_path / 'cifar_100'} or downloaded to it (")
     assert str(error) in message
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("train", "val"), ("train", "val", "test")])
+def test_nothing_is_downloaded_beside_images_of_ones_own(tmp_path: Path, downloads: list[str], parts, capsys):
+    write_shapes(tmp_path / "cifar_100", dict.fromkeys(parts, 2))
+    data = load_data(str(tmp_path / "cifar_100"), "png", 8, 1, download=True)
+    assert data.classes == ("left", "middle", "right") and downloads == []
+    assert sorted(os.listdir(tmp_path / "cifar_100")) == sorted(parts)
+    assert "has images of its own: --download fetches nothing" in capsys.readouterr().out
+
+
+def test_files_of_cifar_beside_images_of_ones_own_are_named_and_not_read(tmp_path: Path, published: None, capsys):
+    write(tmp_path, CIFAR100)
+    write_shapes(tmp_path, {"train": 2, "test": 2})
+    assert load_data(str(tmp_path), "png", 8, 1).classes == ("left", "middle", "right")
+    assert capsys.readouterr().out == f"note: folders in {tmp_path} that are not read: cifar-100-python\n"

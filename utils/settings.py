@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from models import NETWORKS, check_depth
-from utils.data.folder import IMAGE_TYPES
+from utils.data.listing import IMAGE_TYPES
 from utils.device import PRECISIONS
 from utils.errors import UserError
 
@@ -66,7 +66,7 @@ class StageSettings:
     depth: int = setting(32, "depth of the network, 6n+2", check=check_depth)
     data_dir: str = setting(MISSING, "folder with train/ and test/, or with the CIFAR files of torchvision")
     result_dir: str = setting("results", "folder that all stages write to")
-    img_type: str = setting("png", "image files to read", choices=tuple(IMAGE_TYPES))
+    img_type: str = setting("any", "image files to read", choices=tuple(IMAGE_TYPES))
     resize: int = setting(32, "height and width images are brought to", low=8)
     num_workers: int = setting(16, "threads that decode images", low=0)
     momentum: float = setting(0.9, "momentum of SGD, Nesterov's form", low=0, below=1)

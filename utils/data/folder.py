@@ -1,11 +1,11 @@
 """Labelled images, found on disk and decoded once into memory.
 
-A data folder is either image files (``train/`` and ``test/``, one folder a class) or the files that torchvision
-downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that are too many for the memory are decoded
-batch by batch instead; the batches are the same.
+A data folder is either image files (``train/`` and ``test/``, one folder a class) or, where it has no ``train/``, the
+files that torchvision downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that are too many for
+the memory are decoded batch by batch instead; the batches are the same.
 """
 
-import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,15 +22,8 @@ from utils.data import memory
 from utils.data.cifar import CIFAR_FOLDERS, read_cifar
 from utils.data.identity import fingerprints
 from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, read_image
+from utils.data.listing import find_classes, find_files, find_parts, folder_name, notes_on
 from utils.errors import UserError
-
-IMAGE_TYPES = {
-    "png": (".png",),
-    "jpg": (".jpg", ".jpeg"),
-    "jpeg": (".jpg", ".jpeg"),
-    "bmp": (".bmp",),
-    "webp": (".webp",),
-}
 
 
 @dataclass(frozen=True)
@@ -61,27 +54,43 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
         image_type: one of ``IMAGE_TYPES``; ignored for CIFAR's own files.
         size: height and width that every image is brought to.
         workers: threads that decode.
-        download: fetch CIFAR-100 or CIFAR-10 (by the folder's name) through torchvision if it is not there.
+        download: fetch CIFAR-100 or CIFAR-10 (by the folder's name) through torchvision if the folder has no images.
 
     Image files are decoded into memory.  Where all of them would take more than a third of the available memory
-    (``utils.data.memory``) they are only listed, and decoded whenever a batch needs them.
+    (``utils.data.memory``) they are only listed, and decoded whenever a batch needs them.  Files and folders that are
+    not read are named in one line each.
 
     Raises:
         UserError: for anything that is missing, empty, unreadable or inconsistent.
     """
     root = Path(folder).expanduser()
-    name = root.resolve().name
-    if download or any((root / cifar).is_dir() for cifar in CIFAR_FOLDERS.values()):
+    try:
+        data, notes = _load(root, image_type, size, workers, download)
+    except OSError as error:
+        raise UserError(
+            f"data folder {root} cannot be read ({error}): give yourself access or choose another"
+        ) from None
+    if parallel.is_main_process():
+        for note in notes:
+            print(f"note: {note}", flush=True)
+    return data
+
+
+def _load(root: Path, image_type: str, size: int, workers: int, download: bool) -> tuple[DataSet, list[str]]:
+    """The data, and what is in the folder and was not read."""
+    name = folder_name(root.resolve())
+    cifar = [folder for folder in CIFAR_FOLDERS.values() if (root / folder).is_dir()]
+    parts, others = find_parts(root)
+    if "train" not in parts and (cifar or (download and not parts)):
         with parallel.main_process_first():  # the others find what it has downloaded
             classes, train, test = read_cifar(root, download)
         train, test = (ImageSet(_resized(pixels, size), torch.from_numpy(labels)) for pixels, labels in (train, test))
-        return DataSet(name, classes, train, None, test)
+        return DataSet(name, classes, train, None, test), []
     if not root.is_dir():
         raise UserError(
             f"data folder {root} does not exist: name one with --data_dir (in stage 2 --set data_dir=FOLDER), or let "
             f"stage 1 fetch CIFAR with --download"
         )
-    parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     if "train" not in parts or len(parts) == 1:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
         raise UserError(
@@ -90,44 +99,18 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
         )
     if "test" not in parts:
         parts["test"] = parts.pop("val")
-    classes = _class_names(parts["train"])
-    for part in parts.values():
-        others = _class_names(part)
-        if others != classes:
-            odd = sorted(set(classes) ^ set(others))
-            raise UserError(f"classes differ between {parts['train']} and {part}: {', '.join(odd[:5])} in one only")
-    suffixes = IMAGE_TYPES[image_type]
-    found = {part: _files(path, classes, suffixes) for part, path in parts.items()}
+    classes = find_classes(parts)
+    left_out: Counter[str] = Counter()
+    found = {part: find_files(path, classes, image_type, left_out) for part, path in parts.items()}
     needed = sum(len(files) for files, _ in found.values()) * 3 * size * size
     limit = memory.HOST_SHARE * memory.available_memory() / parallel.local_world_size()
     if needed > limit:
         sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
     else:
         sets = {part: _decoded(parts[part], *listed, size, workers) for part, listed in found.items()}
-    return DataSet(name, tuple(classes), sets["train"], sets.get("val"), sets["test"])
-
-
-def _class_names(folder: Path) -> list[str]:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not names:
-        raise UserError(f"data folder {folder} has no class folders: it needs one folder of images for each class")
-    return names
-
-
-def _files(folder: Path, classes: list[str], suffixes: tuple[str, ...]) -> tuple[list[Path], Tensor]:
-    """The image files in the order of their names, class by class, and their labels, int64 [N]."""
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        inside = folder / name
-        found = sorted(p for p in os.listdir(inside) if p.lower().endswith(suffixes) and not p.startswith("."))
-        if not found:
-            raise UserError(
-                f"class folder {inside} holds no {' or '.join(suffixes)} file: add images or change --img_type"
-            )
-        files += [inside / p for p in found]
-        labels += [label] * len(found)
-    return files, torch.tensor(labels)
+    data = DataSet(name, tuple(classes), sets["train"], sets.get("val"), sets["test"])
+    fetched = [f"data folder {root} has images of its own: --download fetches nothing"] if download else []
+    return data, fetched + notes_on(root, others, left_out)
 
 
 def _streamed(files: list[Path], labels: Tensor, size: int, workers: int) -> FetchedSet:

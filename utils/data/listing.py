@@ -1,0 +1,126 @@
+"""What a data folder holds: its parts, their classes, the image files of each, and what is not read."""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+JPEG = (".jpg", ".jpeg", ".jfif")
+IMAGE_TYPES = {
+    "png": (".png",),
+    "jpg": JPEG,
+    "jpeg": JPEG,
+    "bmp": (".bmp",),
+    "webp": (".webp",),
+    # What torchvision's ImageFolder reads, and what else Pillow decodes without help.
+    "any": (
+        ".png", *JPEG, ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".jp2", ".tga"
+    ),
+}  # fmt: skip
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by a folder's name
+
+
+def find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folders with training, validation and test images, and the names of all other folders, hidden ones aside."""
+    folders = sorted(p.name for p in root.iterdir() if _is_folder(p)) if root.is_dir() else []
+    parts: dict[str, Path] = {}
+    for folder, part in PARTS.items():
+        if folder in folders and part not in parts:
+            parts[part] = root / folder
+    return parts, [folder for folder in folders if root / folder not in parts.values()]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def notes_on(root: Path, others: list[str], left_out: Counter[str]) -> list[str]:
+    """A line on the folders of a data folder that are not read, and one on the files, where there are any."""
+    notes = []
+    if others:
+        notes.append(f"folders in {root} that are not read: {', '.join(others)}")
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
+        notes.append(f"files in {root} that are not read: {kinds}")
+    return notes
+
+
+def find_classes(parts: dict[str, Path]) -> list[str]:
+    """The class names, which all parts have in common."""
+    names = {part: sorted(_class_folders(path)) for part, path in parts.items()}
+    for part, path in parts.items():
+        if names[part] != names["train"]:
+            odd = sorted(set(names["train"]) ^ set(names[part]))
+            raise UserError(f"classes differ between {parts['train']} and {path}: {', '.join(odd[:5])} in one only")
+    return names["train"]
+
+
+def _class_folders(part: Path) -> dict[str, list[Path]]:
+    """The folders of each class; names that differ by how Unicode composes them (NFC, NFD) are one class's."""
+    folders: dict[str, list[Path]] = {}
+    for path in sorted(filter(_is_folder, part.iterdir())):
+        folders.setdefault(unicodedata.normalize("NFC", folder_name(path)), []).append(path)
+    if not folders:
+        raise UserError(f"data folder {part} has no class folders: it needs one folder of images for each class")
+    return folders
+
+
+def folder_name(path: Path) -> str:
+    """The name of a folder, which results, pictures and checkpoints will hold.
+
+    Raises:
+        UserError: if it is not UTF-8.
+    """
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of folder {str(path)!a} is not UTF-8: rename it") from None
+    return path.name
+
+
+def find_files(part: Path, classes: list[str], image_type: str, left_out: Counter[str]) -> tuple[list[Path], Tensor]:
+    """The image files, class by class in the order of torchvision's ``ImageFolder``, and their labels, int64 [N].
+
+    ``ImageFolder`` itself would leave out in silence what it does not know and folders that it may not read.
+
+    Args:
+        left_out: counts the files of other kinds.
+    """
+    files: list[Path] = []
+    labels: list[int] = []
+    folders = _class_folders(part)
+    for label, name in enumerate(classes):
+        found = [path for folder in folders[name] for path in _images_below(folder, image_type, left_out)]
+        if not found:
+            suffixes = IMAGE_TYPES[image_type]
+            kind = "image" if image_type == "any" else " or ".join(suffixes)
+            raise UserError(f"class folder {folders[name][0]} holds no {kind} file: add images or change --img_type")
+        files += found
+        labels += [label] * len(found)
+    outside = sum(path.is_file() and not path.name.startswith(".") for path in part.iterdir())
+    left_out.update({"outside of class folders": outside} if outside else {})
+    return files, torch.tensor(labels)
+
+
+def _images_below(folder: Path, image_type: str, left_out: Counter[str]) -> Iterator[Path]:
+    """The image files in a folder and its subfolders, links followed and hidden ones aside."""
+
+    def refused(error: OSError) -> None:
+        raise error
+
+    for inside, _, names in sorted(os.walk(folder, onerror=refused, followlinks=True)):
+        if any(part.startswith(".") for part in Path(inside).relative_to(folder).parts):
+            continue
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(IMAGE_TYPES[image_type]):
+                yield Path(inside, name)
+            else:
+                left_out[os.path.splitext(name)[1].lower() or "without an ending"] += 1
