@@ -285,7 +285,7 @@ def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule:
         rate = rates_of_epoch(epoch, epochs, args.lr, schedule="cosine")
         supervised_epoch(
             network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{epochs}",
-            loss_fn=loss_fn, forward=training_forward(network, precision), rule=lambda drawn, dtype: rule,
+            loss_fn=loss_fn, forward=training_forward(network, precision), rule=lambda drawn: rule,
         )  # fmt: skip
         accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule).accuracy
         if accuracy > best[0]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gating.objectives import batch_baseline, returns, skip_rewards
-from models import ResNet, thresholded
-from models.decisions import DecisionRule
+from models import ResNet
 from training.forward import Forward, training_forward
+from training.supervised import as_used
 from utils import parallel
 from utils.modes import evaluation_mode
 
@@ -56,10 +56,6 @@ def thresholded_returns(
     """
     forward = training_forward(network) if forward is None else forward
     with evaluation_mode(network):
-        output = forward(x, _thresholded, (), skip)
+        output = forward(x, as_used, torch.empty(0), skip)
     cross_entropy = F.cross_entropy(output.logits, y, reduction="none")
     return returns(skip_rewards(output.decisions, shares, alpha), cross_entropy, gamma)
-
-
-def _thresholded(dtype: torch.dtype) -> DecisionRule:
-    return thresholded

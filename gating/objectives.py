@@ -54,7 +54,7 @@ def batch_baseline(values: Tensor, total: Tensor | None = None, images: int | No
     return (total - values) / (images - 1)
 
 
-def policy_loss(probabilities: Tensor, decisions: Tensor, advantages: Tensor) -> Tensor:
+def policy_loss(probabilities: Tensor, decisions: Tensor, advantages: Tensor, images: int | None = None) -> Tensor:
     """Minus the mean over images of sum_i advantage_i log pi(a_i), a scalar whose gradient is REINFORCE's estimate.
 
     The mean over the batch (SkipNet's code sums) makes ``rl_weight`` independent of the batch size: it is the weight
@@ -64,10 +64,11 @@ def policy_loss(probabilities: Tensor, decisions: Tensor, advantages: Tensor) ->
         probabilities: [N, K], that each block runs.
         decisions: [N, K], drawn from them.
         advantages: [N, K], returns less a baseline; no gradient flows through them.
+        images: that the mean is over; N unless several processes share the batch, one of which may have none.
     """
     # A probability that is nan, where training has diverged, would raise here before the loss can be checked.
     minus_log_likelihood = F.binary_cross_entropy(probabilities.nan_to_num(0.5), decisions, reduction="none")
-    return (advantages.detach() * minus_log_likelihood).sum(dim=1).mean()
+    return (advantages.detach() * minus_log_likelihood).sum() / (len(decisions) if images is None else images)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -13,14 +13,13 @@ from gating.baselines import baseline, thresholded_returns
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
 from models import ResNet, sampled, thresholded
-from models.decisions import DecisionRule
 from training.forward import Forward, training_forward
 from training.norms import freeze_batch_norms
 from training.optimisers import set_learning_rate
-from training.supervised import CHECK_EVERY, EpochMeans, LossFn, as_used, supervised_epoch
+from training.supervised import CHECK_EVERY, EpochMeans, LossFn, as_used, check_sums, supervised_epoch
 from utils import parallel
 from utils.data.batches import TrainingBatches
-from utils.errors import UserError
+from utils.device import fixed_shapes
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Reinforcement:
     forward: Forward | None = None  # from ``training.forward.training_forward``; plain by default
 
 
+@fixed_shapes()
 def reinforce_epoch(
     setup: Reinforcement,
     batches: TrainingBatches,
@@ -79,7 +79,6 @@ def reinforce_epoch(
         UserError: if the loss stops being finite.
     """
     network, loss_fn, steps = setup.network, setup.loss_fn, len(batches)
-    every_nth = 1 if setup.all_explore else 2
     parallel.broadcast_weights(network)
     network.train()
     if setup.batch_norm == "frozen":
@@ -95,17 +94,17 @@ def reinforce_epoch(
     for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())):
         images, y = len(labels), parallel.local_part(labels)
         weight = len(y) / images  # of this process's means in those of the batch
-        start, drawing = parallel.local_slice(images).start, (images + every_nth - 1) // every_nth  # of the whole batch
-        exploring = torch.arange(start, start + len(y), device=device) % every_nth == 0
-        # Slices, since a GPU would wait for masks; where all explore, all are watched as well.
-        explorers, watched = slice(-start % every_nth, None, every_nth), slice((1 - start) % every_nth, None, every_nth)
+        explorers, watched = exploring_parts(images, setup.all_explore)
+        drawing = len(range(images)[:: 1 if setup.all_explore else 2])  # of the whole batch
         for optimiser, rate in zip(setup.optimisers, learning_rates, strict=True):
             set_learning_rate(optimiser, rate(step / steps))
             optimiser.zero_grad(set_to_none=True)
-        drawn = torch.rand(images, len(shares), generator=setup.draws, device=device)
-        logits, probabilities, decisions = forward(x, partly_sampled, (exploring, parallel.local_part(drawn)), skip)
+        drawn = parallel.local_part(torch.rand(images, len(shares), generator=setup.draws, device=device))
+        if not setup.all_explore:
+            drawn[watched] = 0.5  # a block runs where its probability is above one half
+        logits, probabilities, decisions = forward(x, sampled, drawn, skip)
         cross_entropy = F.cross_entropy(logits, y, reduction="none")
-        decisions, reward = decisions.float(), alpha.value()
+        reward = alpha.value()
         p, z = probabilities[explorers], decisions[explorers]
         gained = returns(skip_rewards(z, shares, reward), cross_entropy[explorers].detach(), setup.gamma)
 
@@ -116,18 +115,15 @@ def reinforce_epoch(
             return thresholded_returns(network, x, y, shares, reward, setup.gamma, skip=skip, forward=forward)
 
         advantages = gained - baseline(setup.baseline, gained, greedy_returns, drawing)
-        policy = policy_loss(p, z, advantages)
+        policy = policy_loss(p, z, advantages, drawing)
         supervised = cross_entropy.mean() if loss_fn is None else loss_fn(x, logits, y)
-        # One of several processes may have a single image, which does not explore: a mean over none.  Its gates still
-        # have to go backward with those of the others, whose shared norms wait for them.
-        reinforced = len(p) / drawing * policy if len(p) else 0 * probabilities.sum()
-        (weight * supervised + setup.rl_weight * reinforced).backward()
+        (weight * supervised + setup.rl_weight * policy).backward()
         parallel.all_reduce_gradients(network.parameters())
         for optimiser in setup.optimisers:
             optimiser.step()
         with torch.no_grad():
             executed = (thresholded(probabilities[watched]) @ shares).sum()
-            alpha.observe(parallel.all_reduced(executed) / max(1, images // every_nth))
+            alpha.observe(parallel.all_reduced(executed) / max(1, images if setup.all_explore else images - drawing))
             returned, left = gained[:, 0], advantages[:, 0]
             correct = (logits.argmax(dim=1) == y).float()
             measured = [returned, returned.square(), left, left.square(), z @ shares]
@@ -136,8 +132,8 @@ def reinforce_epoch(
             explored += torch.stack(measured).double().sum(dim=1)
         explored_images += drawing
         seen += images
-        if (step % CHECK_EVERY == 0 or step == steps - 1) and not torch.isfinite(every.sum() + explored.sum()):
-            raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
+        if step % CHECK_EVERY == 0 or step == steps - 1:
+            check_sums(torch.cat([every, explored]), title)
     loss, accuracy = (parallel.all_reduced(every) / seen).tolist()
     mean, square, left, left_square, executed, uncertain, mean_alpha = (
         parallel.all_reduced(explored) / explored_images
@@ -163,12 +159,12 @@ def closing_epoch(
     )  # fmt: skip
 
 
-def partly_sampled(exploring: Tensor, drawn: Tensor, dtype: torch.dtype = torch.float32) -> DecisionRule:
-    """Rule that draws the decisions of the exploring images and thresholds those of the others.
+def exploring_parts(images: int, all_explore: bool) -> tuple[slice, slice]:
+    """Which images of this process's part of a batch draw their decisions, and which alpha is steered by: the others.
 
-    Args:
-        exploring: boolean [N].
-        drawn: [N, K], uniform in [0, 1).
-        dtype: of the decisions.
+    Every other image of the whole batch explores.  Slices, since a GPU would wait for masks.
     """
-    return sampled(torch.where(exploring[:, None], drawn, 0.5), dtype)  # above one half, as thresholded
+    if all_explore:
+        return slice(None), slice(None)
+    first = parallel.local_slice(images).start % 2
+    return slice(first, None, 2), slice(1 - first, None, 2)

@@ -1,15 +1,13 @@
 """Decision rules: how the probability that a block runs becomes a decision to run it.
 
 A rule is a function from probabilities to decisions, both of shape [N] (one entry an image, one call a switch).  It is
-an argument of the network's forward pass, so that one network serves every stage.  Comparisons write numbers at once
-(``out``), not booleans that would have to be cast: there for launches alone, 14 fewer in a step of 14 switches.
+an argument of the network's forward pass, so that one network serves every stage.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 DecisionRule = Callable[[Tensor], Tensor]
 
@@ -21,10 +19,10 @@ def all_on(probabilities: Tensor) -> Tensor:
 
 def thresholded(probabilities: Tensor) -> Tensor:
     """A block runs where its probability exceeds one half.  This is the rule of evaluation and deployment."""
-    return torch.gt(probabilities.detach(), 0.5, out=torch.empty_like(probabilities))
+    return (probabilities.detach() > 0.5).to(probabilities.dtype)
 
 
-def sampled(draws: Tensor | torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> DecisionRule:
+def sampled(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
     """Rule that draws each decision from Bernoulli(probability).
 
     Source: SkipNet (arXiv:1711.09485), section 3.2, the stochastic policy.
@@ -32,11 +30,10 @@ def sampled(draws: Tensor | torch.Generator | None = None, dtype: torch.dtype = 
     Args:
         draws: numbers [N, K] drawn uniformly from [0, 1) before, a column for each of the K switches, for one forward
             pass; or a generator to draw from.
-        dtype: of decisions from numbers drawn before.  In that of the features a block casts nothing: 14 more.
     """
     if isinstance(draws, Tensor):
         columns = iter(draws.unbind(1))
-        return lambda p: torch.lt(next(columns), p.detach(), out=torch.empty_like(p, dtype=dtype))
+        return lambda p: (next(columns) < p.detach()).to(p.dtype)
 
     def draw(probabilities: Tensor) -> Tensor:
         # Where training has diverged a probability may be nan, which bernoulli dies of before the loss can be checked.
@@ -52,18 +49,11 @@ def straight_through(rule: DecisionRule = thresholded, learning: Tensor | None =
     straight-through estimator of stochastic neurons (arXiv:1308.3432), section 4, for drawn ones.
 
     Args:
-        rule: its decisions may have another dtype than the probabilities.
         learning: [N], 1 for images whose probabilities have a gradient and 0 for the others; all have one by default.
     """
-    return lambda probabilities: _StraightThrough.apply(probabilities, rule(probabilities.detach()), learning)
 
+    def decide(probabilities: Tensor) -> Tensor:
+        zero = probabilities - probabilities.detach()  # with the gradient of the probabilities
+        return rule(probabilities.detach()) + (zero if learning is None else learning * zero)
 
-class _StraightThrough(Function):
-    @staticmethod
-    def forward(ctx, probabilities: Tensor, decisions: Tensor, learning: Tensor | None) -> Tensor:
-        ctx.learning = learning
-        return decisions.view_as(decisions)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
-        return g if ctx.learning is None else g * ctx.learning, None, None
+    return decide

@@ -1,30 +1,10 @@
 """Gates: the small networks that look at the features so far and say whether the next block is worth running."""
 
-from itertools import cycle
-
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional as F
 
 FEATURES = 10
-
-
-def pooled(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean over positions, [N, C, H, W] -> [N, C] in ``dtype``; its gradient is not written out for every position."""
-    return _Pooled.apply(features, dtype)
-
-
-class _Pooled(Function):
-    @staticmethod
-    def forward(ctx, features: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.shape, ctx.dtype = features.shape, features.dtype
-        return features.mean(dim=(2, 3), dtype=dtype)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        mean = torch.div(g, ctx.shape[2] * ctx.shape[3], out=g.new_empty(g.shape, dtype=ctx.dtype))
-        return mean[:, :, None, None].expand(ctx.shape), None
 
 
 class RecurrentGate(nn.Module):
@@ -76,44 +56,9 @@ class RecurrentGate(nn.Module):
         """
         # A probability near one half must not change sides with the precision of the rest of the network.
         with torch.autocast(features.device.type, enabled=False):
-            x = self.projections[switch](pooled(features, self.decision.weight.dtype))
-            if not torch.is_grad_enabled():
-                state = self.lstm(x, state)
-                return torch.sigmoid(self.decision(state[0])).squeeze(1), state
-            if state is None:
-                zeros = x.new_zeros(len(x), FEATURES)
-                state = zeros, zeros, self._views(len(x))
-            h, c, views = state
-            *of_lstm, weight, bias = views[switch]
-            h, c = torch.lstm_cell(x, (h, c), *of_lstm)
-            return torch.sigmoid(torch.addmm(bias, h, weight.t())).squeeze(1), (h, c, views)
-
-    def _views(self, images: int) -> list[tuple[Tensor, ...]]:
-        """For each switch its view of the weights that all share, the last layer's bias for each image."""
-        weights = [*self.lstm.parameters(), self.decision.weight, self.decision.bias.expand(images, 1)]
-        views = _Shared.apply(len(self.projections), *weights)
-        return [views[i : i + len(weights)] for i in range(0, len(views), len(weights))]
-
-
-class _Shared(Function):
-    """For each of K switches views of the weights that all share.
-
-    There for launches alone: gradients add up at once, not switch by switch; 89 fewer in a step of 14 switches.
-    """
-
-    @staticmethod
-    def forward(ctx, switches: int, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.shapes = [w.shape for w in weights]
-        ctx.set_materialize_grads(False)
-        return tuple(w.view_as(w) for _ in range(switches) for w in weights)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sizes = [shape.numel() for shape in ctx.shapes]
-        used = next(g for g in gradients if g is not None)  # a switch that has settled uses none, or some
-        flat = [used.new_zeros(s) if g is None else g.flatten() for g, s in zip(gradients, cycle(sizes), strict=False)]
-        total = torch.cat(flat).view(-1, sum(sizes)).sum(dim=0)
-        return None, *(g.view(shape) for g, shape in zip(total.split(sizes), ctx.shapes, strict=True))
+            pooled = features.mean(dim=(2, 3), dtype=self.decision.weight.dtype)
+            state = self.lstm(self.projections[switch](pooled), state)
+            return torch.sigmoid(self.decision(state[0])).squeeze(1), state
 
 
 class FeedForwardGate(nn.Module):

@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from models.convolution import SafeConv2d
 from models.decisions import DecisionRule, all_on, thresholded
-from models.gates import FeedForwardGate, RecurrentGate, pooled
+from models.gates import FeedForwardGate, RecurrentGate
 from models.lowrank import LowRankConv2d
 
 NETWORKS = ("resnet",)
@@ -35,26 +34,6 @@ class RoutedOutput(NamedTuple):
     logits: Tensor  # [N, classes]
     probabilities: Tensor  # [N, K], that each switched block runs
     decisions: Tensor  # [N, K], what was decided: 0 or 1
-
-
-class _GatedSum(Function):
-    """carried + z * residual, for [N, C, H, W] and decisions z [N].
-
-    One pass over the features forward and three backward: one, and 14 launches in a step, fewer than by autograd.
-    """
-
-    @staticmethod
-    def forward(ctx, carried: Tensor, residual: Tensor, decisions: Tensor) -> Tensor:
-        z = decisions.to(residual.dtype).view(-1, 1, 1, 1)
-        ctx.save_for_backward(residual, z)
-        ctx.dtype = decisions.dtype
-        return torch.addcmul(carried, z, residual)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        residual, z = ctx.saved_tensors
-        of_decisions = (g * residual).sum(dim=(1, 2, 3), dtype=ctx.dtype) if ctx.needs_input_grad[2] else None
-        return g, g * z, of_decisions
 
 
 class BasicBlock(nn.Module):
@@ -92,7 +71,7 @@ class BasicBlock(nn.Module):
         carried, residual = self.carried(x), self.residual(x)
         if decisions is None:
             return F.relu(carried + residual)
-        return F.relu(_GatedSum.apply(carried, residual, decisions))
+        return F.relu(carried + decisions.to(residual.dtype).view(-1, 1, 1, 1) * residual)
 
     def skipping(self, x: Tensor, decisions: Tensor) -> Tensor:
         """The same output, the residual computed on the images whose decision is 1 only, and not at all if none is."""
@@ -274,8 +253,8 @@ class ResNet(nn.Module):
                     x = block(x, None if decide is all_on else decision)
             probabilities.append(probability)
             decisions.append(decision)
-        with torch.autocast(x.device.type, enabled=False):  # without the casts of a layer this small: 6 launches fewer
-            logits = self.classifier(pooled(x, self.classifier.weight.dtype))
+        with torch.autocast(x.device.type, enabled=False):  # logits of 8 bits would tie
+            logits = self.classifier(x.mean(dim=(2, 3), dtype=self.classifier.weight.dtype))
         if self.gate is None:
             none = torch.empty(len(images), 0, device=logits.device)
             return RoutedOutput(logits, none, none)

@@ -174,7 +174,7 @@ def compiled() -> dict:
     for name in ("plain", "compiled"):
         own = copy.deepcopy(net)
         forward = training_forward(own, compiled=name == "compiled")
-        loss = F.cross_entropy(forward(x, half_held_open, (torch.full((len(x), 3), 0.6),), False).logits, y)
+        loss = F.cross_entropy(forward(x, half_held_open, torch.full((len(x), 3), 0.6), False).logits, y)
         found[name] = {"loss": loss.detach(), "gradients": list(torch.autograd.grad(loss, list(own.parameters())))}
     torch.compile = compiler
     return found

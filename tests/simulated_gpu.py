@@ -6,13 +6,11 @@ and every operation on it comes by ``dispatch``, which
 * raises what CUDA raises where operands are on different devices, a generator is of the other kind of device, or
   memory that is no main memory is to be pinned,
 * notes every operation for which a GPU is waited for (``item``, ``nonzero``, masks, copies that are not pinned and
-  asynchronous, decompositions that check for failure), with the line of the program that caused it,
-* counts operations, views left out: about the kernels that a step launches.
+  asynchronous, decompositions that check for failure), with the line of the program that caused it.
 
     with simulated() as trace:
         ...                     # a program that uses torch.cuda.is_available(), torch.device("cuda"), ...
     trace.waits                 # Counter of (operation, "file:line")
-    trace.operations            # Counter of names
 
 What it does not show: speed, memory, the errors of cuDNN and cuBLAS, races between streams, inductor, NCCL.
 (``torch._subclasses.FakeTensorMode`` has no values, and its backward pass on CUDA tensors needs a GPU.)
@@ -43,13 +41,6 @@ WAITING = {
     "_linalg_eigh", "_linalg_svd", "linalg_inv_ex", "_linalg_solve_ex", "_linalg_check_errors", "histc",
     "repeat_interleave",
 }  # fmt: skip
-# Views and the like: nothing is launched.
-FREE = {
-    "detach", "alias", "view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "select",
-    "slice", "split", "split_with_sizes", "unbind", "as_strided", "_reshape_alias", "unfold", "diagonal", "squeeze_",
-    "unsqueeze_", "t_", "detach_", "empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense",
-    "is_same_size", "lift_fresh", "chunk", "unsafe_split", "tensor_split",
-}  # fmt: skip
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -61,15 +52,6 @@ class Trace:
 
     def clear(self) -> None:
         self.waits: Counter[tuple[str, str]] = Counter()
-        self.operations: Counter[str] = Counter()
-
-    @property
-    def launches(self) -> int:
-        return self.operations.total()
-
-    def launch(self, name: str, times: int = 1) -> None:
-        if name not in FREE:
-            self.operations[name] += times
 
     def wait(self, what: str) -> None:
         self.waits[what, _line_of_the_program()] += 1
@@ -147,7 +129,6 @@ def dispatch(func, args, kwargs):
     if func.namespace == "c10d":
         return _collective(func, args, kwargs)
     if func.namespace == "aten" and name in KERNELS:
-        TRACE.launch(name)
         return _on_values(KERNELS[name], args, kwargs)
     if func is aten.copy_.default and not (isinstance(args[0], SimulatedTensor) and isinstance(args[1], type(args[0]))):
         return _copy_(*args, **kwargs)
@@ -164,7 +145,6 @@ def dispatch(func, args, kwargs):
                 )
         if isinstance(t, REAL_GENERATOR):
             _on_gpu(t, func).advance()
-    TRACE.launch(name)
     without_replacement = name == "multinomial" and not (args[2] if len(args) > 2 else kwargs.get("replacement"))
     if name in WAITING or without_replacement or (name == "multinomial" and args[1] == 1):
         TRACE.wait(name)
@@ -198,7 +178,6 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
     if isinstance(target, SimulatedTensor):
         if source.dim() > 0 and not (non_blocking and _is_pinned(source)):
             TRACE.wait("copy to the GPU")
-        TRACE.launch("copy to the GPU")
         target.inner.copy_(source)
     else:
         TRACE.wait("copy from the GPU")
@@ -228,7 +207,6 @@ def _moved(self: Tensor, *args, **kwargs):
         return REAL_TO(self.inner.clone(), dtype or self.dtype)
     if not (non_blocking and _is_pinned(self)):
         TRACE.wait("copy to the GPU")
-    TRACE.launch("copy to the GPU")
     plain = self.detach() if type(self) is Tensor else torch.Tensor(self.detach())
     return SimulatedTensor(aten._to_copy.default(plain, dtype=dtype, **layout))
 
@@ -301,7 +279,6 @@ def _made_on_gpu(factory):
         kwargs["device"] = torch.device("cpu")
         if factory.__name__ in ("tensor", "as_tensor"):
             TRACE.wait("copy to the GPU")
-        TRACE.launch(factory.__name__)
         if kwargs.get("generator") is not None:
             _on_gpu(kwargs["generator"], factory.__name__).advance()
         needs_gradient = kwargs.pop("requires_grad", False)
@@ -328,7 +305,6 @@ class _LSTMCell(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *given):
-        TRACE.launch("_thnn_fused_lstm_cell")
         ctx.set_materialize_grads(False)  # autograd would make them in main memory
         with torch.enable_grad():
             ctx.given = [t.inner.clone().requires_grad_() for t in given]
@@ -337,7 +313,6 @@ class _LSTMCell(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        TRACE.launch("_thnn_fused_lstm_cell_backward", 2)  # the second sums the bias's gradient
         inner = [torch.zeros_like(o) if g is None else g.inner for o, g in zip(ctx.out, gradients, strict=True)]
         return tuple(map(SimulatedTensor, torch.autograd.grad(ctx.out, ctx.given, inner)))
 
@@ -359,7 +334,6 @@ def _collective(func, args, kwargs):
         if isinstance(t, Tensor) and not t.is_contiguous():
             raise ValueError("Tensors must be contiguous")
     name = func.overloadpacket.__name__
-    TRACE.launch(f"c10d.{name}")
     inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda t: t.inner, (args, kwargs))
     if name == "_allgather_base_":  # which gloo does not have
         target, source = inner_args[:2]

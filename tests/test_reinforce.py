@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gating.baselines import BASELINES, baseline, thresholded_returns
 from gating.objectives import policy_loss, returns, skip_rewards
-from gating.reinforce import Reinforcement, closing_epoch, partly_sampled, reinforce_epoch
+from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import FixedAlpha
 from gating.temperature import LOGIT, rescale_gate_logits
 from models import RoutedOutput, all_on, build_network, sampled, thresholded
@@ -225,14 +225,6 @@ def test_a_block_that_nobody_takes_decays_like_the_others():
     setup = replace(setup_of(network), optimisers=reinforcement_optimisers(network, 0.0, 0.5))
     reinforce_epoch(setup, batches, fixed(0.1, 1.0), FixedAlpha(1.0), "epoch")
     torch.testing.assert_close(network.blocks[2].conv1.weight, before * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)
-
-
-def test_exploring_images_draw_and_the_others_do_not():
-    exploring = torch.tensor([True, False, True, False])
-    drawn = torch.tensor([[0.95, 0.1], [0.95, 0.1], [0.85, 0.3], [0.0, 0.0]])
-    rule = partly_sampled(exploring, drawn)
-    assert rule(torch.tensor([0.9, 0.9, 0.9, 0.2])).tolist() == [0, 1, 1, 0]
-    assert rule(torch.tensor([0.2, 0.2, 0.2, 0.6])).tolist() == [1, 0, 0, 1]
 
 
 class Recorded(FixedAlpha):

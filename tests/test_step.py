@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import main_sp
 from deploy import speeds
-from gating.reinforce import Reinforcement, partly_sampled, reinforce_epoch
+from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import SteeredAlpha
 from models import ResNet, build_network, sampled, straight_through
 from training.distillation import distillation_loss_fn
@@ -28,16 +28,11 @@ from utils.data.images import ImageSet
 CPU = torch.device("cpu")
 
 
-def every_other(drawn: torch.Tensor, dtype: torch.dtype):
-    """Stage 3's rule, as it is compiled."""
-    return partly_sampled(torch.arange(len(drawn)) % 2 == 0, drawn, dtype)
+def drawn_straight_through(drawn: torch.Tensor):
+    return straight_through(sampled(drawn))
 
 
-def drawn_straight_through(drawn: torch.Tensor, dtype: torch.dtype = torch.float32):
-    return straight_through(sampled(drawn, dtype))
-
-
-RULES = {"sp": (half_held_open, 1), "rl": (every_other, 0), "straight-through": (drawn_straight_through, 0)}
+RULES = {"sp": (half_held_open, 1), "rl": (sampled, 0), "straight-through": (drawn_straight_through, 0)}
 
 
 @pytest.fixture
@@ -57,7 +52,7 @@ def network(gate: str = "rnn") -> ResNet:
 def drawn(rule: str, gate: str = "rnn") -> tuple:
     torch.manual_seed(1)
     function, extra = RULES[rule]
-    return torch.randn(24, 3, 8, 8), torch.randint(0, 5, (24,)), function, (torch.rand(24, extra + 2),)
+    return torch.randn(24, 3, 8, 8), torch.randint(0, 5, (24,)), function, torch.rand(24, extra + 2)
 
 
 def step(net: ResNet, forward, x, y, rule, numbers) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -75,8 +70,8 @@ def test_compiled(gate: str, rule: str, traced):
     given = drawn(rule, gate)
     forward = training_forward(other, compiled=True)
     for part in (slice(None), slice(0, 15)):  # the last batch of an epoch has another size
-        x, y, function, (numbers,) = given
-        batch = (x[part], y[part], function, (numbers[part],))
+        x, y, function, numbers = given
+        batch = (x[part], y[part], function, numbers[part])
         loss, gradients = step(plain, training_forward(plain), *batch)
         loss_compiled, gradients_compiled = step(other, forward, *batch)
         torch.testing.assert_close(loss_compiled, loss, rtol=1e-5, atol=0)
@@ -121,7 +116,7 @@ def test_bf16_autocast(compiled: bool, traced):
 
     def autocast(images, rule, numbers, skip):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return plain(images, rule(*numbers, dtype=torch.bfloat16), skip)
+            return plain(images, rule(numbers), skip)
 
     _, gradients = step(plain, autocast, *drawn("sp"))
     loss_bf16, gradients_bf16 = step(other, training_forward(other, torch.bfloat16, compiled), *drawn("sp"))

@@ -1,7 +1,8 @@
 """Where a run computes, how precisely, and its random numbers."""
 
 import hashlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,20 @@ def described(device: torch.device, precision: torch.dtype) -> str:
 def mixed_precision(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
     """Autocast: convolutions and matrix products in bf16, weights and sums in float32; nothing where that is asked."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+@contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """For a while cuDNN times its kernels for each new shape and keeps the fastest.
+
+    For training, whose batches have one or two sizes; where blocks are skipped a GPU would time them for each batch.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class Randomness:
