@@ -143,61 +143,74 @@ def batch_norms(network: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def reestimate_batch_norms(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decide: DecisionRule) -> None:
+def reestimate_batch_norms(
+    network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decide: DecisionRule, gates: bool = True
+) -> None:
     """Replace all running statistics by their averages over ``batches``, under the decisions of ``decide``.
 
-    Skipped blocks are not run, so a block's norms see the images that its switch lets pass, as in evaluation.
+    Skipped blocks are not run, so a block's norms see the images that its switch lets pass, as in evaluation, and weigh
+    a batch by how many these are.
 
     Args:
         batches: those of this process, where several deal out the batches; the averages are over all of them.
+        gates: their norms as well, so that the switches move with what they see.
     """
     if parallel.world_size() == 1:
-        _reestimate(network, batches, decide)
+        _reestimate(network, batches, decide, gates)
         return
     # Norms that share their statistics would wait for processes that skip their block: plain ones do not.
     plain = build_network(**network.architecture).to(next(network.parameters()).device)
     plain.load_state_dict(network.state_dict())
-    _reestimate(plain, batches, decide)
+    _reestimate(plain, batches, decide, gates)
     network.load_state_dict(plain.state_dict())
 
 
-def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decide: DecisionRule) -> None:
-    norms = batch_norms(network)
+def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decide: DecisionRule, gates: bool) -> None:
+    spared = set() if gates or network.gate is None else set(batch_norms(network.gate))
+    norms = [norm for norm in batch_norms(network) if norm not in spared]
     momenta = [norm.momentum for norm in norms]
-    before = [(n.running_mean.clone(), n.running_var.clone(), n.num_batches_tracked.clone()) for n in norms]
+    before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    images = dict.fromkeys(norms, 0)
+
+    def weigh(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        images[norm] += len(inputs[0])
+        norm.momentum = len(inputs[0]) / images[norm]  # so that the running average is that of all images
+
+    handles = [norm.register_forward_pre_hook(weigh) for norm in norms]
     try:
         with evaluation_mode(network):
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None  # the plain average over all batches
                 norm.train()
             for x, _ in batches:
                 if len(x) > 1:  # one image has no variance
                     network(x, decide=decide, skip=True)
-            for norm in norms:
-                _average_over_processes(norm)
-            for norm, (mean, variance, batches_tracked) in zip(norms, before, strict=True):
-                if norm.num_batches_tracked == 0:  # the norms of a block that no image takes keep what they had
-                    norm.running_mean.copy_(mean)
-                    norm.running_var.copy_(variance)
-                    norm.num_batches_tracked.copy_(batches_tracked)
+            for norm, buffers in zip(norms, before, strict=True):
+                if _average_over_processes(norm, images[norm]) == 0:  # a block that no image takes keeps what it had
+                    for buffer, own in zip(norm.buffers(), buffers, strict=True):
+                        buffer.copy_(own)
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
-def _average_over_processes(norm: _BatchNorm) -> None:
-    """Averages of each process's batches to averages of all batches."""
-    tracked = norm.num_batches_tracked.double()
-    own = torch.cat([norm.running_mean.double() * tracked, norm.running_var.double() * tracked, tracked.view(1)])
-    *sums, total = parallel.all_reduced(own).split([norm.num_features, norm.num_features, 1])
-    if parallel.world_size() > 1 and total > 0:
-        norm.running_mean.copy_(sums[0] / total)
-        norm.running_var.copy_(sums[1] / total)
-        norm.num_batches_tracked.copy_(total[0])
+def _average_over_processes(norm: _BatchNorm, images: int) -> int:
+    """Averages of each process's images to averages of all images, whose number is returned."""
+    if parallel.world_size() == 1:
+        return images
+    own = torch.cat([norm.running_mean, norm.running_var]).double() * images
+    counts = norm.num_batches_tracked.new_tensor([images, norm.num_batches_tracked]).double()
+    total = parallel.all_reduced(torch.cat([own, counts]))
+    if total[-2] > 0:
+        averages = (total[:-2] / total[-2]).split(norm.num_features)
+        for buffer, average in zip(norm.buffers(), (*averages, total[-1]), strict=True):
+            buffer.copy_(average)
+    return int(total[-2])
 
 
-BATCH_NORM_MODES = ("frozen", "reestimate", "follow")
+BATCH_NORM_MODES = ("frozen", "reestimate")
 
 
 def freeze_batch_norms(network: nn.Module) -> None:
