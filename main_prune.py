@@ -27,7 +27,7 @@ from training.norms import placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, sgd
 from training.report import report
 from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
-from training.supervised import LossFn, supervised_epoch
+from training.supervised import LossFn, Supervision, supervised_epoch
 from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import (
@@ -39,7 +39,7 @@ from utils.data.batches import (
     whole_batches_by_process,
 )
 from utils.data.folder import load_data
-from utils.device import Randomness, described, pick_device, pick_precision
+from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import run_command
 from utils.flops import NetworkCost, network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
@@ -107,7 +107,7 @@ def main() -> None:
     accuracy, floor = start.metrics["accuracy"], start.original["accuracy"] - settings.max_accuracy_drop
 
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
-        first = f"{run.path} on {described(device, precision)}, {splits.place}: pruning {start.source}"
+        first = f"{run.path} on {device_text(device, precision)}, {splits.place}: pruning {start.source}"
         run.say("\n".join([first, *notes, *splits.notes]))
         unpruned = stage_1_network(run, start, settings)
         loss_fn = None
@@ -228,6 +228,9 @@ def fine_tune(
         splits.train, settings.batch_size, randomness.data, stage.normalisation, stage.start.data["flip"]
     )
     forward = training_forward(network, stage.precision, settings.compile)
+    training = Supervision(
+        network=network, optimiser=optimiser, draws=randomness.draws, loss_fn=stage.loss_fn, forward=forward
+    )
     stateful = {"optimiser": optimiser, "random": randomness}
     keeper = Keeper(run, stage.start, network, progress, stateful, f"iteration_{progress.iteration:02d}.pt")
     if last:
@@ -240,10 +243,7 @@ def fine_tune(
     for epoch in range(progress.epoch + 1, progress.epochs + 1):
         title = f"iteration {progress.iteration}  epoch {epoch:3d}/{progress.epochs}"
         rate = rates_of_epoch(epoch, progress.epochs, settings.lr, **settings.schedule())
-        train = supervised_epoch(
-            network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title,
-            loss_fn=stage.loss_fn, forward=forward,
-        )  # fmt: skip
+        train = supervised_epoch(training, batches, rate, title)
         val = evaluate(network, splits.val, stage.normalisation, cost, precision=stage.precision)
         check_finite(network, val, title)
         every_block = evaluate(network, splits.val, stage.normalisation, cost, all_on, precision=stage.precision)

@@ -15,13 +15,13 @@ import torch
 
 from deploy.speeds import measured_speeds
 from models import GATES, all_on, build_network
-from training.evaluate import check_finite, evaluate
+from training.evaluate import Evaluator, check_finite
 from training.forward import training_forward
 from training.norms import placed
 from training.optimisers import rates_of_epoch, sgd
 from training.report import report
 from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
-from training.supervised import supervised_epoch
+from training.supervised import Supervision, supervised_epoch
 from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import (
@@ -33,7 +33,7 @@ from utils.data.batches import (
     training_normalisation,
 )
 from utils.data.folder import DataSet, load_data
-from utils.device import Randomness, described, pick_device, pick_precision
+from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import run_command
 from utils.flops import NetworkCost, network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, describe
@@ -74,14 +74,14 @@ def main() -> None:
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
         splits = splits.to(device)
         run.say(
-            f"{run.path} on {described(device, precision)}, {splits.place}: {len(splits.train):,} training images, "
+            f"{run.path} on {device_text(device, precision)}, {splits.place}: {len(splits.train):,} training images, "
             f"{len(splits.val):,} {splits.val_name} images"
         )
         for note in splits.notes:
             run.say(note)
         run.say(f"{settings.network}{settings.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
         progress = Progress()
-        start = description(settings, data, splits, normalisation, cost)
+        start = first_checkpoint(settings, data, splits, normalisation, cost)
         keeper = Keeper(run, start, network, progress, {"optimiser": optimiser, "random": randomness})
         if last:
             keeper.resume(last.checkpoint)
@@ -89,16 +89,15 @@ def main() -> None:
             keeper.save_last()  # an interruption in the first epoch leaves a run to resume, too
         batches = TrainingBatches(splits.train, settings.bs, randomness.data, normalisation, not settings.no_flip)
         forward = training_forward(network, precision, settings.compile)
+        training = Supervision(network=network, optimiser=optimiser, draws=randomness.draws, forward=forward)
+        evaluated = Evaluator(splits.val, normalisation, settings.resize, precision)
 
         for epoch in range(progress.step + 1, settings.epochs + 1):
             rate = rates_of_epoch(epoch, settings.epochs, settings.lr, schedule=settings.schedule)
             title = f"epoch {epoch:3d}/{settings.epochs}"
-            train = supervised_epoch(
-                network, batches, optimiser, learning_rate=rate, draws=randomness.draws, title=title, forward=forward
-            )
-            val = evaluate(network, splits.val, normalisation, cost, precision=precision)
+            train = supervised_epoch(training, batches, rate, title)
+            val, every_block = evaluated(network), evaluated(network, all_on)
             check_finite(network, val, title)
-            every_block = evaluate(network, splits.val, normalisation, cost, all_on, precision=precision)
             scalars = epoch_scalars(train, val, every_block, cost.parameters, 0.0, rate(0.0))
             run.record(epoch, scalars, **(layer_scalars(network, cost) if epoch == 1 else {}))
             run.say(epoch_line(title, train, val, every_block, splits.val_name))
@@ -119,7 +118,7 @@ def split_for(settings: Settings, data: DataSet, last: LastRun | None) -> Splits
     return split_as_before(data, last.checkpoint.data, resumed=True)
 
 
-def description(
+def first_checkpoint(
     settings: Settings, data: DataSet, splits: Splits, normalisation: Normalisation, cost: NetworkCost
 ) -> Checkpoint:
     """What every checkpoint of the run holds."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks.common import Trained, append_line, beside, machine, milliseconds, read_lines
 from benchmarks.competitor import Competitor, torch_pruned
 from deploy.folding import without_switches
-from gating.settle import UNSETTLED, with_settled
+from gating.fixing import BEFORE_FIXING, with_fixed_switches
 from models import ResNet, all_on
 from models.decisions import DecisionRule
 from pruning.iteration import prune_once
@@ -43,7 +43,7 @@ from training.evaluate import evaluate
 from training.forward import training_forward
 from training.norms import placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, sgd
-from training.supervised import supervised_epoch
+from training.supervised import Supervision, supervised_epoch
 from utils.data.batches import Splits, TrainingBatches, plain_batches, split_as_before
 from utils.data.folder import load_data
 from utils.data.images import Images
@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What switches add.", allow_abbrev=False)
     add = parser.add_argument
     add("--static", type=Path, required=True, help="best.pt of stage 2, which stage 3 started from")
-    add("--dynamic", type=Path, required=True, help=f"best.pt of stage 3; {UNSETTLED} beside it is read, too")
+    add("--dynamic", type=Path, required=True, help=f"best.pt of stage 3; {BEFORE_FIXING} beside it is read, too")
     add("--dense", type=Path, help="best.pt of stage 1, for Torch-Pruning")
     add("--data_dir", required=True, help="data folder they were trained on")
     add("--img_type", type=image_type, default="png", help="image files to read")
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     static, dynamic, device = load_checkpoint(args.static), load_checkpoint(args.dynamic), pick_device()
-    unsettled = args.dynamic.with_name(UNSETTLED)
+    unsettled = args.dynamic.with_name(BEFORE_FIXING)
     size = static.data["image_size"]
     data = load_data(args.data_dir, args.img_type, size, args.num_workers)
     check_data(static, data, size)
@@ -234,7 +234,7 @@ def with_blocks(trained: Trained, kept: Tensor, args: argparse.Namespace) -> dic
     reestimate_batch_norms(network, plain_batches(some, args.batch_size, trained.normalisation), Same(kept))
     fine_tune(trained, network, args, Same(kept), args.epochs)
     left_out = {switch: 0 for switch, runs in enumerate(kept.tolist()) if not runs}
-    parameters = sum(p.numel() for p in with_settled(network, left_out).parameters())
+    parameters = sum(p.numel() for p in with_fixed_switches(network, left_out).parameters())
     return {**result(trained, network, Same(kept)), "parameters": parameters, "kept": kept.tolist()}
 
 
@@ -280,13 +280,14 @@ def fine_tune(trained: Trained, network: ResNet, args: argparse.Namespace, rule:
     cost = network_cost(network, trained.image_size)
     flip = trained.checkpoint.data["flip"]
     batches = TrainingBatches(splits.train, args.batch_size, order, trained.normalisation, flip)
+    training = Supervision(
+        network=network, optimiser=optimiser, draws=draws, loss_fn=loss_fn, rule=lambda drawn: rule,
+        forward=training_forward(network, precision),
+    )  # fmt: skip
     best = -1.0, network.state_dict()
     for epoch in range(1, epochs + 1):
         rate = rates_of_epoch(epoch, epochs, args.lr, schedule="cosine")
-        supervised_epoch(
-            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{epochs}",
-            loss_fn=loss_fn, forward=training_forward(network, precision), rule=lambda drawn: rule,
-        )  # fmt: skip
+        supervised_epoch(training, batches, rate, f"epoch {epoch}/{epochs}")
         accuracy = evaluate(network, splits.val, trained.normalisation, cost, rule).accuracy
         if accuracy > best[0]:
             best = accuracy, {name: weight.clone() for name, weight in network.state_dict().items()}

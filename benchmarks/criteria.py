@@ -49,7 +49,7 @@ from training.evaluate import evaluate
 from training.forward import training_forward
 from training.norms import placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, sgd
-from training.supervised import supervised_epoch
+from training.supervised import Supervision, supervised_epoch
 from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import Images
 from utils.device import PRECISIONS, pick_precision
@@ -225,12 +225,12 @@ def fine_tune(args: argparse.Namespace, trained: Trained, network, order, draws)
     teacher = None
     if args.distill:
         teacher = distillation_loss_fn(without_switches(trained.network().eval()), args.distill, precision)
+    training = Supervision(
+        network=network, optimiser=optimiser, draws=draws, loss_fn=teacher, forward=training_forward(network, precision)
+    )
     for epoch in range(1, args.epochs + 1):
         rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
-        supervised_epoch(
-            network, batches, optimiser, learning_rate=rate, draws=draws, title=f"epoch {epoch}/{args.epochs}",
-            loss_fn=teacher, forward=training_forward(network, precision),
-        )  # fmt: skip
+        supervised_epoch(training, batches, rate, f"epoch {epoch}/{args.epochs}")
 
 
 def summarise(args: argparse.Namespace, measurements: list[dict]) -> list[dict]:

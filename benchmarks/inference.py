@@ -118,7 +118,7 @@ def main() -> None:
             for batch in BATCHES:
                 place = {"device": device, "threads": threads, "skipped": skipped, "batch": batch}
                 new = list(compared(contest, place, args))
-                if subject.dynamic is not None and subject.dynamic.deciding:
+                if subject.dynamic is not None and subject.dynamic.free_switches:
                     new += routed(contest, place, args)
                 print("\n".join(line(row) for row in new), flush=True)
                 rows += new

@@ -43,7 +43,7 @@ from models import ResNet, build_network
 from training.forward import training_forward
 from training.norms import placed
 from training.optimisers import reinforcement_optimisers, sgd
-from training.supervised import supervised_epoch
+from training.supervised import Supervision, supervised_epoch
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, training_normalisation
 from utils.data.folder import load_data
@@ -141,7 +141,7 @@ def main() -> None:
         f"main memory of this process: {peak_memory() / 2**20:,.0f} MiB at most; images {image_bytes / 2**20:,.1f} MiB"
     )
     content = {
-        "machine": described(args.threads),
+        "machine": machine_and_versions(args.threads),
         "arguments": {k: str(v) for k, v in vars(args).items()},
         "rows": [asdict(row) for row in rows],
         "first_batch": {name: asdict(timing) for name, timing in starts.items()},
@@ -248,15 +248,12 @@ def supervised_run(
 ) -> Callable[[], None]:
     optimiser = sgd(network, 0.01, 0.9, 5e-4)
     data, draws = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
-    forward, batches = (
-        training_forward(network, pick_precision(args.precision, device), args.compile),
-        TrainingBatches(images, args.bs, data, normalisation, True),
-    )
+    batches = TrainingBatches(images, args.bs, data, normalisation, True)
+    forward = training_forward(network, pick_precision(args.precision, device), args.compile)
+    training = Supervision(network=network, optimiser=optimiser, draws=draws, forward=forward)
 
     def epoch() -> None:
-        supervised_epoch(
-            network, batches, optimiser, learning_rate=lambda _: 0.01, draws=draws, title="", forward=forward
-        )
+        supervised_epoch(training, batches, lambda _: 0.01, "")
 
     return epoch
 
@@ -268,7 +265,8 @@ def reinforced_run(
     data, draws = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     batches = TrainingBatches(images, args.bs, data, normalisation, True)
     setup = Reinforcement(
-        network=network, optimisers=optimisers, shares=network_cost(network, args.resize).shares, draws=draws,
+        network=network, optimisers=optimisers, draws=draws,
+        shares=network_cost(network, args.resize).shares.to(device),
         forward=training_forward(network, pick_precision(args.precision, device), args.compile),
     )  # fmt: skip
 
@@ -357,7 +355,7 @@ def figure(timing: Timing, unit: str, scale: float) -> str:
     return f"{median:.0f} {unit} ({lower:.0f} to {upper:.0f})"
 
 
-def described(threads: int) -> dict[str, Any]:
+def machine_and_versions(threads: int) -> dict[str, Any]:
     """What the times depend on."""
     packages = ("torch", "torchvision", "numpy", "pillow")
     versions = {package: version(package) for package in packages}

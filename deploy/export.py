@@ -19,7 +19,7 @@ from deploy.folding import deployable
 from deploy.graphs import onnx_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
 from deploy.session import ExportedNetwork, check_session, open_session
-from gating.settle import description
+from gating.fixing import fixed_blocks_text
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
 from utils.errors import UserError, run_command
@@ -59,8 +59,9 @@ def main() -> None:
     onnx.checker.check_model(models[NETWORK], full_check=True)
     deviation = check_session(open_session(models[NETWORK]), network, checkpoint.normaliser(), pixels, NETWORK)
     labels["files"][NETWORK] = {"deviation": deviation, "images_checked": len(pixels)}
-    if network.settled:
-        print(f"{NETWORK}: {description(network)}; switches that decide image by image: {len(network.deciding)}")
+    if network.fixed_switches:
+        free = len(network.free_switches)
+        print(f"{NETWORK}: {fixed_blocks_text(network)}; switches that decide image by image: {free}")
     print(f"{NETWORK}: logits within {deviation:.1e} of PyTorch's on {len(pixels)} images")
     if args.int8:
         models[INT8], labels["files"][INT8] = int8_version(models[NETWORK], data)

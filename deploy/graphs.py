@@ -28,19 +28,19 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     graph = Graph(IMAGES)
     pixels = torch.zeros(TRACED_BATCH, 3, image_size, image_size, dtype=torch.uint8)
     x, example = graph.traced(lambda x: F.relu(network.stem(x)), (IMAGES, pixels))
-    constants = {on: _constant_column(graph, on) for on in set(network.settled.values()) if network.gate is not None}
+    constants = {on: _constant_column(graph, on) for on in set(network.fixed_switches.values())}
     probabilities, state = [], None
     for index, block in enumerate(network.blocks):
         decision, switch = None, index - 1
         if 0 <= switch < network.switches:
             graph.prefix = f"{SWITCH}{index}."
-            if network.steps(switch):
+            if network.asks(switch):
                 (probability, names), (_, examples) = graph.traced(
                     lambda x, state, switch=switch: network.gate(switch, x, state), (x, example), state
                 )
                 state = named(names, examples)
-            if switch in network.settled:
-                probabilities.append(constants[network.settled[switch]])
+            if switch in network.fixed_switches:
+                probabilities.append(constants[network.fixed_switches[switch]])
             else:
                 probabilities.append(graph.resized("Unsqueeze", probability, 1))
                 decision = _passes(graph, probability)

@@ -40,7 +40,7 @@ def describe(checkpoint: Checkpoint, deployed: ResNet) -> dict[str, Any]:
         "image_size": checkpoint.data["image_size"],
         "flops": cost.flops,
         "flops_of_switched_blocks": list(cost.blocks),
-        "fixed_blocks": [switch + 2 for switch in sorted(deployed.settled)],  # the first block has no switch
+        "fixed_blocks": [switch + 2 for switch in sorted(deployed.fixed_switches)],  # the first block has no switch
         "stage": checkpoint.stage,
         "dataset": checkpoint.data["name"],
         "metrics": checkpoint.metrics,

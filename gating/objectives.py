@@ -39,21 +39,6 @@ def returns(rewards: Tensor, cross_entropy: Tensor, gamma: float) -> Tensor:
     return torch.stack(result[::-1], dim=1)
 
 
-def batch_baseline(values: Tensor, total: Tensor | None = None, images: int | None = None) -> Tensor:
-    """For each image, the mean return of the *other* images at the same switch, [N, K] -> [N, K].
-
-    Leaving the image itself out keeps the gradient unbiased: the baseline does not depend on the decision it judges.
-
-    Args:
-        total, images: the sum [K] over the images of the batch and their number, where ``values`` are only some.
-    """
-    if total is None:
-        total, images = values.sum(dim=0), len(values)
-    if images == 1:
-        return torch.zeros_like(values)
-    return (total - values) / (images - 1)
-
-
 def policy_loss(probabilities: Tensor, decisions: Tensor, advantages: Tensor, images: int | None = None) -> Tensor:
     """Minus the mean over images of sum_i advantage_i log pi(a_i), a scalar whose gradient is REINFORCE's estimate.
 

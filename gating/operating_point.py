@@ -5,7 +5,7 @@ of them.  But the logits rank the images: a shift closes or opens one image afte
 least sure about first, and so reaches computations in between.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from gating.steering import Budget
 from models import ResNet
-from training.evaluate import Evaluation, evaluate
-from utils.data.augment import Normalisation
-from utils.data.images import Images
+from training.evaluate import Evaluation
 from utils.flops import NetworkCost
 
 SEARCH = 5  # evaluations
@@ -37,13 +35,7 @@ def gate_biases_restored(network: ResNet) -> Iterator[None]:
 
 @torch.no_grad()
 def find_operating_point(
-    network: ResNet,
-    images: Images,
-    normalisation: Normalisation,
-    budget: Budget,
-    cost: NetworkCost,
-    at_half: Evaluation,
-    precision: torch.dtype = torch.float32,
+    network: ResNet, evaluated: Callable[[ResNet], Evaluation], budget: Budget, cost: NetworkCost, at_half: Evaluation
 ) -> Evaluation:
     """Shift the switches' logits to what serves the budget best, and evaluate the network there.
 
@@ -52,50 +44,49 @@ def find_operating_point(
     them.
 
     Args:
-        at_half: the network's evaluation on ``images`` at the threshold of one half.
-        precision: of evaluation, as in ``training.evaluate.evaluate``.
+        evaluated: measures a network on the validation images.
+        at_half: what it measures at the threshold of one half.
     """
     layers = network.gate.last_layers
     biases = [layer.bias.clone() for layer in layers]
-    best, best_offset = at_half, 0.0
+    tried = [(0.0, at_half)]  # offsets, and what was measured there
 
-    def moved(offset: float) -> None:
+    def shift(offset: float) -> None:
         for layer, bias in zip(layers, biases, strict=True):
             layer.bias.copy_(bias + offset)
 
-    def kept(computation: float) -> bool:
-        """Whether the budget is met there."""
-        nonlocal best, best_offset
+    def measured_at(computation: float) -> Evaluation:
         offset = offset_to(computation, at_half.probabilities, cost)
-        moved(offset)
-        tried = evaluate(network, images, normalisation, cost, precision=precision)
-        if budget.score(tried.accuracy, tried.computation) > budget.score(best.accuracy, best.computation):
-            best, best_offset = tried, offset
-        return budget.met(tried.accuracy, tried.computation)
+        shift(offset)
+        tried.append((offset, evaluated(network)))
+        return tried[-1][1]
 
     for_accuracy = budget.target_computation is None
     if not for_accuracy:
         low, high = budget.target_computation - REACH, budget.target_computation + REACH
-    elif budget.met(at_half.accuracy, at_half.computation):
+    elif budget.met_by(at_half):
         low, high = max(1 - cost.skippable, at_half.computation - REACH), at_half.computation
     else:
         low, high = at_half.computation, 1.0
-        if high - low < NEAR or not kept(high):  # then nothing between is worth a look
+        if high - low < NEAR or not budget.met_by(measured_at(high)):  # then nothing between is worth a look
             low = high
     for _ in range(SEARCH):
         if high - low < NEAR:
             break
         middle = (low + high) / 2
-        low, high = (low, middle) if kept(middle) == for_accuracy else (middle, high)
-    moved(best_offset)
+        downwards = budget.met_by(measured_at(middle)) == for_accuracy
+        low, high = (low, middle) if downwards else (middle, high)
+    offset, best = max(tried, key=lambda one: budget.score_of(one[1]))
+    shift(offset)
     return best
 
 
 def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost) -> float:
     """The offset of all logits that makes the thresholded decisions cost about this share of all FLOPs.
 
-    Exactly this share, to an image, where no switch looks at what those before it decided, and as far as probabilities
-    tell logits apart: in float32 all above 17 are one.
+    Exactly this share, to an image, where one switch decides.  Where several do, a block that runs changes what those
+    behind it see, and the share is about this one.  Probabilities tell logits apart as far as float32 does: all above
+    17 are one.
 
     Args:
         probabilities: [N, K], of thresholded evaluation without an offset.

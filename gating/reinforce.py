@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,17 +10,18 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from gating.baselines import baseline, thresholded_returns
 from gating.objectives import entropy, policy_loss, returns, skip_rewards
 from gating.steering import FixedAlpha, SteeredAlpha
-from models import ResNet, sampled, thresholded
-from training.forward import Forward, training_forward
+from models import ResNet, RoutedOutput, sampled, thresholded
+from training.forward import Forward, RuleMaker, training_forward
+from training.means import Means
 from training.norms import freeze_batch_norms
 from training.optimisers import set_learning_rate
-from training.supervised import CHECK_EVERY, EpochMeans, LossFn, as_used, check_sums, supervised_epoch
+from training.supervised import CHECK_EVERY, EpochMeans, LossFn, Supervision, as_used, supervised_epoch
 from utils import parallel
 from utils.data.batches import TrainingBatches
 from utils.device import fixed_shapes
+from utils.modes import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,39 @@ class Reinforcement:
 
     network: ResNet
     optimisers: Sequence[Optimizer]  # of the network and of its gates, or one of both
-    shares: Tensor  # [K], each block's share of the skippable FLOPs
+    shares: Tensor  # [K], each block's share of the skippable FLOPs, on the network's device
     draws: torch.Generator  # of the decisions, on the network's device
-    all_explore: bool = False  # every image of a batch draws its decisions, as published, not every other one
     gamma: float = 1.0
     rl_weight: float = 0.1
-    baseline: str = "greedy"  # one of ``gating.baselines.BASELINES``
-    batch_norm: str = "frozen"  # "frozen" uses running statistics; in other modes they follow the drawn paths
+    # As in SkipNet: all images of a batch draw, not every other one, and returns are compared with nothing.
+    published: bool = False
+    frozen_norms: bool = True  # they use running statistics; else they follow the drawn paths
     loss_fn: LossFn | None = None
     forward: Forward | None = None  # from ``training.forward.training_forward``; plain by default
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def run(self, x: Tensor, rule: RuleMaker, drawn: Tensor) -> RoutedOutput:
+        """One forward pass.
+
+        Drawn decisions carry no gradient, so blocks may really be skipped in training.  A GPU would wait for each
+        gather; norms that follow the paths see all images, as published.
+        """
+        forward = self.forward or training_forward(self.network)
+        frozen = self.frozen_norms or not self.network.training
+        return forward(x, rule, drawn, self.device.type == "cpu" and frozen)
+
+
+class Sample(NamedTuple):
+    """What one pass of this process's part of a batch has shown: N images, n of which explored, K switches."""
+
+    logits: Tensor  # [N, classes]
+    cross_entropy: Tensor  # [N]
+    probabilities: Tensor  # [N, K]
+    decisions: Tensor  # [n, K], drawn
+    returns: Tensor  # [n, K], what they have earned
 
 
 @fixed_shapes()
@@ -78,68 +104,100 @@ def reinforce_epoch(
     Raises:
         UserError: if the loss stops being finite.
     """
-    network, loss_fn, steps = setup.network, setup.loss_fn, len(batches)
+    network, shares, steps = setup.network, setup.shares, len(batches)
     parallel.broadcast_weights(network)
     network.train()
-    if setup.batch_norm == "frozen":
+    if setup.frozen_norms:
         freeze_batch_norms(network)
-    device = next(network.parameters()).device
-    shares = setup.shares.to(device)
-    # Drawn decisions carry no gradient, so blocks may really be skipped in training.  A GPU would wait for each gather;
-    # norms that follow the paths see all images, as published.
-    skip = device.type == "cpu" and setup.batch_norm == "frozen"
-    forward = training_forward(network) if setup.forward is None else setup.forward
-    every, explored = (torch.zeros(n, device=device, dtype=torch.float64) for n in (2, 7))
-    seen = explored_images = 0
+    every, explored = Means(), Means()
     for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())):
-        images, y = len(labels), parallel.local_part(labels)
-        weight = len(y) / images  # of this process's means in those of the batch
-        explorers, watched = exploring_parts(images, setup.all_explore)
-        drawing = len(range(images)[:: 1 if setup.all_explore else 2])  # of the whole batch
         for optimiser, rate in zip(setup.optimisers, learning_rates, strict=True):
             set_learning_rate(optimiser, rate(step / steps))
             optimiser.zero_grad(set_to_none=True)
-        drawn = parallel.local_part(torch.rand(images, len(shares), generator=setup.draws, device=device))
-        if not setup.all_explore:
-            drawn[watched] = 0.5  # a block runs where its probability is above one half
-        logits, probabilities, decisions = forward(x, sampled, drawn, skip)
-        cross_entropy = F.cross_entropy(logits, y, reduction="none")
-        reward = alpha.value()
-        p, z = probabilities[explorers], decisions[explorers]
-        gained = returns(skip_rewards(z, shares, reward), cross_entropy[explorers].detach(), setup.gamma)
+        images, y, reward = len(labels), parallel.local_part(labels), alpha.value()
+        explorers, others = exploring_parts(images, setup.published)
+        exploring = images if setup.published else (images + 1) // 2  # of the whole batch
 
-        def greedy_returns(
-            x: Tensor = x[explorers], y: Tensor = y[explorers], reward: float | Tensor = reward
-        ) -> Tensor:
-            skip = device.type == "cpu"
-            return thresholded_returns(network, x, y, shares, reward, setup.gamma, skip=skip, forward=forward)
-
-        advantages = gained - baseline(setup.baseline, gained, greedy_returns, drawing)
-        policy = policy_loss(p, z, advantages, drawing)
-        supervised = cross_entropy.mean() if loss_fn is None else loss_fn(x, logits, y)
-        (weight * supervised + setup.rl_weight * policy).backward()
+        sample = draw_sample(setup, x, labels, reward)
+        advantages = sample.returns
+        if not setup.published:
+            advantages = advantages - thresholded_returns(setup, x[explorers], y[explorers], reward)
+        p = sample.probabilities[explorers]
+        policy = policy_loss(p, sample.decisions, advantages, exploring)
+        supervised = sample.cross_entropy.mean() if setup.loss_fn is None else setup.loss_fn(x, sample.logits, y)
+        (len(y) / images * supervised + setup.rl_weight * policy).backward()
         parallel.all_reduce_gradients(network.parameters())
         for optimiser in setup.optimisers:
             optimiser.step()
-        with torch.no_grad():
-            executed = (thresholded(probabilities[watched]) @ shares).sum()
-            alpha.observe(parallel.all_reduced(executed) / max(1, images if setup.all_explore else images - drawing))
-            returned, left = gained[:, 0], advantages[:, 0]
-            correct = (logits.argmax(dim=1) == y).float()
-            measured = [returned, returned.square(), left, left.square(), z @ shares]
-            measured += [(entropy(p) / len(shares)).expand_as(left), reward * torch.ones_like(left)]
-            every += torch.stack([cross_entropy, correct]).double().sum(dim=1)
-            explored += torch.stack(measured).double().sum(dim=1)
-        explored_images += drawing
-        seen += images
+
+        executed = (thresholded(sample.probabilities[others]) @ shares).sum()
+        alpha.observe(parallel.all_reduced(executed) / max(1, images if setup.published else images - exploring))
+        every.add(images, loss=sample.cross_entropy, accuracy=sample.logits.argmax(dim=1) == y)
+        first, left = sample.returns[:, 0], advantages[:, 0]
+        explored.add(
+            exploring, total_return=first, squared_return=first.square(), advantage=left,
+            squared_advantage=left.square(), executed=sample.decisions @ shares,
+            entropy=(entropy(p) / len(shares)).expand_as(left), alpha=reward * torch.ones_like(left),
+        )  # fmt: skip
         if step % CHECK_EVERY == 0 or step == steps - 1:
-            check_sums(torch.cat([every, explored]), title)
-    loss, accuracy = (parallel.all_reduced(every) / seen).tolist()
-    mean, square, left, left_square, executed, uncertain, mean_alpha = (
-        parallel.all_reduced(explored) / explored_images
-    ).tolist()
-    deviation, remaining = (max(s - m**2, 0) ** 0.5 for s, m in ((square, mean), (left_square, left)))
-    return ReinforceMeans(loss, accuracy, mean, deviation, remaining, uncertain, executed, mean_alpha)
+            every.check(title)
+            explored.check(title)
+    means = explored.over_all()
+    return ReinforceMeans(
+        **every.over_all(),
+        **{name: means[name] for name in ("total_return", "entropy", "executed", "alpha")},
+        return_deviation=deviation(means["total_return"], means["squared_return"]),
+        advantage_deviation=deviation(means["advantage"], means["squared_advantage"]),
+    )
+
+
+def draw_sample(setup: Reinforcement, x: Tensor, labels: Tensor, reward: float | Tensor) -> Sample:
+    """Run this process's part of a batch: exploring images draw their decisions, the others threshold them.
+
+    Args:
+        x: of this process.
+        labels: of the whole batch.
+        reward: of skipping everything.
+    """
+    explorers, others = exploring_parts(len(labels), setup.published)
+    numbers = torch.rand(len(labels), len(setup.shares), generator=setup.draws, device=setup.device)
+    numbers = parallel.local_part(numbers)
+    if not setup.published:
+        numbers[others] = 0.5  # a block runs where its probability is above one half
+    logits, probabilities, decisions = setup.run(x, sampled, numbers)
+    cross_entropy = F.cross_entropy(logits, parallel.local_part(labels), reduction="none")
+    rewards = skip_rewards(decisions[explorers], setup.shares, reward)
+    gained = returns(rewards, cross_entropy[explorers].detach(), setup.gamma)
+    return Sample(logits, cross_entropy, probabilities, decisions[explorers], gained)
+
+
+@torch.no_grad()
+def thresholded_returns(setup: Reinforcement, x: Tensor, y: Tensor, reward: float | Tensor) -> Tensor:
+    """Baselines [N, K]: the returns that thresholded decisions earn on the same images, in evaluation.
+
+    A baseline that does not depend on the decision it judges leaves the expected policy gradient as it is and lowers
+    its variance (Williams 1992, "Simple statistical gradient-following algorithms", section 4).  This one is that of
+    self-critical training (arXiv:1612.00563, section 3.2), at the price of one more forward pass.
+    """
+    with evaluation_mode(setup.network):
+        output = setup.run(x, as_used, torch.empty(0))
+    cross_entropy = F.cross_entropy(output.logits, y, reduction="none")
+    return returns(skip_rewards(output.decisions, setup.shares, reward), cross_entropy, setup.gamma)
+
+
+def exploring_parts(images: int, all_explore: bool) -> tuple[slice, slice]:
+    """Which images of this process's part of a batch draw their decisions, and which alpha is steered by: the others.
+
+    Every other image of the whole batch explores.  Slices, since a GPU would wait for masks.
+    """
+    if all_explore:
+        return slice(None), slice(None)
+    first = parallel.local_slice(images).start % 2
+    return slice(first, None, 2), slice(1 - first, None, 2)
+
+
+def deviation(mean: float, mean_square: float) -> float:
+    return max(mean_square - mean**2, 0) ** 0.5
 
 
 def closing_epoch(
@@ -153,18 +211,8 @@ def closing_epoch(
     Args:
         learning_rate: of the network.
     """
-    return supervised_epoch(
-        setup.network, batches, setup.optimisers[0], learning_rate=learning_rate, draws=setup.draws, title=title,
-        loss_fn=setup.loss_fn, forward=setup.forward, rule=as_used, frozen_norms=setup.batch_norm == "frozen",
+    training = Supervision(
+        network=setup.network, optimiser=setup.optimisers[0], draws=setup.draws, loss_fn=setup.loss_fn,
+        forward=setup.forward, rule=as_used, frozen_norms=setup.frozen_norms,
     )  # fmt: skip
-
-
-def exploring_parts(images: int, all_explore: bool) -> tuple[slice, slice]:
-    """Which images of this process's part of a batch draw their decisions, and which alpha is steered by: the others.
-
-    Every other image of the whole batch explores.  Slices, since a GPU would wait for masks.
-    """
-    if all_explore:
-        return slice(None), slice(None)
-    first = parallel.local_slice(images).start % 2
-    return slice(first, None, 2), slice(1 - first, None, 2)
+    return supervised_epoch(training, batches, learning_rate, title)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.evaluate import Evaluation
 from utils.errors import UserError
 from utils.flops import NetworkCost
 
@@ -46,6 +47,9 @@ class Budget:
             return accuracy >= self.floor - 1e-9
         return computation <= self.target_computation + 0.005
 
+    def met_by(self, measured: Evaluation) -> bool:
+        return self.met(measured.accuracy, measured.computation)
+
     def lost(self, accuracy: float) -> bool:
         """Whether the accuracy is more than another drop, or two points, below the floor: time to go back."""
         return self.target_computation is None and accuracy < self.floor - max(self.drop, 0.02)
@@ -60,6 +64,9 @@ class Budget:
         # What is asked for comes first where it can be had, the constraint where it is not met yet.
         fewest_first = within == (self.target_computation is None)
         return (within, percent, accuracy) if fewest_first else (within, accuracy, percent)
+
+    def score_of(self, measured: Evaluation) -> tuple[bool, float, float]:
+        return self.score(measured.accuracy, measured.computation)
 
 
 def next_setpoint(budget: Budget, accuracy: float, computation: float, start: float, epoch: int, epochs: int) -> float:

@@ -21,8 +21,8 @@ def rescale_gate_logits(network: ResNet, images: Tensor) -> None:
         images: normalised [N, 3, H, W], to measure the logits on.
     """
     with evaluation_mode(network):
-        p = network(images, decide=all_on).probabilities[:, network.deciding].double().clamp(1e-7, 1 - 1e-7)
-    if not network.deciding:
+        p = network(images, decide=all_on).probabilities[:, network.free_switches].double().clamp(1e-7, 1 - 1e-7)
+    if not network.free_switches:
         return
     sizes = torch.logit(p).abs().mean(dim=0)  # of each switch that decides
     last = network.gate.last_layers

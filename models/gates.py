@@ -39,7 +39,7 @@ class RecurrentGate(nn.Module):
         """The layers whose outputs are the switches' logits: one for all of them, or one for each."""
         return [self.decision]
 
-    def leave_out(self, switch: int) -> None:
+    def remove(self, switch: int) -> None:
         """Drop what belongs to a switch that is not asked."""
         self.projections[switch] = nn.Identity()
 
@@ -92,7 +92,7 @@ class FeedForwardGate(nn.Module):
         """As ``RecurrentGate.last_layers``, of the switches that are asked."""
         return [layer for layer in self.decisions if isinstance(layer, nn.Linear)]
 
-    def leave_out(self, switch: int) -> None:
+    def remove(self, switch: int) -> None:
         """As ``RecurrentGate.leave_out``."""
         self.features[switch] = self.decisions[switch] = nn.Identity()
 

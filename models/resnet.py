@@ -91,7 +91,7 @@ class BasicBlock(nn.Module):
 
 
 class ShortcutBlock(nn.Module):
-    """What is left of a ``BasicBlock`` whose switch has settled closed: its shortcut, by the same name."""
+    """What is left of a ``BasicBlock`` whose switch is fixed closed: its shortcut, by the same name."""
 
     def __init__(self, block: BasicBlock):
         super().__init__()
@@ -117,11 +117,11 @@ class ResNet(nn.Module):
         depthwise: names of those among them whose core is depthwise.
         inner: for every block whose inner channels were pruned, its name and the channels left between its two
             convolutions.
-        settled: for every block whose switch no longer decides, its name and what was decided for all images: 0 leaves
-            its residual out, 1 runs it always.  ``ranks`` and ``inner`` still say what the residual was.
+        fixed_switches: for every block whose switch no longer decides, its name and what was decided for all images: 0
+            leaves its residual out, 1 runs it always.  ``ranks`` and ``inner`` still say what the residual was.
 
     Raises:
-        ValueError: for a depth, gate, rank, inner width or settled switch that does not exist.
+        ValueError: for a depth, gate, rank, inner width or fixed switch that does not exist.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ResNet(nn.Module):
         ranks: Ranks | None = None,
         inner: Mapping[str, int] | None = None,
         depthwise: Sequence[str] = (),
-        settled: Mapping[str, int] | None = None,
+        fixed_switches: Mapping[str, int] | None = None,
     ):
         super().__init__()
         check_depth(depth)
@@ -148,7 +148,7 @@ class ResNet(nn.Module):
             "ranks": {name: list(pair) for name, pair in (ranks or {}).items()},
             "inner": dict(inner or {}),
             "depthwise": list(depthwise),
-            "settled": dict(settled or {}),
+            "fixed_switches": dict(fixed_switches or {}),
         }
         widths = [width * 2**group for group in range(3) for _ in range((depth - 2) // 6)]
         inputs = [width, *widths[:-1]]
@@ -170,35 +170,41 @@ class ResNet(nn.Module):
                 raise ValueError(f"depthwise names the layer {name!r}, which has no two equal ranks")
         for name, (rank_in, rank_out) in self.architecture["ranks"].items():
             self._reduce(name, rank_in, rank_out)
-        for name, on in self.architecture["settled"].items():
+        for name, on in self.architecture["fixed_switches"].items():
             if gate == "none" or name not in names[1:] or on not in (0, 1):
                 raise ValueError(
-                    f"settled gives {name!r} the decision {on!r}: it takes names of switched blocks, 0 and 1"
+                    f"fixed_switches gives {name!r} the decision {on!r}: it takes names of switched blocks, 0 and 1"
                 )
         # What was decided for all images, by the index of the switch.
-        self.settled = {names.index(name) - 1: on for name, on in self.architecture["settled"].items()}
-        self._leave_out_settled()
+        self.fixed_switches = {names.index(name) - 1: on for name, on in self.architecture["fixed_switches"].items()}
+        self._remove_what_is_fixed()
 
     @property
     def switches(self) -> int:
-        """K, the number of switches, settled ones among them."""
+        """K, the number of switches, fixed ones among them."""
         return 0 if self.gate is None else len(self.blocks) - 1
 
     @property
-    def deciding(self) -> list[int]:
+    def removed_blocks(self) -> list[str]:
+        """Names of the blocks that no image runs and whose residuals are gone."""
+        return [f"blocks.{switch + 1}" for switch, on in self.fixed_switches.items() if not on]
+
+    @property
+    def free_switches(self) -> list[int]:
         """Indices of the switches that decide image by image."""
-        return [switch for switch in range(self.switches) if switch not in self.settled]
+        return [switch for switch in range(self.switches) if switch not in self.fixed_switches]
 
-    def steps(self, switch: int) -> bool:
+    def asks(self, switch: int) -> bool:
         """Whether the gate is asked at a switch: where it decides, and where a later one needs the state."""
-        return switch not in self.settled or (self.gate.recurrent and any(k > switch for k in self.deciding))
+        later = any(free > switch for free in self.free_switches)
+        return switch not in self.fixed_switches or (self.gate.recurrent and later)
 
-    def _leave_out_settled(self) -> None:
-        for switch, on in self.settled.items():
+    def _remove_what_is_fixed(self) -> None:
+        for switch, on in self.fixed_switches.items():
             if not on:
                 self.blocks[switch + 1] = ShortcutBlock(self.blocks[switch + 1])
-            if not self.steps(switch):
-                self.gate.leave_out(switch)
+            if not self.asks(switch):
+                self.gate.remove(switch)
 
     def _initialise(self) -> None:
         for name, module in self.named_modules():
@@ -239,10 +245,10 @@ class ResNet(nn.Module):
             if self.gate is None:
                 x = block(x)
                 continue
-            if self.steps(switch):
+            if self.asks(switch):
                 probability, state = self.gate(switch, x, state)
-            if switch in self.settled:
-                probability = self.classifier.weight.new_full((len(x),), self.settled[switch])
+            if switch in self.fixed_switches:
+                probability = self.classifier.weight.new_full((len(x),), self.fixed_switches[switch])
                 decide(probability)  # a rule may hold a column for every switch
                 decision, x = probability, block(x)
             else:
@@ -277,13 +283,13 @@ def build_network(
     ranks: Ranks | None = None,
     inner: Mapping[str, int] | None = None,
     depthwise: Sequence[str] = (),
-    settled: Mapping[str, int] | None = None,
+    fixed_switches: Mapping[str, int] | None = None,
 ) -> ResNet:
     """The network that an architecture describes, with fresh weights.
 
     Raises:
-        ValueError: if the network, depth, gate, a rank, an inner width or a settled switch does not exist.
+        ValueError: if the network, depth, gate, a rank, an inner width or a fixed switch does not exist.
     """
     if network not in NETWORKS:
         raise ValueError(f"network {network!r} is unknown: use one of {', '.join(NETWORKS)}")
-    return ResNet(depth, num_classes, width, gate, ranks, inner, depthwise, settled)
+    return ResNet(depth, num_classes, width, gate, ranks, inner, depthwise, fixed_switches)

@@ -102,7 +102,7 @@ def channel_groups(
 
 def _refuse_rebuilt(network: ResNet, method: Method) -> None:
     """Channels go from blocks of two plain convolutions only."""
-    if 0 in network.settled.values():
+    if network.removed_blocks:
         raise UserError(
             f"criterion {method.criterion} removes channels from whole blocks, but blocks have left the network: prune "
             f"a network of stage 1, or use criterion eigendamage"

@@ -38,7 +38,7 @@ from training.evaluate import evaluate  # noqa: E402
 from training.forward import training_forward  # noqa: E402
 from training.norms import placed, reestimate_batch_norms  # noqa: E402
 from training.optimisers import sgd  # noqa: E402
-from training.supervised import half_held_open, supervised_epoch  # noqa: E402
+from training.supervised import Supervision, half_held_open, supervised_epoch  # noqa: E402
 from utils import heartbeats, parallel  # noqa: E402
 from utils.data.augment import Normalisation  # noqa: E402
 from utils.data.batches import (  # noqa: E402
@@ -77,21 +77,19 @@ def batches(epoch: int, size: int = BATCH, device: torch.device = CPU):
 def supervised(size: int = BATCH, device: torch.device = CPU) -> dict:
     net, draws = network(device=device), torch.Generator(device).manual_seed(3)
     optimiser = sgd(net, 0.05, 0.9, 5e-4)
-    means = [
-        supervised_epoch(net, batches(e, size, device), optimiser, learning_rate=lambda _: 0.05, draws=draws, title="")
-        for e in range(2)
-    ]
+    training = Supervision(network=net, optimiser=optimiser, draws=draws)
+    means = [supervised_epoch(training, batches(e, size, device), lambda _: 0.05, "") for e in range(2)]
     return {"weights": net.state_dict(), "means": [vars(m) for m in means], "draws": draws.get_state()}
 
 
-def reinforced(baseline: str, batch_norm: str, gate: str, size: int = BATCH, device: torch.device = CPU) -> dict:
+def reinforced(gate: str, size: int = BATCH, device: torch.device = CPU, **recipe: bool) -> dict:
     net, draws = network(gate, device), torch.Generator(device).manual_seed(3)
     # Not Adam, whose steps are of one size for gradients of any size, rounding included.
     optimisers = (sgd(net, 0.05, 0.9, 5e-4),)
     alpha = SteeredAlpha(0.5, 1.0, 0.2, 6, device)
     setup = Reinforcement(
-        network=net, optimisers=optimisers, shares=torch.tensor([0.4, 0.6]), draws=draws, rl_weight=1.0,
-        baseline=baseline, batch_norm=batch_norm,
+        network=net, optimisers=optimisers, shares=torch.tensor([0.4, 0.6], device=device), draws=draws, rl_weight=1.0,
+        **recipe,
     )  # fmt: skip
     # The first block is often skipped by all images of a batch, and its weights then have a gradient of zero.
     for layer in [net.gate.decision] if gate == "rnn" else net.gate.decisions:
@@ -136,11 +134,11 @@ def measured() -> dict:
 def all_figures() -> dict:
     return {
         "supervised": supervised(),
-        "greedy, frozen": reinforced("greedy", "frozen", "rnn"),
-        "batch, frozen, ff2": reinforced("batch", "frozen", "ff2"),
+        "greedy, frozen": reinforced("rnn"),
+        "published, frozen, ff2": reinforced("ff2", published=True),
         # Norms make plus and minus one of two images, whatever these are: gradients of a last batch of two would be
         # nothing but rounding.
-        "learned, follow": reinforced("learned", "follow", "rnn", 12),
+        "greedy, follow": reinforced("rnn", 12, frozen_norms=False),
         "measured": measured(),
     }
 
@@ -151,8 +149,8 @@ def on_gpus() -> dict:
         device = pick_device()
         found = {
             "supervised": supervised(12, device),
-            "follow": reinforced("batch", "follow", "rnn", 12, device),
-            "frozen": reinforced("greedy", "frozen", "ff1", 12, device),
+            "follow": reinforced("rnn", 12, device, published=True, frozen_norms=False),
+            "frozen": reinforced("ff1", 12, device),
         }  # fmt: skip
         trace.clear()
         net, x = network(device=device), torch.randn(6, 3, 8, 8).to(device)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from benchmarks import inference
 from benchmarks.competitor import IMPORTANCES, Competitor, _gradients, torch_pruned
 from benchmarks.networks import with_random_weights
-from gating.settle import with_settled
+from gating.fixing import with_fixed_switches
 from models import all_on, build_network
 from utils.data.images import evenly_spaced
 from utils.flops import network_cost
@@ -110,7 +110,7 @@ def test_trained_networks_are_compared_with_their_accuracies_without_stage_three
 def test_every_block_is_what_is_left_of_the_network():
     """Against which a switched network's speed is judged: blocks that have left are run by neither."""
     subject = with_random_weights(depth=14, width=8, image_size=8, kept=0.5, skipped=0.3)
-    fixed = with_settled(subject.dynamic, {0: 0, 1: 1})
+    fixed = with_fixed_switches(subject.dynamic, {0: 0, 1: 1})
     items = inference.items_of(subject.pixels, 32)
     cost = network_cost(fixed, 8)
     assert inference.executed_flops(fixed, subject, items, all_on) == pytest.approx(cost.flops - cost.blocks[0])

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from gating.settle import with_settled
+from gating.fixing import with_fixed_switches
 from models import all_on
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import load_checkpoint, load_network, save_checkpoint
@@ -55,7 +55,7 @@ def test_files_of_a_run(chain: Path, stage: str):
     }
     routing = {"accuracy_against_flops.png", "easy_and_hard.png", "executed_flops.png", "passing_by_class.png"}
     own = {"sp": set(), "pruned": iterations | bases | {"ranks.png"}, "rl_pruned": routing | {"routing.json"}}
-    settled = {"unsettled.pt"} if load_checkpoint(folder / "best.pt").architecture.get("settled") else set()
+    settled = {"unsettled.pt"} if load_checkpoint(folder / "best.pt").architecture.get("fixed_switches") else set()
     assert names == expected | own[stage] | settled
     asked = json.loads((folder / "arguments.json").read_text())
     assert (asked["depth"], asked["seed"], asked["result_dir"]) == (8, 0, str(chain))
@@ -151,7 +151,7 @@ def test_recorded_figures_come_out_again(chain: Path, shapes: Path, index: int):
     assert record["accuracy"] == pytest.approx((predicted == labels).double().mean().item(), abs=1e-12)
     assert record["accuracy_every_block"] == pytest.approx((with_every_block == labels).double().mean().item())
     gflops, gflops_all = (counter.get_total_flops() / len(files) / 1e9 for counter in (executed, everything))
-    left = [block for block, on in network.architecture["settled"].items() if on == 0]
+    left = [block for block, on in network.architecture["fixed_switches"].items() if on == 0]
     if left:  # they count as skipped, though they are gone
         unsettled = load_network(path.with_name("unsettled.pt"))
         with torch.no_grad(), FlopCounterMode(display=False) as before:
@@ -287,7 +287,7 @@ def test_a_network_without_switches_cannot_be_taught(chain: Path, shapes: Path, 
 
 def test_where_no_switch_decides_none_can_be_taught(chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys):
     pruned = load_checkpoint(chain / records(chain)[1]["checkpoint"])
-    fixed = with_settled(pruned.network(), {0: 1, 1: 0})
+    fixed = with_fixed_switches(pruned.network(), {0: 1, 1: 0})
     save_checkpoint(tmp_path / "fixed.pt", replace(pruned, architecture=fixed.architecture, weights=fixed.state_dict()))
     given = arguments("rl_pruned", shapes, chain, str(tmp_path / "fixed.pt"))
     line = error_line("rl_pruned", given, monkeypatch, capsys)

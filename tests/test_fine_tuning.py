@@ -10,7 +10,7 @@ from pruning.changes import eigenvalues_picture, layer_ranks, ranks_picture
 from pruning.eigenbasis import Eigenbasis
 from training.distillation import TEMPERATURE, distillation_loss, distillation_loss_fn
 from training.norms import reestimate_batch_norms
-from training.supervised import supervised_epoch
+from training.supervised import Supervision, supervised_epoch
 
 
 def small(gate: str = "rnn"):
@@ -56,9 +56,8 @@ def test_a_distilled_epoch_brings_predictions_together():
     def epoch() -> float:
         batches = [(x, y)] * 4
         loss_fn = distillation_loss_fn(teacher, weight=1.0)
-        return supervised_epoch(
-            network, batches, optimiser, learning_rate=lambda _: 0.05, draws=draws, title="test", loss_fn=loss_fn
-        ).loss
+        training = Supervision(network=network, optimiser=optimiser, draws=draws, loss_fn=loss_fn)
+        return supervised_epoch(training, batches, lambda _: 0.05, "test").loss
 
     first = epoch()
     assert [epoch() for _ in range(6)][-1] < 0.5 * first

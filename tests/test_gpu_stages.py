@@ -21,18 +21,18 @@ SHORT = {
     "rl_pruned": ["--epochs", "2"],
 }
 # What each stage is given besides, and where its images are: every kind of gate, of decomposition, of batch-norm mode
-# and of baseline is there once.
+# and of recipe is there once.
 CHAINS = {
     "in the GPU's memory": {},
     "in main memory": {
         "sp": ["--gate", "ff1"],
         "pruned": ["--set=decomposition=truncate", "--set=objective=parameters", "--set=correct_eigenvalues=false"],
-        "rl_pruned": ["--batch_norm", "reestimate", "--baseline", "batch", "--fixed_alpha"],
+        "rl_pruned": ["--batch_norm", "reestimate"],
     },
     "decoded batch by batch": {
         "sp": ["--gate", "ff2"],
         "pruned": ["--set=decomposition=depthwise", "--set=fisher_type=empirical", "--set=target_flops=0.8"],
-        "rl_pruned": ["--batch_norm", "follow", "--baseline", "none", "--distill", "0"],
+        "rl_pruned": ["--recipe", "published"],
     },
 }
 

@@ -9,11 +9,10 @@ from torch import nn
 
 import main_rl_prune
 from deploy import speeds
-from gating import operating_point
 from gating.operating_point import REACH, SEARCH, find_operating_point, gate_biases_restored, offset_to
 from gating.steering import Budget
 from models import build_network
-from training.evaluate import Evaluation, evaluate
+from training.evaluate import Evaluation, Evaluator, evaluate
 from training.norms import placed
 from utils.data.augment import Normalisation
 from utils.data.batches import split_data
@@ -66,16 +65,15 @@ class Toy(nn.Module):
         return Evaluation(0.0, accuracy, COST.flops, executed, (logits > 0).double(), torch.sigmoid(logits))
 
 
-def sought(monkeypatch, budget, accuracy) -> tuple[Toy, Evaluation, Evaluation]:
+def sought(budget, accuracy) -> tuple[Toy, Evaluation, Evaluation]:
     toy = Toy(logits_of(2000), accuracy)
-    monkeypatch.setattr(operating_point, "evaluate", toy.evaluated)
     at_half = toy.evaluated()
-    return toy, at_half, find_operating_point(toy, None, None, budget, COST, at_half)
+    return toy, at_half, find_operating_point(toy, toy.evaluated, budget, COST, at_half)
 
 
-def test_the_least_computation_that_keeps_the_accuracy_is_found_from_both_sides(monkeypatch):
+def test_the_least_computation_that_keeps_the_accuracy_is_found_from_both_sides():
     for needed in (0.56, 0.75):  # the threshold of one half executes 67 %
-        _, at_half, best = sought(monkeypatch, Budget(0.9), lambda c, n=needed: 0.95 if c >= n else 0.8)
+        _, at_half, best = sought(Budget(0.9), lambda c, n=needed: 0.95 if c >= n else 0.8)
         assert at_half.computation == pytest.approx(0.67, abs=0.01)
         assert best.accuracy == 0.95
         width = REACH if needed < at_half.computation else 1 - at_half.computation
@@ -83,18 +81,18 @@ def test_the_least_computation_that_keeps_the_accuracy_is_found_from_both_sides(
 
 
 @pytest.mark.parametrize("target", [0.4, 0.8])
-def test_a_target_is_met_from_both_sides(monkeypatch, target):
-    _, _, best = sought(monkeypatch, Budget(0.0, target_computation=target), lambda c: c)
+def test_a_target_is_met_from_both_sides(target):
+    _, _, best = sought(Budget(0.0, target_computation=target), lambda c: c)
     assert target - 0.02 <= best.computation <= target + 0.005
 
 
-def test_a_network_that_bears_no_skipping_is_opened(monkeypatch):
-    _, _, best = sought(monkeypatch, Budget(0.9), lambda c: 0.95 if c > 0.9999 else 0.8)
+def test_a_network_that_bears_no_skipping_is_opened():
+    _, _, best = sought(Budget(0.9), lambda c: 0.95 if c > 0.9999 else 0.8)
     assert best.computation == 1.0 and best.accuracy == 0.95
 
 
-def test_an_accuracy_that_nothing_keeps_leaves_the_best_there_is(monkeypatch):
-    _, _, best = sought(monkeypatch, Budget(0.9), lambda c: 0.5 + 0.3 * c)
+def test_an_accuracy_that_nothing_keeps_leaves_the_best_there_is():
+    _, _, best = sought(Budget(0.9), lambda c: 0.5 + 0.3 * c)
     assert best.computation > 0.98
 
 
@@ -109,7 +107,8 @@ def test_the_network_stands_where_it_was_evaluated_and_goes_back(gate):
     at_half = evaluate(network, images, normalisation, cost)
     assert at_half.computation == 1
     with gate_biases_restored(network):
-        best = find_operating_point(network, images, normalisation, Budget(0.0, 0.8), cost, at_half)
+        evaluated = Evaluator(images, normalisation, 8)
+        best = find_operating_point(network, evaluated, Budget(0.0, 0.8), cost, at_half)
         assert 0.8 - REACH < best.computation <= 0.805
         again = evaluate(network, images, normalisation, cost)
         assert again.accuracy == best.accuracy and torch.equal(again.decisions, best.decisions)
@@ -132,8 +131,8 @@ def test_a_run_keeps_the_shift_in_its_best_network(chain, shapes):
     assert shifted[0] >= own[0] or shifted[1] < own[1]
 
 
-@pytest.mark.parametrize("flag", ["--fixed_alpha", "--target_computation=0.7"])
-def test_fixed_alpha_has_no_operating_point_and_a_target_is_met(flag, chain, shapes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", ["--recipe=published", "--target_computation=0.7"])
+def test_the_published_recipe_has_no_operating_point_and_a_target_is_met(flag, chain, shapes, tmp_path, monkeypatch):
     (checkpoint,) = chain.glob("sp/*/*/*/best.pt")
     architecture = load_checkpoint(checkpoint).architecture
     given = [
@@ -154,9 +153,9 @@ def test_fixed_alpha_has_no_operating_point_and_a_target_is_met(flag, chain, sha
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "Policy/accuracy" in line):
         own, chosen = line["Policy/computation_percentage"], line["Overview/computation_percentage"]
-        if flag == "--fixed_alpha":
+        if flag == "--recipe=published":
             assert own == chosen and "Policy/setpoint_computation_percentage" not in line
         else:
             assert chosen <= 70.5
     record = json.loads((tmp_path / "results.json").read_text())[-1]
-    assert record["within_budget"] or flag == "--fixed_alpha"
+    assert record["within_budget"] or flag == "--recipe=published"

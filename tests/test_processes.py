@@ -78,7 +78,7 @@ def test_the_first_process_that_fails_says_why_and_the_others_nothing(two):
 
 
 def test_training_measuring_and_evaluating(two):
-    """Every baseline and mode of batch norms, uneven parts, blocks that a process or all of them skip."""
+    """Both recipes and modes of batch norms, uneven parts, blocks that a process or all of them skip."""
     found, other = (torch.load(two[0] / f"measured.{rank}", weights_only=False) for rank in range(2))
     alone = processes.all_figures()
     for name, expected in alone.items():

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gating.baselines import BASELINES, baseline, thresholded_returns
+from gating import reinforce
 from gating.objectives import policy_loss, returns, skip_rewards
-from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
+from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch, thresholded_returns
 from gating.steering import FixedAlpha
 from gating.temperature import LOGIT, rescale_gate_logits
 from models import RoutedOutput, all_on, build_network, sampled, thresholded
@@ -54,8 +54,8 @@ def easy_and_hard(n, generator):
     return torch.stack([2.0 * label - 1, hard, noise], dim=1)[:, :, None, None], label, hard
 
 
-@pytest.mark.parametrize("kind", BASELINES)
-def test_policy_finds_what_can_be_skipped(kind):
+@pytest.mark.parametrize("published", [True, False])
+def test_policy_finds_what_can_be_skipped(published):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = EasyAndHard()
@@ -63,7 +63,7 @@ def test_policy_finds_what_can_be_skipped(kind):
     optimisers = reinforcement_optimisers(network, 0.9, 0.0)
     setup = Reinforcement(
         network=network, optimisers=optimisers, shares=shares, draws=generator, rl_weight=1.0,
-        baseline=kind,
+        published=published,
     )  # fmt: skip
     for epoch in range(12):
         batches = [easy_and_hard(64, generator)[:2] for _ in range(40)]
@@ -77,12 +77,12 @@ def test_policy_finds_what_can_be_skipped(kind):
     assert skipped >= 0.95
 
 
-@pytest.mark.parametrize("kind", ["greedy", "batch"])
-def test_a_baseline_moves_no_mean_and_lowers_the_variance(kind):
+def test_a_baseline_moves_no_mean_and_lowers_the_variance():
     """Gradients with and without a baseline over the same draws: their mean difference is zero within its error."""
     network = EasyAndHard().double()
     generator = torch.Generator().manual_seed(1)
     shares = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    setup = Reinforcement(network=network, optimisers=(), shares=shares, draws=generator)
     plain, judged = [], []
     for _ in range(600):
         x, y, _ = easy_and_hard(16, generator)
@@ -90,7 +90,7 @@ def test_a_baseline_moves_no_mean_and_lowers_the_variance(kind):
         x, y = x.double(), torch.where(hopeless, 1 - y, y)
         logits, p, z = network(x, decide=sampled(generator))
         gained = returns(skip_rewards(z, shares, 0.5), F.cross_entropy(logits, y, reduction="none").detach(), 1.0)
-        compared = baseline(kind, gained, lambda x=x, y=y: thresholded_returns(network, x, y, shares, 0.5, 1.0, True))
+        compared = thresholded_returns(setup, x, y, 0.5)
         for estimates, advantages in ((plain, gained), (judged, gained - compared)):
             gradient = torch.autograd.grad(policy_loss(p, z, advantages), network.gate.parameters(), retain_graph=True)
             estimates.append(torch.cat([g.flatten() for g in gradient]))
@@ -109,7 +109,7 @@ def setup_of(network):
     """How most tests train two switches."""
     return Reinforcement(
         network=network, optimisers=reinforcement_optimisers(network, 0.9, 0.0), shares=torch.tensor([0.5, 0.5]),
-        draws=torch.Generator().manual_seed(0), rl_weight=0.1, baseline="batch",
+        draws=torch.Generator().manual_seed(0), rl_weight=0.1,
     )  # fmt: skip
 
 
@@ -125,14 +125,14 @@ def statistics(network):
     return torch.cat([torch.cat([n.running_mean, n.running_var]) for n in batch_norms(network)])
 
 
-@pytest.mark.parametrize(("mode", "moves"), [("frozen", False), ("follow", True)])
-def test_batch_norms_move_only_where_they_follow(mode, moves):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batch_norms_move_only_where_they_follow(frozen):
     network = small_network()
     before = statistics(network)
     batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
-    setup = replace(setup_of(network), baseline="greedy", batch_norm=mode)
+    setup = replace(setup_of(network), frozen_norms=frozen)
     reinforce_epoch(setup, batches, fixed(0.001, 0.01), FixedAlpha(0.1), "epoch")
-    assert torch.equal(statistics(network), before) != moves
+    assert torch.equal(statistics(network), before) == frozen
 
 
 def test_reestimated_statistics_are_the_means_over_the_batches():
@@ -232,7 +232,7 @@ class Recorded(FixedAlpha):
         self.seen = executed
 
 
-def test_the_policy_learns_from_the_images_that_explore_and_alpha_sees_the_others():
+def test_the_policy_learns_from_the_images_that_explore_and_alpha_sees_the_others(monkeypatch):
     """Half of a batch's returns and computation, written out."""
     network, alpha = EasyAndHard(), Recorded(0.5)
     x, y, _ = easy_and_hard(7, torch.Generator().manual_seed(2))
@@ -254,8 +254,8 @@ def test_the_policy_learns_from_the_images_that_explore_and_alpha_sees_the_other
     optimisers = reinforcement_optimisers(network, 0.0, 0.0)
     setup = Reinforcement(
         network=network, optimisers=optimisers, shares=shares, draws=torch.Generator().manual_seed(5), rl_weight=1.0,
-        baseline="none",
     )  # fmt: skip
+    monkeypatch.setattr(reinforce, "thresholded_returns", lambda *given: 0.0)
     means = reinforce_epoch(setup, [(x, y)], fixed(0.0, 0.0), alpha, "epoch")
     for parameter, gradient in zip(network.gate.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
@@ -265,13 +265,12 @@ def test_the_policy_learns_from_the_images_that_explore_and_alpha_sees_the_other
     assert means.loss == pytest.approx(cross_entropy.mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["frozen", "follow"])
-def test_closing_trains_the_network_on_the_paths_in_use_and_leaves_the_switches(mode):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_closing_trains_the_network_on_the_paths_in_use_and_leaves_the_switches(frozen):
     """One step against the gradient of the cross-entropy under decisions that are written down."""
     network = small_network().train()
     x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))
-    if mode == "frozen":
-        freeze_batch_norms(network)
+    freeze_batch_norms(network if frozen else network.gate)
     with torch.no_grad():
         logits = torch.logit(copy.deepcopy(network)(x, decide=all_on).probabilities)
         network.gate.decision.bias -= logits.median()
@@ -282,12 +281,50 @@ def test_closing_trains_the_network_on_the_paths_in_use_and_leaves_the_switches(
     loss = F.cross_entropy(reference(x, decide=lambda _: next(columns), skip=False).logits, y)
     loss.backward()
     before = {name: weight.clone() for name, weight in network.named_parameters()}
-    setup = replace(setup_of(network), optimisers=reinforcement_optimisers(network, 0.0, 0.0), batch_norm=mode)
+    setup = replace(setup_of(network), optimisers=reinforcement_optimisers(network, 0.0, 0.0), frozen_norms=frozen)
     means = closing_epoch(setup, [(x, y)], lambda share: 0.1, "epoch")
     assert means.loss == pytest.approx(loss.item(), rel=1e-5)
     for name, weight in reference.named_parameters():
         expected = before[name] if name.startswith("gate.") else before[name] - 0.1 * weight.grad
         torch.testing.assert_close(network.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["rnn", "ff1"])
+def test_closing_leaves_what_the_switches_compute_from_the_same_features(gate):
+    """Their norms as well, whether or not those of the network follow the images and are measured anew."""
+    network = small_network(gate)
+    features, other = torch.randn(16, 8, 8, 8).relu(), torch.randn(16, 3, 8, 8)
+
+    def answer():
+        with torch.no_grad():
+            return network.eval().gate(0, features, None)[0]
+
+    before, stem = answer(), network.stem[1].running_mean.clone()
+    batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
+    closing_epoch(replace(setup_of(network), frozen_norms=False), batches, lambda share: 0.1, "epoch")
+    reestimate_batch_norms(network, [(other, None)], thresholded, gates=False)
+    assert torch.equal(answer(), before)
+    assert not torch.equal(network.stem[1].running_mean, stem)
+    reestimate_batch_norms(network, [(other, None)], thresholded)
+    assert not torch.equal(answer(), before)
+
+
+def test_reestimated_statistics_weigh_images_and_not_batches():
+    """A block that one image of the first batch takes, and all sixteen of the second."""
+    network = small_network().eval()
+    batches = [torch.randn(16, 3, 8, 8) for _ in range(2)]
+    taken = [torch.zeros(16).index_fill(0, torch.tensor([5]), 1.0), torch.ones(16)]
+    asked = iter([decision for one in taken for decision in (one, torch.zeros(16))])
+    seen = []
+    handle = network.blocks[1].bn1.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0].double()))
+    reestimate_batch_norms(network, [(x, None) for x in batches], lambda p: next(asked))
+    handle.remove()
+    assert [len(x) for x in seen] == [1, 16]
+    norm = network.blocks[1].bn1
+    mean = (seen[0].mean((0, 2, 3)) + 16 * seen[1].mean((0, 2, 3))) / 17
+    variance = (seen[0].var((0, 2, 3)) + 16 * seen[1].var((0, 2, 3))) / 17
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
 
 
 def test_network_and_gates_have_rates_of_their_own():

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.util.tensor_util import make_ndarray
 
 from deploy import speeds
-from gating.settle import UNSETTLED
+from gating.fixing import BEFORE_FIXING
 from utils.errors import UserError
 from utils.files import write_json
 from utils.runs.run import BEST, LAST, Run, find_last_run, stage_folder
@@ -135,7 +135,7 @@ def in_process(stage: str, given: list[str], monkeypatch: pytest.MonkeyPatch) ->
     [
         ("sp", ["--epochs", "1"], "epochs=5, not 1"),
         ("pruned", ["--set", "prune_ratio=0.4", "--set", "max_iter=1"], "prune_ratio=0.3, not 0.4"),
-        ("rl_pruned", ["--fixed_alpha"], "fixed_alpha=False, not True"),
+        ("rl_pruned", ["--recipe", "published"], "recipe=default, not published"),
     ],
 )
 def test_resuming_with_other_settings_starts_a_run_of_its_own(
@@ -165,7 +165,7 @@ def test_a_finished_run_only_reports_again(stage: str, chain: Path, shapes: Path
     results = tmp_path / "results"
     shutil.copytree(chain, results)
     before = {path: path.read_bytes() for path in run_folder(results, stage).glob("*.pt")}
-    assert stage != "rl_pruned" or any(path.name == UNSETTLED for path in before), "switches are fixed once"
+    assert stage != "rl_pruned" or any(path.name == BEFORE_FIXING for path in before), "switches are fixed once"
     lines = metrics(run_folder(results, stage))
     monkeypatch.setattr(speeds, "SECONDS", 0.0)
     in_process(stage, [*arguments(stage, shapes, results), "--resume"], monkeypatch)
@@ -183,10 +183,10 @@ def test_a_run_that_ended_while_switches_were_fixed_fixes_them_alike(
     results = tmp_path / "results"
     shutil.copytree(chain, results)
     folder = run_folder(results, "rl_pruned")
-    shutil.copyfile(folder / UNSETTLED, folder / BEST)
+    shutil.copyfile(folder / BEFORE_FIXING, folder / BEST)
     monkeypatch.setattr(speeds, "SECONDS", 0.0)
     in_process("rl_pruned", [*arguments("rl_pruned", shapes, results), "--resume"], monkeypatch)
-    for name in (BEST, UNSETTLED):
+    for name in (BEST, BEFORE_FIXING):
         paths = (folder / name, run_folder(chain, "rl_pruned") / name)
         assert_equal(*(torch.load(path, weights_only=True) for path in paths), name)
 

@@ -9,7 +9,6 @@ import torch
 from simulated_gpu import SimulatedTensor, Trace, simulated
 from torch import nn
 
-from gating.baselines import BASELINES
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import SteeredAlpha
 from models import ResNet, all_on, build_network, thresholded
@@ -24,12 +23,12 @@ from training.evaluate import evaluate
 from training.forward import training_forward
 from training.norms import placed, with_shared_norms
 from training.optimisers import reinforcement_optimisers, sgd
-from training.supervised import supervised_epoch
+from training.supervised import Supervision, supervised_epoch
 from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import ImageSet
-from utils.device import Randomness, described, pick_device, pick_precision
+from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import UserError
 from utils.flops import network_cost
 
@@ -52,10 +51,10 @@ def images(count: int) -> ImageSet:
 class Training:
     """Epochs of a stage on a simulated GPU."""
 
-    stage: str  # "sp", "pruned", a baseline of stage 3 or "closing"
+    stage: str  # "sp", "pruned", "greedy", "published" or "closing"
     net: ResNet
     teacher: ResNet
-    batch_norm: str = "frozen"
+    frozen_norms: bool = True
 
     def __post_init__(self):
         self.device = pick_device()
@@ -69,12 +68,12 @@ class Training:
         given = images(BATCH * steps).to(self.device)
         batches = TrainingBatches(given, BATCH, torch.Generator().manual_seed(0), NORMALISATION, True)
         trace.clear()
-        if self.stage in (*BASELINES, "closing"):
-            shares = torch.full((self.net.switches,), 1 / self.net.switches)
+        if self.stage in ("greedy", "published", "closing"):
+            shares = torch.full((self.net.switches,), 1 / self.net.switches, device=self.device)
             setup = Reinforcement(
                 network=self.net, optimisers=reinforcement_optimisers(self.net, 0.9, 0.0), shares=shares,
-                draws=self.draws, baseline="none" if self.stage == "closing" else self.stage,
-                batch_norm=self.batch_norm, loss_fn=self.loss_fn, forward=self.forward,
+                draws=self.draws, published=self.stage == "published", frozen_norms=self.frozen_norms,
+                loss_fn=self.loss_fn, forward=self.forward,
             )  # fmt: skip
             if self.stage == "closing":
                 closing_epoch(setup, batches, lambda _: 1e-3, "")
@@ -82,35 +81,36 @@ class Training:
                 alpha = SteeredAlpha(0.1, 1.0, 0.5, steps, self.device)
                 reinforce_epoch(setup, batches, [lambda _: 1e-3] * 2, alpha, "")
         else:
-            supervised_epoch(
-                self.net, batches, sgd(self.net, 1e-3, 0.9, 0.0), learning_rate=lambda _: 1e-3, draws=self.draws,
-                title="", loss_fn=self.loss_fn, forward=self.forward,
+            training = Supervision(
+                network=self.net, optimiser=sgd(self.net, 1e-3, 0.9, 0.0), draws=self.draws, loss_fn=self.loss_fn,
+                forward=self.forward,
             )  # fmt: skip
+            supervised_epoch(training, batches, lambda _: 1e-3, "")
         return trace.waits.copy()
 
 
 @pytest.mark.parametrize(
-    ("stage", "gate", "batch_norm"),
+    ("stage", "gate", "frozen"),
     [
-        ("sp", "rnn", ""), ("sp", "ff1", ""), ("sp", "ff2", ""), ("sp", "none", ""), ("pruned", "rnn", ""),
-        ("greedy", "rnn", "frozen"), ("greedy", "ff1", "follow"), ("batch", "ff2", "frozen"), ("none", "rnn", "follow"),
-        ("closing", "rnn", "frozen"), ("closing", "ff1", "follow"),
+        ("sp", "rnn", False), ("sp", "ff1", False), ("sp", "ff2", False), ("sp", "none", False),
+        ("pruned", "rnn", False), ("greedy", "rnn", True), ("greedy", "ff1", False), ("published", "rnn", False),
+        ("closing", "rnn", True), ("closing", "ff1", False),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("free", [2**30, 0])
-def test_a_step_waits_for_nothing(stage: str, gate: str, batch_norm: str, free: int):
+def test_a_step_waits_for_nothing(stage: str, gate: str, frozen: bool, free: int):
     """As many waits in an epoch of five steps as in one of two, wherever the images are."""
     with simulated(free_memory=free) as trace:
-        training = Training(stage, network(gate), network(gate), batch_norm)
+        training = Training(stage, network(gate), network(gate), frozen)
         assert training.waits(trace, 2) == training.waits(trace, 5)
 
 
-@pytest.mark.parametrize("settled", [{"blocks.2": 1}, {"blocks.1": 1}, {"blocks.1": 0, "blocks.2": 0}])
+@pytest.mark.parametrize("fixed", [{"blocks.2": 1}, {"blocks.1": 1}, {"blocks.1": 0, "blocks.2": 0}])
 @pytest.mark.parametrize("stage", ["sp", "greedy"])
-def test_settled_switches(stage: str, settled: dict[str, int]):
+def test_fixed_switches(stage: str, fixed: dict[str, int]):
     """Some or all of the gate is not used."""
     with simulated() as trace:
-        net = build_network("resnet", depth=8, num_classes=5, width=4, gate="rnn", settled=settled)
+        net = build_network("resnet", depth=8, num_classes=5, width=4, gate="rnn", fixed_switches=fixed)
         training = Training(stage, net, network())
         assert training.waits(trace, 2) == training.waits(trace, 5)
 
@@ -194,7 +194,7 @@ def test_precision_of_a_gpu(wanted: str, capability: tuple[int, int], precision:
         assert pick_precision(wanted, device) == precision
         used = "bf16 (Fisher and report in full float32)" if precision == torch.bfloat16 else "full float32"
         lacking = " (it has no bf16)" if capability < (8, 0) else ""
-        assert described(device, precision) == f"cuda (simulated) in {used}{lacking}"
+        assert device_text(device, precision) == f"cuda (simulated) in {used}{lacking}"
         net, seen = placed(network(), device), set()
         cost = network_cost(net, 8)
         net.stem[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
@@ -213,8 +213,8 @@ def test_bf16_that_a_gpu_does_not_have_is_refused():
 
 def test_precision_of_a_cpu():
     assert pick_precision("auto", CPU) == torch.float32 and pick_precision("bf16", CPU) == torch.bfloat16
-    assert described(CPU, torch.bfloat16) == "cpu in bf16 (Fisher and report in full float32)"
-    assert described(CPU, torch.float32) == "cpu in full float32"
+    assert device_text(CPU, torch.bfloat16) == "cpu in bf16 (Fisher and report in full float32)"
+    assert device_text(CPU, torch.float32) == "cpu in full float32"
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (7, 4, 3, 3)])

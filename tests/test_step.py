@@ -20,7 +20,7 @@ from training.distillation import distillation_loss_fn
 from training.forward import training_forward
 from training.norms import placed, with_shared_norms
 from training.optimisers import reinforcement_optimisers, sgd
-from training.supervised import half_held_open, supervised_epoch
+from training.supervised import Supervision, half_held_open, supervised_epoch
 from utils.data.augment import Normalisation
 from utils.data.batches import TrainingBatches
 from utils.data.images import ImageSet
@@ -190,13 +190,12 @@ def test_a_step_does_not_wait_for_the_gpu(stage: str):
             try:
                 if stage == "sp":
                     optimiser = sgd(net, 0.1, 0.9, 0.0)
-                    supervised_epoch(
-                        net, batches, optimiser, learning_rate=lambda _: 0.1, draws=draws, title="", forward=forward
-                    )
+                    training = Supervision(network=net, optimiser=optimiser, draws=draws, forward=forward)
+                    supervised_epoch(training, batches, lambda _: 0.1, "")
                 else:
                     setup = Reinforcement(
                         network=net, optimisers=reinforcement_optimisers(net, 0.9, 0.0),
-                        shares=torch.tensor([0.5, 0.5]), draws=draws,
+                        shares=torch.tensor([0.5, 0.5], device=device), draws=draws,
                         loss_fn=distillation_loss_fn(placed(network(), device), 0.5, torch.bfloat16), forward=forward,
                     )  # fmt: skip
                     alpha = SteeredAlpha(0.1, 1.0, 0.5, steps, device)

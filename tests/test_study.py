@@ -13,7 +13,7 @@ from commands import FINE_TUNING, ROOT, run_folder
 
 from benchmarks import alternatives, study
 from benchmarks.alternatives import Same
-from gating.settle import UNSETTLED
+from gating.fixing import BEFORE_FIXING
 from models import all_on
 from utils.flops import network_cost
 from utils.runs.checkpoint import load_checkpoint
@@ -46,7 +46,7 @@ def test_alternatives_execute_what_the_switches_execute_or_less(studied: Path, c
     measured.append("Torch-Pruning")
     assert list(by_method) == measured and set(measured) == set(study.ALTERNATIVES)
     static = load_checkpoint(run_folder(chain, "pruned") / BEST)
-    dynamic = load_checkpoint(run_folder(chain, "rl_pruned") / UNSETTLED)
+    dynamic = load_checkpoint(run_folder(chain, "rl_pruned") / BEFORE_FIXING)
     cost = network_cost(static.network(), 8)
     assert by_method["start"]["gflops"] == pytest.approx(cost.flops / 1e9, rel=1e-12)
     target = dynamic.metrics["computation"] * network_cost(dynamic.network(), 8).flops / 1e9

@@ -15,7 +15,7 @@ from utils.data.batches import plain_batches
 from utils.data.images import Images
 from utils.device import mixed_precision
 from utils.errors import UserError
-from utils.flops import NetworkCost
+from utils.flops import NetworkCost, network_cost
 from utils.modes import evaluation_mode
 
 
@@ -92,6 +92,21 @@ def evaluate(
         decisions=decisions,
         probabilities=probabilities,
     )
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures networks on one set of images."""
+
+    images: Images
+    normalisation: Normalisation
+    image_size: int  # height and width of the images
+    precision: torch.dtype = torch.float32  # of products, from ``utils.device.pick_precision``
+
+    def __call__(self, network: ResNet, decide: DecisionRule = thresholded) -> Evaluation:
+        """``evaluate`` on these images."""
+        cost = network_cost(network, self.image_size)
+        return evaluate(network, self.images, self.normalisation, cost, decide, precision=self.precision)
 
 
 def check_finite(network: ResNet, val: Evaluation, title: str) -> None:

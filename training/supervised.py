@@ -12,12 +12,12 @@ from tqdm import tqdm
 from models import ResNet, sampled, straight_through, thresholded
 from models.decisions import DecisionRule
 from training.forward import Forward, RuleMaker, training_forward
+from training.means import Means
 from training.norms import freeze_batch_norms
 from training.optimisers import set_learning_rate
 from utils import parallel
 from utils.data.batches import TrainingBatches
 from utils.device import fixed_shapes
-from utils.errors import UserError
 
 # Half of the images of a batch pass with every switch held open, so that the whole network, which static pruning works
 # on, is trained whatever the switches do.  On the other half decisions are drawn, not thresholded: switches that only
@@ -40,74 +40,61 @@ class EpochMeans:
     accuracy: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """What is trained with labels, and how."""
+
+    network: ResNet
+    optimiser: Optimizer
+    draws: torch.Generator  # on the network's device, of decisions and of the images whose switches are held open
+    loss_fn: LossFn | None = None  # what is minimised and reported; the cross-entropy by default
+    forward: Forward | None = None  # from ``training.forward.training_forward``; plain by default
+    # Makes a decision rule from numbers [N, 1 + K], uniform in [0, 1).  By default switches learn (``half_held_open``);
+    # under a rule of one's own no gradient goes through a decision, and the gates stay as they are.
+    rule: RuleMaker | None = None
+    frozen_norms: bool = False  # batch norms use their running statistics and leave them as they are
+
+
 @fixed_shapes()
 def supervised_epoch(
-    network: ResNet,
-    batches: TrainingBatches,
-    optimiser: Optimizer,
-    *,
-    learning_rate: Callable[[float], float],
-    draws: torch.Generator,
-    title: str,
-    loss_fn: LossFn | None = None,
-    forward: Forward | None = None,
-    rule: RuleMaker | None = None,
-    frozen_norms: bool = False,
+    training: Supervision, batches: TrainingBatches, learning_rate: Callable[[float], float], title: str
 ) -> EpochMeans:
     """Train for one epoch.
 
     Args:
         batches: on the network's device.
         learning_rate: rate as a function of the share of this epoch that is done.
-        draws: generator, on the network's device, of decisions and of the images whose switches are held open.
         title: what the progress bar says.
-        loss_fn: what is minimised and reported; the cross-entropy by default.
-        forward: the network's forward pass, from ``training.forward.training_forward``; plain by default.
-        rule: makes a decision rule from numbers [N, 1 + K], uniform in [0, 1).  By default switches learn
-            (``half_held_open``); under a rule of one's own no gradient goes through a decision.
-        frozen_norms: batch norms use their running statistics and leave them as they are.
 
     Raises:
         UserError: if the loss stops being finite.
     """
+    network, optimiser, loss_fn = training.network, training.optimiser, training.loss_fn
     parallel.broadcast_weights(network)
     network.train()
-    if frozen_norms:
+    if training.frozen_norms:
         freeze_batch_norms(network)
-    forward = training_forward(network) if forward is None else forward
+    elif training.rule is not None and network.gate is not None:
+        freeze_batch_norms(network.gate)
+    forward = training.forward or training_forward(network)
     device = next(network.parameters()).device
     # As in reinforcement, where it is explained.
-    skip = rule is not None and frozen_norms and device.type == "cpu"
-    steps = len(batches)
-    sums = torch.zeros(2, device=device, dtype=torch.float64)  # of the loss and of right answers
-    seen = 0
-    progress = tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())
-    for step, (x, labels) in enumerate(progress):
+    skip = training.rule is not None and training.frozen_norms and device.type == "cpu"
+    steps, means = len(batches), Means()
+    for step, (x, labels) in enumerate(tqdm(batches, title, steps, leave=False, disable=parallel.hide_progress_bar())):
         set_learning_rate(optimiser, learning_rate(step / steps))
         optimiser.zero_grad(set_to_none=True)
         images, y = len(labels), parallel.local_part(labels)
-        drawn = torch.rand(images, 1 + network.switches, generator=draws, device=device)
-        output = forward(x, rule or half_held_open, parallel.local_part(drawn), skip)
+        drawn = torch.rand(images, 1 + network.switches, generator=training.draws, device=device)
+        output = forward(x, training.rule or half_held_open, parallel.local_part(drawn), skip)
         loss = F.cross_entropy(output.logits, y) if loss_fn is None else loss_fn(x, output.logits, y)
         (len(y) / images * loss).backward()
         parallel.all_reduce_gradients(network.parameters())
         optimiser.step()
-        sums += torch.stack([len(y) * loss.detach(), (output.logits.argmax(dim=1) == y).sum()])
-        seen += images
+        means.add(images, loss=len(y) * loss, accuracy=output.logits.argmax(dim=1) == y)
         if step % CHECK_EVERY == 0 or step == steps - 1:
-            check_sums(sums, title)
-    loss, accuracy = (parallel.all_reduced(sums) / seen).tolist()
-    return EpochMeans(loss, accuracy)
-
-
-def check_sums(sums: Tensor, title: str) -> None:
-    """End training that has diverged.
-
-    Raises:
-        UserError: if a sum over the epoch is not finite.
-    """
-    if not sums.isfinite().all():
-        raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
+            means.check(title)
+    return EpochMeans(**means.over_all())
 
 
 def as_used(drawn: Tensor) -> DecisionRule:

@@ -43,7 +43,7 @@ def _lacks_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < BF16_CAPABILITY
 
 
-def described(device: torch.device, precision: torch.dtype) -> str:
+def device_text(device: torch.device, precision: torch.dtype) -> str:
     """Device and precision as a run's first line says them."""
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     if precision == torch.bfloat16:

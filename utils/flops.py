@@ -28,8 +28,8 @@ class NetworkCost:
     """Cost of a network for one image."""
 
     parameters: int  # all of them, batch norms and gates included
-    flops: int  # with every block run, those among them whose switches have settled closed and that have left
-    blocks: tuple[int, ...]  # FLOPs that each of the K switches saves when it closes; none where it has settled open
+    flops: int  # with every block run, those among them whose switches are fixed closed and that have left
+    blocks: tuple[int, ...]  # FLOPs that each of the K switches saves when it closes; none where it is fixed open
     layers: dict[str, LayerCost]
 
     @property
@@ -53,22 +53,23 @@ def network_cost(network: ResNet, image_size: int) -> NetworkCost:
     """Measure the cost of ``network`` for square images of ``image_size`` pixels, with one pass on a blank image.
 
     Blocks that have left the network count as they were before, but for the parameters: what switches save is measured
-    against the same network whether they have settled or not.
+    against the same network whether they are fixed or not.
     """
     layers = _layer_costs(network, image_size)
     before = layers
-    if 0 in network.settled.values():
-        before = _layer_costs(build_network(**{**network.architecture, "gate": "none", "settled": {}}), image_size)
+    if network.removed_blocks:
+        whole = {**network.architecture, "gate": "none", "fixed_switches": {}}
+        before = _layer_costs(build_network(**whole), image_size)
     blocks = []
     for switch in range(network.switches):
-        known = before if network.settled.get(switch) == 0 else layers
+        known = before if network.fixed_switches.get(switch) == 0 else layers
         residual = tuple(f"blocks.{switch + 1}.{conv}" for conv in ("conv1", "conv2"))
         blocks.append(sum(cost.flops for name, cost in known.items() if name.startswith(residual)))
-    left = sum(flops for switch, flops in enumerate(blocks) if network.settled.get(switch) == 0)
+    left = sum(flops for switch, flops in enumerate(blocks) if network.fixed_switches.get(switch) == 0)
     return NetworkCost(
         parameters=sum(p.numel() for p in network.parameters()),
         flops=sum(cost.flops for cost in layers.values()) + left,
-        blocks=tuple(0 if network.settled.get(switch) == 1 else flops for switch, flops in enumerate(blocks)),
+        blocks=tuple(0 if network.fixed_switches.get(switch) == 1 else flops for switch, flops in enumerate(blocks)),
         layers=layers,
     )
 

@@ -123,6 +123,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"checkpoint {path} was written by a newer version of this program ({names}): update this one")
     if not all(torch.isfinite(weight).all() for weight in content["weights"].values()):
         raise UserError(f"checkpoint {path} holds weights that are not finite: its training diverged, use another one")
+    if "settled" in content["architecture"]:  # as earlier versions called it
+        content["architecture"]["fixed_switches"] = content["architecture"].pop("settled")
     return Checkpoint(**content)
 
 

@@ -133,7 +133,7 @@ def _check(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet, swi
     network = checkpoint.network()
     if switched and checkpoint.architecture["gate"] == "none":
         raise UserError(f"checkpoint {path} has no switches to teach: train stage 1 with --gate rnn, ff1 or ff2")
-    if switched and not network.deciding:
+    if switched and not network.free_switches:
         raise UserError(
             f"checkpoint {path} has no switch that still decides: give the unsettled.pt beside it, or one of stage 2"
         )

@@ -16,9 +16,8 @@ from deploy import export, predict
 from deploy.folding import deployable, folded
 from deploy.graphs import onnx_model
 from deploy.session import check_session, open_session, run_session
-from gating import settle as settling
+from gating.fixing import fix_switches, fixed_blocks_text, uniform_decisions, with_fixed_switches
 from gating.reinforce import Reinforcement, reinforce_epoch
-from gating.settle import description, settle, settled_decisions, with_settled
 from gating.steering import Budget, FixedAlpha
 from gating.temperature import rescale_gate_logits
 from models import all_on, build_network, sampled, thresholded
@@ -26,7 +25,7 @@ from pruning.iteration import check_goal
 from pruning.selection import Goal
 from pruning.settings import Method
 from training.distillation import distillation_loss, distillation_loss_fn
-from training.evaluate import evaluate
+from training.evaluate import Evaluator, evaluate
 from training.optimisers import reinforcement_optimisers
 from utils.data.batches import TrainingBatches
 from utils.data.images import ImageSet
@@ -55,7 +54,7 @@ def tossed(drawn):
 def test_logits_stay_where_decisions_agree(gate, fixed):
     network = lively_network("rl_pruned", gate).double()
     images = NORMALISATION.apply(varied_images(64)).double()
-    smaller = with_settled(network, fixed)
+    smaller = with_fixed_switches(network, fixed)
     drawn = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
     agreeing = 0
     for rule in (lambda: thresholded, lambda: tossed(drawn)):
@@ -75,7 +74,7 @@ def test_logits_stay_where_decisions_agree(gate, fixed):
 @pytest.mark.parametrize("fixed", CASES)
 def test_cost_is_what_runs_and_blocks_that_left_still_count(gate, fixed):
     network = lively_network("rl_pruned", gate)
-    smaller = with_settled(network, fixed)
+    smaller = with_fixed_switches(network, fixed)
     before, after = network_cost(network, 16), network_cost(smaller, 16)
     assert (
         after.parameters == sum(p.numel() for p in smaller.parameters()) < before.parameters + (0 not in fixed.values())
@@ -93,7 +92,7 @@ def test_cost_is_what_runs_and_blocks_that_left_still_count(gate, fixed):
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("fixed", CASES)
 def test_fixed_network_is_exported(gate, fixed):
-    smaller = with_settled(lively_network("rl_pruned", gate), fixed)
+    smaller = with_fixed_switches(lively_network("rl_pruned", gate), fixed)
     pixels = varied_images(64)
     deployed = deployable(smaller, NORMALISATION)
     model = onnx_model(deployed, 16)
@@ -118,7 +117,7 @@ def left_out(layers):
 
 def test_only_what_nobody_needs_leaves_the_gate():
     kept = {
-        gate: [with_settled(lively_network("rl_pruned", gate), fixed) for fixed in ({0: 1}, {1: 1})]
+        gate: [with_fixed_switches(lively_network("rl_pruned", gate), fixed) for fixed in ({0: 1}, {1: 1})]
         for gate in ("rnn", "ff2")
     }
     # The second switch reads the state that the first one leaves.
@@ -126,25 +125,28 @@ def test_only_what_nobody_needs_leaves_the_gate():
     assert [left_out(n.gate.decisions) for n in kept["ff2"]] == [[True, False], [False, True]]
 
 
-def test_checkpoint_says_what_is_settled(tmp_path):
-    network = with_settled(lively_network("rl_pruned", "rnn"), {0: 0})
+def test_checkpoint_says_what_is_fixed(tmp_path):
+    network = with_fixed_switches(lively_network("rl_pruned", "rnn"), {0: 0})
     path = checkpoint_file(tmp_path / "best.pt", network, list("abcdefghij"))
     loaded = load_checkpoint(path)
-    assert loaded.architecture["settled"] == {"blocks.1": 0}
+    assert loaded.architecture["fixed_switches"] == {"blocks.1": 0}
     assert loaded.architecture["ranks"].keys() == RANKS.keys(), "what the residual was is still told"
     images = NORMALISATION.apply(varied_images(8))
     assert torch.equal(outputs(loaded.network(), images).logits, outputs(network, images).logits)
-    older = lively_network("rl_pruned", "rnn")
-    del older.architecture["settled"]
-    assert load_checkpoint(checkpoint_file(tmp_path / "older.pt", older, list("abcdefghij"))).network().settled == {}
+    for fixed in ({}, {0: 0}):  # as earlier versions called it, and the earliest not at all
+        older = with_fixed_switches(lively_network("rl_pruned", "rnn"), fixed)
+        earlier = older.architecture.pop("fixed_switches")
+        older.architecture |= {"settled": earlier} if earlier else {}
+        path = checkpoint_file(tmp_path / "older.pt", older, list("abcdefghij"))
+        assert load_checkpoint(path).network().fixed_switches == fixed
 
 
-@pytest.mark.parametrize("settled", [{"blocks.0": 0}, {"blocks.9": 0}, {"blocks.1": 2}, {"stem": 1}])
-def test_switch_that_does_not_exist_is_refused(settled):
-    with pytest.raises(ValueError, match="settled"):
-        build_network("resnet", depth=8, num_classes=3, width=4, settled=settled)
-    with pytest.raises(ValueError, match="settled"):
-        build_network("resnet", depth=8, num_classes=3, width=4, gate="none", settled={"blocks.1": 0})
+@pytest.mark.parametrize("fixed", [{"blocks.0": 0}, {"blocks.9": 0}, {"blocks.1": 2}, {"stem": 1}])
+def test_switch_that_does_not_exist_is_refused(fixed):
+    with pytest.raises(ValueError, match="fixed_switches"):
+        build_network("resnet", depth=8, num_classes=3, width=4, fixed_switches=fixed)
+    with pytest.raises(ValueError, match="fixed_switches"):
+        build_network("resnet", depth=8, num_classes=3, width=4, gate="none", fixed_switches={"blocks.1": 0})
 
 
 def test_decisions_settle_at_the_share_asked_for():
@@ -152,8 +154,8 @@ def test_decisions_settle_at_the_share_asked_for():
     decisions[:, 1] = 1
     decisions[:1, 2] = 1  # 99.9 % closed
     decisions[:500, 3] = 1
-    assert settled_decisions(decisions, 0.999) == {0: 0, 1: 1, 2: 0}
-    assert settled_decisions(decisions, 1.0) == {0: 0, 1: 1}
+    assert uniform_decisions(decisions, 0.999) == {0: 0, 1: 1, 2: 0}
+    assert uniform_decisions(decisions, 1.0) == {0: 0, 1: 1}
 
 
 def closed_first(gate: str):
@@ -172,7 +174,7 @@ def labelled(network, count=64):
 def test_settled_network_is_kept_within_the_budget_only(floor):
     network = closed_first("ff2")
     images, cost = labelled(network), network_cost(network, 16)
-    found = settle(network, images, 16, NORMALISATION, Budget(floor), 0.999)
+    found = fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(floor), 0.999)
     if floor > 1:  # out of reach
         assert found is None
         return
@@ -182,9 +184,12 @@ def test_settled_network_is_kept_within_the_budget_only(floor):
     own = network_cost(smaller, 16)
     gates = cost.flops - own.flops  # of steps that nobody needs
     assert measured.flops_executed == pytest.approx(whole.flops_executed - gates) and measured.flops_all == own.flops
-    assert smaller.settled[0] == 0 and description(smaller).startswith(("block 2 left out", "blocks 2, 3 left out"))
+    assert smaller.fixed_switches[0] == 0 and smaller.removed_blocks[0] == "blocks.1"
+    assert fixed_blocks_text(smaller).startswith(("block 2 left out", "blocks 2, 3 left out"))
     assert network_cost(smaller, 16).parameters < cost.parameters
-    assert settle(smaller, images, 16, NORMALISATION, Budget(floor), 0.999) is None, "there is no more to fix"
+    assert fix_switches(smaller, Evaluator(images, NORMALISATION, 16), Budget(floor), 0.999) is None, (
+        "there is no more to fix"
+    )
 
 
 def closed_for(stage: str, *closed: int):
@@ -201,24 +206,24 @@ def closed_for(stage: str, *closed: int):
 
 def test_as_many_switches_are_fixed_as_the_budget_allows():
     network, images, decisions = closed_for("rl_pruned", 4, 2)
-    assert list(settled_decisions(decisions, 0.9).items()) == [(1, 1), (0, 1)], "the most settled first"
-    cost = network_cost(with_settled(network, {1: 1}), 16)
-    one = evaluate(with_settled(network, {1: 1}), images, NORMALISATION, cost).computation
+    assert list(uniform_decisions(decisions, 0.9).items()) == [(1, 1), (0, 1)], "the most uniform first"
+    cost = network_cost(with_fixed_switches(network, {1: 1}), 16)
+    one = evaluate(with_fixed_switches(network, {1: 1}), images, NORMALISATION, cost).computation
     for target, fixed in ((1.0, {0: 1, 1: 1}), (one, {1: 1})):
-        found = settle(network, images, 16, NORMALISATION, Budget(0.0, target), 0.9)
-        assert found.network.settled == fixed
+        found = fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(0.0, target), 0.9)
+        assert found.network.fixed_switches == fixed
         assert found.after.computation <= target + 0.005
-    assert settle(network, images, 16, NORMALISATION, Budget(0.0, one - 0.02), 0.9) is None
+    assert fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(0.0, one - 0.02), 0.9) is None
 
 
 def test_switches_that_save_more_than_they_cost_go_on_deciding():
     """Fixed open, a switch executes the FLOPs that it saved; step and test cost a percent of all that are executed."""
     network, images, decisions = closed_for("sp", 30, 2)
     executed = network_cost(network, 16).executed(decisions).mean().item()
-    both = network_cost(with_settled(network, {0: 1, 1: 1}), 16).flops  # nothing is skipped any more
+    both = network_cost(with_fixed_switches(network, {0: 1, 1: 1}), 16).flops  # nothing is skipped any more
     assert both > 1.02 * executed
-    found = settle(network, images, 16, NORMALISATION, Budget(0.0), 0.5)
-    assert found.network.settled == {1: 1}
+    found = fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(0.0), 0.5)
+    assert found.network.fixed_switches == {1: 1}
     assert found.after.flops_executed <= 1.01 * executed
 
 
@@ -242,17 +247,16 @@ TOGETHER = [
 
 
 @pytest.mark.parametrize(("measured", "fixed"), TOGETHER)
-def test_what_is_fixed_keeps_the_accuracy_and_costs_least(measured, fixed, monkeypatch):
+def test_what_is_fixed_keeps_the_accuracy_and_costs_least(measured, fixed):
     decisions = torch.zeros(1000, 2)
-    decisions[:1, 1] = 1  # the first switch is the more settled one
+    decisions[:1, 1] = 1  # the first switch is the more uniform one
 
-    def told(network, images, normalisation, cost, precision):
-        accuracy, flops = measured.get(tuple(sorted(network.settled)), (0.9, 1000))
+    def told(network):
+        accuracy, flops = measured.get(tuple(sorted(network.fixed_switches)), (0.9, 1000))
         return SimpleNamespace(accuracy=accuracy, computation=flops / 2000, flops_executed=flops, decisions=decisions)
 
-    monkeypatch.setattr(settling, "evaluate", told)
-    found = settle(lively_network("sp", "rnn"), None, 16, NORMALISATION, Budget(0.0), 0.5)
-    assert (found and set(found.network.settled)) == fixed
+    found = fix_switches(lively_network("sp", "rnn"), told, Budget(0.0), 0.5)
+    assert (found and set(found.network.fixed_switches)) == fixed
 
 
 @pytest.mark.parametrize("target", [None, 1.0])
@@ -261,14 +265,14 @@ def test_what_costs_accuracy_is_not_fixed_whatever_the_budget(target):
     network, images, _ = closed_for("sp", 40, 40)
     images = ImageSet(images.pixels, outputs(network, NORMALISATION.apply(images.pixels)).logits.argmax(dim=1))
     for switch in (0, 1):
-        smaller = with_settled(network, {switch: 0})
+        smaller = with_fixed_switches(network, {switch: 0})
         assert evaluate(smaller, images, NORMALISATION, network_cost(smaller, 16)).accuracy < 0.95
-    assert settle(network, images, 16, NORMALISATION, Budget(0.0, target), 0.5) is None
+    assert fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(0.0, target), 0.5) is None
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_in_later_training_fixed_switches_stay_as_they_are(gate):
-    network = with_settled(lively_network("rl_pruned", gate), {0: 0})
+    network = with_fixed_switches(lively_network("rl_pruned", gate), {0: 0})
     images, cost = labelled(network, 32), network_cost(network, 16)
     rescale_gate_logits(network, NORMALISATION.apply(images.pixels))
     setup = Reinforcement(
@@ -287,7 +291,7 @@ def test_in_later_training_fixed_switches_stay_as_they_are(gate):
 
 @pytest.mark.parametrize("fixed", [{0: 0}, {1: 1}, {0: 0, 1: 0}])
 def test_a_network_that_blocks_have_left_may_be_the_teacher(fixed):
-    teacher = with_settled(lively_network("rl_pruned", "rnn"), fixed)
+    teacher = with_fixed_switches(lively_network("rl_pruned", "rnn"), fixed)
     x, labels = NORMALISATION.apply(varied_images(8)), torch.arange(8)
     logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -296,7 +300,7 @@ def test_a_network_that_blocks_have_left_may_be_the_teacher(fixed):
 
 
 def test_export_says_what_was_left_out_and_predict_skips_it(tmp_path, monkeypatch, capsys):
-    network = with_settled(lively_network("rl_pruned", "rnn"), {0: 0})
+    network = with_fixed_switches(lively_network("rl_pruned", "rnn"), {0: 0})
     path = checkpoint_file(tmp_path / "best.pt", network, list("abcdefghij"))
     run_main(monkeypatch, export, "--checkpoint", path, "--output", tmp_path / "out")
     assert "block 2 left out; switches that decide image by image: 1" in capsys.readouterr().out
@@ -310,7 +314,7 @@ def test_export_says_what_was_left_out_and_predict_skips_it(tmp_path, monkeypatc
 
 def test_predict_tells_what_left_from_what_is_skipped(tmp_path, monkeypatch, capsys):
     """All switches fixed: none is skipped, and the FLOPs are those of what is left; older exports do not say it."""
-    network = with_settled(lively_network("rl_pruned", "rnn"), {0: 0, 1: 1})
+    network = with_fixed_switches(lively_network("rl_pruned", "rnn"), {0: 0, 1: 1})
     path = checkpoint_file(tmp_path / "best.pt", network, list("abcdefghij"))
     run_main(monkeypatch, export, "--checkpoint", path, "--output", tmp_path / "out")
     Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
@@ -341,7 +345,7 @@ def test_gradients_of_skipped_training_are_those_of_masked_training_in_both_layo
 
 
 def test_channel_criteria_refuse_a_network_that_blocks_have_left():
-    network = with_settled(lively_network("sp", "rnn"), {0: 0})
+    network = with_fixed_switches(lively_network("sp", "rnn"), {0: 0})
     method = Method(criterion="kron_obd")
     with pytest.raises(UserError, match="criterion kron_obd removes channels from whole blocks, but blocks have left"):
         check_goal(network, 16, Goal(prune_ratio=0.1), method)
