@@ -25,7 +25,7 @@ from training.evaluate import check_finite, evaluate
 from training.forward import training_forward
 from training.norms import placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, sgd
-from training.report import report
+from training.report import Chosen, report
 from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
 from training.supervised import LossFn, Supervision, supervised_epoch
 from utils import parallel
@@ -142,9 +142,8 @@ def main() -> None:
         save_checkpoint(run.path / BEST, best)
         draw_ranks(run, unpruned, iterations)
         points = [point(iteration, stage) for iteration in iterations]
-        report(
-            settings.result_dir, run, best, splits.test, splits.val_name, device, measured_speeds, points, within_budget
-        )
+        chosen = Chosen(best, splits.val_name, within_budget, points)
+        report(settings.result_dir, run, chosen, splits.test, measured_speeds)
 
 
 def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Checkpoint:

@@ -29,7 +29,7 @@ from training.evaluate import Evaluation, Evaluator, check_finite
 from training.forward import training_forward
 from training.norms import BATCH_NORM_MODES, placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, reinforcement_optimisers, sgd
-from training.report import report
+from training.report import Chosen, report
 from training.scalars import epoch_scalars, layer_scalars
 from utils import parallel
 from utils.data.batches import TrainingBatches, check_batches, split_as_before
@@ -294,9 +294,8 @@ def finish(stage: Stage, test: Images) -> None:
     record_routing(run, best, test, cost, stage.budget.floor, device)
     if within_budget and not settings.published:
         best = with_fixed(stage, best)
-    report(
-        settings.result_dir, run, best, test, stage.val_name, device, measured_speeds, within_budget=within_budget
-    )  # fmt: skip
+    chosen = Chosen(best, stage.val_name, within_budget)
+    report(settings.result_dir, run, chosen, test, measured_speeds)
 
 
 def with_fixed(stage: Stage, best: Checkpoint) -> Checkpoint:

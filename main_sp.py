@@ -19,7 +19,7 @@ from training.evaluate import Evaluator, check_finite
 from training.forward import training_forward
 from training.norms import placed
 from training.optimisers import rates_of_epoch, sgd
-from training.report import report
+from training.report import Chosen, report
 from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
 from training.supervised import Supervision, supervised_epoch
 from utils import parallel
@@ -107,7 +107,7 @@ def main() -> None:
             keeper.save_last()
 
         selected_on = "last epoch" if splits.val_is_test else "validation"
-        report(settings.result_dir, run, keeper.best(), splits.test, selected_on, device, measured_speeds)
+        report(settings.result_dir, run, Chosen(keeper.best(), selected_on), splits.test, measured_speeds)
 
 
 def split_for(settings: Settings, data: DataSet, last: LastRun | None) -> Splits:

@@ -57,7 +57,7 @@ def reported(result_dir: Path, run: Run, measure_speeds: reporting.MeasureSpeeds
     test = ImageSet(varied_images(8), torch.arange(8) % 10)
     best = load_checkpoint(run.path / BEST)
     with run:
-        return reporting.report(result_dir, run, best, test, "validation", torch.device("cpu"), measure_speeds)
+        return reporting.report(result_dir, run, reporting.Chosen(best, "validation"), test, measure_speeds)
 
 
 def test_runs_that_end_at_the_same_moment_lose_nothing(tmp_path):
@@ -115,7 +115,7 @@ def test_speeds_go_into_the_records_of_the_chain(tmp_path):
     speeds = {start["checkpoint"]: {"latency_ms": 3.0, "throughput": 4.0}}
     with run:
         own = reporting.report(
-            tmp_path, run, best, ImageSet(varied_images(8), torch.arange(8)), "validation", torch.device("cpu"),
+            tmp_path, run, reporting.Chosen(best, "validation"), ImageSet(varied_images(8), torch.arange(8)),
             lambda files, pixels: speeds | {list(files)[-1]: {"latency_ms": 5.0, "throughput": 6.0}},
         )  # fmt: skip
     files = [folder_of(tmp_path, r) / "record.json" for r in (start, pruned, other, own)]

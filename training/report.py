@@ -1,9 +1,10 @@
 """What a finished run measures of the network that it chose, and its row in the results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from models import all_on
@@ -32,31 +33,28 @@ SHOWN = ("compression", "computation", "gflops", "latency_ms", "parameters", "th
 MeasureSpeeds = Callable[[dict[str, Path], Tensor], dict[str, dict[str, float]]]
 
 
-def report(
-    result_dir: str | Path,
-    run: Run,
-    best: Checkpoint,
-    test: Images,
-    selected_on: str,
-    device: torch.device,
-    measure_speeds: MeasureSpeeds,
-    points: list[dict[str, float | str]] | None = None,
-    within_budget: bool = True,
-) -> Record:
+@dataclass(frozen=True)
+class Chosen:
+    """The network that a run chose, and how."""
+
+    best: Checkpoint
+    selected_on: str  # "validation", "test" or "last epoch"
+    within_budget: bool = True  # whether it kept the accuracy (or the computation) that the run was asked for
+    points: Sequence[dict[str, Any]] = ()  # gflops and accuracy of other networks of the run, for the picture
+
+
+def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measure_speeds: MeasureSpeeds) -> Record:
     """Measure a finished run's best network on the test images; add it to the results, draw them, print the table.
 
     Several processes share the test images; one does the rest.
 
     Args:
-        best: the checkpoint the run chose.
+        test: on the device to measure on.
         measure_speeds: of the exported networks.
-        selected_on: what it was chosen on: "validation", "test" or "last epoch".
-        points: gflops and accuracy of other networks of the run, and what it was measured on, for the picture.
-        within_budget: whether it kept the accuracy (or the computation) that the run was asked for.
     """
+    best = chosen.best
     result_dir = Path(result_dir).expanduser()
-    network = placed(best.network(), device)
-    test = test.to(device)
+    network = placed(best.network(), test.device)
     cost = network_cost(network, best.data["image_size"])
     measured = evaluate(network, test, best.normaliser(), cost)
     counted = measured.flops_executed if best.stage == "rl_pruned" else measured.flops_all
@@ -77,9 +75,9 @@ def report(
         "seed": best.seed,
         "checkpoint": relative_to_results(run.path / BEST, result_dir),
         "source": best.source,
-        "selected_on": selected_on,
-        "within_budget": within_budget,
-        "points": points or [],
+        "selected_on": chosen.selected_on,
+        "within_budget": chosen.within_budget,
+        "points": list(chosen.points),
         **NOT_MEASURED,
     }
     if not parallel.is_main_process():
