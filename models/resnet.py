@@ -18,14 +18,19 @@ GATES = ("rnn", "ff1", "ff2", "none")
 Ranks = Mapping[str, Sequence[int | None]]
 
 
+DEEPEST = 1202  # of the networks that were published
+
+
 def check_depth(depth: int) -> None:
     """Refuse a depth that no network has.
 
     Raises:
-        ValueError: unless it is 6n + 2, n >= 1.
+        ValueError: unless it is 6n + 2, n >= 1, and ``DEEPEST`` at most.
     """
-    if depth < 8 or (depth - 2) % 6 != 0:
-        raise ValueError(f"depth {depth} is not of the form 6n+2: use 8, 14, 20, 26, 32, 38, 44, 50, 56 or 110")
+    if not 8 <= depth <= DEEPEST or (depth - 2) % 6 != 0:
+        raise ValueError(
+            f"depth {depth} is not of the form 6n+2 or above {DEEPEST}: use 8, 14, 20, 26, 32, 38, 44, 50, 56 or 110"
+        )
 
 
 class RoutedOutput(NamedTuple):

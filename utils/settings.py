@@ -19,6 +19,9 @@ SCHEDULES = ("cosine", "step")  # of learning rates, see ``training.optimisers``
 # What may change between the start of a run and its resumption without changing its outcome but for rounding.
 NOT_COMPARED = ("download", "num_workers", "data_dir", "result_dir", "compile")
 
+MOST_PIXELS = 2048  # a side of an image: beyond it the features of one image fill gigabytes
+MOST_SEED = 2**32 - 1
+
 RESUME = "go on with the newest unfinished run of this stage that has these settings, or start one"
 
 Settings = TypeVar("Settings", bound="StageSettings")
@@ -67,11 +70,11 @@ class StageSettings:
     data_dir: str = setting(MISSING, "folder with train/ and test/, or with the CIFAR files of torchvision")
     result_dir: str = setting("results", "folder that all stages write to")
     img_type: str = setting("any", "image files to read", choices=tuple(IMAGE_TYPES))
-    resize: int = setting(32, "height and width images are brought to", low=8)
+    resize: int = setting(32, "height and width images are brought to", low=8, high=MOST_PIXELS)
     num_workers: int = setting(16, "threads that decode images", low=0)
     momentum: float = setting(0.9, "momentum of SGD, Nesterov's form", low=0, below=1)
     weight_decay: float = setting(0.0005, "L2 penalty on every weight but the gates'", low=0)
-    seed: int = setting(0, "seed of weights, order, augmentation, drawn labels and decisions", low=0, high=2**32 - 1)
+    seed: int = setting(0, "seed of weights, order, augmentation, drawn labels and decisions", low=0, high=MOST_SEED)
     precision: str = setting(
         "auto", "of products: bf16 or float32; auto is bf16 on GPUs that have it, else float32", choices=PRECISIONS
     )

@@ -19,6 +19,7 @@ from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flops import NetworkCost
+from utils.runs.contents import check_archive, check_contents
 
 FORMAT = "switched-resnet-checkpoint-1"
 
@@ -43,17 +44,9 @@ class Checkpoint:
     source: str | None = None  # checkpoint that this network came from
 
     def network(self) -> ResNet:
-        """The network with its weights, in evaluation mode, on the CPU.
-
-        Raises:
-            UserError: if the weights do not fit the architecture.
-        """
-        try:
-            network = build_network(**self.architecture)
-            network.load_state_dict(self.weights)
-        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
-            reason = str(error).strip().split("\n")[-1].strip()[:160]
-            raise UserError(f"the checkpoint's weights do not fit the architecture that it names ({reason})") from error
+        """The network with its weights, in evaluation mode, on the CPU."""
+        network = build_network(**self.architecture)
+        network.load_state_dict(self.weights)
         return network.eval()
 
     def compression(self, cost: NetworkCost) -> float:
@@ -102,6 +95,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles it did not write; the error below says enough
+            check_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist: check the path, or run the stage that makes it") from None
@@ -121,11 +115,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if unknown := content.keys() - kinds:
         names = ", ".join(map(str, unknown))
         raise UserError(f"checkpoint {path} was written by a newer version of this program ({names}): update this one")
-    if not all(torch.isfinite(weight).all() for weight in content["weights"].values()):
-        raise UserError(f"checkpoint {path} holds weights that are not finite: its training diverged, use another one")
     if "settled" in content["architecture"]:  # as earlier versions called it
         content["architecture"]["fixed_switches"] = content["architecture"].pop("settled")
-    return Checkpoint(**content)
+    checkpoint = Checkpoint(**content)
+    try:
+        check_contents(vars(checkpoint))
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} cannot be used, {error}: use another one or make it again") from error
+    return checkpoint
 
 
 def load_network(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
