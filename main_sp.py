@@ -39,14 +39,14 @@ from utils.flops import NetworkCost, network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, describe
 from utils.runs.keeper import Keeper, Progress
 from utils.runs.run import LastRun, find_last_run, open_run, stage_folder
-from utils.settings import TrainingSettings, parse_flags, setting
+from utils.settings import MOST_CHANNELS, TrainingSettings, parse_flags, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
     """The flags of stage 1."""
 
-    width: int = setting(64, "channels of the first group; the others have 2x and 4x", low=1)
+    width: int = setting(64, "channels of the first group; the others have 2x and 4x", low=1, high=MOST_CHANNELS)
     gate: str = setting("rnn", "kind of switch: recurrent, two feed-forward kinds, or none", choices=GATES)
     val_fraction: float = setting(0.1, "share of the training images set aside for validation", low=0, below=1)
     no_flip: bool = setting(False, "do not mirror images (for digits and the like)")

@@ -1,5 +1,6 @@
 """The settings of stage 2, a typed key each, and those among them that say how an iteration prunes."""
 
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pruning.capture import FISHER_TYPES
 from pruning.costs import Seconds
 from pruning.selection import OBJECTIVES
 from utils.errors import UserError
-from utils.settings import SCHEDULES, StageSettings, setting
+from utils.settings import MOST_CHANNELS, MOST_EPOCHS, MOST_IMAGES, SCHEDULES, StageSettings, path_setting, setting
 
 EIGENBASIS_CRITERIA = ("eigendamage",)
 CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
@@ -45,7 +46,10 @@ class Method:
         choices=OBJECTIVES,
     )
     round_to: int = setting(
-        16, "kept ranks and channels are raised to multiples of this; of less where a layer has few channels", low=1
+        16,
+        "kept ranks and channels are raised to multiples of this; of less where a layer has few channels",
+        low=1,
+        high=MOST_CHANNELS,
     )
     prune_ratio_limit: float = setting(
         0.9, "largest share of its directions that a layer may lose in all", low=0, below=1
@@ -54,7 +58,7 @@ class Method:
         False, "rank single directions or channels by their share of the layer's saliency, not by the saliency"
     )
     fisher_type: str = setting("true", "labels drawn from the prediction, or taken from the data", choices=FISHER_TYPES)
-    fisher_draws: int = setting(1, "labels drawn for each image of the true Fisher", low=1)
+    fisher_draws: int = setting(1, "labels drawn for each image of the true Fisher", low=1, high=10**4)
     correct_eigenvalues: bool = setting(
         True, "with truncate, measure the curvature in the eigenbasis (EK-FAC), at one pass more"
     )
@@ -92,16 +96,16 @@ class PruneSettings(Method, StageSettings):
         UserError: for a schedule or a name that there is not, or for settings that exclude each other.
     """
 
-    width: int = setting(64, "width of the network of stage 1", low=1)
-    checkpoint: str = setting("", "checkpoint to prune; empty: the newest run of stage 1 that fits")
-    batch_size: int = setting(128, "images in a batch", low=2)
+    width: int = setting(64, "width of the network of stage 1", low=1, high=MOST_CHANNELS)
+    checkpoint: str = path_setting("", "checkpoint to prune; empty: the newest run of stage 1 that fits")
+    batch_size: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
     lr: float = setting(0.02, "learning rate at the start of each fine-tuning", low=0)
     scheduler_params: dict = setting(
         {"name": "cosine"}, 'schedule of each fine-tuning: {"name": "cosine"}, or "step" with milestones and gamma'
     )
-    epochs_start: int = setting(10, "epochs of fine-tuning while nothing is removed yet", low=0)
+    epochs_start: int = setting(10, "epochs of fine-tuning while nothing is removed yet", low=0, high=MOST_EPOCHS)
     epochs_end: int = setting(
-        40, "epochs of fine-tuning when everything is removed; interpolated by compression", low=0
+        40, "epochs of fine-tuning when everything is removed; interpolated by compression", low=0, high=MOST_EPOCHS
     )
     prune_ratio: float = setting(
         0.3,
@@ -117,7 +121,7 @@ class PruneSettings(Method, StageSettings):
         0.0, "parameters after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0
     )
     fisher_images: int = setting(
-        10000, "training images that the Fisher is measured on (all, if there are fewer)", low=1
+        10000, "training images that the Fisher is measured on (all, if there are fewer)", low=1, high=10**9
     )
     reestimate_batch_norm: bool = setting(
         True, "without refit, measure the batch norms' statistics anew after surgery, on the images of the Fisher"
@@ -125,11 +129,11 @@ class PruneSettings(Method, StageSettings):
     distill: float = setting(
         0.5, "weight of following stage 1's predictions in fine-tuning, the rest being the labels'", low=0, high=1
     )
-    max_iter: int = setting(8, "iterations of prune, fine-tune, measure", low=1)
+    max_iter: int = setting(8, "iterations of prune, fine-tune, measure", low=1, high=10**4)
     max_accuracy_drop: float = setting(
         0.01, "accuracy that may be lost against stage 1, 0.01 being a point", low=0, high=1
     )
-    log_interval: int = setting(1, "fine-tuning epochs between lines of the log", low=1)
+    log_interval: int = setting(1, "fine-tuning epochs between lines of the log", low=1, high=MOST_EPOCHS)
     exp_name: str = setting("", "name added to the folder of the run")
 
     def __post_init__(self) -> None:
@@ -152,9 +156,13 @@ def _check_schedule(given: Mapping[str, Any]) -> None:
     if unknown:
         raise UserError(f"unknown key {sorted(unknown)[0]!r} in scheduler_params: it takes name, milestones and gamma")
     if given.get("name", "cosine") not in SCHEDULES:
-        raise UserError(f"scheduler_params.name is {given['name']!r}: it takes one of {', '.join(SCHEDULES)}")
+        raise UserError(
+            f"scheduler_params.name is {reprlib.repr(given['name'])}: it takes one of {', '.join(SCHEDULES)}"
+        )
     milestones, gamma = given.get("milestones", []), given.get("gamma", 0.1)
     if not isinstance(milestones, list) or not all(isinstance(m, int | float) and 0 < m < 1 for m in milestones):
-        raise UserError(f"scheduler_params.milestones is {milestones!r}: it takes a list of shares between 0 and 1")
+        raise UserError(
+            f"scheduler_params.milestones is {reprlib.repr(milestones)}: it takes a list of shares between 0 and 1"
+        )
     if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 < gamma <= 1:
-        raise UserError(f"scheduler_params.gamma is {gamma!r}: it takes a number above 0, at most 1")
+        raise UserError(f"scheduler_params.gamma is {reprlib.repr(gamma)}: it takes a number above 0, at most 1")

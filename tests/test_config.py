@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import main_rl_prune
+import main_sp
 from pruning.settings import PruneSettings
 from training.optimisers import scheduled
 from utils.errors import UserError
@@ -195,3 +197,67 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: str | bytes, message: 
 def test_a_missing_file(tmp_path: Path):
     with pytest.raises(UserError, match=f"settings file {tmp_path / 'none.json'} does not exist"):
         load_settings(PruneSettings, tmp_path / "none.json", [])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data_dir=~nobody/x", "data_dir is '~nobody/x' is in the home of a user who does not exist"),
+        ("checkpoint=~nobody/best.pt", "'~nobody/best.pt' is in the home of a user who does not exist"),
+        ("result_dir=~nobody", "'~nobody' is in the home of a user who does not exist"),
+        ('data_dir="a\\u0000b"', r"data_dir is 'a\\x00b': it takes text in UTF-8 without zero bytes"),
+        ('exp_name="a\\ud800b"', r"exp_name is 'a\\ud800b': it takes text in UTF-8"),
+        (f"lr=1{400 * '0'}", "lr is an integer of 401 digits: it takes a number below 1e308"),
+        (f"batch_size={2**70}", "batch_size is 1180591620717411303424, out of range: it takes 2 to"),
+        (f"fisher_draws={10**12}", "fisher_draws is 1000000000000, out of range: it takes 1 to 10000"),
+        (f"seed={10**400}", "seed is 10*, out of range"),
+        (f"width={10**6}", "width is 1000000, out of range"),
+        ("depth=60000008", "depth 60000008 is not of the form 6n\\+2 or above 1202"),
+        ("resize=20000", "resize is 20000, out of range: it takes 8 to 2048"),
+        (f"lr={5000 * '['}", r"lr is '\[\[.*, a str: it takes a value of type float"),
+        (f"lr={500 * '['}{500 * ']'}", r"lr is \[\[.*, a list: it takes a value of type float"),
+        (f'scheduler_params={{"milestones": {500 * "["}{500 * "]"}}}', r"scheduler_params.milestones is \[\[\["),
+        (f'scheduler_params={{"gamma": 1{400 * "0"}}}', "scheduler_params.gamma is 10.*0: it takes a number above 0"),
+        ('scheduler_params={"name": "step", "name": "cosine"}', "the key 'name' stands twice in the settings"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_hostile_value_is_refused_in_one_sentence(override: str, message: str):
+    with pytest.raises(UserError, match=message) as found:
+        load_settings(PruneSettings, CONFIG, [override])
+    assert len(str(found.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"depth": 14, "lr": 0.1, "depth": 20}', "the key 'depth' stands twice in the settings: leave one"),
+        ('{"scheduler_params": {"name": "step", "name": "cosine"}}', "the key 'name' stands twice in the settings"),
+        (10000 * "[", "is no valid JSON"),
+        (10000 * '{"a":', "is no valid JSON"),
+        (f'{{"seed": {5000 * "1"}}}', "is no valid JSON"),
+        ('{"\\ud800": 1}', r"unknown key '\\ud800' in the settings"),
+        ('{"data_dir": "a\\u0000b"}', r"data_dir is 'a\\x00b': it takes text"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_hostile_file_is_refused_in_one_sentence(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_settings(PruneSettings, path, [])
+
+
+@pytest.mark.parametrize("settings", [PruneSettings, main_sp.Settings, main_rl_prune.Settings])
+def test_every_integer_has_a_largest_value(settings: type):
+    for field in keys(settings):
+        if field.type is int:
+            assert field.name == "depth" or field.metadata["high"] is not None, field.name
+            with pytest.raises(UserError, match=f"^{field.name} "):
+                checked_settings(settings, {"data_dir": "data", field.name: 2**70})
+
+
+def test_a_file_in_utf_8_with_a_mark_of_its_order(tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_bytes('{"data_dir": "données"}'.encode("utf-8-sig"))
+    assert load_settings(PruneSettings, path, []).data_dir == "données"

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,9 @@ SCHEDULES = ("cosine", "step")  # of learning rates, see ``training.optimisers``
 NOT_COMPARED = ("download", "num_workers", "data_dir", "result_dir", "compile")
 
 MOST_PIXELS = 2048  # a side of an image: beyond it the features of one image fill gigabytes
+MOST_IMAGES = 2**24  # in a batch; all there are, if there are fewer
+MOST_CHANNELS = 2**10
+MOST_EPOCHS = 10**6
 MOST_SEED = 2**32 - 1
 
 RESUME = "go on with the newest unfinished run of this stage that has these settings, or start one"
@@ -52,6 +56,20 @@ def setting(
     return field(default=default, metadata=rule)
 
 
+def path_setting(default: Any, help: str) -> Any:
+    """A setting that names a file or folder, ``~`` being a user's home."""
+    return setting(default, help, check=_check_home)
+
+
+def _check_home(path: str) -> None:
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{path!r} is in the home of a user who does not exist here: write the path without ~"
+        ) from None
+
+
 def with_default(cls: type, name: str, default: Any) -> Any:
     """The setting ``name`` of a base class with another default."""
     return field(default=default, metadata=_field(cls, name).metadata)
@@ -67,11 +85,11 @@ class StageSettings:
 
     network: str = setting("resnet", "kind of network", choices=NETWORKS)
     depth: int = setting(32, "depth of the network, 6n+2", check=check_depth)
-    data_dir: str = setting(MISSING, "folder with train/ and test/, or with the CIFAR files of torchvision")
-    result_dir: str = setting("results", "folder that all stages write to")
+    data_dir: str = path_setting(MISSING, "folder with train/ and test/, or with the CIFAR files of torchvision")
+    result_dir: str = path_setting("results", "folder that all stages write to")
     img_type: str = setting("any", "image files to read", choices=tuple(IMAGE_TYPES))
     resize: int = setting(32, "height and width images are brought to", low=8, high=MOST_PIXELS)
-    num_workers: int = setting(16, "threads that decode images", low=0)
+    num_workers: int = setting(16, "threads that decode images", low=0, high=1024)
     momentum: float = setting(0.9, "momentum of SGD, Nesterov's form", low=0, below=1)
     weight_decay: float = setting(0.0005, "L2 penalty on every weight but the gates'", low=0)
     seed: int = setting(0, "seed of weights, order, augmentation, drawn labels and decisions", low=0, high=MOST_SEED)
@@ -85,10 +103,10 @@ class StageSettings:
 class TrainingSettings(StageSettings):
     """What stages 1 and 3 take, with the defaults of stage 1."""
 
-    epochs: int = setting(200, "passes over the training images", low=1)
+    epochs: int = setting(200, "passes over the training images", low=1, high=MOST_EPOCHS)
     lr: float = setting(0.1, "learning rate at the start", low=0)
     schedule: str = setting("cosine", "cosine to 0, or step: x0.1 at 50 % and 75 % of the epochs", choices=SCHEDULES)
-    bs: int = setting(128, "images in a batch", low=2)
+    bs: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
     download: bool = setting(False, "fetch CIFAR-100 (CIFAR-10 by the folder's name) if missing")
 
 
@@ -187,6 +205,8 @@ def checked_value(name: str, value: Any, rule: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: if it is outside of the setting's range.
     """
+    if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+        raise ValueError(f"{name} is {value!r}: it takes text in UTF-8 without zero bytes")
     if rule["choices"] and isinstance(value, str):
         lowered = value.lower()
         if lowered not in rule["choices"]:
@@ -206,6 +226,10 @@ def checked_value(name: str, value: Any, rule: Mapping[str, Any]) -> Any:
     return value
 
 
+def _is_unicode(text: str) -> bool:
+    return text.encode(errors="ignore").decode() == text
+
+
 def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str]) -> Settings:
     """Read a JSON file and apply overrides of the form ``key=value`` (the value in JSON, or a bare string).
 
@@ -213,10 +237,10 @@ def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str
         UserError: for a file that is no JSON object, an unknown key, or a value of the wrong type or range.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = _parsed(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"settings file {path} does not exist: give --config_path config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"settings file {path} is no valid JSON ({error}): mend it there") from None
     if not isinstance(content, dict):
         raise UserError(f"settings file {path} holds a {type(content).__name__}, not an object with keys and values")
@@ -224,18 +248,36 @@ def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set {override!r} has no '=': write --set key=value")
-        content[key] = _parsed(cls, key, text)
+        content[key] = _override(cls, key, text)
     return checked_settings(cls, content)
 
 
-def _parsed(cls: type, key: str, text: str) -> Any:
+def _override(cls: type, key: str, text: str) -> Any:
     """The value of an override; a key that takes text takes what looks like a number as it stands, too."""
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = _parsed(text)
+    except (ValueError, RecursionError):
         return text
     takes_text = any(f.name == key and f.type is str for f in keys(cls))
     return text if takes_text and not isinstance(value, str) else value
+
+
+def _parsed(text: str | bytes) -> Any:
+    """JSON in which no key stands twice.
+
+    Raises:
+        UserError: for a key that does.
+        ValueError, RecursionError: if it is no JSON.
+    """
+    return json.loads(text, object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    for key, _ in pairs if len(content) < len(pairs) else ():
+        if [name for name, _ in pairs].count(key) > 1:
+            raise UserError(f"the key {key!r} stands twice in the settings: leave one")
+    return content
 
 
 def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Settings:
@@ -253,12 +295,15 @@ def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Setting
         kind = known[key].type
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"{key} is {value!r}, a {type(value).__name__}: it takes a value of type {kind.__name__}")
+            raise UserError(
+                f"{key} is {reprlib.repr(value)}, a {type(value).__name__}: it takes a value of type {kind.__name__}"
+            )
         try:
-            value = checked_value(key, value, known[key].metadata)
+            values[key] = checked_value(key, float(value) if kind is float else value, known[key].metadata)
+        except OverflowError:
+            raise UserError(f"{key} is an integer of {len(str(value))} digits: it takes a number below 1e308") from None
         except ValueError as error:
             raise UserError(str(error)) from None
-        values[key] = float(value) if kind is float else value
     for f in known.values():
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{f.name} is not among the settings: add it ({f.metadata['help']})")
