@@ -1,1 +1,19 @@
 """Measurements that docs/measurements.md quotes, each with its command."""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import utils  # noqa: F401 (before matplotlib)
+
+
+def required(name: str) -> ModuleType:
+    """A module of ``requirements.txt`` beside this file; where it is missing the command ends with a sentence."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed: pip install -r benchmarks/requirements.txt",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-import torch_pruning
 from torch import Tensor
 from torch.nn import functional as F
-from torch_pruning import importance
 
+from benchmarks import required
 from deploy.folding import without_switches
 from models import ResNet
 from utils.flops import network_cost
+
+torch_pruning = required("torch_pruning")
+importance = torch_pruning.importance
 
 IMPORTANCES = {
     "magnitude": lambda: importance.GroupMagnitudeImportance(p=2),

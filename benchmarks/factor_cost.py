@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import required
 from benchmarks.common import beside, machine
 from models import all_on, build_network
 from pruning.eigenbasis import eigenbasis, gradient_squares
@@ -86,7 +87,7 @@ def competitors(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     smaller = rebuild(network, {name: merged(read_weights(network, name), half) for name, half in halved.items()})
 
     def curvlinops(approximation: str) -> Callable[[], object]:
-        from curvlinops import KFACLinearOperator
+        KFACLinearOperator = required("curvlinops").KFACLinearOperator
 
         operator = KFACLinearOperator(
             Logits(network),

@@ -19,9 +19,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from scipy.stats import spearmanr
 from torch.nn import functional as F
 
+from benchmarks import required
 from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
 from models import all_on
 from pruning.iteration import prune_once
@@ -31,6 +31,8 @@ from training.norms import placed
 from utils.data.batches import plain_batches
 from utils.errors import UserError, run_command
 from utils.flops import network_cost
+
+spearmanr = required("scipy.stats").spearmanr
 
 BASE = Method(prune_ratio_limit=0.97, objective="flops", round_to=1, refit=False)
 FORMS = {

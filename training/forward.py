@@ -1,6 +1,7 @@
 """The training forward pass: as it is or compiled, in float32 or with products in bf16."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from models import RoutedOutput
 from models.decisions import DecisionRule
 from utils import parallel
 from utils.device import mixed_precision
+from utils.errors import UserError
 
 RuleMaker = Callable[[Tensor], DecisionRule]  # from random numbers [N, ...] that were drawn before
 # Of images [N, 3, H, W], what makes a decision rule, the numbers that it makes it from, and whether blocks are skipped,
@@ -34,6 +36,27 @@ def training_forward(network: nn.Module, precision: torch.dtype = torch.float32,
 
     if not compiled:
         return forward
+    _check_compiler(next(network.parameters()).device)
     torch.compiler.reset()  # stage 2 compiles a new network each iteration, and a compiler gives up after some
     graphs = next(network.parameters()).is_cuda and parallel.world_size() == 1
     return torch.compile(forward, dynamic=False, mode="reduce-overhead" if graphs else None)
+
+
+@cache
+def _check_compiler(device: torch.device) -> None:
+    """Compile next to nothing, for what PyTorch says without a C++ compiler, or Triton on a GPU, fills a screen.
+
+    Raises:
+        UserError: if nothing can be compiled here.
+    """
+    try:
+        torch.compile(_doubled)(torch.ones(2, device=device))
+    except Exception as error:  # of many kinds, by version and by what is missing
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"PyTorch cannot compile here ({reason[:160]}): install a C++ compiler such as g++, or leave --compile out"
+        ) from None
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return 2 * x

@@ -62,7 +62,7 @@ def hide_progress_bar() -> bool | None:
 
 
 def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if dist.is_initialized() else 1
 
 
 def distributed(main: Callable[[], None]) -> Callable[[], None]:
@@ -72,7 +72,7 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
     """
 
     def run() -> None:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if os.environ.get("WORLD_SIZE", "").strip() in ("", "1"):
             main()
             return
         _join()
