@@ -104,6 +104,25 @@ def test_a_missing_key(tmp_path: Path, content: dict, field: str):
                 load_checkpoint(saved(tmp_path / "a.pt", changed))
 
 
+IDENTITY = {"set_aside": torch.arange(5), "train": "3f", "val": "a0", "test": "77"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("set_aside", value) for value in ([1, 2], torch.zeros(3), torch.zeros(1).long().expand(HUGE), None)),
+        ("train", 3),
+        ("val", None),
+    ],
+)
+def test_what_identifies_the_images(tmp_path: Path, content: dict, key: str, value: object):
+    accepted = {**content, "data": {**content["data"], **IDENTITY}}
+    load_checkpoint(saved(tmp_path / "a.pt", accepted))
+    accepted["data"][key] = value
+    with pytest.raises(UserError, match=rf"cannot be used, data\.{key} is .* belongs"):
+        load_checkpoint(saved(tmp_path / "a.pt", accepted))
+
+
 @pytest.mark.parametrize("classes", [["left", "middle"], ["left", "middle", "right", "up"], ["left", "left", "right"]])
 def test_as_many_names_as_outputs(tmp_path: Path, content: dict, classes: list[str]):
     with pytest.raises(UserError, match=r"classes has \d different names for 3 outputs"):

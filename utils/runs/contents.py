@@ -64,6 +64,10 @@ def by_name(rule: Rule) -> Rule:
 TEXT: Rule = (lambda v: type(v) is str, "text")
 YES_OR_NO: Rule = (lambda v: type(v) is bool, "true or false")
 NOTHING = one_of(None)
+FINGERPRINTS: Rule = (
+    lambda v: isinstance(v, Tensor) and _is_dense(v) and v.dtype == torch.int64 and v.dim() == 1 and _own(v),
+    "a tensor of 64-bit integers",
+)
 SHARE = real(0, 1)
 
 # By the fields of ``checkpoint.Checkpoint``: the keys that have to be there, but for those with a question mark; others
@@ -95,6 +99,9 @@ RULES = {
     "source": either(NOTHING, TEXT),
 }
 
+# In ``data``, where a version that keeps track of the images has saved it.
+IDENTITY = {"set_aside": FINGERPRINTS, "train": TEXT, "val": TEXT, "test": TEXT}
+
 
 def check_archive(path: str | Path) -> None:
     """Refuse a file whose bytes have changed since ``torch.save`` wrote it, or that would grow when it is read.
@@ -121,6 +128,8 @@ def check_contents(content: Mapping[str, Any]) -> None:
         ValueError: for the first that is found; the message names it and says what belongs there.
     """
     _check_values("", content, RULES)
+    if "set_aside" in content["data"]:
+        _check_values("data.", content["data"], IDENTITY)
     classes, outputs = content["classes"], content["architecture"]["num_classes"]
     if not len(set(classes)) == len(classes) == outputs:
         raise ValueError(f"classes has {len(set(classes))} different names for {outputs} outputs")
@@ -139,9 +148,18 @@ def _check_values(prefix: str, content: Any, rules: Mapping[str, Any]) -> None:
             raise ValueError(f"{prefix}{name} is {reprlib.repr(content[name])} where {rule[1]} belongs")
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+def _own(tensor: Tensor) -> bool:
+    """Whether it has as many values as it shows."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
 def _check_weights(weights: Mapping[str, Any], architecture: Mapping[str, Any]) -> None:
     for name, weight in weights.items():
-        if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.device.type != "cpu":
+        if not isinstance(weight, Tensor) or not _is_dense(weight):
             raise ValueError(f"the weight {reprlib.repr(name)} is no dense tensor")
     storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights.values()}
     if sum(w.numel() * w.element_size() for w in weights.values()) > sum(storages.values()):
