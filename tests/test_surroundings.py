@@ -63,21 +63,17 @@ def test_without_a_compiler_a_sentence(monkeypatch: pytest.MonkeyPatch):
         forward.training_forward(nn.Linear(2, 2), compiled=True)
 
 
-@pytest.mark.parametrize("broken", ["no pip", "half a pip", "no python"])
-def test_an_environment_whose_making_was_interrupted_is_repaired(tmp_path: Path, broken: str):
+def test_an_environment_whose_making_was_interrupted_is_repaired(tmp_path: Path):
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "environment.sh").write_text((ROOT / "scripts" / "environment.sh").read_text())
     (tmp_path / "benchmarks").mkdir()
     for name in ("requirements.txt", "benchmarks/requirements.txt"):
         (tmp_path / name).write_text("")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
-    if broken == "no python":
-        (tmp_path / ".venv/bin/python").unlink()
-    if broken == "half a pip":
-        (packages,) = tmp_path.glob(".venv/lib/python*/site-packages")
-        (packages / "pip").mkdir()
-        (packages / "pip-23.0.dist-info").mkdir()
-        (packages / "pip-23.0.dist-info" / "METADATA").write_text("Name: pip\nVersion: 23.0\n")
+    (packages,) = tmp_path.glob(".venv/lib/python*/site-packages")
+    (packages / "pip").mkdir()
+    (packages / "pip-23.0.dist-info").mkdir()
+    (packages / "pip-23.0.dist-info" / "METADATA").write_text("Name: pip\nVersion: 23.0\n")
     command = "source scripts/environment.sh && use_environment requirements.txt && python -m pip --version"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
