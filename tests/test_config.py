@@ -202,9 +202,9 @@ def test_a_missing_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data_dir=~nobody/x", "data_dir is '~nobody/x' is in the home of a user who does not exist"),
-        ("checkpoint=~nobody/best.pt", "'~nobody/best.pt' is in the home of a user who does not exist"),
-        ("result_dir=~nobody", "'~nobody' is in the home of a user who does not exist"),
+        ("data_dir=~no_such_user/x", "path .~no_such_user/x. is in the home of a user who does not exist"),
+        ("checkpoint=~no_such_user/best.pt", "'~no_such_user/best.pt' is in the home of a user who does not exist"),
+        ("result_dir=~no_such_user", "'~no_such_user' is in the home of a user who does not exist"),
         ('data_dir="a\\u0000b"', r"data_dir is 'a\\x00b': it takes text in UTF-8 without zero bytes"),
         ('exp_name="a\\ud800b"', r"exp_name is 'a\\ud800b': it takes text in UTF-8"),
         (f"lr=1{400 * '0'}", "lr is an integer of 401 digits: it takes a number below 1e308"),
