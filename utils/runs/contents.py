@@ -49,7 +49,7 @@ def either(*rules: Rule) -> Rule:
 def list_of(rule: Rule, count: int | None = None) -> Rule:
     length = "" if count is None else f"{count} items, "
     return (
-        lambda v: type(v) is list and (count is None or len(v) == count) and all(map(rule[0], v)),
+        lambda v: type(v) in (list, tuple) and (count is None or len(v) == count) and all(map(rule[0], v)),
         f"a list of {length}each {rule[1]},",
     )
 
@@ -177,7 +177,7 @@ def _check_weights(weights: Mapping[str, Any], architecture: Mapping[str, Any]) 
         if found != wanted:
             raise ValueError(f"weights do not fit the architecture: {name!r} is {found} where {wanted} belongs")
         if not torch.isfinite(weight).all():
-            raise ValueError(f"the weight {name!r} is not finite: its training diverged")
+            raise ValueError(f"the weight {name!r} is not finite (its training diverged)")
 
 
 def skeleton(architecture: Mapping[str, Any]) -> ResNet:
