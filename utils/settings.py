@@ -66,7 +66,7 @@ def _check_home(path: str) -> None:
         Path(path).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{path!r} is in the home of a user who does not exist here: write the path without ~"
+            f"the path {path!r} is in the home of a user who does not exist here: write it without ~"
         ) from None
 
 
