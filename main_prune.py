@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deploy.layer_times import LayerTimes
 from deploy.speeds import measured_speeds
 from models import ResNet, all_on
 from pruning.changes import Pruned, changes_table, eigenvalues_picture, layer_ranks, ranks_picture
+from pruning.goals import Goal, part_of_the_way
 from pruning.iteration import check_goal, prune_once
-from pruning.selection import Goal, part_of_the_way
 from pruning.settings import PruneSettings
 from training.distillation import distillation_loss_fn
 from training.evaluate import check_finite, evaluate
@@ -178,21 +177,14 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     order = torch.randperm(len(splits.train), generator=stage.randomness.data)
     fisher = splits.train[order[: settings.fisher_images]]
     cost = network_cost(network, settings.resize)
-    times = LayerTimes(stage.run.path / "layer_times.json")  # measured where the objective asks for them
-    method = replace(settings, seconds=times.seconds) if settings.objective == "latency" else settings
-    try:
-        pruned = prune_once(
-            network,
-            lambda: batch_parts_by_process(fisher, settings.batch_size, normalisation),
-            stage.randomness.draws,
-            cost=cost,
-            goal=next_goal(stage, progress, cost),
-            method=method,
-        )
-    finally:
-        if settings.objective == "latency" and parallel.is_main_process():
-            with stage.run.going_on_without("layer_times.json"):
-                times.save()
+    pruned = prune_once(
+        network,
+        lambda: batch_parts_by_process(fisher, settings.batch_size, normalisation),
+        stage.randomness.draws,
+        cost=cost,
+        goal=next_goal(stage, progress, cost),
+        method=settings,
+    )
     # Rounding may not choose another network in another process.
     pruned = parallel.broadcast_object(pruned)
     if pruned.nothing_changed:

@@ -35,8 +35,8 @@ from deploy.folding import without_switches
 from gating.fixing import BEFORE_FIXING, with_fixed_switches
 from models import ResNet, all_on
 from models.decisions import DecisionRule
+from pruning.goals import Goal
 from pruning.iteration import prune_once
-from pruning.selection import Goal
 from pruning.settings import Method
 from training.distillation import distillation_loss_fn
 from training.evaluate import evaluate

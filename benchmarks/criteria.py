@@ -39,10 +39,9 @@ from benchmarks.common import (
 )
 from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
 from deploy.folding import without_switches
-from deploy.layer_times import LayerTimes
 from models import ResNet, all_on
+from pruning.goals import Goal, part_of_the_way
 from pruning.iteration import prune_once
-from pruning.selection import Goal, part_of_the_way
 from pruning.settings import CHANNEL_CRITERIA, Batches, Method
 from training.distillation import distillation_loss_fn
 from training.evaluate import evaluate
@@ -76,10 +75,6 @@ VARIANTS = {
     },
     "Torch-Pruning, Hessian, global, rounded": Competitor("Hessian", everywhere=True, round_to=8),
     **{f"{name} per FLOP": replace(PER_FLOP, criterion=name) for name in ("kron_obs", "c_obs", "magnitude")},
-    **{
-        f"{name}, refitted, per second": replace(BASE, decomposition=decomposition, refit=True, objective="latency")
-        for name, decomposition in (("Tucker", "tucker"), ("best forms", "best"))
-    },
 }
 # What a measurement depends on besides share, seed and variant.
 SETTINGS = (
@@ -204,8 +199,7 @@ def pruned_in_steps(
     draws: torch.Generator,
 ) -> tuple[ResNet, float]:
     """The network brought to ``flops``, and the rise of the loss that was predicted for all steps."""
-    times = LayerTimes().seconds if method.objective == "latency" else None
-    method, rise = replace(method, round_to=args.round_to, seconds=times), 0.0
+    method, rise = replace(method, round_to=args.round_to), 0.0
     for left in range(args.steps, 0, -1):
         if left < args.steps and not method.refit:
             reestimate_batch_norms(network, batches(), all_on)

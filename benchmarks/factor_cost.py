@@ -29,11 +29,11 @@ from benchmarks.common import beside, machine
 from models import all_on, build_network
 from pruning.eigenbasis import eigenbasis, gradient_squares
 from pruning.factors import collect_factors
+from pruning.goals import Goal
 from pruning.iteration import prune_once
 from pruning.layers import prunable_layers, read_weights
 from pruning.prediction import predicted_rise
 from pruning.refit import refit
-from pruning.selection import Goal
 from pruning.settings import Method
 from pruning.surgery import composed, merged, rebuild, truncated
 from utils.flops import network_cost

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from benchmarks import required
 from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
 from models import all_on
+from pruning.goals import Goal
 from pruning.iteration import prune_once
-from pruning.selection import Goal
 from pruning.settings import Method
 from training.norms import placed
 from utils.data.batches import plain_batches

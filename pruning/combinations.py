@@ -1,14 +1,15 @@
-"""Which way of every layer to choose so that their costs add up to a budget: a knapsack, solved over all of them."""
+"""Which way of every layer to choose so that summed costs stay within budgets: the multiple-choice knapsack."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
-# Sums of costs that are told apart: up to so many the answer is exact, beyond it the least regretted one stands for its
-# neighbours.
-STATES = 4096
-WAYS = 256  # of one layer, the same
+GAP = 1e-4  # relative, between what is found and the least that may exist
+SECONDS = 60.0  # that are searched for it at most; networks of 109 layers with 86 forms each took 3
+ROWS = 1e6  # what a budget is scaled to: the solver's tolerances are absolute, 1e-6
 
 
 @dataclass(frozen=True)
@@ -16,60 +17,67 @@ class Ways:
     """The forms that one layer can take."""
 
     costs: np.ndarray  # [n, kinds], FLOPs and parameters, say
-    regrets: np.ndarray  # [n], saliency that goes with each
+    regrets: np.ndarray  # [n], what is lost with each
 
 
-def least_regretted(layers: Sequence[Ways], low: np.ndarray, high: np.ndarray) -> list[int] | None:
-    """One way of each layer, of least summed regret, with every summed cost at most ``high`` and one at least ``low``.
+def least_regretted(layers: Sequence[Ways], budgets: np.ndarray) -> list[int] | None:
+    """One way of each layer, of least summed regret, with every summed cost at most its budget.
 
-    Dynamic programming over the layers on the sums that are reached (the multiple-choice knapsack, Dudzinski and
-    Walukiewicz 1987).  Sums that the layers still to come cannot bring into the window are dropped at once.
+    An integer program with one variable of 0 or 1 for each way (scipy's HiGHS).  Its tolerance for the objective is
+    absolute, so it is solved again, in units of what was found, where that is far below the largest regret.
 
     Args:
-        low, high: [kinds], of the sum over layers; infinite where a kind is free.
+        budgets: [kinds], of the sums over layers.
 
     Returns:
-        the index of the way of each layer, None where no sum was found within the window.
+        the index of the way of each layer, None where no combination fits.
     """
-    kept = [_thinned(ways.costs, ways.regrets, WAYS) for ways in layers]
-    least = np.array([ways.costs.min(axis=0) for ways in layers])
-    most = np.array([ways.costs.max(axis=0) for ways in layers])
-    sums, regrets = np.zeros((1, len(high))), np.zeros(1)
-    steps = []
-    for i, (ways, chosen) in enumerate(zip(layers, kept, strict=True)):
-        reached = (sums[:, None] + ways.costs[chosen]).reshape(-1, len(high))
-        total = (regrets[:, None] + ways.regrets[chosen]).reshape(-1)
-        ahead = slice(i + 1, None)
-        alive = (reached + least[ahead].sum(axis=0) <= high).all(axis=1)
-        alive &= (reached + most[ahead].sum(axis=0) >= low).any(axis=1)
-        alive = np.flatnonzero(alive)
-        if len(alive) == 0:
+    if not layers:
+        return [] if (np.asarray(budgets) >= 0).all() else None
+    layer = np.repeat(np.arange(len(layers)), [len(ways.regrets) for ways in layers])
+    index = np.concatenate([np.arange(len(ways.regrets)) for ways in layers])
+    regrets = np.concatenate([ways.regrets - ways.regrets.min() for ways in layers])
+    costs = np.concatenate([ways.costs - ways.costs.min(axis=0) for ways in layers])
+    budgets = budgets - sum(ways.costs.min(axis=0) for ways in layers)
+    if (budgets < 0).any():
+        return None
+    limits, unit = budgets, regrets.max()
+    while True:
+        open_ways = np.flatnonzero((costs <= limits).all(axis=1) & (regrets <= unit))
+        if len(np.unique(layer[open_ways])) < len(layers):
             return None
-        alive = alive[_thinned(reached[alive], total[alive], STATES)]
-        sums, regrets = reached[alive], total[alive]
-        steps.append((alive // len(chosen), chosen[alive % len(chosen)]))
-    state, found = int(regrets.argmin()), []
-    for before, way in reversed(steps):
-        found.append(int(way[state]))
-        state = before[state]
-    return found[::-1]
+        chosen = open_ways[_solved(layer[open_ways], len(layers), costs[open_ways], regrets[open_ways], limits, unit)]
+        if len(chosen) == 0:
+            return None
+        used, lost = costs[chosen].sum(axis=0), regrets[chosen].sum()
+        if (used > budgets).any():  # by the solver's tolerance
+            limits = limits - 2 * np.maximum(used - budgets, 0)
+        elif lost > 0.01 * unit or lost == 0:
+            return index[chosen].tolist()
+        else:
+            unit = lost
 
 
-def _thinned(costs: np.ndarray, regrets: np.ndarray, limit: int) -> np.ndarray:
-    """Indices of the least regretted of equal costs or, where more than ``limit`` are left, of neighbouring ones."""
-    found = _first_of_each(costs, regrets)
-    if len(found) <= limit:
-        return found
-    costs, regrets = costs[found], regrets[found]
-    spans = np.ptp(costs, axis=0)
-    bins = int(limit ** (1 / max(1, np.count_nonzero(spans))))
-    cells = np.floor((costs - costs.min(axis=0)) / np.where(spans > 0, spans, 1) * (bins - 1))
-    return found[_first_of_each(cells, regrets)]
+def _solved(
+    layer: np.ndarray, layers: int, costs: np.ndarray, regrets: np.ndarray, limits: np.ndarray, unit: float
+) -> np.ndarray:
+    """Positions of the ways that the integer program chooses, by layer; none where it has no solution."""
+    ones = csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))), shape=(layers, len(layer)))
+    rows = costs.T * (ROWS / np.where(limits > 0, limits, 1))[:, None]
+    found = milp(
+        regrets / (unit or 1),
+        integrality=np.ones(len(layer)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(ones, 1, 1), LinearConstraint(rows, -np.inf, ROWS * (limits > 0))],
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+    )
+    return np.array([], dtype=int) if found.x is None else np.flatnonzero(found.x > 0.5)
 
 
-def _first_of_each(keys: np.ndarray, regrets: np.ndarray) -> np.ndarray:
-    """Indices of the least regretted of every different row of ``keys``."""
-    order = np.lexsort((regrets, *keys.T))
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
-    return order[new]
+def undominated(ways: Ways) -> np.ndarray:
+    """Indices of the ways that no other equals or beats in every cost and in regret."""
+    left, kept = np.lexsort((*ways.costs.T, ways.regrets)), []
+    while len(left):
+        kept.append(left[0])
+        left = left[(ways.costs[left] < ways.costs[left[0]]).any(axis=1)]
+    return np.array(kept)

@@ -27,13 +27,12 @@ class Form:
     ranks: tuple[int, int]  # channels that enter and leave the core
     flops: int  # for one image
     parameters: int
-    seconds: float = 0.0  # for one image, where times are measured
 
 
 def possible_forms(
     now: Form, shape: LayerShape, least: tuple[int, int], kinds: Sequence[str], round_to: int
 ) -> list[Form]:
-    """The layer as it is, and every form that saves FLOPs and does not cost parameters or, where it is measured, time.
+    """The layer as it is, and every form that saves FLOPs and does not cost parameters.
 
     Args:
         now: the layer as it is.
@@ -48,27 +47,19 @@ def possible_forms(
         kept_in, kept_out = (levels(size, few, step_of(size, round_to)) for size, few in sides)
         for c in (*kept_in, inputs):
             for r in (*kept_out, outputs):
-                seconds = 0.0 if shape.seconds is None else float(shape.time(c, r))
-                found.append(Form(TUCKER, (c, r), *(int(value) for value in shape.cost(c, r)), seconds))
+                found.append(Form(TUCKER, (c, r), *(int(value) for value in shape.cost(c, r))))
     if DEPTHWISE in kinds:
         # More terms than inputs or outputs are worth having: they cost a ninth of what a plain kernel's would.
         most = inputs * outputs * shape.taps // (inputs + outputs + shape.taps)
         for k in levels(most, least[0], step_of(most, round_to)):
-            seconds = 0.0 if shape.seconds is None else float(shape.time(k, k, separable=True))
-            found.append(Form(DEPTHWISE, (k, k), *_separable_cost(shape, k), seconds))
-    return [now, *(form for form in found[1:] if _saves(form, now, shape.seconds is not None))]
+            found.append(Form(DEPTHWISE, (k, k), *_separable_cost(shape, k)))
+    return [now, *(form for form in found[1:] if form.flops < now.flops and form.parameters <= now.parameters)]
 
 
 def _separable_cost(shape: LayerShape, terms: int) -> tuple[int, int]:
     before, behind = shape.channels[0] * terms, shape.channels[1] * terms
     core = terms * shape.taps
     return 2 * (before * shape.positions[0] + (core + behind) * shape.positions[1]), before + core + behind
-
-
-def _saves(form: Form, now: Form, timed: bool) -> bool:
-    if form.flops >= now.flops or form.parameters > now.parameters:
-        return False
-    return not timed or form.seconds < now.seconds
 
 
 def levels(most: int, least: int, step: int) -> list[int]:
@@ -88,11 +79,7 @@ def worthwhile(forms: Sequence[Form], kernel: Tensor, basis: Eigenbasis) -> list
     squares = rotate(kernel, basis).square().sum(dim=(2, 3)) * torch.outer(basis.d_g, basis.d_a)
     kept = _leading_sums(squares.t())
     lost = kept[-1, -1] - kept
-    rows = {
-        form: np.array([lost[form.ranks], form.flops, form.parameters, form.seconds])
-        for form in forms
-        if form.kind == TUCKER
-    }
+    rows = {form: np.array([lost[form.ranks], form.flops, form.parameters]) for form in forms if form.kind == TUCKER}
 
     def beaten(form: Form) -> bool:
         own = rows[form]

@@ -7,18 +7,17 @@ alone.  What a block carries between conv1 and conv2 is its own.
 from collections.abc import Mapping
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from models import LowRankConv2d, ResNet
 from pruning import channels
 from pruning.changes import LayerChange, Pruned
-from pruning.costs import Convolution, Seconds
 from pruning.eigenbasis import gradient_squares, share
 from pruning.factors import Factors, collect_factors
+from pruning.goals import Goal
 from pruning.prediction import predicted_rise
-from pruning.selection import Goal, Group, least_kept, select
+from pruning.selection import Group, counts_kept, select
 from pruning.settings import Batches, Method
 from pruning.surgery import rebuild_channels
 from utils.errors import UserError
@@ -47,7 +46,7 @@ def prune_channels(
     groups, fixed = channel_groups(network, cost, method, saliencies)
     kept = {
         name: side
-        for name, (side,) in select(groups, goal, fixed, method.objective, method.round_to).items()
+        for name, (side,) in select(groups, goal, fixed, method.objective).items()
         if len(side) < blocks[name].conv1.out_channels
     }
     weights = {
@@ -92,10 +91,10 @@ def channel_groups(
         name, now = f"blocks.{i}", block.conv1.out_channels
         positions = cost.layers[f"{name}.conv2"].positions_out
         outside = (block.conv1.in_channels, block.conv2.out_channels)
-        block_cost = partial(_block_cost, *outside, positions, block.conv1.stride[0], method.seconds)
-        least = min(now, least_kept(block.conv2.out_channels, method.prune_ratio_limit))
+        block_cost = partial(_block_cost, sum(outside), positions)
+        counts = counts_kept(now, block.conv2.out_channels, method.prune_ratio_limit, method.round_to)
         values = torch.zeros(now) if saliencies is None else saliencies[name]
-        groups[name] = Group((values,), (least,), block_cost, channels=(block.conv2.out_channels,))
+        groups[name] = Group(values, (counts,), block_cost)
         flops, parameters = flops - block_cost(now)[0], parameters - block_cost(now)[1]
     return groups, (flops, parameters)
 
@@ -114,18 +113,10 @@ def _refuse_rebuilt(network: ResNet, method: Method) -> None:
         )
 
 
-def _block_cost(inputs: int, outputs: int, positions: int, stride: int, seconds: Seconds | None, inner):
+def _block_cost(outside: int, positions: int, inner):
     """Of two 3x3 convolutions with a batch norm between them, for ``inner`` channels there, as ``cheapest_cost``."""
-    weights = 9 * inner * (inputs + outputs)
-    costs = (2 * weights * positions, weights + 2 * inner)
-    if seconds is None:
-        return costs
-
-    def time(inner: int) -> float:
-        chain = (Convolution(inputs, int(inner), 3, stride), Convolution(int(inner), outputs, 3))
-        return seconds(chain, stride * round(positions**0.5))
-
-    return *costs, np.vectorize(time, otypes=[float])(inner)
+    weights = 9 * inner * outside
+    return 2 * weights * positions, weights + 2 * inner
 
 
 def _saliency(

@@ -14,9 +14,10 @@ from pruning.changes import LayerChange, Pruned
 from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
 from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate, share
 from pruning.factors import collect_factors
+from pruning.goals import Goal
 from pruning.layers import ConvWeights, prunable_layers, read_weights, unpruned_channels
 from pruning.prediction import predicted_rise
-from pruning.selection import Goal, Group, least_kept, select
+from pruning.selection import Group, counts_kept, select
 from pruning.settings import Batches, Method
 from pruning.surgery import composed, merged, rebuild, truncated
 from utils.flops import NetworkCost
@@ -34,11 +35,11 @@ def prune_directions(
         saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name], method.regularization)
         saliencies[name] = share(saliency.pairs) if method.normalize else saliency.pairs
     groups, fixed = direction_groups(network, cost, method, saliencies)
-    kept = select(groups, goal, fixed, method.objective, method.round_to)
+    kept = select(groups, goal, fixed, method.objective)
 
     replaced, changes, ranks = {}, {}, {}
     for name, before in weights.items():
-        shape = layer_shape(before, cost, name, method)
+        shape = layer_shape(before, cost, name)
         ranks[name] = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept[name])))
         if ranks[name] != shape.ranks:
             sides = zip(kept[name], ranks[name], shape.ranks, strict=True)
@@ -48,7 +49,7 @@ def prune_directions(
     predicted = predicted_rise(network, layers, changes, batches(), **method.fisher(draws))
     table = []
     for name, before in weights.items():
-        shape = layer_shape(before, cost, name, method)
+        shape = layer_shape(before, cost, name)
         flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks[name]), strict=True)
         table.append(LayerChange(name, shape.ranks, ranks[name], *parameters, *flops, predicted.layers.get(name, 0.0)))
     return Pruned(rebuild(network, replaced), bases, table, predicted.together)
@@ -80,22 +81,19 @@ def direction_groups(
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in prunable_layers(network):
-        shape, unpruned = layer_shape(read_weights(network, name), cost, name, method), unpruned_channels(network, name)
-        least = (least_kept(channels, method.prune_ratio_limit) for channels in unpruned)
-        pairs = (torch.zeros(shape.ranks) if saliencies is None else saliencies[name]).cpu()
-        groups[name] = Group(
-            (pairs.sum(dim=1), pairs.sum(dim=0)),
-            tuple(min(pair) for pair in zip(least, shape.ranks, strict=True)),
-            partial(cheapest_cost, shape),
-            pairs,
-            unpruned,
+        shape, unpruned = layer_shape(read_weights(network, name), cost, name), unpruned_channels(network, name)
+        counts = tuple(
+            counts_kept(rank, channels, method.prune_ratio_limit, method.round_to)
+            for rank, channels in zip(shape.ranks, unpruned, strict=True)
         )
+        pairs = torch.zeros(shape.ranks) if saliencies is None else saliencies[name]
+        groups[name] = Group(pairs, counts, partial(cheapest_cost, shape))
         now = shape.cost(*shape.ranks)
         flops, parameters = flops - now[0], parameters - now[1]
     return groups, (flops, parameters)
 
 
-def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str, method: Method) -> LayerShape:
+def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:
     """The sizes of a layer; a core has the input and output resolution of its whole layer."""
     counted = cost.layers.get(name) or cost.layers[f"{name}.core"]
     return LayerShape(
@@ -105,5 +103,4 @@ def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str, method: Meth
         weights.core[0, 0].numel(),
         (counted.positions_in, counted.positions_out),
         weights.depthwise,
-        method.seconds,
     )

@@ -13,14 +13,15 @@ from torch import Tensor
 from models import ResNet
 from pruning.capture import first_images
 from pruning.changes import LayerChange, Pruned
-from pruning.choice import budget_of, choose_forms
+from pruning.choice import choose_forms
 from pruning.costs import LayerShape
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import collect_factors
 from pruning.forms import KINDS, UNCHANGED, Form, build, possible_forms, worthwhile
+from pruning.goals import Goal
 from pruning.layers import competing_layers, read_weights, unpruned_channels
 from pruning.prediction import predicted_rise, predicted_rises
-from pruning.selection import Goal, least_kept
+from pruning.selection import least_kept
 from pruning.settings import Batches, Method
 from pruning.surgery import composed, rebuild
 from utils.flops import NetworkCost
@@ -54,7 +55,6 @@ def prune_to_forms(
     for name, changes in tried.items():
         rises[name] += 0.5 * method.regularization * changes.flatten(1).square().sum(dim=1)
     rises = {name: own.tolist() for name, own in rises.items()}
-    goal = budget_of(goal, (cost.flops, cost.parameters), forms, fixed, method.objective)
     chosen = choose_forms(forms, rises, goal, fixed, method.objective)
 
     replaced, changes = {}, {}
@@ -81,12 +81,11 @@ def layer_forms(network: ResNet, cost: NetworkCost, method: Method) -> tuple[dic
         counted = cost.layers.get(name) or cost.layers[f"{name}.core"]
         channels, positions = (weights.in_channels, weights.out_channels), (counted.positions_in, counted.positions_out)
         taps, core = weights.core[0, 0].numel(), weights.core.shape[0]
-        plain = LayerShape(channels, channels, (False, False), taps, positions, seconds=method.seconds)
+        plain = LayerShape(channels, channels, (False, False), taps, positions)
         ranks = (core if weights.depthwise else weights.core.shape[1], core)
         rotated = (weights.rotate_in is not None, weights.rotate_out is not None)
-        present = LayerShape(channels, ranks, rotated, taps, positions, weights.depthwise, method.seconds)
-        seconds = 0.0 if method.seconds is None else float(present.time(*ranks))
-        now = Form(UNCHANGED, ranks, *present.cost(*ranks), seconds)
+        present = LayerShape(channels, ranks, rotated, taps, positions, weights.depthwise)
+        now = Form(UNCHANGED, ranks, *present.cost(*ranks))
         sides = zip(unpruned_channels(network, name), channels, strict=True)
         least = tuple(min(least_kept(unpruned, method.prune_ratio_limit), own) for unpruned, own in sides)
         forms[name] = possible_forms(now, plain, least, KINDS[method.decomposition], method.round_to)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pruning.capture import FISHER_TYPES
-from pruning.costs import Seconds
-from pruning.selection import OBJECTIVES
+from pruning.goals import OBJECTIVES
 from utils.errors import UserError
 from utils.settings import MOST_CHANNELS, MOST_EPOCHS, MOST_IMAGES, SCHEDULES, StageSettings, path_setting, setting
 
@@ -41,8 +40,8 @@ class Method:
     )
     objective: str = setting(
         "flops",
-        "what the loss is weighed against: FLOPs, parameters or (latency) seconds really saved, the last measured "
-        "layer by layer with ONNX Runtime on this machine; saliency: the target itself, or one direction as another",
+        "what prune_ratio is a share of, where there is no target: FLOPs or parameters; saliency: directions or "
+        "channels, which then go under one threshold, as published, with a target too (with truncate and channels)",
         choices=OBJECTIVES,
     )
     round_to: int = setting(
@@ -68,8 +67,6 @@ class Method:
     regularization: float = setting(
         0.0, "curvature added to every weight or direction (eigendamage, c_obd and kron_obd)", low=0
     )
-    # Not a setting: what measures the time of a layer's form, for the objective "latency" only.
-    seconds: Seconds | None = None
 
     def __post_init__(self) -> None:
         if self.normalize and self.forms_compete:
@@ -109,8 +106,7 @@ class PruneSettings(Method, StageSettings):
     )
     prune_ratio: float = setting(
         0.3,
-        "where there is no target, the share of the FLOPs that one iteration takes away (of the parameters, if they "
-        "are the objective); with truncate or a channel criterion, of all directions or channels",
+        "where there is no target, the share of the FLOPs that one iteration takes away, or of what objective says",
         low=0,
         below=1,
     )

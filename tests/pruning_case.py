@@ -12,16 +12,6 @@ from utils.flops import network_cost
 SIZE = 8
 
 
-def made_up_seconds(chain, size):
-    """Times of a machine that computes channels in blocks of four and has work before every convolution."""
-    total = 0.0
-    for c in chain:
-        size //= c.stride
-        blocks = -(-c.inputs // 4) * (c.outputs if c.groups > 1 else 4 * -(-c.outputs // 4) * 4)
-        total += 1e-6 + 1e-9 * size**2 * c.kernel**2 * blocks
-    return total
-
-
 METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency", refit=False)
 
 

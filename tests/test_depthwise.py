@@ -14,8 +14,8 @@ from pruning.channels import quadratic_rise
 from pruning.depthwise import separable
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors
+from pruning.goals import Goal
 from pruning.layers import ConvWeights, read_weights, separable_layers
-from pruning.selection import Goal
 from pruning.surgery import composed
 from pruning.tucker import root
 from utils.flops import network_cost

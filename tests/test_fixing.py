@@ -21,8 +21,8 @@ from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import Budget, FixedAlpha
 from gating.temperature import rescale_gate_logits
 from models import all_on, build_network, sampled, thresholded
+from pruning.goals import Goal
 from pruning.iteration import check_goal
-from pruning.selection import Goal
 from pruning.settings import Method
 from training.distillation import distillation_loss, distillation_loss_fn
 from training.evaluate import Evaluator, evaluate

@@ -66,16 +66,8 @@ def test_the_last_iteration_lands_on_the_target(trained, shapes, kind, settings)
     assert len(pruned) == 2 and all("Pruning/predicted_rise" in line for line in pruned)
 
 
-def test_layers_are_timed_for_the_objective_latency(trained, shapes):
-    done = prune(trained, shapes, "objective=latency", "prune_ratio=0.3", "max_iter=1")
-    assert done.returncode == 0, done.stderr
-    (run,) = (trained.parent / "results" / "pruned").glob("*/*/*")
-    times = json.loads((run / "layer_times.json").read_text())
-    assert len(times) > 20 and all(seconds > 0 for seconds in times.values())
-
-
 def test_a_target_out_of_reach_is_one_sentence(trained, shapes):
     done = prune(trained, shapes, "target_flops=0.01")
     assert done.returncode == 2
     error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: target_flops asks for") and "raise the target or prune_ratio_limit" in error
+    assert error.startswith("error: target_flops asks for") and "raise the target" in error

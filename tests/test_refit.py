@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import LowRankConv2d, all_on
+from pruning.goals import Goal
 from pruning.layers import norm_behind, rebuilt_layers
 from pruning.refit import best_map, moments, patches, refit, row_sums
-from pruning.selection import Goal
 from utils.flops import network_cost
 
 FORMS = [

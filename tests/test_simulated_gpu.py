@@ -14,9 +14,9 @@ from gating.steering import SteeredAlpha
 from models import ResNet, all_on, build_network, thresholded
 from models.decisions import DecisionRule
 from pruning.factors import collect_factors
+from pruning.goals import Goal
 from pruning.iteration import prune_once
 from pruning.layers import prunable_layers
-from pruning.selection import Goal
 from pruning.settings import CRITERIA, DECOMPOSITIONS, Method
 from training.distillation import distillation_loss_fn
 from training.evaluate import evaluate

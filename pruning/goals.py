@@ -1,0 +1,92 @@
+"""Where pruning stops: budgets of FLOPs and parameters, shares, and what can be reached."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pruning.combinations import Ways, least_regretted, undominated
+
+OBJECTIVES = ("saliency", "flops", "parameters")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Where an iteration stops: at budgets or, where none is given, when a share is gone."""
+
+    prune_ratio: float = 0.0
+    flops: float | None = None  # of the whole network, for one image
+    parameters: float | None = None
+
+    @property
+    def is_budget(self) -> bool:
+        return self.flops is not None or self.parameters is not None
+
+    @property
+    def kinds(self) -> list[int]:
+        """What is budgeted: FLOPs (0), parameters (1) or both."""
+        return [k for k, limit in enumerate((self.flops, self.parameters)) if limit is not None]
+
+    @property
+    def limits(self) -> np.ndarray:
+        """The budget of each of ``kinds``."""
+        return np.array([limit for limit in (self.flops, self.parameters) if limit is not None], dtype=float)
+
+
+def part_of_the_way(now: float, target: float | None, iterations: int) -> float | None:
+    """Where the first of so many iterations stops, if each takes away the same share: geometric steps to the target.
+
+    A network that is already below the target has arrived.
+    """
+    return None if target is None else max(target, now * (target / now) ** (1 / iterations))
+
+
+def as_budget(goal: Goal, now: Sequence[float], least: Sequence[float], objective: str) -> Goal:
+    """The goal itself or, for a share, so much off the FLOPs, or off the parameters where they are the objective.
+
+    Args:
+        now: FLOPs and parameters of the network as it is.
+        least: what can be reached of each: no more goes.
+    """
+    if goal.is_budget:
+        return goal
+    kind = int(objective == "parameters")
+    limit = float(max((1 - goal.prune_ratio) * now[kind], least[kind]))
+    return Goal(parameters=limit) if kind else Goal(flops=limit)
+
+
+def least_of(costs: Sequence[np.ndarray], fixed: Sequence[float]) -> tuple[int, int]:
+    """The fewest FLOPs and the fewest parameters, each by itself.
+
+    Args:
+        costs: FLOPs and parameters of every form of each layer, [n, 2].
+        fixed: of everything outside of the layers.
+    """
+    least = sum((own.min(axis=0) for own in costs), np.asarray(fixed))
+    return int(least[0]), int(least[1])
+
+
+def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], by: str = "the layers") -> str | None:
+    """Why no choice of forms meets a budget, in words, with what can be reached; None where one does.
+
+    Args:
+        costs, fixed: as of ``least_of``.
+        by: what leaves so much.
+    """
+    names, least = ("FLOPs", "parameters"), least_of(costs, fixed)
+    for k, limit in zip(goal.kinds, goal.limits, strict=True):
+        if least[k] > limit:
+            asked = f"target_{names[k].lower()} asks for {limit:,.0f} {names[k]}"
+            return f"{asked}, but {by} can leave no fewer than {least[k]:,}"
+    if len(goal.kinds) == 2:
+        fronts = [Ways(own[:, :1], own[:, 1]) for own in costs]
+        kept = [undominated(front) for front in fronts]
+        fronts = [Ways(front.costs[some], front.regrets[some]) for front, some in zip(fronts, kept, strict=True)]
+        chosen = least_regretted(fronts, goal.limits[:1] - fixed[0])
+        parameters = fixed[1] + sum(int(own.regrets[i]) for own, i in zip(fronts, chosen, strict=True))
+        if parameters > goal.parameters:
+            return (
+                f"target_flops ({goal.flops:,.0f}) and target_parameters ({goal.parameters:,.0f}) can be met one by "
+                f"one, but not together: with so few FLOPs {by} can leave no fewer than {parameters:,} parameters"
+            )
+    return None
