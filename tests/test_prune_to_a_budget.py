@@ -26,7 +26,7 @@ def trained(tmp_path) -> Path:
         normalisation={"mean": [0.3] * 3, "std": [0.3] * 3},
         classes=["left", "middle", "right"],
         data={"name": "shapes", "image_size": 8, "flip": False, "val_fraction": 0.2, "split_seed": 0},
-        metrics={"accuracy": 0.3},
+        metrics={"accuracy": 0.3, "computation": 1.0},
         original={"accuracy": 0.3, "parameters": cost.parameters, "flops": cost.flops},
         seed=0,
     )
