@@ -1,0 +1,135 @@
+"""The search for a cascade: which networks, in front of which, handing on what.
+
+Every network is evaluated once.  What any cascade of them would answer and cost follows from those predictions, image
+by image, so thresholds are not guessed but read off the sorted confidences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+LEVELS = 200  # of what the first of three members hands on; the second threshold is exact for each
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one network answers for N images, and what that costs."""
+
+    probabilities: Tensor  # [N, classes]
+    executed: Tensor  # [N] in float64, FLOPs spent on each image
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network alone, or a cascade of some."""
+
+    members: tuple[int, ...]  # indices of the networks, in the order in which they run
+    thresholds: tuple[float, ...]  # of every member but the last
+    answer: str  # "last" or "mean", see ``models.cascade``
+    accuracy: float
+    flops: float  # executed, mean over the images
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cascade did, image by image."""
+
+    correct: Tensor  # bool [N]
+    executed: Tensor  # [N] in float64
+    members_run: Tensor  # int64 [N], 1 for what the first answered
+
+
+def outcome(predictions: Sequence[Predictions], candidate: Candidate, labels: Tensor) -> Outcome:
+    """Run a candidate on predictions, as ``models.cascade.Cascade`` runs on images."""
+    first, *others = (predictions[i] for i in candidate.members)
+    answer, executed = first.probabilities.clone(), first.executed.clone()
+    total, run = first.probabilities.clone(), torch.ones(len(labels), dtype=torch.int64)
+    rows = torch.arange(len(labels))
+    for position, (network, threshold) in enumerate(zip(others, candidate.thresholds, strict=True), start=2):
+        rows = rows[answer[rows].amax(dim=1) < threshold]
+        total[rows] += network.probabilities[rows]
+        answer[rows] = total[rows] / position if candidate.answer == "mean" else network.probabilities[rows]
+        executed[rows] += network.executed[rows]
+        run[rows] = position
+    return Outcome(answer.argmax(dim=1) == labels, executed, run)
+
+
+def candidates(predictions: Sequence[Predictions], labels: Tensor) -> list[Candidate]:
+    """Every network alone, and of every pair and triple the cascades that no other of the same networks beats.
+
+    Exact for pairs: every number of images that can be handed on is tried.  For triples the first member hands on one
+    of ``LEVELS`` numbers of images, spread evenly, and the second again every number of those.
+
+    Args:
+        predictions: of networks on the same N images, in any order; cheaper ones run first.
+        labels: int64 [N].
+    """
+    order = sorted(range(len(predictions)), key=lambda i: predictions[i].executed.mean().item())
+    found = [_alone(i, predictions[i], labels) for i in order]
+    for members in (*combinations(order, 2), *combinations(order, 3)):
+        for answer in ("last", "mean"):
+            points = _points([predictions[i] for i in members], answer, labels)
+            for accuracy, flops, *thresholds in points[_undominated(points)].tolist():
+                found.append(Candidate(members, tuple(thresholds), answer, accuracy, flops))
+    return sorted(found, key=lambda c: (c.flops, -c.accuracy))
+
+
+def frontier(found: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that no other one beats in accuracy and FLOPs, cheapest first."""
+    return [found[i] for i in _undominated(torch.tensor([(c.accuracy, c.flops) for c in found], dtype=torch.float64))]
+
+
+def _alone(index: int, network: Predictions, labels: Tensor) -> Candidate:
+    accuracy = (network.probabilities.argmax(dim=1) == labels).double().mean().item()
+    return Candidate((index,), (), "last", accuracy, network.executed.mean().item())
+
+
+def _points(networks: Sequence[Predictions], answer: str, labels: Tensor) -> Tensor:
+    """Cascades of two or three networks, one row each: accuracy, FLOPs and the thresholds, in float64."""
+    given = [network.probabilities for network in networks]
+    if answer == "mean":
+        given = list(torch.stack(given).cumsum(dim=0) / torch.arange(1, len(given) + 1).view(-1, 1, 1))
+    right = [(p.argmax(dim=1) == labels).double() for p in given]
+    confidence = [p.amax(dim=1).double() for p in given]
+    executed = [network.executed for network in networks]
+    last = len(networks) - 2  # the switch whose every threshold is tried
+    order, cuts, thresholds = _sorted(confidence[last])
+    gains = torch.stack([right[-1] - right[last], executed[-1]])[:, order]
+    if last == 0:
+        reached, first = torch.ones(1, len(labels), dtype=torch.bool), None
+        start = torch.stack([right[0].sum(), executed[0].sum()]).view(2, 1, 1)
+    else:
+        _, levels, first = _sorted(confidence[0])
+        first = first[torch.linspace(0, len(levels) - 1, min(LEVELS, len(levels))).long()]
+        reached = confidence[0] < first[:, None]
+        start = torch.stack([torch.where(reached, right[1], right[0]), executed[0] + reached * executed[1]]).sum(dim=2)
+        reached, start = reached[:, order], start[:, :, None]
+    accuracy, flops = (start + (gains[:, None] * reached).cumsum(dim=2))[:, :, cuts] / len(labels)
+    # Of one level only what is better than everything cheaper, so that few points are left to compare.
+    better = accuracy > torch.cat([accuracy.new_full((len(accuracy), 1), -1), accuracy.cummax(dim=1).values[:, :-1]], 1)
+    level, cut = better.nonzero(as_tuple=True)
+    columns = [accuracy[better], flops[better], *([] if first is None else [first[level]]), thresholds[cut]]
+    return torch.stack(columns, dim=1)
+
+
+def _sorted(confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The images by rising confidence, where in that order a threshold can lie, and such a threshold for each.
+
+    A cut is the position of the last image below; equal confidences stay together.
+    """
+    order = confidence.argsort()
+    ascending = confidence[order]
+    above = torch.cat([ascending[1:], ascending.new_ones(1)])
+    cuts = (above > ascending).nonzero().squeeze(1)
+    return order, cuts, (ascending[cuts] + above[cuts]) / 2
+
+
+def _undominated(points: Tensor) -> Tensor:
+    """Indices of the rows (accuracy, FLOPs, ...) that no other row beats, by rising FLOPs."""
+    by_accuracy = points[:, 0].argsort(descending=True, stable=True)
+    order = by_accuracy[points[by_accuracy, 1].argsort(stable=True)]
+    best_before = torch.cat([points.new_full((1,), -1.0), points[order, 0].cummax(dim=0).values[:-1]])
+    return order[points[order, 0] > best_before]

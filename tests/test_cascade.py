@@ -1,0 +1,117 @@
+"""A cascade and the search for one, against loops over images and thresholds."""
+
+import itertools
+
+import pytest
+import torch
+
+from gating.cascade_search import Candidate, Predictions, candidates, frontier, outcome
+from models import all_on, build_network
+from models.cascade import Cascade, Member
+
+IMAGES, CLASSES = 24, 4
+
+
+def predictions(networks: int = 3, seed: int = 0) -> tuple[list[Predictions], torch.Tensor]:
+    """Of networks that are the better the more they cost; the executed FLOPs of the second differ between images."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES, (IMAGES,), generator=generator)
+    made = []
+    for i in range(networks):
+        logits = torch.randn(IMAGES, CLASSES, generator=generator) + (0.4 + 0.6 * i) * torch.eye(CLASSES)[labels]
+        executed = torch.full((IMAGES,), 10.0**i, dtype=torch.float64)
+        if i == 1:
+            executed += torch.rand(IMAGES, generator=generator, dtype=torch.float64)
+        made.append(Predictions(logits.double().softmax(dim=1), executed))
+    return made, labels
+
+
+def by_loops(networks: list[Predictions], thresholds: list[float], answer: str, labels) -> tuple[float, float]:
+    """Accuracy and FLOPs of a cascade, image by image."""
+    right = flops = 0.0
+    for image in range(IMAGES):
+        seen = []
+        for network, threshold in zip(networks, [*thresholds, -1.0], strict=True):
+            seen.append(network.probabilities[image])
+            flops += network.executed[image].item()
+            given = sum(seen) / len(seen) if answer == "mean" else seen[-1]
+            if given.max() >= threshold:
+                break
+        right += float(given.argmax() == labels[image])
+    return right / IMAGES, flops / IMAGES
+
+
+def dominated(point: tuple[float, float], others: list[tuple[float, float]]) -> bool:
+    return any(a >= point[0] - 1e-9 and f <= point[1] + 1e-9 and (a, f) != point for a, f in others)
+
+
+@pytest.mark.parametrize("answer", ["last", "mean"])
+def test_the_search_finds_the_frontier_of_all_thresholds(answer):
+    """Every pair of thresholds that tells images apart, tried by loops, is matched by what was found."""
+    given, labels = predictions()
+    found = [c for c in candidates(given, labels) if c.answer == answer or len(c.members) == 1]
+    points = [(c.accuracy, c.flops) for c in found]
+    steps = torch.linspace(0.2, 1.0, 33).tolist()
+    for size in (2, 3):
+        for members in itertools.combinations(range(3), size):
+            for thresholds in itertools.product(steps, repeat=size - 1):
+                point = by_loops([given[i] for i in members], list(thresholds), answer, labels)
+                assert dominated(point, points) or point in points, (members, thresholds, point)
+
+
+def test_what_a_candidate_promises_is_what_it_does():
+    given, labels = predictions(4, seed=1)
+    for candidate in candidates(given, labels):
+        done = outcome(given, candidate, labels)
+        own = by_loops([given[i] for i in candidate.members], list(candidate.thresholds), candidate.answer, labels)
+        assert done.correct.double().mean().item() == pytest.approx(candidate.accuracy, abs=1e-9)
+        assert done.executed.mean().item() == pytest.approx(candidate.flops, rel=1e-9)
+        assert own == pytest.approx((candidate.accuracy, candidate.flops), rel=1e-9)
+
+
+def test_the_frontier_rises():
+    given, labels = predictions()
+    kept = frontier(candidates(given, labels))
+    assert all(a.flops < b.flops and a.accuracy < b.accuracy for a, b in itertools.pairwise(kept))
+
+
+def members() -> list[Member]:
+    torch.manual_seed(0)
+    gates = ("none", "rnn", "none")
+    networks = [build_network("resnet", depth=8, num_classes=CLASSES, width=4, gate=gate).eval() for gate in gates]
+    means = ((0.4, 0.5, 0.6), (0.0, 0.0, 0.0), (0.5, 0.5, 0.5))
+    return [Member(network, mean, (0.2, 0.3, 0.4)) for network, mean in zip(networks, means, strict=True)]
+
+
+@pytest.mark.parametrize("answer", ["last", "mean"])
+def test_the_network_answers_as_the_predictions_of_its_members_say(answer):
+    """Members are given the images that reach them only, and answer as if they had been given all."""
+    images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = []
+    with torch.no_grad():
+        for network, mean, std in members():
+            normalised = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+            probabilities = network(normalised).logits.softmax(dim=1)
+            given.append(Predictions(probabilities, torch.ones(40, dtype=torch.float64)))
+        first = given[0].probabilities.amax(dim=1).median().item()
+        both = (given[0].probabilities + given[1].probabilities) / 2 if answer == "mean" else given[1].probabilities
+        thresholds = (first, both.amax(dim=1).median().item())
+        output = Cascade(members(), thresholds, answer)(images)
+        every = Cascade(members(), thresholds, answer)(images, decide=all_on)
+    labels = given[2].probabilities.argmax(dim=1)
+    done = outcome(given, Candidate((0, 1, 2), thresholds, answer, 0.0, 0.0), labels)
+    assert (done.members_run == 2).sum() > 0 and 0 < (done.members_run == 3).sum() < 20
+    assert (output.decisions.sum(dim=1) + 1 == done.members_run).all()
+    assert ((output.logits.argmax(dim=1) == labels) == done.correct).all()
+    assert torch.allclose(output.logits.exp().sum(dim=1), torch.ones(40), atol=1e-5)
+    assert (output.decisions == (output.probabilities > 0.5)).all()
+    mean = torch.stack([p.probabilities for p in given]).mean(dim=0)
+    expected = mean if answer == "mean" else given[2].probabilities
+    assert torch.allclose(every.logits.exp(), expected, atol=1e-6)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="a cascade takes n and n - 1"):
+        Cascade(members()[:1], (), "last")
+    with pytest.raises(ValueError, match="answer 'first' is unknown"):
+        Cascade(members()[:2], (0.5,), "first")
