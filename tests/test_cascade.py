@@ -5,7 +5,15 @@ import itertools
 import pytest
 import torch
 
-from gating.cascade_search import Candidate, Predictions, candidates, frontier, outcome
+from gating.cascade_search import (
+    Candidate,
+    Predictions,
+    best_under,
+    candidates,
+    cheapest_within,
+    frontier,
+    outcome,
+)
 from models import all_on, build_network
 from models.cascade import Cascade, Member
 
@@ -115,3 +123,30 @@ def test_refusals():
         Cascade(members()[:1], (), "last")
     with pytest.raises(ValueError, match="answer 'first' is unknown"):
         Cascade(members()[:2], (0.5,), "first")
+
+
+def test_a_choice_stays_one_standard_error_within_the_budget():
+    given, labels = predictions(3, seed=2)
+    found = candidates(given, labels)
+    expected = (given[2].probabilities.argmax(dim=1) == labels).double()
+    for drop in (0.0, 0.05, 0.2):
+        chosen = cheapest_within(found, given, labels, 2, drop)
+        within = []
+        for candidate in found:
+            gain = outcome(given, candidate, labels).correct.double() - expected
+            error = (gain.var() / len(labels)).sqrt()
+            if candidate.members == (2,) or (
+                candidate.accuracy >= expected.mean() - drop and gain.mean() + drop >= error
+            ):
+                within.append(candidate.flops)
+        assert chosen.flops == min(within)
+
+
+def test_the_best_under_a_target():
+    given, labels = predictions(3, seed=2)
+    found = candidates(given, labels)
+    assert best_under(found, 0.5) is None
+    for target in (1.0, 5.0, 40.0, 1000.0):
+        chosen = best_under(found, target)
+        assert chosen.flops <= target
+        assert chosen.accuracy == max(c.accuracy for c in found if c.flops <= target)
