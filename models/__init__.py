@@ -1,13 +1,18 @@
 """The switched CIFAR ResNet, its gates and its low-rank layers.  Nothing here knows of training or pruning."""
 
+from models.build import CASCADE, build_network
+from models.cascade import Cascade, Member
 from models.decisions import all_on, sampled, straight_through, thresholded
 from models.lowrank import LowRankConv2d
-from models.resnet import GATES, NETWORKS, ResNet, RoutedOutput, build_network, check_depth
+from models.resnet import GATES, NETWORKS, ResNet, RoutedOutput, check_depth
 
 __all__ = [
+    "CASCADE",
     "GATES",
     "NETWORKS",
+    "Cascade",
     "LowRankConv2d",
+    "Member",
     "ResNet",
     "RoutedOutput",
     "all_on",

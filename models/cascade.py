@@ -15,7 +15,7 @@ ANSWERS = ("last", "mean")
 class Member(NamedTuple):
     """One network of a cascade, and what it expects of its images."""
 
-    network: nn.Module  # returns logits [N, classes] or a ``RoutedOutput``
+    network: nn.Module  # returns a ``RoutedOutput``
     mean: Sequence[float]  # of each channel, of pixels in [0, 1]
     std: Sequence[float]
 
@@ -23,12 +23,12 @@ class Member(NamedTuple):
 class Cascade(nn.Module):
     """Networks that answer in turn, each only the images that all before it were unsure of.
 
-    An image is handed on from a member whose answer so far has a largest probability below the member's threshold.
-    Source: cascades of classifiers after whole predictions (arXiv:2012.01988, section 3), with the largest softmax
-    probability as confidence.
+    An image is handed on where the largest probability of the answer so far is below a member's threshold.  Source:
+    cascades of whole networks (arXiv:2012.01988, section 3); the largest probability of the softmax as confidence
+    (arXiv:2307.02764).
 
     Args:
-        members: from the cheapest to the most expensive.
+        members: from the cheapest to the most expensive; they may have switches of their own.
         thresholds: of every member but the last, in [0, 1].
         answer: "last" takes the prediction of the last member that ran, "mean" the mean of all that ran.
 
@@ -42,18 +42,36 @@ class Cascade(nn.Module):
             raise ValueError(
                 f"{len(members)} networks and {len(thresholds)} thresholds: a cascade takes n and n - 1, n > 1"
             )
+        if not all(0 <= threshold <= 1 for threshold in thresholds):
+            raise ValueError(f"thresholds are {list(thresholds)}: they take numbers from 0 to 1")
         if answer not in ANSWERS:
             raise ValueError(f"answer {answer!r} is unknown: use one of {', '.join(ANSWERS)}")
+        self.architecture = {
+            "network": "cascade",
+            "members": [
+                {**member.network.architecture, "mean": list(member.mean), "std": list(member.std)}
+                for member in members
+            ],
+            "thresholds": [float(threshold) for threshold in thresholds],
+            "answer": answer,
+        }
         self.members = nn.ModuleList(member.network for member in members)
-        self.thresholds, self.answer = [float(threshold) for threshold in thresholds], answer
         for name in ("mean", "std"):
-            values = torch.tensor([getattr(member, name) for member in members]).view(len(members), 1, -1, 1, 1)
+            values = torch.tensor([list(getattr(member, name)) for member in members]).view(len(members), 1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
     @property
+    def thresholds(self) -> list[float]:
+        return self.architecture["thresholds"]
+
+    @property
+    def answer(self) -> str:
+        return self.architecture["answer"]
+
+    @property
     def switches(self) -> int:
-        """K, one between each two members."""
-        return len(self.thresholds)
+        """K, one between each two members, then those of the members."""
+        return len(self.thresholds) + sum(member.switches for member in self.members)
 
     def forward(self, images: Tensor, decide: DecisionRule = thresholded) -> RoutedOutput:
         """Classify images, each by the members that it reaches only.
@@ -64,27 +82,34 @@ class Cascade(nn.Module):
 
         Returns:
             logits: [N, classes], logarithms of probabilities.
-            probabilities: [N, K], above one half where the confidence is below the threshold; 0 where a member before
-                has answered.
-            decisions: [N, K], 1 where the image was handed on.
+            probabilities: [N, K]; of a switch between members above one half where the confidence is below the
+                threshold; 0 where an image does not come.
+            decisions: [N, K], 1 where the image was handed on, or a member's block was run.
         """
-        total = answer = self._answer(0, images)
         rows = torch.arange(len(images), device=images.device)
+        answer, inner = self._answer(0, images, decide)
+        total, columns = answer, len(self.thresholds)
         probabilities, decisions = answer.new_zeros(2, len(images), self.switches)
-        for switch, threshold in enumerate(self.thresholds):
-            doubt = 0.5 + (threshold - answer[rows].amax(dim=1)) / 2
-            decision = decide(doubt)
-            probabilities[rows, switch], decisions[rows, switch] = doubt, decision
-            rows = rows[decision > 0]
-            if len(rows) == 0:
-                break
-            own = self._answer(switch + 1, images[rows])
-            total = total.index_add(0, rows, own)
-            answer = answer.index_copy(0, rows, total[rows] / (switch + 2) if self.answer == "mean" else own)
+        for index in range(len(self.members)):
+            if index > 0:
+                threshold = self.thresholds[index - 1]
+                doubt = 0.5 + (threshold - answer[rows].amax(dim=1)) / 2
+                decision = decide(doubt)
+                probabilities[rows, index - 1], decisions[rows, index - 1] = doubt, decision
+                rows = rows[decision > 0]
+                if len(rows) == 0:
+                    break
+                own, inner = self._answer(index, images[rows], decide)
+                total = total.index_add(0, rows, own)
+                answer = answer.index_copy(0, rows, total[rows] / (index + 1) if self.answer == "mean" else own)
+            width = self.members[index].switches
+            probabilities[rows, columns : columns + width] = inner.probabilities.to(answer.dtype)
+            decisions[rows, columns : columns + width] = inner.decisions.to(answer.dtype)
+            columns += width
         return RoutedOutput(answer.clamp(min=torch.finfo(answer.dtype).tiny).log(), probabilities, decisions)
 
-    def _answer(self, index: int, images: Tensor) -> Tensor:
-        """Probabilities [N, classes] of one member, in float32 or more."""
-        output = self.members[index]((images - self.mean[index]) / self.std[index])
-        logits = output if isinstance(output, Tensor) else output.logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
+    def _answer(self, index: int, images: Tensor, decide: DecisionRule) -> tuple[Tensor, RoutedOutput]:
+        """Probabilities [N, classes] of one member, in float32 or more, and all that it returned."""
+        output = self.members[index]((images - self.mean[index]) / self.std[index], decide=decide)
+        logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        return logits.softmax(dim=1), output

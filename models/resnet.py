@@ -276,25 +276,3 @@ def _build_gate(kind: str, channels: list[int]) -> nn.Module | None:
     if kind == "none":
         return None
     return RecurrentGate(channels) if kind == "rnn" else FeedForwardGate(channels, kind)
-
-
-def build_network(
-    network: str,
-    *,
-    depth: int,
-    num_classes: int,
-    width: int = 64,
-    gate: str = "rnn",
-    ranks: Ranks | None = None,
-    inner: Mapping[str, int] | None = None,
-    depthwise: Sequence[str] = (),
-    fixed_switches: Mapping[str, int] | None = None,
-) -> ResNet:
-    """The network that an architecture describes, with fresh weights.
-
-    Raises:
-        ValueError: if the network, depth, gate, a rank, an inner width or a fixed switch does not exist.
-    """
-    if network not in NETWORKS:
-        raise ValueError(f"network {network!r} is unknown: use one of {', '.join(NETWORKS)}")
-    return ResNet(depth, num_classes, width, gate, ranks, inner, depthwise, fixed_switches)
