@@ -14,16 +14,16 @@ import onnx
 import torch
 from torch import Tensor
 
+from deploy.exported import exported_model
 from deploy.folder import write_together
-from deploy.folding import deployable
-from deploy.graphs import onnx_model
 from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
 from deploy.session import ExportedNetwork, check_session, open_session
 from gating.fixing import fixed_blocks_text
+from models import ResNet
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
 from utils.errors import UserError, run_command
-from utils.runs.checkpoint import check_data, load_checkpoint
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.settings import image_type, number
 
 CHECKED_IMAGES = 256
@@ -53,31 +53,34 @@ def main() -> None:
         data = load_data(args.data_dir, args.img_type, size, args.num_workers)
         check_data(checkpoint, data, size)
     pixels = random_pixels(CHECKED_IMAGES, size) if data is None else data.test[:CHECKED_IMAGES].pixels
-    deployed = deployable(network, checkpoint.normaliser())
-    labels = describe(checkpoint, deployed)
-    models = {NETWORK: onnx_model(deployed, size)}
+    labels = describe(checkpoint, network)
+    models = {NETWORK: exported_model(network, checkpoint.normaliser(), size)}
     onnx.checker.check_model(models[NETWORK], full_check=True)
     deviation = check_session(open_session(models[NETWORK]), network, checkpoint.normaliser(), pixels, NETWORK)
     labels["files"][NETWORK] = {"deviation": deviation, "images_checked": len(pixels)}
-    if network.fixed_switches:
+    if isinstance(network, ResNet) and network.fixed_switches:
         free = len(network.free_switches)
         print(f"{NETWORK}: {fixed_blocks_text(network)}; switches that decide image by image: {free}")
     print(f"{NETWORK}: logits within {deviation:.1e} of PyTorch's on {len(pixels)} images")
     if args.int8:
-        models[INT8], labels["files"][INT8] = int8_version(models[NETWORK], data)
+        models[INT8], labels["files"][INT8] = int8_version(models[NETWORK], checkpoint, data)
         print("{}: accuracy {int8_accuracy:.2%}, {float_accuracy:.2%} in float32".format(INT8, **labels["files"][INT8]))
         print(f"{INT8} answers alike on every CPU; it is faster than {NETWORK} only where the CPU has VNNI")
     write_folder(args.output, models, labels)
     print(f"{', '.join(models)} and {LABELS} are in {args.output}")
 
 
-def int8_version(model: onnx.ModelProto, data: DataSet) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The quantised graph, and its accuracy on the test images beside that of the graph it was made from."""
+def int8_version(
+    model: onnx.ModelProto, checkpoint: Checkpoint, data: DataSet
+) -> tuple[onnx.ModelProto, dict[str, float]]:
+    """The quantised graph, and its accuracy on the test images beside that of the graph ``model`` in float32."""
     # Imported here: the tools take a second to import, and only this option needs them.
     from deploy.int8 import CALIBRATION_IMAGES, quantised
 
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    smaller = quantised(model, data.train[order[:CALIBRATION_IMAGES]].pixels.numpy())
+    calibration = data.train[order[:CALIBRATION_IMAGES]].pixels.numpy()
+    network, size = checkpoint.network(), checkpoint.data["image_size"]
+    smaller = exported_model(network, checkpoint.normaliser(), size, finish=lambda graph: quantised(graph, calibration))
     measured = {"int8_accuracy": accuracy(smaller, data.test), "float_accuracy": accuracy(model, data.test)}
     return smaller, {**measured, "test_images": len(data.test)}
 

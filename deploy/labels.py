@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deploy.exported import members
 from deploy.folder import finish
-from models import ResNet
+from deploy.folding import deployable
+from models import Cascade, ResNet
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
@@ -25,27 +27,42 @@ class Labels:
     flops: float  # of one image with every block run
     flops_of_switched_blocks: list[float]
     fixed_blocks: list[int] = field(default_factory=list)  # whose switch no longer decides, counted from 1
+    members: list[float] = field(default_factory=list)  # of a cascade: FLOPs of each with every block run
 
 
-def describe(checkpoint: Checkpoint, deployed: ResNet) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, network: ResNet | Cascade) -> dict[str, Any]:
     """What labels.json says: classes, image size, FLOPs of one image, where the network comes from.
 
     The FLOPs are those of the folded network: multiplied out it may have fewer than the checkpoint's, and a bias where
     a batch norm was.
     """
-    cost = network_cost(deployed, checkpoint.data["image_size"])
+    size = checkpoint.data["image_size"]
+    if isinstance(network, Cascade):
+        flops = [_flops_run(deployable(*member), size) for member in members(network)]
+        cost, fixed = network_cost(network, size), []
+    else:
+        deployed = deployable(network, checkpoint.normaliser())
+        cost, flops = network_cost(deployed, size), []
+        fixed = [switch + 2 for switch in sorted(deployed.fixed_switches)]  # the first block has no switch
     return {
         "format": FORMAT,
         "classes": checkpoint.classes,
-        "image_size": checkpoint.data["image_size"],
+        "image_size": size,
         "flops": cost.flops,
         "flops_of_switched_blocks": list(cost.blocks),
-        "fixed_blocks": [switch + 2 for switch in sorted(deployed.fixed_switches)],  # the first block has no switch
+        "fixed_blocks": fixed,
+        "members": flops,
         "stage": checkpoint.stage,
         "dataset": checkpoint.data["name"],
         "metrics": checkpoint.metrics,
         "files": {},
     }
+
+
+def _flops_run(network: ResNet, image_size: int) -> int:
+    """FLOPs of an image with every block run that has not left the network."""
+    cost = network_cost(network, image_size)
+    return cost.flops - sum(cost.blocks[switch] for switch, on in network.fixed_switches.items() if not on)
 
 
 def read_labels(folder: Path) -> Labels:

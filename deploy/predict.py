@@ -14,6 +14,7 @@ from torch import Tensor
 from deploy.folding import deployable
 from deploy.labels import NETWORK, ROUTED, Labels, describe, read_labels
 from deploy.session import open_session, run_session
+from models import Cascade
 from utils.data.images import read_image
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import load_checkpoint
@@ -50,12 +51,16 @@ def main() -> None:
 def from_checkpoint(path: Path) -> tuple[Classifier, Labels]:
     """The folded network of a checkpoint, run by PyTorch; skipped blocks are not computed."""
     checkpoint = load_checkpoint(path)
-    network = deployable(checkpoint.network(), checkpoint.normaliser())
+    network = checkpoint.network()
     content = describe(checkpoint, network)
+    if isinstance(network, Cascade):
+        run = lambda pixels: network(pixels / 255)  # noqa: E731
+    else:
+        run = deployable(network, checkpoint.normaliser())
 
     @torch.no_grad()
     def classify(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        output = network(pixels)
+        output = run(pixels)
         return output.logits[0], output.decisions[0]
 
     return classify, Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
@@ -91,6 +96,13 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
 def answer(logits: Tensor, decisions: Tensor, labels: Labels) -> str:
     """One image's line: class, probability, FLOPs, and the blocks skipped, counted from 1 as the network runs them."""
     probability, label = logits.softmax(dim=0).max(dim=0)
+    if labels.members:
+        ran = 1 + int(decisions[: len(labels.members) - 1].sum())
+        flops = sum(labels.members[:ran])
+        return (
+            f"{labels.classes[label]}  {probability:.1%}  {flops / 1e6:.4g} MFLOPs  "
+            f"network {ran} of {len(labels.members)} answered"
+        )
     # The first block has no switch: switch 1 is block 2's.
     not_run = [switch + 2 for switch, taken in enumerate(decisions.tolist()) if not taken]
     flops = labels.flops - sum(labels.flops_of_switched_blocks[block - 2] for block in not_run)

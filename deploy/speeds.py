@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from deploy.folding import deployable, without_switches
-from deploy.graphs import onnx_model
+from deploy.exported import exported_model
 from deploy.session import ExportedNetwork
 from deploy.timing import alternated
 from utils.data.images import evenly_spaced
 from utils.errors import UserError
 from utils.runs.checkpoint import Checkpoint, load_checkpoint
+from utils.runs.records import DYNAMIC
 from utils.runs.results import BATCH
 
 IMAGES = 16  # test images that latency is averaged over: a switched network is faster on some than on others
@@ -21,7 +21,8 @@ SECONDS = 4.0  # of each of the two measurements, where every network is fast en
 def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, dict[str, Any]]:
     """Latency and throughput of every checkpoint that can be read.
 
-    Stages 1 and 2 run every block, as their FLOPs are counted; stage 3 skips blocks, on single images and in batches.
+    Stages 1 and 2 run every block, as their FLOPs are counted; stage 3 and cascades skip, on single images and in
+    batches.
 
     Args:
         checkpoints: files by a name of their own.
@@ -32,10 +33,9 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
     """
     exported = {}
     for name, checkpoint in _readable(checkpoints).items():
-        network = deployable(checkpoint.network(), checkpoint.normaliser())
-        if checkpoint.stage != "rl_pruned":
-            network = without_switches(network)
-        exported[name] = ExportedNetwork(onnx_model(network, checkpoint.data["image_size"]))
+        size, switches = checkpoint.data["image_size"], checkpoint.stage in DYNAMIC
+        model = exported_model(checkpoint.network(), checkpoint.normaliser(), size, switches)
+        exported[name] = ExportedNetwork(model)
     images = [pixels[i : i + 1].numpy() for i in evenly_spaced(len(pixels), IMAGES).tolist()]
     batch = pixels[evenly_spaced(len(pixels), BATCH)].numpy()
     run = lambda network: lambda item: network(images[item])  # noqa: E731

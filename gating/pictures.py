@@ -60,6 +60,12 @@ def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str],
         yield figure
 
 
+def easy_and_hard_pictures(images: Images, executed: Tensor, classes: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+    """``draw_easy_and_hard`` with a name for each page."""
+    for page, figure in enumerate(draw_easy_and_hard(images, executed, classes), start=1):
+        yield ("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}"), figure
+
+
 def draw_path(accuracies: Sequence[float], executed: Sequence[float], floor: float) -> Figure:
     """Accuracy against executed FLOPs over the epochs of stage 3."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")

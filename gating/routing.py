@@ -3,12 +3,11 @@
 import torch
 
 from gating.pictures import (
-    CLASSES_A_PAGE,
     class_averages,
-    draw_easy_and_hard,
     draw_executed,
     draw_passing,
     draw_path,
+    easy_and_hard_pictures,
     passing_by_class,
 )
 from training.evaluate import evaluate
@@ -37,8 +36,8 @@ def record_routing(
     passing = passing_by_class(measured.decisions, labels, len(classes))
     run.picture("passing_by_class", draw_passing(passing, classes))
     run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all))
-    for page, figure in enumerate(draw_easy_and_hard(test, measured.executed, classes), start=1):
-        run.picture("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}", figure)
+    for name, figure in easy_and_hard_pictures(test, measured.executed, classes):
+        run.picture(name, figure)
     epochs = [values for values in run.recorded() if "Overview/accuracy_val" in values]
     path = [[values[tag] for values in epochs] for tag in ("Overview/accuracy_val", "Overview/executed_flops")]
     run.picture("accuracy_against_flops", draw_path(*path, floor))

@@ -57,7 +57,7 @@ class Cascade(nn.Module):
         }
         self.members = nn.ModuleList(member.network for member in members)
         for name in ("mean", "std"):
-            values = torch.tensor([list(getattr(member, name)) for member in members]).view(len(members), 1, 3, 1, 1)
+            values = torch.tensor([list(getattr(member, name)) for member in members])
             self.register_buffer(name, values, persistent=False)
 
     @property
@@ -110,6 +110,7 @@ class Cascade(nn.Module):
 
     def _answer(self, index: int, images: Tensor, decide: DecisionRule) -> tuple[Tensor, RoutedOutput]:
         """Probabilities [N, classes] of one member, in float32 or more, and all that it returned."""
-        output = self.members[index]((images - self.mean[index]) / self.std[index], decide=decide)
+        mean, std = (values[index].view(-1, 1, 1) for values in (self.mean, self.std))
+        output = self.members[index]((images - mean) / std, decide=decide)
         logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
         return logits.softmax(dim=1), output

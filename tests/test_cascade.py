@@ -2,9 +2,12 @@
 
 import itertools
 
+import onnx
 import pytest
 import torch
 
+from deploy.exported import exported_model
+from deploy.session import open_session, run_session
 from gating.cascade_search import (
     Candidate,
     Predictions,
@@ -16,6 +19,7 @@ from gating.cascade_search import (
 )
 from models import all_on, build_network
 from models.cascade import Cascade, Member
+from utils.data.augment import Normalisation
 
 IMAGES, CLASSES = 24, 4
 
@@ -109,7 +113,10 @@ def test_the_network_answers_as_the_predictions_of_its_members_say(answer):
     labels = given[2].probabilities.argmax(dim=1)
     done = outcome(given, Candidate((0, 1, 2), thresholds, answer, 0.0, 0.0), labels)
     assert (done.members_run == 2).sum() > 0 and 0 < (done.members_run == 3).sum() < 20
-    assert (output.decisions.sum(dim=1) + 1 == done.members_run).all()
+    handed_on = output.decisions[:, :2]
+    assert output.decisions.shape == (40, 4), "two between members, and two of the second member"
+    assert (handed_on.sum(dim=1) + 1 == done.members_run).all()
+    assert (output.decisions[:, 2:][done.members_run == 1] == 0).all()
     assert ((output.logits.argmax(dim=1) == labels) == done.correct).all()
     assert torch.allclose(output.logits.exp().sum(dim=1), torch.ones(40), atol=1e-5)
     assert (output.decisions == (output.probabilities > 0.5)).all()
@@ -150,3 +157,25 @@ def test_the_best_under_a_target():
         chosen = best_under(found, target)
         assert chosen.flops <= target
         assert chosen.accuracy == max(c.accuracy for c in found if c.flops <= target)
+
+
+@pytest.mark.parametrize("answer", ["last", "mean"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_exported_graph_answers_as_the_network_does(answer: str, count: int):
+    """Images handed on to nobody, to the second and to the third, in batches and alone."""
+    pixels = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    cascade = Cascade(members()[:count], (0.0, 0.0)[: count - 1], answer).eval()
+    with torch.no_grad():
+        answers = cascade.members[0]((pixels / 255 - cascade.mean[0].view(3, 1, 1)) / cascade.std[0].view(3, 1, 1))
+        median = answers.logits.softmax(dim=1).amax(dim=1).median().item() + 1e-4
+        cascade.thresholds[:] = [median, 0.35][: count - 1]
+        expected = cascade(pixels / 255)
+    assert 0 < expected.decisions[:, 0].mean() < 1
+    model = exported_model(cascade, Normalisation((0.0,) * 3, (1.0,) * 3), 16)
+    onnx.checker.check_model(model, full_check=True)
+    session = open_session(model, threads=1)
+    for rows in (slice(0, 40), *(slice(i, i + 1) for i in range(6))):
+        outputs = run_session(session, pixels[rows].numpy())
+        torch.testing.assert_close(torch.from_numpy(outputs["logits"]), expected.logits[rows], rtol=1e-4, atol=1e-5)
+        switches = torch.from_numpy(outputs["decisions"])
+        assert torch.equal(switches, expected.decisions[rows, : count - 1])

@@ -97,7 +97,7 @@ def test_a_field_that_no_stage_saves(tmp_path: Path, content: dict, field: str, 
 
 @pytest.mark.parametrize("field", ["data", "normalisation", "metrics", "original", "architecture"])
 def test_a_missing_key(tmp_path: Path, content: dict, field: str):
-    for key in contents.RULES[field]:
+    for key in contents.RESNET if field == "architecture" else contents.RULES[field]:
         if not key.endswith("?"):
             changed = {**content, field: {k: v for k, v in content[field].items() if k != key}}
             with pytest.raises(UserError, match=f"{field}.{key} is missing"):

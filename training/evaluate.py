@@ -28,6 +28,7 @@ class Evaluation:
     flops_all: float  # of one image with every block run
     executed: Tensor  # [N] in float64 on the CPU, FLOPs spent on each image
     decisions: Tensor  # [N, K] on the CPU
+    logits: Tensor  # [N, classes] on the CPU
     probabilities: Tensor  # [N, K] on the CPU, that each switch lets pass, after what the switches before it decided
 
     @property
@@ -72,16 +73,21 @@ def evaluate(
     loss = correct = torch.zeros((), device=images.device, dtype=torch.float64)
     local = parallel.local_slice(len(images))
     switches = torch.zeros(2, len(images), network.switches)  # decisions and probabilities
-    seen = [switches.new_empty(2, 0, network.switches, device=images.device)]
+    seen, answers = [switches.new_empty(2, 0, network.switches, device=images.device)], []
     with evaluation_mode(network), mixed_precision(images.device, precision):
         for x, y in plain_batches(images[local], batch_size, normalisation):
             output = network(x, decide=decide)
             loss = loss + F.cross_entropy(output.logits, y, reduction="sum")
             correct = correct + (output.logits.argmax(dim=1) == y).sum()
             seen.append(torch.stack([output.decisions, output.probabilities]).float())
+            answers.append(output.logits.float())
     loss, correct = parallel.all_reduced(torch.stack([loss, correct])).tolist()
     switches[:, local] = torch.cat(seen, dim=1).cpu()
     decisions, probabilities = parallel.all_reduced(switches)
+    classes = parallel.broadcast_object(answers[0].shape[1] if answers else 0)  # the first process has images
+    logits = torch.zeros(len(images), classes)
+    if answers:
+        logits[local] = torch.cat(answers).cpu()
     return Evaluation(
         loss=loss / len(images),
         accuracy=correct / len(images),
@@ -90,6 +96,7 @@ def evaluate(
         if network.switches
         else torch.full((len(images),), float(cost.flops)).double(),
         decisions=decisions,
+        logits=parallel.all_reduced(logits),
         probabilities=probabilities,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models import all_on
+from models import CASCADE, all_on
 from training.evaluate import evaluate
 from training.norms import placed
 from utils import parallel
@@ -16,6 +16,7 @@ from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.predecessors import relative_to_results
 from utils.runs.records import (
+    DYNAMIC,
     METHODS,
     NOT_MEASURED,
     Record,
@@ -57,12 +58,12 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     network = placed(best.network(), test.device)
     cost = network_cost(network, best.data["image_size"])
     measured = evaluate(network, test, best.normaliser(), cost)
-    counted = measured.flops_executed if best.stage == "rl_pruned" else measured.flops_all
+    counted = measured.flops_executed if best.stage in DYNAMIC else measured.flops_all
     record = {
         "method": METHODS[best.stage],
         "stage": best.stage,
         "dataset": best.data["name"],
-        **{key: best.architecture[key] for key in ("network", "depth", "width", "num_classes", "gate")},
+        **subject(best.architecture),
         "accuracy": measured.accuracy,
         "accuracy_every_block": evaluate(network, test, best.normaliser(), cost, all_on).accuracy,
         "gflops": counted / 1e9,
@@ -108,3 +109,10 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     run.say(f"picture  {result_dir / 'results.png'}")
     run.say(f"watch    tensorboard --logdir {result_dir}  (overview: http://localhost:6006/#custom_scalars)")
     return record
+
+
+def subject(architecture: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of a network; of a cascade what it says of the last member."""
+    if architecture["network"] == CASCADE:
+        return subject(architecture["members"][-1])
+    return {key: architecture[key] for key in ("network", "depth", "width", "num_classes", "gate")}

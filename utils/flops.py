@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models import ResNet, all_on, build_network
+from models import Cascade, ResNet, all_on, build_network
 from utils.modes import evaluation_mode
 
 
@@ -49,12 +49,14 @@ class NetworkCost:
         return self.flops - saved
 
 
-def network_cost(network: ResNet, image_size: int) -> NetworkCost:
+def network_cost(network: ResNet | Cascade, image_size: int) -> NetworkCost:
     """Measure the cost of ``network`` for square images of ``image_size`` pixels, with one pass on a blank image.
 
     Blocks that have left the network count as they were before, but for the parameters: what switches save is measured
     against the same network whether they are fixed or not.
     """
+    if isinstance(network, Cascade):
+        return _cascade_cost([network_cost(member, image_size) for member in network.members])
     layers = _layer_costs(network, image_size)
     before = layers
     if network.removed_blocks:
@@ -71,6 +73,19 @@ def network_cost(network: ResNet, image_size: int) -> NetworkCost:
         flops=sum(cost.flops for cost in layers.values()) + left,
         blocks=tuple(0 if network.fixed_switches.get(switch) == 1 else flops for switch, flops in enumerate(blocks)),
         layers=layers,
+    )
+
+
+def _cascade_cost(members: list[NetworkCost]) -> NetworkCost:
+    """Of all members together; a switch between two saves what the second costs however its own switches decide."""
+    between = [member.flops - sum(member.blocks) for member in members[1:]]
+    return NetworkCost(
+        parameters=sum(member.parameters for member in members),
+        flops=sum(member.flops for member in members),
+        blocks=(*between, *(block for member in members for block in member.blocks)),
+        layers={
+            f"members.{i}.{name}": cost for i, member in enumerate(members) for name, cost in member.layers.items()
+        },
     )
 
 

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from models import NETWORKS, check_depth
 from utils.data.listing import IMAGE_TYPES
@@ -28,7 +28,7 @@ MOST_SEED = 2**32 - 1
 
 RESUME = "go on with the newest unfinished run of this stage that has these settings, or start one"
 
-Settings = TypeVar("Settings", bound="StageSettings")
+Settings = TypeVar("Settings", bound="RunSettings")
 
 
 def setting(
@@ -80,8 +80,8 @@ def _field(cls: type, name: str) -> Field:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSettings:
-    """What all three stages take."""
+class RunSettings:
+    """What every command that leaves a run takes."""
 
     network: str = setting("resnet", "kind of network", choices=NETWORKS)
     depth: int = setting(32, "depth of the network, 6n+2", check=check_depth)
@@ -90,9 +90,15 @@ class StageSettings:
     img_type: str = setting("any", "image files to read", choices=tuple(IMAGE_TYPES))
     resize: int = setting(32, "height and width images are brought to", low=8, high=MOST_PIXELS)
     num_workers: int = setting(16, "threads that decode images", low=0, high=1024)
+    seed: int = setting(0, "seed of weights, order, augmentation, drawn labels and decisions", low=0, high=MOST_SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(RunSettings):
+    """What all three stages take."""
+
     momentum: float = setting(0.9, "momentum of SGD, Nesterov's form", low=0, below=1)
     weight_decay: float = setting(0.0005, "L2 penalty on every weight but the gates'", low=0)
-    seed: int = setting(0, "seed of weights, order, augmentation, drawn labels and decisions", low=0, high=MOST_SEED)
     precision: str = setting(
         "auto", "of products: bf16 or float32; auto is bf16 on GPUs that have it, else float32", choices=PRECISIONS
     )
@@ -139,29 +145,33 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.hint})")
 
 
-def settings_parser(cls: type, description: str) -> Parser:
-    """A parser with a flag for every setting of the class, and ``--resume``."""
+def settings_parser(cls: type, description: str, resumes: bool = True) -> Parser:
+    """A parser with a flag for every setting of the class and, where a run may go on, ``--resume``."""
     parser = Parser(description)
     for f in keys(cls):
         help = f.metadata["help"].replace("%", "%%")
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action="store_true", help=help)
             continue
+        if get_origin(f.type) is tuple:
+            parser.add_argument(f"--{f.name}", nargs="+", type=str, default=f.default, help=help, metavar="PATH")
+            continue
         given = {"required": True} if f.default is MISSING else {"default": f.default}
         kind = _flag_type(_kind(f), f.name, f.metadata)
         parser.add_argument(f"--{f.name}", type=kind, help=help, metavar=_metavar(f), **given)
-    parser.add_argument("--resume", action="store_true", help=RESUME)
+    if resumes:
+        parser.add_argument("--resume", action="store_true", help=RESUME)
     return parser
 
 
-def parse_flags(cls: type[Settings], description: str) -> tuple[Settings, bool]:
+def parse_flags(cls: type[Settings], description: str, resumes: bool = True) -> tuple[Settings, bool]:
     """The settings on the command line, and whether ``--resume`` was given.
 
     Raises:
         UserError: for a flag or a value that is wrong.
     """
-    given = vars(settings_parser(cls, description).parse_args())
-    resume = given.pop("resume")
+    given = vars(settings_parser(cls, description, resumes).parse_args())
+    resume = given.pop("resume", False)
     return cls(**given), resume
 
 

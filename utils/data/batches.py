@@ -134,6 +134,13 @@ def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
     return ""
 
 
+def same_validation(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two checkpoints' networks have set the same images aside, by what the checkpoints say of their data."""
+    if "set_aside" in one and "set_aside" in other:
+        return torch.equal(one["set_aside"], other["set_aside"])
+    return all(one[key] == other[key] for key in ("val_fraction", "split_seed"))
+
+
 def _missing(data: DataSet, set_aside: Tensor) -> int:
     """How many of the images that were set aside, by their fingerprints, are not where validation images come from."""
     return int((~torch.isin(set_aside, data.fingerprints["train" if data.val is None else "val"])).sum())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from models import ResNet, build_network
+from models import CASCADE, Cascade, ResNet, build_network
 from utils.settings import MOST_PIXELS, MOST_SEED
 
 LARGEST = sys.float_info.max
@@ -70,20 +70,23 @@ FINGERPRINTS: Rule = (
 )
 SHARE = real(0, 1)
 
+NORMALISATION = {"mean": list_of(real(), count=3), "std": list_of(real(above=0), count=3)}
+RESNET = {
+    "depth": whole(8),
+    "num_classes": whole(1),
+    "width": whole(1),
+    "ranks?": by_name(list_of(either(NOTHING, whole(1)), count=2)),
+    "inner?": by_name(whole(1)),
+    "depthwise?": list_of(TEXT),
+    "fixed_switches?": by_name(one_of(0, 1)),
+}
+CASCADED = {"members": list_of((lambda v: isinstance(v, dict), "a dictionary")), "thresholds": list_of(SHARE)}
+
 # By the fields of ``checkpoint.Checkpoint``: the keys that have to be there, but for those with a question mark; others
 # may stand beside them.
 RULES = {
-    "stage": one_of("sp", "pruned", "rl_pruned"),
-    "architecture": {
-        "depth": whole(8),
-        "num_classes": whole(1),
-        "width": whole(1),
-        "ranks?": by_name(list_of(either(NOTHING, whole(1)), count=2)),
-        "inner?": by_name(whole(1)),
-        "depthwise?": list_of(TEXT),
-        "fixed_switches?": by_name(one_of(0, 1)),
-    },
-    "normalisation": {"mean": list_of(real(), count=3), "std": list_of(real(above=0), count=3)},
+    "stage": one_of("sp", "pruned", "rl_pruned", "cascade"),
+    "normalisation": NORMALISATION,
     "classes": list_of(TEXT),
     "data": {
         "name": TEXT,
@@ -128,12 +131,30 @@ def check_contents(content: Mapping[str, Any]) -> None:
         ValueError: for the first that is found; the message names it and says what belongs there.
     """
     _check_values("", content, RULES)
+    outputs = _checked_outputs("architecture.", content["architecture"])
     if "set_aside" in content["data"]:
         _check_values("data.", content["data"], IDENTITY)
-    classes, outputs = content["classes"], content["architecture"]["num_classes"]
+    classes = content["classes"]
     if not len(set(classes)) == len(classes) == outputs:
         raise ValueError(f"classes has {len(set(classes))} different names for {outputs} outputs")
     _check_weights(content["weights"], content["architecture"])
+
+
+def _checked_outputs(prefix: str, architecture: Mapping[str, Any]) -> int:
+    """The number of classes of an architecture whose values have been checked; a cascade's members have one number."""
+    if architecture.get("network") != CASCADE:
+        _check_values(prefix, architecture, RESNET)
+        return architecture["num_classes"]
+    _check_values(prefix, architecture, CASCADED)
+    outputs = set()
+    for i, member in enumerate(architecture["members"]):
+        _check_values(f"{prefix}members.{i}.", member, NORMALISATION)
+        if member.get("network") == CASCADE:
+            raise ValueError(f"{prefix}members.{i} is a cascade, which no member can be")
+        outputs.add(_checked_outputs(f"{prefix}members.{i}.", member))
+    if len(outputs) != 1:
+        raise ValueError(f"{prefix}members tell {sorted(outputs)} classes apart where one number belongs")
+    return outputs.pop()
 
 
 def _check_values(prefix: str, content: Any, rules: Mapping[str, Any]) -> None:
@@ -180,7 +201,7 @@ def _check_weights(weights: Mapping[str, Any], architecture: Mapping[str, Any]) 
             raise ValueError(f"the weight {name!r} is not finite (its training diverged)")
 
 
-def skeleton(architecture: Mapping[str, Any]) -> ResNet:
+def skeleton(architecture: Mapping[str, Any]) -> ResNet | Cascade:
     """The network that an architecture describes, on the ``meta`` device: shapes without values."""
     with torch.device("meta"), _Uninitialised():
         return build_network(**architecture)

@@ -90,6 +90,38 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
     return _started_from(path, pruned, "rl_pruned", settings), notes
 
 
+def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
+    """The networks that a cascade may be made of: those named, or those of the newest run of every stage that fits.
+
+    Of stage 2 every iteration counts.
+
+    Args:
+        settings: of ``main_cascade.py``.
+
+    Returns:
+        the files and checkpoints, and lines that say where they are from.
+
+    Raises:
+        UserError: if there are fewer than two, or if one that was named does not fit.
+    """
+    if settings.networks:
+        found = [(path, load_checkpoint(path)) for path in (Path(name).expanduser() for name in settings.networks)]
+        for path, checkpoint in found:
+            _check_data(path, checkpoint, settings, data)
+    else:
+        found = []
+        for stage, name in (("sp", BEST), ("pruned", "iteration_*.pt"), ("rl_pruned", BEST)):
+            fitting, _ = _saved(settings, stage, data, name)
+            found += [item for item in fitting if item[0].parent == fitting[-1][0].parent]
+    if len(found) < 2:
+        raise UserError(
+            f"a cascade needs two networks or more, and there are {len(found)} in {settings.result_dir}: run "
+            f"main_prune.py first, or name --networks"
+        )
+    runs = dict.fromkeys(relative_to_results(path.parent, settings.result_dir) for path, _ in found)
+    return found, [f"networks of {', '.join(runs)}"]
+
+
 def _started_from(path: Path, source: Checkpoint, stage: str, settings: Any) -> Checkpoint:
     """The source as a later stage's first checkpoint."""
     name = relative_to_results(path, settings.result_dir)
@@ -127,9 +159,7 @@ def _check(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet, swi
                 f"checkpoint {path} has {key} {checkpoint.architecture[key]}, the settings say "
                 f"{getattr(settings, key)}: change {key} or the checkpoint"
             )
-    check_data(checkpoint, data, settings.resize)
-    if why := other_data(data, checkpoint.data):
-        raise UserError(why)
+    _check_data(path, checkpoint, settings, data)
     network = checkpoint.network()
     if switched and checkpoint.architecture["gate"] == "none":
         raise UserError(f"checkpoint {path} has no switches to teach: train stage 1 with --gate rnn, ff1 or ff2")
@@ -208,3 +238,12 @@ def relative_to_results(path: Path, result_dir: str | Path) -> str:
 def source_path(source: str, result_dir: str | Path) -> Path:
     """The file that a checkpoint's ``source`` names."""
     return Path(result_dir).expanduser() / source  # an absolute source stays as it is
+
+
+def _check_data(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet) -> None:
+    try:
+        check_data(checkpoint, data, settings.resize)
+        if why := other_data(data, checkpoint.data):
+            raise UserError(why)
+    except UserError as error:
+        raise UserError(f"{path} does not fit: {error}") from None

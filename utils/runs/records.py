@@ -20,7 +20,9 @@ METHODS = {
     "sp": "w/o Pruning",
     "pruned": "w/ Static Pruning only",
     "rl_pruned": "w/ Static and Dynamic Pruning",
+    "cascade": "w/ Static Pruning and Cascade",
 }
+DYNAMIC = ("rl_pruned", "cascade")  # stages whose networks decide image by image what is run
 RECORD, RESULTS, LOCK = "record.json", "results.json", ".results.lock"
 PATIENCE = 60.0  # seconds to wait for a run that writes its results, which takes one or two
 NOT_MEASURED = {"latency_ms": None, "throughput": None}

@@ -8,7 +8,7 @@ from matplotlib.ticker import PercentFormatter
 
 from utils.errors import UserError
 from utils.files import atomic_write, write_json
-from utils.runs.records import RESULTS, Record, chains, timed_together
+from utils.runs.records import DYNAMIC, RESULTS, Record, chains, timed_together
 
 BATCH = 128  # images of a batch that throughput is measured with
 
@@ -56,7 +56,7 @@ def results_table(records: list[Record]) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for before, r in zip([None, *chain], chain, strict=False):
-            computation = r["computation"] if r["stage"] == "rl_pruned" else 1.0
+            computation = r["computation"] if r["stage"] in DYNAMIC else 1.0
             lines.append(
                 f"| {r['method']}{_marks(before, r, footnotes)} | {shown_accuracy(r):.2%} "
                 f"| {_three_digits(r['gflops'])} | {r['compression']:.1%} | {r['parameters']:,} | {computation:.1%} "
@@ -68,9 +68,9 @@ def results_table(records: list[Record]) -> str:
         sections.append("–: not measured; it needs the row's checkpoint.\n")
     sections.append(
         "Accuracy on the test images. FLOPS: two per multiply-add, one image. Every block is run and counted in the "
-        "first two rows of a table; in the third the switches decide, and FLOPS are the mean of what is executed. "
+        "first two methods; in the others switches decide, and FLOPS are the mean of what is executed. "
         "Computation: executed share. Latency and throughput: exported networks with ONNX Runtime on the CPU, all rows "
-        "of a table in one run; in the third, blocks are skipped, in batches as on single images.\n"
+        "of a table in one run; what is skipped is not run, in batches as on single images.\n"
     )
     sections += [f"[^{mark}]: {text}\n" for text, mark in footnotes.items()]
     return "\n".join(sections)
@@ -135,7 +135,12 @@ def results_picture(records: list[Record]) -> Figure:
 
 def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:
     """Accuracy of the records of one chain against ``key``."""
-    styles = {"sp": ("o", "#333333"), "pruned": ("s", "#1f77b4"), "rl_pruned": ("^", "#d62728")}
+    styles = {
+        "sp": ("o", "#333333"),
+        "pruned": ("s", "#1f77b4"),
+        "rl_pruned": ("^", "#d62728"),
+        "cascade": ("D", "#2ca02c"),
+    }
     for record in chain:
         marker, colour = styles[record["stage"]]
         points = sorted((p[key], p["accuracy"]) for p in record["points"] if key in p)

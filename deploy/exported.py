@@ -1,0 +1,44 @@
+"""The graph of whatever a checkpoint holds: a switched network, or a cascade of some."""
+
+from collections.abc import Callable
+
+import onnx
+
+from deploy.cascades import cascade_model
+from deploy.folding import deployable, without_switches
+from deploy.graphs import onnx_model
+from models import Cascade, ResNet
+from utils.data.augment import Normalisation
+
+Finish = Callable[[onnx.ModelProto], onnx.ModelProto]
+
+
+def exported_model(
+    network: ResNet | Cascade,
+    normalisation: Normalisation,
+    image_size: int,
+    switches: bool = True,
+    finish: Finish | None = None,
+) -> onnx.ModelProto:
+    """Uint8 images [N, 3, H, W] to logits [N, classes] and what was decided.
+
+    Args:
+        normalisation: that the network expects; the members of a cascade have their own.
+        switches: false runs every block.
+        finish: what becomes of the graph, or of that of each member: ``deploy.int8.quantised``, say.
+    """
+    if isinstance(network, Cascade):
+        graphs = [exported_model(*member, image_size, switches, finish) for member in members(network)]
+        return cascade_model(graphs, network.thresholds, network.answer)
+    folded = deployable(network, normalisation)
+    model = onnx_model(folded if switches else without_switches(folded), image_size)
+    return model if finish is None else finish(model)
+
+
+def members(cascade: Cascade) -> list[tuple[ResNet, Normalisation]]:
+    """The networks of a cascade and what each expects."""
+    described = cascade.architecture["members"]
+    return [
+        (network, Normalisation(tuple(own["mean"]), tuple(own["std"])))
+        for network, own in zip(cascade.members, described, strict=True)
+    ]

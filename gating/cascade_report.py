@@ -1,0 +1,80 @@
+"""Pictures and figures of a cascade: what could be chosen, and what is handed on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
+
+from gating.cascade_search import Candidate, Outcome, Predictions, frontier
+
+
+def draw_frontier(found: Sequence[Candidate], chosen: Candidate, floor: float | None) -> Figure:
+    """Accuracy against executed FLOPs: the single networks, the best cascades of them, and the one chosen.
+
+    Args:
+        floor: accuracy that the budget asks for, None where there is a target in FLOPs.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for candidates, style, label in (
+        (frontier([c for c in found if len(c.members) > 1]), {"color": "#2ca02c", "linewidth": 1.5}, "cascades"),
+        ([c for c in found if len(c.members) == 1], {"color": "#1f77b4", "marker": "s"}, "single networks"),
+        ([chosen], {"color": "#d62728", "marker": "D", "linestyle": "none"}, "chosen"),
+    ):
+        axis.plot([c.flops / 1e9 for c in candidates], [c.accuracy for c in candidates], label=label, **style)
+    if floor is not None:
+        axis.axhline(floor, color="#999999", linestyle=":", label="budget")
+    axis.set(xlabel="mean executed GFLOPs of an image", ylabel="accuracy on the validation images")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def draw_answered(done: Outcome, labels: Tensor, classes: Sequence[str]) -> Figure:
+    """Share of each class's images that each member answers."""
+    shares = answered_by_class(done, labels, len(classes))
+    order = shares[:, 0].argsort()
+    figure = Figure(figsize=(6, 1.2 + 0.22 * len(classes)), layout="constrained")
+    axis = figure.subplots()
+    left = torch.zeros(len(classes))
+    for member, share in enumerate(shares[order].t(), start=1):
+        axis.barh([classes[i] for i in order], share, left=left, label=f"member {member}")
+        left = left + share
+    axis.set(xlabel="share of test images that each member answers", xlim=(0, 1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.tick_params(axis="y", labelsize=7 if len(classes) > 20 else 9)
+    axis.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def answered_by_class(done: Outcome, labels: Tensor, classes: int) -> Tensor:
+    """Share of each class's images that each member answers, [classes, members]; NaN for a class without images."""
+    by_member = torch.stack([done.members_run == m for m in range(1, int(done.members_run.max()) + 1)], dim=1).double()
+    return torch.stack([by_member[labels == label].mean(dim=0) for label in range(classes)])
+
+
+def what_is_known(done: Outcome, predictions: Sequence[Predictions], labels: Tensor) -> dict[str, Any]:
+    """What the decision knows: accuracies of the first and the last member where the first answers and where not.
+
+    An oracle would hand on exactly those images that the last member gets right and the first does not.
+
+    Args:
+        predictions: of the members, in their order.
+    """
+    right = {"first": predictions[0], "last": predictions[-1]}
+    right = {name: network.probabilities.argmax(dim=1) == labels for name, network in right.items()}
+    kept, oracle = done.members_run == 1, right["last"] & ~right["first"]
+    known = {
+        "accuracy": done.correct.double().mean().item(),
+        "handed_on": (~kept).double().mean().item(),
+        "oracle_accuracy": (right["first"] | right["last"]).double().mean().item(),
+        "oracle_handed_on": oracle.double().mean().item(),
+    }
+    for where, images in (("kept", kept), ("handed_on", ~kept)):
+        for name, correct in right.items():
+            known[f"accuracy_{name}_{where}"] = correct[images].double().mean().item() if images.any() else None
+    return known

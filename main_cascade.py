@@ -1,0 +1,207 @@
+"""The cascade: a small network answers what it is sure of and hands the rest on to the next.
+
+Takes the networks that the stages left, or those named, and searches which of them to put in front of which, and when
+to hand on.  Nothing is trained.  Writes result_dir/cascade/<data set>/<network><depth>/<run>/ and the results table.
+"""
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.interruptions import prepare
+
+    prepare(goes_on=None)
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deploy.speeds import measured_speeds
+from gating.cascade_report import answered_by_class, draw_answered, draw_frontier, what_is_known
+from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, outcome
+from gating.pictures import easy_and_hard_pictures
+from models import Cascade, Member
+from training.evaluate import Evaluator
+from training.norms import placed
+from training.report import Chosen, report
+from utils import parallel
+from utils.data.batches import Splits, same_validation, split_as_before
+from utils.data.folder import DataSet, load_data
+from utils.data.images import Images
+from utils.device import device_text, pick_device
+from utils.errors import UserError, run_command
+from utils.files import write_json
+from utils.flops import network_cost
+from utils.runs.checkpoint import Checkpoint, save_checkpoint
+from utils.runs.predecessors import Found, cascade_networks, relative_to_results
+from utils.runs.run import BEST, Run, open_run, stage_folder
+from utils.settings import RunSettings, parse_flags, setting
+
+PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}  # of a cascade, whose members normalise by themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """The flags of the cascade."""
+
+    networks: tuple[str, ...] = setting((), "checkpoints to choose from; by default those that the stages left")
+    max_accuracy_drop: float = setting(0.01, "accuracy that may be lost against stage 1", low=0, high=1)
+    target_flops: float = setting(
+        0.0, "share of stage 1's FLOPs to stay under, instead of the accuracy budget; 0: none", low=0, high=1
+    )
+
+
+def main() -> None:
+    settings = parse_flags(Settings, "Choose a cascade of the networks that the stages left.", resumes=False)[0]
+    device = pick_device()
+    data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
+    networks, notes = cascade_networks(settings, data)
+    splits = validation(data, networks).to(device)
+    parent = stage_folder(settings.result_dir, "cascade", data.name, settings.network, settings.depth)
+    with open_run(parent, settings, None, False, {}) as run:
+        run.say(
+            f"{run.path} on {device_text(device, torch.float32)}: {len(networks)} networks, {len(splits.val):,} "
+            f"validation images"
+        )
+        for note in [*notes, *splits.notes]:
+            run.say(note)
+        predictions, labels = predicted(networks, splits.val), splits.val.labels.cpu()
+        for (path, _), network in zip(networks, predictions, strict=True):
+            right, flops = network.probabilities.argmax(dim=1) == labels, network.executed.mean().item()
+            name = relative_to_results(path, settings.result_dir)
+            run.say(f"{name}: {right.double().mean():.2%} at {flops / 1e9:.4g} GFLOPs")
+        found = candidates(predictions, labels)
+        chosen, within_budget = choose(found, predictions, labels, networks, settings)
+        best = checkpoint_of(networks, chosen, settings)
+        save_checkpoint(run.path / BEST, best)
+        say_choice(run, networks, chosen, best, within_budget)
+        floor = None if settings.target_flops else best.original["accuracy"] - settings.max_accuracy_drop
+        run.picture("frontier", draw_frontier(found, chosen, floor))
+        on_test(run, networks, chosen, splits.test)
+        report(settings.result_dir, run, Chosen(best, "validation", within_budget), splits.test, measured_speeds)
+
+
+def validation(data: DataSet, networks: Found) -> Splits:
+    """The images that all networks have set aside.
+
+    Raises:
+        UserError: if there are none, or if the networks have set aside different ones.
+    """
+    (first_path, first), *others = networks
+    for path, checkpoint in others:
+        if not same_validation(first.data, checkpoint.data):
+            raise UserError(
+                f"{path} and {first_path} have set different validation images aside, so that one was trained on what "
+                f"the other is chosen by: name --networks that were made with the same split"
+            )
+    splits = split_as_before(data, first.data)
+    if splits.val_is_test:
+        raise UserError(
+            "the networks have set no validation images aside, and nothing is chosen on test images: train stage 1 "
+            "with --val_fraction 0.1"
+        )
+    return splits
+
+
+def predicted(networks: Found, images: Images) -> list[Predictions]:
+    """What every network answers for the images."""
+    found = []
+    for _, checkpoint in networks:
+        evaluated = Evaluator(images, checkpoint.normaliser(), checkpoint.data["image_size"])
+        evaluation = evaluated(placed(checkpoint.network(), images.device))
+        found.append(Predictions(evaluation.logits.softmax(dim=1), evaluation.executed))
+    return found
+
+
+def reference_of(networks: Found) -> int:
+    """Index of the network that the budget is counted from: stage 1's or, where none is given, the most accurate."""
+    of_stage_1 = [i for i, (_, checkpoint) in enumerate(networks) if checkpoint.stage == "sp"]
+    return max(of_stage_1 or range(len(networks)), key=lambda i: networks[i][1].metrics["accuracy"])
+
+
+def choose(
+    found: list[Candidate], predictions: list[Predictions], labels: Tensor, networks: Found, settings: Settings
+) -> tuple[Candidate, bool]:
+    """The cascade that serves the budget best, and whether it keeps it; the most accurate one where none does.
+
+    Raises:
+        UserError: for a target in FLOPs below every cascade.
+    """
+    reference = reference_of(networks)
+    cascades = [candidate for candidate in found if len(candidate.members) > 1]
+    if settings.target_flops:
+        whole = networks[reference][1].original["flops"]
+        chosen = best_under(cascades, settings.target_flops * whole)
+        if chosen is None:
+            raise UserError(
+                f"--target_flops {settings.target_flops:g} is out of reach: the cheapest cascade takes "
+                f"{cascades[0].flops / whole:.3f} of stage 1's FLOPs; raise it, or prune further in stage 2"
+            )
+        return chosen, True
+    chosen = cheapest_within(cascades, predictions, labels, reference, settings.max_accuracy_drop)
+    return (max(cascades, key=lambda c: c.accuracy), False) if chosen is None else (chosen, True)
+
+
+def checkpoint_of(networks: Found, chosen: Candidate, settings: Settings) -> Checkpoint:
+    """The cascade as one network that describes itself."""
+    members = [networks[i][1] for i in chosen.members]
+    network = Cascade(
+        [Member(c.network(), c.normalisation["mean"], c.normalisation["std"]) for c in members],
+        chosen.thresholds,
+        chosen.answer,
+    )
+    described = networks[reference_of(networks)][1]
+    newest = max(networks, key=lambda item: ["sp", "pruned", "rl_pruned"].index(item[1].stage))[0]
+    every = network_cost(network, described.data["image_size"]).flops
+    return replace(
+        described,
+        stage="cascade",
+        architecture=network.architecture,
+        weights=network.state_dict(),
+        normalisation=PLAIN,
+        metrics={"accuracy": chosen.accuracy, "computation": chosen.flops / every},
+        seed=settings.seed,
+        progress={},
+        training={},
+        source=relative_to_results(newest, settings.result_dir),
+    )
+
+
+def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, within_budget: bool) -> None:
+    """Say which networks answer in turn, when they hand on, and what that costs."""
+    names = [f"{Path(networks[i][0]).parent.name}/{Path(networks[i][0]).name}" for i in chosen.members]
+    thresholds = ", ".join(f"{threshold:.4f}" for threshold in chosen.thresholds)
+    answers = {"last": "the last one that ran answers", "mean": "the mean of those that ran answers"}[chosen.answer]
+    worst = network_cost(best.network(), best.data["image_size"])
+    run.say(
+        f"chosen: {' then '.join(names)}, handing on below a confidence of {thresholds}; {answers}: validation "
+        f"accuracy {chosen.accuracy:.2%} at {chosen.flops / 1e9:.4g} GFLOPs, "
+        f"{chosen.flops / best.original['flops']:.1%} of stage 1's"
+    )
+    run.say(f"worst case, all members run: {worst.flops / 1e9:.4g} GFLOPs; {worst.parameters:,} parameters together")
+    if not within_budget:
+        run.say("no cascade met the budget; kept the most accurate: raise --max_accuracy_drop or add --networks")
+
+
+def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:
+    """Draw and write who answers which test images, and what the decision knows."""
+    members = [networks[i] for i in chosen.members]
+    predictions, labels, classes = predicted(members, test), test.labels.cpu(), members[0][1].classes
+    if not parallel.is_main_process():
+        return
+    done = outcome(predictions, replace(chosen, members=tuple(range(len(members)))), labels)
+    run.picture("answered_by_class", draw_answered(done, labels, classes))
+    for name, figure in easy_and_hard_pictures(test, done.executed, classes):
+        run.picture(name, figure)
+    shares = answered_by_class(done, labels, len(classes)).tolist()
+    routing = what_is_known(done, predictions, labels)
+    routing["answered_by_class"] = dict(zip(classes, shares, strict=True))
+    with run.going_on_without("routing.json"):
+        write_json(run.path / "routing.json", routing)
+    run.say(
+        f"test images: {routing['handed_on']:.1%} are handed on; on the others the first network has "
+        f"{routing['accuracy_first_kept']:.2%}, on these {routing['accuracy_first_handed_on'] or 0:.2%}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(parallel.distributed(main), goes_on=None)
