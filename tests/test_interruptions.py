@@ -50,6 +50,16 @@ def test_a_second_signal_changes_nothing():
     assert (done.returncode, done.stderr) == (143, SENTENCES["SIGTERM"] + KEPT)
 
 
+def test_a_signal_after_the_end_changes_nothing():
+    """Python gives handlers back before it clears modules: the default action would end it without a word."""
+    done = python(
+        "class Cleared:\n"
+        "    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGHUP):\n        kill(me, number)\n"
+        "cleared = Cleared()\nprint('all is done')"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "all is done\n", "")
+
+
 def test_what_was_ignored_before_still_is():
     """As under nohup."""
     ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731

@@ -3,6 +3,7 @@
 This is imported before everything else, so nothing here may take long to import.
 """
 
+import atexit
 import io
 import os
 import signal
@@ -33,6 +34,7 @@ def prepare(goes_on: str | None = WITH_RESUME) -> None:
         number = signal.Signals[name]
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, partial(_end, what + kept(goes_on)))
+    atexit.register(_ignore_signals)  # there is nothing left to end
 
 
 def _end(sentence: str, number: int, frame: FrameType | None) -> None:
@@ -41,11 +43,15 @@ def _end(sentence: str, number: int, frame: FrameType | None) -> None:
     An exception is of no use here.  Finalizers, callbacks and C++ code swallow it or make another of it, and a second
     signal would interrupt what the first has begun.
     """
-    for name in ENDED_BY:
-        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    _ignore_signals()
     with suppress(OSError):  # ``print`` may be what was interrupted
         os.write(2, ("\n" * os.isatty(2) + f"{sentence}\n").encode())  # below a progress bar, where there is one
     os._exit(128 + number)
+
+
+def _ignore_signals() -> None:
+    for name in ENDED_BY:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 class _Output(io.FileIO):
