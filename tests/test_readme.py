@@ -15,6 +15,7 @@ from networks import NORMALISATION, lively_network, varied_images
 from PIL import Image
 from test_export import checkpoint_file
 
+import main_cascade
 import main_prune
 import main_rl_prune
 import main_sp
@@ -28,10 +29,12 @@ KEPT_PICTURE = ROOT / "docs" / "idea.png"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
 FLAGS = {"main_sp.py": main_sp.Settings, "main_rl_prune.py": main_rl_prune.Settings}
-SHARED, OF_STAGE_1, OF_STAGE_3, OF_STAGE_2 = (
+PARSED = {**FLAGS, "main_cascade.py": main_cascade.Settings}  # scripts whose every flag is one of their settings
+SHARED, OF_STAGE_1, OF_STAGE_3, OF_CASCADE, OF_STAGE_2 = (
     "## Flags of stages 1 and 3",
     "### Stage 1 only",
     "### Stage 3 only",
+    "### The cascade only",
     "## Keys of stage 2",
 )
 
@@ -55,7 +58,7 @@ def shown(value: object) -> str:
 def default_flag(f: Field) -> str:
     if f.default is MISSING:
         return "required"
-    return "off" if f.default is False else {"": "empty", None: "none"}.get(f.default) or shown(f.default)
+    return "off" if f.default is False else {"": "empty", None: "none", (): "none"}.get(f.default) or shown(f.default)
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -80,10 +83,10 @@ def test_the_shared_flags_are_those_of_the_settings():
     assert {name: default for name, (default, _) in rows(SHARED).items()} == {**wanted, "resume": "off"}
 
 
-@pytest.mark.parametrize(("script", "heading"), [("main_sp.py", OF_STAGE_1), ("main_rl_prune.py", OF_STAGE_3)])
+@pytest.mark.parametrize(("script", "heading"), [("main_sp.py", OF_STAGE_1), ("main_rl_prune.py", OF_STAGE_3), ("main_cascade.py", OF_CASCADE)])
 def test_the_flags_of_a_stage_are_those_of_its_settings(script: str, heading: str):
     shared = {f.name for f in keys(TrainingSettings)}
-    wanted = {f.name: default_flag(f) for f in keys(FLAGS[script]) if f.name not in shared}
+    wanted = {f.name: default_flag(f) for f in keys(PARSED[script]) if f.name not in shared}
     assert {name: default for name, (default, _) in rows(heading).items()} == wanted
 
 
@@ -130,9 +133,9 @@ def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch):
             assert Path(given[0]).is_file(), given
         elif program == "pip":
             assert given[:2] == ["install", "-r"] and Path(given[2]).is_file(), given
-        elif program == "python" and given[0] in FLAGS:
+        elif program == "python" and given[0] in PARSED:
             flags = given[1:] if "..." not in given else [*given[1 : given.index("...")], "--data_dir", "data"]
-            settings_parser(FLAGS[given[0]], "").parse_args(flags)
+            settings_parser(PARSED[given[0]], "").parse_args(flags)
         elif program == "python" and given[0] == "main_prune.py":
             monkeypatch.setattr("sys.argv", given)
             main_prune.parse_arguments()
