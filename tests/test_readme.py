@@ -1,12 +1,10 @@
-"""README and docs: links lead somewhere, commands are accepted, and docs/options.md has every option and no other."""
+"""README and docs: ``scripts.check_pages`` finds no fault, and docs/options.md has every option and no other."""
 
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import MISSING, Field
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -15,21 +13,17 @@ from networks import NORMALISATION, lively_network, varied_images
 from PIL import Image
 from test_export import checkpoint_file
 
-import main_cascade
-import main_prune
 import main_rl_prune
 import main_sp
 from pruning.settings import PruneSettings
 from scripts import draw_idea
-from utils.settings import TrainingSettings, keys, settings_parser
+from scripts.check_pages import FLAGS, PAGES, README, broken_links, commands, refusal, unreachable, wrong_figures
+from utils.settings import TrainingSettings, keys
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 KEPT_PICTURE = ROOT / "docs" / "idea.png"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+OUTPUTS = ROOT / "docs" / "outputs.md"
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
-FLAGS = {"main_sp.py": main_sp.Settings, "main_rl_prune.py": main_rl_prune.Settings}
-PARSED = {**FLAGS, "main_cascade.py": main_cascade.Settings}  # scripts whose every flag is one of their settings
 SHARED, OF_STAGE_1, OF_STAGE_3, OF_CASCADE, OF_STAGE_2 = (
     "## Flags of stages 1 and 3",
     "### Stage 1 only",
@@ -61,32 +55,22 @@ def default_flag(f: Field) -> str:
     return "off" if f.default is False else {"": "empty", None: "none", (): "none"}.get(f.default) or shown(f.default)
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command in a page's bash blocks; a placeholder such as <run> or [IMG_TYPE] is one of them."""
-    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = [word for word in shlex.split(line, comments=True) if not re.match("[A-Z_]+=", word)]
-            if words:
-                yield words
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 def test_the_shared_flags_are_those_of_the_settings():
-    first, third = ({f.name: default_flag(f) for f in keys(settings)} for settings in FLAGS.values())
+    first, third = (
+        {f.name: default_flag(f) for f in keys(settings)} for settings in (main_sp.Settings, main_rl_prune.Settings)
+    )
     wanted = {f.name: f"{first[f.name]} / {third[f.name]}" for f in keys(TrainingSettings)}
     wanted = {name: pair.split(" / ")[0] if len(set(pair.split(" / "))) == 1 else pair for name, pair in wanted.items()}
     assert {name: default for name, (default, _) in rows(SHARED).items()} == {**wanted, "resume": "off"}
 
 
-@pytest.mark.parametrize(("script", "heading"), [("main_sp.py", OF_STAGE_1), ("main_rl_prune.py", OF_STAGE_3), ("main_cascade.py", OF_CASCADE)])
+@pytest.mark.parametrize(
+    ("script", "heading"),
+    [("main_sp.py", OF_STAGE_1), ("main_rl_prune.py", OF_STAGE_3), ("main_cascade.py", OF_CASCADE)],
+)
 def test_the_flags_of_a_stage_are_those_of_its_settings(script: str, heading: str):
     shared = {f.name for f in keys(TrainingSettings)}
-    wanted = {f.name: default_flag(f) for f in keys(PARSED[script]) if f.name not in shared}
+    wanted = {f.name: default_flag(f) for f in keys(FLAGS[script]) if f.name not in shared}
     assert {name: default for name, (default, _) in rows(heading).items()} == wanted
 
 
@@ -114,48 +98,31 @@ def test_every_value_that_can_be_chosen_is_named(settings: type, headings: tuple
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_lead_somewhere(page: Path):
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if not re.match(r"https?://", link)]
-    for link in links:
-        target, _, anchor = unquote(link).partition("#")
-        file = page.parent / target if target else page
-        assert file.exists(), f"{page.name}: {link}"
-        assert not anchor or anchor in anchors(file), f"{page.name}: {link}"
+    assert broken_links(page) == []
+
+
+def test_every_page_can_be_reached():
+    assert unreachable() == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch):
-    """Flags, keys and values of the three stages are parsed; of other commands file and flags have to exist."""
     monkeypatch.chdir(ROOT)
-    for program, *given in commands(page):
-        if program == "torchrun":
-            program, given = "python", given[[word.startswith("--") for word in given].index(False) :]
-        if program == "bash":
-            assert Path(given[0]).is_file(), given
-        elif program == "pip":
-            assert given[:2] == ["install", "-r"] and Path(given[2]).is_file(), given
-        elif program == "python" and given[0] in PARSED:
-            flags = given[1:] if "..." not in given else [*given[1 : given.index("...")], "--data_dir", "data"]
-            settings_parser(PARSED[given[0]], "").parse_args(flags)
-        elif program == "python" and given[0] == "main_prune.py":
-            monkeypatch.setattr("sys.argv", given)
-            main_prune.parse_arguments()
-        else:
-            assert (program, given[0]) == ("python", "-m"), given
-            module = Path(given[1].replace(".", "/")).with_suffix(".py")
-            sources = [path.read_text() for path in (module, module.with_name("common.py")) if path.exists()]
-            for flag in re.findall(r"--\w+", " ".join(given)):
-                assert any(f'"{flag}"' in source for source in sources), (given[1], flag)
+    assert {shlex.join(command): why for command in commands(page) if (why := refusal(*command))} == {}
 
 
-def test_the_options_of_the_readme_exist():
-    table = README.read_text().split("## The options that matter")[1]
-    named = re.findall(r"`(?:--)?(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.M)))
-    known = {f.name for settings in (*FLAGS.values(), PruneSettings) for f in keys(settings)}
-    assert len(named) > 10 and set(named) <= known
+def test_a_command_with_a_wrong_flag_is_found():
+    assert "--epoch" in refusal("python", "main_sp.py", "--data_dir", "data", "--epoch", "3")
+    assert "--outputs" in refusal("python", "-m", "deploy.export", "--outputs", "exported")
+    assert refusal("bash", "scripts/no_such.sh") and refusal("python", "-m", "deploy.nothing")
 
 
-def test_a_network_is_loaded_as_the_readme_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    snippet = re.search(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)[1]
+def test_the_results_of_the_readme_are_those_of_the_records():
+    assert wrong_figures() == []
+
+
+def test_a_network_is_loaded_as_the_page_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snippet = re.search(r"^```python\n(.*?)^```", OUTPUTS.read_text(), re.M | re.S)[1]
     network = lively_network("rl_pruned", "rnn")
     checkpoint_file(tmp_path / "best.pt", network, [f"class{i}" for i in range(10)])
     monkeypatch.chdir(tmp_path)
@@ -169,7 +136,8 @@ def test_a_network_is_loaded_as_the_readme_loads_it(tmp_path: Path, monkeypatch:
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 130
+    prose = re.sub(r"```.*?```", "", README.read_text(), flags=re.S)
+    assert len(prose.split()) <= 600
 
 
 def test_the_picture_of_the_idea_is_what_its_script_draws(tmp_path: Path):

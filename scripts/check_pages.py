@@ -1,0 +1,161 @@
+"""Check README and pages: links, that every page can be reached, commands, and the results table.
+
+python -m scripts.check_pages    # one line per fault; exit code 1 if there is one
+"""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+from urllib.parse import unquote
+
+import main_cascade
+import main_prune
+import main_rl_prune
+import main_sp
+from utils.errors import UserError
+from utils.flops import network_cost
+from utils.runs.checkpoint import load_checkpoint
+from utils.settings import settings_parser
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# Scripts whose every flag is one of their settings.
+FLAGS = {
+    "main_sp.py": main_sp.Settings,
+    "main_rl_prune.py": main_rl_prune.Settings,
+    "main_cascade.py": main_cascade.Settings,
+}
+# The rows of README's results table: what the record calls the network, and its checkpoint.
+RECORD = ROOT / "docs" / "results" / "inference" / "settled.json"
+ROWS = {
+    "w/o Pruning": ("dense", "dense.pt"),
+    "w/ Static Pruning only": ("static", "static.pt"),
+    "w/ Static and Dynamic Pruning": ("static with switches", "settled.pt"),
+}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> Iterator[tuple[str, Path, str]]:
+    """The links of a page into the repository: as written, the file, and the anchor or an empty string."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"https?://", link):
+            target, _, anchor = unquote(link).partition("#")
+            yield link, ((page.parent / target).resolve() if target else page), anchor
+
+
+def broken_links(page: Path) -> list[str]:
+    """The links of a page that lead nowhere."""
+    return [
+        link
+        for link, file, anchor in links(page)
+        if not file.exists() or (anchor and (file.suffix != ".md" or anchor not in anchors(file)))
+    ]
+
+
+def unreachable() -> list[Path]:
+    """The pages that no chain of links leads to from README."""
+    seen, waiting = {README}, [README]
+    while waiting:
+        found = {file for _, file, _ in links(waiting.pop()) if file in PAGES} - seen
+        seen |= found
+        waiting += found
+    return [page for page in PAGES if page not in seen]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every command in a page's bash blocks; a placeholder such as <run> is one of them."""
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = [word for word in shlex.split(line, comments=True) if not re.match("[A-Z_]+=", word)]
+            if words:
+                yield words
+
+
+def refusal(program: str, *given: str) -> str | None:
+    """Why a command of a page would not start, None where it would.
+
+    Flags, keys and values of the stages are parsed; of other commands file and flags have to exist.
+    """
+    if program == "torchrun":
+        program, given = "python", given[[word.startswith("--") for word in given].index(False) :]
+    if program == "bash":
+        return None if (ROOT / given[0]).is_file() else f"{given[0]} does not exist"
+    if program == "pip":
+        return None if given[:2] == ("install", "-r") and (ROOT / given[2]).is_file() else f"{given} installs nothing"
+    if program != "python":
+        return f"{program} is not a program of this repository"
+    try:
+        if given[0] in FLAGS:
+            flags = [*given[1 : given.index("...")], "--data_dir", "data"] if "..." in given else given[1:]
+            settings_parser(FLAGS[given[0]], "").parse_args(flags)
+        elif given[0] == "main_prune.py":
+            with mock.patch.object(sys, "argv", list(given)):
+                main_prune.parse_arguments()
+        elif given[0] == "-m":
+            return _unknown_flags(ROOT / f"{given[1].replace('.', '/')}.py", given)
+        else:
+            return f"{given[0]} is no script that this check knows"
+    except (UserError, SystemExit) as error:
+        return str(error)
+    return None
+
+
+def _unknown_flags(module: Path, given: tuple[str, ...]) -> str | None:
+    sources = [path.read_text() for path in (module, module.with_name("common.py")) if path.exists()]
+    missing = [flag for flag in re.findall(r"--\w+", " ".join(given)) if not any(f'"{flag}"' in s for s in sources)]
+    return None if sources and not missing else f"{module.name} does not exist or has no {', '.join(missing)}"
+
+
+def figures() -> dict[str, tuple[str, ...]]:
+    """What README's results table has to say of each row, from the records and checkpoints that are kept."""
+    record, wanted = json.loads(RECORD.read_text()), {}
+    rows = {row["network"]: row for row in record["rows"] if (row["runtime"], row["batch"]) == ("ONNX Runtime", 1)}
+    for method, (name, file) in ROWS.items():
+        checkpoint, row = load_checkpoint(ROOT / "docs" / "checkpoints" / file), rows[name]
+        cost = network_cost(checkpoint.network(), checkpoint.data["image_size"])
+        accuracy = record["accuracies"][f"ONNX Runtime: {name}"]
+        wanted[method] = (
+            f"{accuracy:.2%}",
+            f"{row['flops'] / 1e9:.3g}",
+            f"{checkpoint.compression(cost):.1%}",
+            f"{row['speedup']:.2f}x",
+        )
+    return wanted
+
+
+def wrong_figures() -> list[str]:
+    """The rows of README's results table that differ from the records."""
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.read_text().splitlines()]
+    found = {cells[0]: tuple(cells[1:5]) for cells in shown if cells and cells[0] in ROWS}
+    return [
+        f"{method}: {found.get(method)} instead of {wanted}"
+        for method, wanted in figures().items()
+        if found.get(method) != wanted
+    ]
+
+
+def main() -> None:
+    faults = [f"{page.name}: link {link}" for page in PAGES for link in broken_links(page)]
+    faults += [f"{page.name}: no link leads here from README" for page in unreachable()]
+    faults += [f"{page.name}: {shlex.join(c)}: {why}" for page in PAGES for c in commands(page) if (why := refusal(*c))]
+    faults += [f"README.md: {row}" for row in wrong_figures()]
+    print("\n".join(faults) or "links, pages, commands and figures are in order")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
