@@ -156,10 +156,10 @@ def test_the_iterations_are_not_measured_on_the_test_images(chain, shapes, tmp_p
 def forgetting(train):
     """Training after which the classifier answers the same to everything, as the network before it is made to."""
 
-    def epoch(network, *given, **named):
-        means = train(network, *given, **named)
+    def epoch(training, *given):
+        means = train(training, *given)
         with torch.no_grad():
-            network.classifier.weight.zero_()
+            training.network.classifier.weight.zero_()
         return means
 
     return epoch
