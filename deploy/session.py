@@ -19,7 +19,7 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 TOLERANCE = 1e-4
-# Features of more images fall out of the cache, for which gathering and scattering wait: docs/measurements.md.
+# Features of more images fall out of the cache, for which gathering and scattering wait: docs/notebook.md.
 AT_ONCE = 16
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

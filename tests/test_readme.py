@@ -1,5 +1,6 @@
 """README and docs: ``scripts.check_pages`` finds no fault, and docs/options.md has every option and no other."""
 
+import importlib
 import json
 import re
 import shlex
@@ -109,6 +110,22 @@ def test_every_page_can_be_reached():
 def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     assert {shlex.join(command): why for command in commands(page) if (why := refusal(*command))} == {}
+
+
+def test_the_readme_s_commands_for_a_laptop_export_and_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Those that take seconds, one after the other and as written; then the lines of Python that use the files."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    for _, *given in (command for command in commands(README) if command[:2] == ["python", "-m"]):
+        monkeypatch.setattr("sys.argv", given[1:])
+        importlib.import_module(given[1]).main()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("image.png: ")
+    names = {"images": np.zeros((3, 3, 32, 32), np.uint8)}
+    exec(re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)[1], names)
+    assert names["outputs"]["logits"].shape == (3, 10)
 
 
 def test_a_command_with_a_wrong_flag_is_found():
