@@ -16,8 +16,8 @@ import torch
 from deploy.speeds import measured_speeds
 from models import ResNet, all_on
 from pruning.changes import Pruned, changes_table, eigenvalues_picture, layer_ranks, ranks_picture
+from pruning.compress import check_goal, prune_once
 from pruning.goals import Goal, part_of_the_way
-from pruning.iteration import check_goal, prune_once
 from pruning.settings import PruneSettings
 from training.distillation import distillation_loss_fn
 from training.evaluate import check_finite, evaluate
@@ -40,7 +40,7 @@ from utils.data.batches import (
 from utils.data.folder import load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import run_command
-from utils.flops import NetworkCost, network_cost
+from utils.flops import NetworkCost, every_block, network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
 from utils.runs.keeper import Keeper, Progress
 from utils.runs.predecessors import epochs_missing, source_path, trained_network
@@ -98,7 +98,7 @@ def main() -> None:
     last = find_last_run(parent, settings) if resume else None
     start, notes = (last.checkpoint, []) if last else trained_network(settings, data)
     check_data(start, data, settings.resize)
-    check_goal(start.network(), settings.resize, last_goal(settings, start.original), settings)
+    check_goal(start.network(), settings.resize, last_goal(settings, start.original), settings, every_block)
     splits = split_as_before(data, start.data, resumed=last is not None).to(device)
     start = replace(start, data={**start.data, **splits.identity})
     check_batches(min(len(splits.train), settings.fisher_images), settings.batch_size)
@@ -177,14 +177,11 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     order = torch.randperm(len(splits.train), generator=stage.randomness.data)
     fisher = splits.train[order[: settings.fisher_images]]
     cost = network_cost(network, settings.resize)
-    pruned = prune_once(
-        network,
-        lambda: batch_parts_by_process(fisher, settings.batch_size, normalisation),
-        stage.randomness.draws,
-        cost=cost,
-        goal=next_goal(stage, progress, cost),
-        method=settings,
+    passes = settings.passes(
+        lambda: batch_parts_by_process(fisher, settings.batch_size, normalisation), stage.randomness.draws, every_block
     )
+    passes = replace(passes, say=stage.run.say)
+    pruned = prune_once(network, passes, cost=cost, goal=next_goal(stage, progress, cost), method=settings)
     # Rounding may not choose another network in another process.
     pruned = parallel.broadcast_object(pruned)
     if pruned.nothing_changed:

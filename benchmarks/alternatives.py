@@ -35,8 +35,8 @@ from deploy.folding import without_switches
 from gating.fixing import BEFORE_FIXING, with_fixed_switches
 from models import ResNet, all_on
 from models.decisions import DecisionRule
+from pruning.compress import prune_once
 from pruning.goals import Goal
-from pruning.iteration import prune_once
 from pruning.settings import Method
 from training.distillation import distillation_loss_fn
 from training.evaluate import evaluate
@@ -49,7 +49,7 @@ from utils.data.folder import load_data
 from utils.data.images import Images
 from utils.device import PRECISIONS, pick_device, pick_precision
 from utils.errors import run_command
-from utils.flops import NetworkCost, network_cost
+from utils.flops import NetworkCost, every_block, network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.settings import image_type
 
@@ -189,9 +189,9 @@ def pruned_further(trained: Trained, target: float, args: argparse.Namespace) ->
     batches = lambda: plain_batches(fisher, args.batch_size, trained.normalisation)  # noqa: E731
     draws = torch.Generator(trained.device).manual_seed(args.seed)
     cost = network_cost(network, trained.image_size)
-    pruned = prune_once(
-        network, batches, draws, cost=cost, goal=Goal(flops=target), method=Method(prune_ratio_limit=0.97)
-    )
+    method = Method(prune_ratio_limit=0.97)
+    passes = method.passes(batches, draws, every_block)
+    pruned = prune_once(network, passes, cost=cost, goal=Goal(flops=target), method=method)
     smaller = placed(pruned.network, trained.device)
     fine_tune(trained, smaller, args, all_on, args.epochs)
     return result(trained, smaller, all_on)

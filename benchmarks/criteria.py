@@ -40,8 +40,8 @@ from benchmarks.common import (
 from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
 from deploy.folding import without_switches
 from models import ResNet, all_on
+from pruning.compress import prune_once
 from pruning.goals import Goal, part_of_the_way
-from pruning.iteration import prune_once
 from pruning.settings import CHANNEL_CRITERIA, Batches, Method
 from training.distillation import distillation_loss_fn
 from training.evaluate import evaluate
@@ -53,7 +53,7 @@ from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import Images
 from utils.device import PRECISIONS, pick_precision
 from utils.errors import UserError, run_command
-from utils.flops import network_cost
+from utils.flops import every_block, network_cost
 
 # Channel criteria may only take what lies inside of blocks, so a share of 12 % needs nearly all of it.
 BASE = Method(prune_ratio_limit=0.97, decomposition="truncate", objective="saliency", refit=False)
@@ -205,7 +205,8 @@ def pruned_in_steps(
             reestimate_batch_norms(network, batches(), all_on)
         cost = network_cost(network, trained.image_size)
         goal = Goal(flops=part_of_the_way(cost.flops, flops, left))
-        pruned = prune_once(network, batches, draws, cost=cost, goal=goal, method=method)
+        passes = method.passes(batches, draws, every_block)
+        pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
         network = placed(pruned.network, trained.device)
         rise += pruned.predicted_rise
     return network, rise

@@ -27,16 +27,17 @@ from torch.nn import functional as F
 from benchmarks import required
 from benchmarks.common import beside, machine
 from models import all_on, build_network
+from pruning.compress import prune_once
 from pruning.eigenbasis import eigenbasis, gradient_squares
 from pruning.factors import collect_factors
 from pruning.goals import Goal
-from pruning.iteration import prune_once
-from pruning.layers import prunable_layers, read_weights
+from pruning.layers import composed, prunable_layers, read_weights
 from pruning.prediction import predicted_rise
 from pruning.refit import refit
 from pruning.settings import Method
-from pruning.surgery import composed, merged, rebuild, truncated
-from utils.flops import network_cost
+from pruning.surgery import merged, rebuild, truncated
+from pruning.survey import survey
+from utils.flops import every_block, network_cost
 
 CLASSES = 100
 
@@ -69,8 +70,11 @@ def competitors(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
             F.cross_entropy(network(x, decide=all_on, skip=False).logits, y).backward()
         network.zero_grad(set_to_none=True)
 
+    def passes():
+        return Method().passes(lambda: batches, torch.Generator().manual_seed(0), every_block)
+
     def factors():
-        return collect_factors(network, layers, batches, "true", torch.Generator().manual_seed(0))
+        return collect_factors(network, layers, passes())
 
     # Only the passes that build on the factors compute them here: a pass that runs alone shows its own memory.
     building = {"eigendecompositions", "eigenvalue correction", "predicted rise", "refit"}
@@ -111,19 +115,15 @@ def competitors(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
         "plain forward and backward": plain,
         "factors": factors,
         "eigendecompositions": lambda: {name: eigenbasis(found[name]) for name in layers},
-        "eigenvalue correction": lambda: gradient_squares(
-            network, layers, bases, batches, "true", torch.Generator().manual_seed(0)
-        ),
+        "eigenvalue correction": lambda: gradient_squares(network, layers, bases, passes()),
     }
-    every["predicted rise"] = lambda: predicted_rise(
-        network, layers, changes, batches, "true", torch.Generator().manual_seed(0)
-    )
-    every["refit"] = lambda: refit(network, smaller, list(halved), lambda: batches)
+    every["predicted rise"] = lambda: predicted_rise(network, layers, changes, passes())
+    norms = survey(network, batches[0][0][:2], every_block).norms
+    every["refit"] = lambda: refit(network, smaller, {n: norms[n] for n in norms if n in halved}, {}, passes())
     cost = network_cost(network, 32)
     every["whole iteration"] = lambda: prune_once(
-        network, lambda: batches, torch.Generator().manual_seed(0), cost=cost, goal=Goal(flops=0.5 * cost.flops),
-        method=Method(),
-    )  # fmt: skip
+        network, passes(), cost=cost, goal=Goal(flops=0.5 * cost.flops), method=Method()
+    )
     for approximation in ("expand", "reduce"):
         name = f"curvlinops {approximation}"
         if name in args.competitors:

@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from benchmarks import required
 from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
 from models import all_on
+from pruning.compress import prune_once
 from pruning.goals import Goal
-from pruning.iteration import prune_once
 from pruning.settings import Method
 from training.norms import placed
 from utils.data.batches import plain_batches
 from utils.errors import UserError, run_command
-from utils.flops import network_cost
+from utils.flops import every_block, network_cost
 
 spearmanr = required("scipy.stats").spearmanr
 
@@ -100,7 +100,8 @@ def measure(args: argparse.Namespace, trained: Trained, form: str, share: float)
     draws = torch.Generator(trained.device).manual_seed(args.seed)
     cost = network_cost(network, trained.image_size)
     method = replace(FORMS[form], fisher_draws=args.fisher_draws)
-    pruned = prune_once(network, batches, draws, cost=cost, goal=Goal(flops=share * cost.flops), method=method)
+    passes = method.passes(batches, draws, every_block)
+    pruned = prune_once(network, passes, cost=cost, goal=Goal(flops=share * cost.flops), method=method)
     smaller = placed(pruned.network, trained.device).eval()
     return {
         "form": form,

@@ -1,47 +1,62 @@
-"""The convolution that static pruning leaves behind: a small core between two rotations."""
+"""What static pruning leaves behind of a layer: a small core between two rotations, or two factors."""
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from models.convolution import SafeConv2d
+
+Ranks = Sequence[int | None]  # channels that enter and leave the core; None where the core has no rotation on that side
 
 
 class LowRankConv2d(nn.Module):
     """Convolution in a reduced basis: 1x1 (in -> c), the core k x k (c -> r), 1x1 (r -> out).
 
     Source: EigenDamage (arXiv:1905.05934), section 4 and figure 1.  A side that keeps all its directions may go
-    without its rotation, since an orthogonal rotation that drops nothing can be merged into the core.
+    without its rotation, since an orthogonal rotation that drops nothing can be merged into the core.  Of a 1x1
+    convolution the core is the first of two factors.
 
     Args:
         in_channels, out_channels: channels outside.
-        kernel_size, stride, padding: of the core; the rotations are 1x1 with stride 1.
+        kernel_size, stride, padding, dilation: of the core, as of ``nn.Conv2d``; the rotations are 1x1 with stride 1.
         rank_in: c, or None for a core that reads the input as it is.
         rank_out: r, or None for a core that writes the output as it is.
         depthwise: whether every channel of the core is filtered on its own, c = r: the depthwise separable form.
-
-    There is no bias, as in every convolution of the network: a batch norm follows.
+        bias: whether there is one, in the last convolution.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        stride: int,
-        padding: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int],
+        padding: int | tuple[int, int] | str,
         rank_in: int | None,
         rank_out: int | None,
         depthwise: bool = False,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = False,
     ):
         super().__init__()
         core_in = in_channels if rank_in is None else rank_in
         core_out = out_channels if rank_out is None else rank_out
+        groups = core_in if depthwise else 1
         self.rotate_in = None if rank_in is None else nn.Conv2d(in_channels, core_in, 1, bias=False)
         self.core = SafeConv2d(
-            core_in, core_out, kernel_size, stride, padding, bias=False, groups=core_in if depthwise else 1
+            core_in, core_out, kernel_size, stride, padding, dilation, groups, bias=bias and rank_out is None
         )
-        self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=False)
+        self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=bias)
 
     # Of the whole layer, as of the plain convolution that it stands for.
+    @property
+    def in_channels(self) -> int:
+        return (self.rotate_in or self.core).in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return (self.rotate_out or self.core).out_channels
+
     @property
     def kernel_size(self) -> tuple[int, int]:
         return self.core.kernel_size
@@ -51,8 +66,28 @@ class LowRankConv2d(nn.Module):
         return self.core.stride
 
     @property
-    def padding(self) -> tuple[int, int]:
+    def padding(self) -> tuple[int, int] | str:
         return self.core.padding
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self.core.dilation
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return (self.rotate_out or self.core).bias
+
+    @property
+    def depthwise(self) -> bool:
+        return self.core.groups > 1
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """[rank_in, rank_out] as they were given."""
+        return [
+            None if self.rotate_in is None else self.core.in_channels,
+            None if self.rotate_out is None else self.core.out_channels,
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H', W']."""
@@ -60,3 +95,71 @@ class LowRankConv2d(nn.Module):
             x = self.rotate_in(x)
         x = self.core(x)
         return x if self.rotate_out is None else self.rotate_out(x)
+
+
+class LowRankLinear(nn.Module):
+    """Linear layer in two factors: in -> rank -> out.
+
+    Args:
+        bias: whether there is one, in the second factor.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
+        super().__init__()
+        self.core = nn.Linear(in_features, rank, bias=False)
+        self.rotate_out = nn.Linear(rank, out_features, bias=bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.core.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.rotate_out.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.rotate_out.bias
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """[None, rank], as those of a 1x1 convolution."""
+        return [None, self.core.out_features]
+
+    @property
+    def depthwise(self) -> bool:
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return self.rotate_out(self.core(x))
+
+
+LOW_RANK = (LowRankConv2d, LowRankLinear)
+
+
+def low_rank(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.Module:
+    """A layer of low rank with the inputs, outputs, device, dtype and mode of ``layer``, and fresh weights.
+
+    Args:
+        layer: a convolution or linear layer, or what has replaced one.
+
+    Raises:
+        ValueError: for ranks that the layer cannot have.
+    """
+    rank_in, rank_out = ranks
+    if any(rank is not None and rank < 1 for rank in ranks) or (rank_in, rank_out) == (None, None):
+        raise ValueError(f"ranks are {rank_in} and {rank_out}: they take numbers from 1 on, or None on one side")
+    if depthwise and (rank_in is None or rank_in != rank_out):
+        raise ValueError(f"ranks are {rank_in} and {rank_out}, but a depthwise layer has two equal ranks")
+    weight = next(layer.parameters())
+    if isinstance(layer, nn.Linear | LowRankLinear):
+        if rank_in is not None or rank_out is None:
+            raise ValueError(f"ranks are {rank_in} and {rank_out}, but a linear layer takes None and a number")
+        smaller = LowRankLinear(layer.in_features, layer.out_features, rank_out, bias)
+    else:
+        smaller = LowRankConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, *ranks,
+            depthwise=depthwise, dilation=layer.dilation, bias=bias,
+        )  # fmt: skip
+    return smaller.to(weight.device, weight.dtype).train(layer.training)

@@ -1,7 +1,8 @@
 """The CIFAR ResNet with a switch before every residual block but the first."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from models.convolution import SafeConv2d
 from models.decisions import DecisionRule, all_on, thresholded
 from models.gates import FeedForwardGate, RecurrentGate
-from models.lowrank import LowRankConv2d
+from models.lowrank import LOW_RANK, low_rank
 
 NETWORKS = ("resnet",)
 GATES = ("rnn", "ff1", "ff2", "none")
@@ -144,7 +145,7 @@ class ResNet(nn.Module):
         check_depth(depth)
         if gate not in GATES:
             raise ValueError(f"gate {gate!r} is unknown: use one of {', '.join(GATES)}")
-        self.architecture = {
+        self._built_as = {
             "network": "resnet",
             "depth": depth,
             "num_classes": num_classes,
@@ -152,37 +153,53 @@ class ResNet(nn.Module):
             "gate": gate,
             "ranks": {name: list(pair) for name, pair in (ranks or {}).items()},
             "inner": dict(inner or {}),
-            "depthwise": list(depthwise),
+            "depthwise": sorted(depthwise),
             "fixed_switches": dict(fixed_switches or {}),
         }
         widths = [width * 2**group for group in range(3) for _ in range((depth - 2) // 6)]
         inputs = [width, *widths[:-1]]
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
         names = [f"blocks.{block}" for block in range(len(widths))]
-        for name, channels in self.architecture["inner"].items():
+        for name, channels in self._built_as["inner"].items():
             if name not in names or channels < 1:
                 raise ValueError(f"inner gives {name!r} {channels} channels: it takes names of blocks and 1 or more")
         self.blocks = nn.ModuleList(
-            BasicBlock(i, o, 1 if i == o else 2, self.architecture["inner"].get(name))
+            BasicBlock(i, o, 1 if i == o else 2, self._built_as["inner"].get(name))
             for name, i, o in zip(names, inputs, widths, strict=True)
         )
         self.gate = _build_gate(gate, inputs[1:])
         self.classifier = nn.Linear(widths[-1], num_classes)
         self._initialise()
-        for name in self.architecture["depthwise"]:
-            rank_in, rank_out = self.architecture["ranks"].get(name, (None, None))
+        for name in depthwise:
+            rank_in, rank_out = self._built_as["ranks"].get(name, (None, None))
             if rank_in is None or rank_in != rank_out:
                 raise ValueError(f"depthwise names the layer {name!r}, which has no two equal ranks")
-        for name, (rank_in, rank_out) in self.architecture["ranks"].items():
-            self._reduce(name, rank_in, rank_out)
-        for name, on in self.architecture["fixed_switches"].items():
+        for name, pair in self._built_as["ranks"].items():
+            self._reduce(name, pair, name in depthwise)
+        for name, on in self._built_as["fixed_switches"].items():
             if gate == "none" or name not in names[1:] or on not in (0, 1):
                 raise ValueError(
                     f"fixed_switches gives {name!r} the decision {on!r}: it takes names of switched blocks, 0 and 1"
                 )
         # What was decided for all images, by the index of the switch.
-        self.fixed_switches = {names.index(name) - 1: on for name, on in self.architecture["fixed_switches"].items()}
+        self.fixed_switches = {names.index(name) - 1: on for name, on in self._built_as["fixed_switches"].items()}
         self._remove_what_is_fixed()
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The arguments of ``build_network`` that make this network, plain data.
+
+        Ranks are those of the layers as they are by now; a block that was removed keeps those it had.
+        """
+        low = {name: module for name, module in self.named_modules() if isinstance(module, LOW_RANK)}
+        removed = tuple(f"{block}.conv" for block in self.removed_blocks)
+        kept = {name: pair for name, pair in self._built_as["ranks"].items() if name.startswith(removed)}
+        separable = {name for name, module in low.items() if module.depthwise}
+        return {
+            **copy.deepcopy(self._built_as),
+            "ranks": {**{name: module.ranks for name, module in low.items()}, **kept},
+            "depthwise": sorted(separable | (set(self._built_as["depthwise"]) & set(kept))),
+        }
 
     @property
     def switches(self) -> int:
@@ -216,21 +233,12 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d) and not name.startswith("gate."):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _reduce(self, name: str, rank_in: int | None, rank_out: int | None) -> None:
-        conv = dict(self.named_modules()).get(name)
-        if not isinstance(conv, nn.Conv2d) or name.startswith("gate."):
+    def _reduce(self, name: str, ranks: Sequence[int | None], depthwise: bool) -> None:
+        layer = dict(self.named_modules()).get(name)
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or name.startswith("gate."):
             raise ValueError(f"ranks name the layer {name!r}, which is no convolution of this network")
-        replacement = LowRankConv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size[0],
-            conv.stride[0],
-            conv.padding[0],
-            rank_in,
-            rank_out,
-            name in self.architecture["depthwise"],
-        )
         parent, _, child = name.rpartition(".")
+        replacement = low_rank(layer, ranks, depthwise, bias=layer.bias is not None)
         setattr(self.get_submodule(parent), child, replacement)
 
     def forward(self, images: Tensor, decide: DecisionRule = thresholded, skip: bool | None = None) -> RoutedOutput:
@@ -253,7 +261,7 @@ class ResNet(nn.Module):
             if self.asks(switch):
                 probability, state = self.gate(switch, x, state)
             if switch in self.fixed_switches:
-                probability = self.classifier.weight.new_full((len(x),), self.fixed_switches[switch])
+                probability = next(self.classifier.parameters()).new_full((len(x),), self.fixed_switches[switch])
                 decide(probability)  # a rule may hold a column for every switch
                 decision, x = probability, block(x)
             else:
@@ -265,7 +273,7 @@ class ResNet(nn.Module):
             probabilities.append(probability)
             decisions.append(decision)
         with torch.autocast(x.device.type, enabled=False):  # logits of 8 bits would tie
-            logits = self.classifier(x.mean(dim=(2, 3), dtype=self.classifier.weight.dtype))
+            logits = self.classifier(x.mean(dim=(2, 3), dtype=next(self.classifier.parameters()).dtype))
         if self.gate is None:
             none = torch.empty(len(images), 0, device=logits.device)
             return RoutedOutput(logits, none, none)

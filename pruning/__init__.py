@@ -1,4 +1,10 @@
-"""Static pruning in the Kronecker-factored eigenbasis, in the order of the mathematics:
+"""Static pruning of any network in the Kronecker-factored eigenbasis, in the order of the mathematics:
 
-capture (one pass over images) -> factors -> eigenbasis -> criteria -> selection -> surgery; ``iteration`` calls them.
+survey (which layers) -> capture (one pass over images) -> factors -> eigenbasis -> forms -> prediction -> choice ->
+surgery -> refit; ``compress`` calls them in turn.
 """
+
+from pruning.compress import compress
+from pruning.surgery import apply_edits, edits_of
+
+__all__ = ["apply_edits", "compress", "edits_of"]

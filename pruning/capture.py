@@ -1,77 +1,158 @@
-"""One pass over images that shows every layer's input and the gradient at its output, image by image."""
+"""Passes over images that show every layer's input and the gradient at its output, image by image."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import ResNet, all_on
+from models import LowRankLinear
 from utils import parallel
+from utils.errors import UserError
 from utils.modes import evaluation_mode
 
 FISHER_TYPES = ("true", "empirical")
 
+Batches = Callable[[], Iterable[tuple[Tensor, Any]]]  # makes a new pass over images with their labels
+Forward = Callable[[nn.Module, Tensor], Any]
+LossFn = Callable[[Any, Any], Tensor]
 Visit = Callable[[str, nn.Module, Tensor, Tensor], None]
 
 
-def visit_gradients(
-    network: ResNet,
-    layers: Mapping[str, nn.Module],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    fisher_type: str,
-    draws: torch.Generator,
-    visit: Visit,
-    fisher_draws: int = 1,
-) -> int:
+def _silent(line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What pruning measures a network on: images, how they run, and the loss that counts.
+
+    Where several processes share the images (``utils.parallel``), a batch holds this process's part of the inputs and
+    the labels of all.
+    """
+
+    batches: Batches
+    draws: torch.Generator | None = None  # of the labels of the "true" Fisher, on the network's device
+    fisher_type: str = "true"  # labels drawn from the network's own prediction, or "empirical": those of the data
+    fisher_draws: int = 1  # labels drawn for each image; the batch then runs forward once and backward so many times
+    forward: Forward = nn.Module.__call__  # from network and inputs to logits [N, classes], or to what loss_fn takes
+    loss_fn: LossFn | None = None  # from outputs and labels to each image's loss [N]; None: classification
+    say: Callable[[str], None] = _silent  # what each phase takes
+
+    def first(self, count: int) -> "Passes":
+        """The same over the first images only, until so many labels were seen, those of all processes."""
+        return replace(self, batches=lambda: first_images(self.batches(), count))
+
+    def on(self, network: nn.Module) -> Iterator[tuple[Tensor, Any]]:
+        """One pass, on the network's device."""
+        device = next(network.parameters()).device
+        for x, labels in self.batches():
+            yield x.to(device), labels.to(device) if isinstance(labels, Tensor) else labels
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Say how long a phase has taken."""
+        start = time.perf_counter()
+        yield
+        self.say(f"{name}: {time.perf_counter() - start:.1f} s")
+
+    @property
+    def repeats(self) -> int:
+        """Draws of labels for each image."""
+        return self.fisher_draws if self.drawn else 1
+
+    @property
+    def drawn(self) -> bool:
+        """Whether labels are drawn from the network's own prediction."""
+        return self.fisher_type == "true" and self.loss_fn is None
+
+
+def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes: Passes, visit: Visit) -> int:
     """Call ``visit(name, layer, a, g)`` for every layer, batch and draw of labels.
 
     ``a`` [N, in, H, W] is the layer's input; ``g`` [N, out, H', W'] the gradient of each image's own loss at the
-    layer's output: losses are summed over the batch, so there is no 1/N to undo.  The network runs in evaluation mode
-    (batch norms do not mix images), in its own precision, with every switch on: static pruning judges every block by
-    what it does when it runs.
+    layer's output: losses are summed over the batch, so there is no 1/N to undo.  Of a linear layer the tokens of an
+    image are its positions, [N, in, tokens, 1].  The network runs in evaluation mode (batch norms do not mix images),
+    in its own precision.
 
     Where several processes share the batches (``utils.parallel``), each visits the images of its part.
-
-    Args:
-        fisher_type: "true" draws each label from the network's own prediction, "empirical" takes it from the data.
-        draws: generator of the labels, on the network's device.
-        fisher_draws: labels drawn for each image; the batch then runs forward once and backward so many times.  The
-            empirical Fisher has one label an image.
 
     Returns:
         the number of images seen, by all processes together, each counted once a draw.
     """
-    handles = [layer.register_forward_hook(_show(name, visit)) for name, layer in layers.items()]
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    repeats = fisher_draws if fisher_type == "true" else 1
-    images = 0
+    seen = [0]  # images of the batch that is running
+    handles = [layer.register_forward_hook(_show(name, visit, seen)) for name, layer in layers.items()]
+    images, repeats = 0, passes.repeats
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)  # weight gradients are not needed: a third of the pass is saved
-        with evaluation_mode(network):
-            for x, given in batches:
-                x = x.detach().requires_grad_()
-                logits = network(x, decide=all_on, skip=False).logits
-                if fisher_type == "true":
-                    labels = parallel.local_part(_drawn_labels(logits.detach(), len(given), repeats, draws))
-                else:
-                    labels = parallel.local_part(given)[:, None]
-                images += len(given) * repeats
+        with differentiable_inputs(network):
+            for x, given in passes.on(network):
+                seen[0], x = len(x), x.detach().requires_grad_()
+                # A copy, so that a network may change its input in place.
+                outputs = passes.forward(network, x.clone())
+                count, losses = _losses(outputs, given, passes)
+                images += count * repeats
                 if len(x) == 0:  # the last batch may be too small for all processes
                     continue
-                for draw in range(repeats):
-                    loss = F.cross_entropy(logits, labels[:, draw], reduction="sum")
+                for draw, loss in enumerate(losses):
                     torch.autograd.grad(loss, x, retain_graph=draw < repeats - 1)
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
     return images
 
 
-def _drawn_labels(logits: Tensor, images: int, repeats: int, draws: torch.Generator) -> Tensor:
+@contextmanager
+def differentiable_inputs(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and gradients of features only: without those of weights a third of a pass is saved."""
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with evaluation_mode(network), torch.enable_grad():
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _losses(outputs: Any, given: Any, passes: Passes) -> tuple[int, list[Tensor]]:
+    """How many images all processes have in this batch, and this process's summed loss, one for each draw of labels."""
+    if passes.loss_fn is not None:
+        losses = passes.loss_fn(outputs, parallel.local_part(given) if isinstance(given, Tensor) else given)
+        if losses.dim() != 1:
+            raise UserError(
+                f"loss_fn returned a tensor of shape {list(losses.shape)}: it has to return a loss for each image, [N]"
+            )
+        return len(given), [losses.sum()]
+    logits = class_scores(outputs)
+    if passes.drawn:
+        drawn = parallel.local_part(_drawn_labels(logits.detach(), len(given), passes.repeats, passes.draws))
+    else:
+        drawn = parallel.local_part(given)[:, None]
+    sums = [F.cross_entropy(logits, labels, reduction="sum") for labels in drawn.t()]
+    return len(given), sums
+
+
+def class_scores(outputs: Any) -> Tensor:
+    """The outputs of a classifier, checked.
+
+    Raises:
+        UserError: for outputs that are no [N, classes].
+    """
+    if isinstance(outputs, Tensor) and outputs.dim() == 2:
+        return outputs
+    found = f"a tensor of shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+    raise UserError(
+        f"the network returns {found}, where classification needs scores [N, classes]: pick them with logits=, or give "
+        "loss_fn= for another task"
+    )
+
+
+def _drawn_labels(logits: Tensor, images: int, repeats: int, draws: torch.Generator | None) -> Tensor:
     """Labels [images, repeats] of a whole batch, of which only those of this process's part mean anything.
 
     So a process's labels are those that one process alone would draw for these images.
@@ -81,15 +162,24 @@ def _drawn_labels(logits: Tensor, images: int, repeats: int, draws: torch.Genera
     return torch.multinomial(p, repeats, replacement=True, generator=draws)
 
 
-def _show(name: str, visit: Visit):
+def _show(name: str, visit: Visit, seen: list[int]):
     def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        a = inputs[0].detach()
-        output.register_hook(lambda g: visit(name, layer, a, g))
+        images = seen[0]
+        a = as_images(layer, inputs[0].detach(), images)
+        output.register_hook(lambda g: visit(name, layer, a, as_images(layer, g, images)))
 
     return hook
 
 
-def first_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def as_images(layer: nn.Module, t: Tensor, images: int) -> Tensor:
+    """A linear layer's inputs or outputs [N, ..., channels] as [N, channels, positions, 1]; a convolution's as is."""
+    if not isinstance(layer, nn.Linear | LowRankLinear):
+        return t
+    positions = t[..., 0].numel() // max(1, images)
+    return t.reshape(images, positions, t.shape[-1]).transpose(1, 2).unsqueeze(3)
+
+
+def first_images(batches: Iterable[tuple[Tensor, Any]], count: int) -> Iterator[tuple[Tensor, Any]]:
     """Batches from the first on, until they hold so many labels, those of all processes."""
     seen = 0
     for x, labels in batches:

@@ -1,15 +1,17 @@
 """What an iteration did, layer by layer: numbers, a table and a picture."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 
-from models import ResNet
+from models import LowRankConv2d
 from pruning.eigenbasis import Eigenbasis
-from pruning.layers import prunable_layers, separable_layers
+from pruning.layers import low_rank_layers, prunable_layers
+from utils.flops import NetworkCost
 
 SMALLEST_DRAWN = 1e-20  # eigenvalue: zero has no logarithm
 
@@ -33,41 +35,75 @@ class LayerChange:
 class Pruned:
     """A smaller network and how it came about."""
 
-    network: ResNet
+    network: nn.Module
     bases: dict[str, Eigenbasis]  # empty for criteria that work on whole channels
     changes: list[LayerChange]
     # Of the loss, in nats, by surgery before anything is refitted or fine-tuned; not the sum over layers: what they
     # change adds up or cancels.
     predicted_rise: float
+    importances: dict[str, Tensor] = field(default_factory=dict)  # what an error of each output costs, [out]
+    left_alone: dict[str, str] = field(default_factory=dict)  # why, by layer
 
     @property
     def nothing_changed(self) -> bool:
         return all(change.flops_before == change.flops_after for change in self.changes)
 
 
-def changes_table(pruned: Pruned) -> str:
+@dataclass(frozen=True)
+class Report:
+    """What ``pruning.compress`` did to a network."""
+
+    changes: list[LayerChange]
+    left_alone: dict[str, str]  # why, by layer
+    predicted_rise: float  # of the loss, in nats, before the refit
+    flops: tuple[int, int]  # before and after
+    parameters: tuple[int, int]
+
+    @classmethod
+    def of(cls, pruned: Pruned, before: NetworkCost, after: NetworkCost) -> "Report":
+        """From what was pruned and what the network cost before and costs after."""
+        counts = ((before.flops, after.flops), (before.parameters, after.parameters))
+        return cls(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
+
+    def __str__(self) -> str:
+        lines = [changes_table(self)]
+        if self.flops[0] == self.flops[1]:
+            lines.append("nothing of this network can be saved: it is as it was")
+        (f, g), (p, q) = self.flops, self.parameters
+        lines.append(f"FLOPs {f:,} -> {g:,} ({g / f:.1%}), parameters {p:,} -> {q:,} ({q / p:.1%})")
+        return "\n".join(lines)
+
+
+def changes_table(pruned: Pruned | Report) -> str:
     """The changes of one iteration as text, a line a layer, one for the sum and one for the rise of all together."""
     changes = pruned.changes
-    lines = [f"{'layer':<16} {'ranks in, out':>22} {'parameters':>21} {'MFLOPs':>17} {'predicted rise':>15}  form"]
+    wide = max(16, *(len(c.name) for c in changes), 0)
+    lines = [f"{'layer':<{wide}} {'ranks in, out':>22} {'parameters':>21} {'MFLOPs':>17} {'predicted rise':>15}  form"]
     for c in changes:
         ranks = f"{c.ranks_before[0]},{c.ranks_before[1]} -> {c.ranks_after[0]},{c.ranks_after[1]}"
         lines.append(
-            f"{c.name:<16} {ranks:>22} {c.parameters_before:>9} -> {c.parameters_after:>8} "
+            f"{c.name:<{wide}} {ranks:>22} {c.parameters_before:>9} -> {c.parameters_after:>8} "
             f"{c.flops_before / 1e6:>7.2f} -> {c.flops_after / 1e6:>6.2f} {c.predicted_rise:>15.5f}  {c.form}".rstrip()
         )
     lines.append(
-        f"{'sum':<16} {'':>22} {sum(c.parameters_before for c in changes):>9} -> "
+        f"{'sum':<{wide}} {'':>22} {sum(c.parameters_before for c in changes):>9} -> "
         f"{sum(c.parameters_after for c in changes):>8} {sum(c.flops_before for c in changes) / 1e6:>7.2f} -> "
         f"{sum(c.flops_after for c in changes) / 1e6:>6.2f} {sum(c.predicted_rise for c in changes):>15.5f}"
     )
-    lines.append(f"{'together':<16} {'':>22} {'':>21} {'':>17} {pruned.predicted_rise:>15.5f}")
+    lines.append(f"{'together':<{wide}} {'':>22} {'':>21} {'':>17} {pruned.predicted_rise:>15.5f}")
+    if pruned.left_alone:
+        reasons = sorted(set(pruned.left_alone.values()))
+        names = {reason: [name for name, own in pruned.left_alone.items() if own == reason] for reason in reasons}
+        lines.append("left alone: " + "; ".join(f"{reason}: {', '.join(own)}" for reason, own in names.items()))
     return "\n".join(lines)
 
 
-def layer_ranks(network: ResNet) -> dict[str, tuple[int, int]]:
+def layer_ranks(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Input and output directions of every convolution that can be or was pruned (channels where it is a plain one)."""
-    layers = {**prunable_layers(network), **separable_layers(network)}
-    return {name: (conv.in_channels, conv.out_channels) for name, conv in layers.items()}
+    low = {name: layer.core for name, layer in low_rank_layers(network).items() if isinstance(layer, LowRankConv2d)}
+    layers = {**prunable_layers(network), **low}
+    names = [name for name, _ in network.named_modules() if name in layers]
+    return {name: (layers[name].in_channels, layers[name].out_channels) for name in names}
 
 
 def ranks_picture(iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]]) -> Figure:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pruning.eigenbasis import Eigenbasis
 from pruning.layers import ConvWeights
-from pruning.tucker import root
+from pruning.tucker import in_metric, inverse_root
 
 # Sweeps of least squares go on until so many have lowered the error by less than this share of it.
 WINDOW, TOLERANCE = 50, 1e-3
 MOST_SWEEPS = 5000
+FEW_SWEEPS = 15  # near enough for a choice among forms
 ROUNDING = 1e-12  # of the squared norm: an error that small is none
 # What the squared size of a term costs.  Without it the best sums have large terms that nearly cancel, which
 # fine-tuning tears apart; see Phan et al., arXiv:2008.05441.
@@ -24,34 +25,51 @@ RIDGE = 1e-9  # the same where it only keeps equations solvable
 
 
 def separable(kernel: Tensor, basis: Eigenbasis, terms: int, sweeps: int = MOST_SWEEPS) -> ConvWeights:
-    """A depthwise separable convolution of so many terms.
+    """A depthwise separable convolution of so many terms, see ``separable_terms``.
 
-    Among all sums of so many terms it is a local minimum of the quadratic model 1/2 tr(G D A D^T) of K-FAC, with a
+    Args:
+        kernel: [out, in, kh, kw].
+        sweeps: of least squares at most; none leaves the terms as they start.
+    """
+    scaled = in_metric(kernel, basis).flatten(2)
+    factors = separable_terms(scaled[None], basis.Q_a[None], terms, sweeps)
+    return mixtures(*(factor[0] for factor in factors), basis, kernel.shape[2:])
+
+
+def mixtures(U: Tensor, V: Tensor, D: Tensor, basis: Eigenbasis, window: tuple[int, int]) -> ConvWeights:
+    """The layer of the terms U [out, R], V [in, R], D [taps, R], which are in the metric of ``basis``."""
+    mix_in, mix_out = inverse_root(basis.Q_a, basis.d_a) @ V, inverse_root(basis.Q_g, basis.d_g) @ U
+    sizes = mix_in.norm(dim=0) * mix_out.norm(dim=0)  # into the filters: mixtures of unit length train best
+    filters = (D * sizes).t().reshape(-1, 1, *window)
+    return ConvWeights(filters, _unit(mix_in).t(), _unit(mix_out), depthwise=True)
+
+
+def separable_terms(tensor: Tensor, Q_a: Tensor, terms: int, sweeps: int = MOST_SWEEPS) -> tuple[Tensor, ...]:
+    """Sums of so many terms for B kernels of one shape at once: U [B, out, R], V [B, in, R], D [B, taps, R].
+
+    Among all sums of so many terms each is a local minimum of the quadratic model 1/2 tr(G D A D^T) of K-FAC, with a
     ``PENALTY`` on the size of its terms: the canonical decomposition of G^1/2 W A^1/2 by alternating least squares,
     started from the largest of the terms u v^T d along the input's eigendirections v, several along one of them if need
     be, and run until it has converged.  Source of the decomposition: Carroll and Chang 1970; of its use for
     convolutions, arXiv:1412.6553.
 
     Args:
-        kernel: [out, in, kh, kw].
+        tensor: G^1/2 W A^1/2, [B, out, in, taps].
+        Q_a: [B, in, in], eigenvectors of A.
         terms: at most as many for each input direction as there are taps or outputs.
-        sweeps: of least squares at most; none leaves the terms as they start.
     """
-    root_in, root_out = root(basis.Q_a, basis.d_a), root(basis.Q_g, basis.d_g)
-    scaled = torch.einsum("op,pihw,ij->ojhw", root_out, kernel.double(), root_in).flatten(2)  # [out, in, taps]
-    along = torch.einsum("oit,ik->kot", scaled, basis.Q_a)
+    batch = torch.arange(len(tensor), device=tensor.device)[:, None]
+    along = torch.einsum("boit,bik->bkot", tensor, Q_a)
     left, values, right = torch.linalg.svd(along, full_matrices=False)
-    largest = values.flatten().argsort(descending=True)[:terms]
-    k, i = largest // values.shape[1], largest % values.shape[1]
-    U, V, D = _converged(scaled, (left[k, :, i] * values[k, i, None]).t(), basis.Q_a[:, k], right[k, i].t(), sweeps)
-    mix_in, mix_out = torch.linalg.solve(root_in, V), torch.linalg.solve(root_out, U)
-    sizes = mix_in.norm(dim=0) * mix_out.norm(dim=0)  # into the filters: mixtures of unit length train best
-    filters = (D * sizes).t().reshape(-1, 1, *kernel.shape[2:])
-    return ConvWeights(filters, _unit(mix_in).t(), _unit(mix_out), depthwise=True)
+    largest = values.flatten(1).argsort(dim=1, descending=True)[:, :terms]
+    k, i = largest // values.shape[2], largest % values.shape[2]
+    U = (left[batch, k, :, i] * values[batch, k, i, None]).transpose(1, 2)
+    V, D = Q_a.transpose(1, 2)[batch, k].transpose(1, 2), right[batch, k, i].transpose(1, 2)
+    return _converged(tensor, U, V, D, sweeps)
 
 
 def _converged(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Alternating least squares from the given terms to where they no longer lower the error of ``tensor`` [o, i, t].
+    """Alternating least squares from the given terms to where they no longer lower the error of ``tensor``.
 
     The error is penalised, that of the mixtures U which are returned is not.
 
@@ -59,44 +77,62 @@ def _converged(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor, sweeps: int) -> 
     away with the sequence where the error has grown: plain sweeps are slow, ten times as many leave more of it.
     Source: Mitchell, Ye and De Sterck, arXiv:1810.05846, with restarts by the function's value.
     """
-    total = tensor.square().sum()
+    done = (U.clone(), V.clone(), D.clone())
+    left = torch.arange(len(tensor), device=tensor.device)  # what has not converged
+    own, total = tensor, tensor.square().sum(dim=(1, 2, 3))
     now = before = (U, V, D)
-    errors, streak = [math.inf], 0
-    for _ in range(sweeps):
-        ahead = streak / (streak + 3)
-        found = _sweep(tensor, *(term + ahead * (term - last) for term, last in zip(now, before, strict=True)))
-        error = (total - found[1]).item()
-        if error > errors[-1] and streak > 0:
-            before, streak = now, 0
-            errors.append(errors[-1])
-            continue
-        before, now, streak = now, found[0], streak + 1
-        errors.append(error)
-        if len(errors) > WINDOW and errors[-1 - WINDOW] - error <= TOLERANCE * error + ROUNDING * total.item():
-            break
-    _, V, D = now
-    projected = torch.einsum("oit,ik,tk->ok", tensor, V, D)
+    started = least = torch.full_like(total, math.inf)
+    streak = torch.zeros_like(total)
+    for sweep in range(sweeps):
+        if sweep % WINDOW == 0:
+            if sweep:
+                going = (started - least > TOLERANCE * least + ROUNDING * total).nonzero()[:, 0]
+                for kept, found in zip(done, now, strict=True):
+                    kept[left] = found
+                if len(going) == 0:
+                    break
+                left, own, total, least, streak = (t[going] for t in (left, own, total, least, streak))
+                now, before = (tuple(t[going] for t in terms) for terms in (now, before))
+            started = least
+        ahead = (streak / (streak + 3))[:, None, None]
+        found, lowered = _sweep(own, *(term + ahead * (term - last) for term, last in zip(now, before, strict=True)))
+        error = total - lowered
+        worse = (error > least) & (streak > 0)
+        least, streak = torch.where(worse, least, error), torch.where(worse, 0.0, streak + 1)
+        keep = worse[:, None, None]
+        before, now = now, tuple(torch.where(keep, term, new) for term, new in zip(now, found, strict=True))
+    for kept, found in zip(done, now, strict=True):
+        kept[left] = found
+    _, V, D = done
+    projected = torch.einsum("boit,bik,btk->bok", tensor, V, D)
     return _least_squares(projected, V, D, penalty=0.0), V, D
 
 
 def _sweep(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """The terms, each factor in turn at its least-squares optimum, and how far they lower the penalised error."""
-    mixed = torch.einsum("oit,ok->kit", tensor, U)
-    V = _unit(_least_squares(torch.einsum("kit,tk->ik", mixed, D), U, D, PENALTY))
-    D = _unit(_least_squares(torch.einsum("kit,ik->tk", mixed, V), U, V, PENALTY))
-    projected = torch.einsum("oit,ik,tk->ok", tensor, V, D)
+    """The terms, each factor in turn at its least-squares optimum, and how far they lower the penalised errors [B]."""
+    mixed = torch.einsum("boit,bok->bkit", tensor, U)
+    V = _unit(_least_squares(torch.einsum("bkit,btk->bik", mixed, D), U, D, PENALTY))
+    D = _unit(_least_squares(torch.einsum("bkit,bik->btk", mixed, V), U, V, PENALTY))
+    projected = torch.einsum("boit,bik,btk->bok", tensor, V, D)
     U = _least_squares(projected, V, D, PENALTY)
-    squares = (V.t() @ V) * (D.t() @ D) * (U.t() @ U)
-    return (U, V, D), 2 * (projected * U).sum() - squares.sum() - PENALTY * squares.trace()
+    squares = _gram(V) * _gram(D) * _gram(U)
+    penalty = PENALTY * squares.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return (U, V, D), 2 * (projected * U).sum(dim=(1, 2)) - squares.sum(dim=(1, 2)) - penalty
 
 
 def _least_squares(projected: Tensor, first: Tensor, second: Tensor, penalty: float) -> Tensor:
-    """The third factor [n, R] of the best sum of terms, given the other two and the kernel contracted with them."""
-    normal = (first.t() @ first) * (second.t() @ second)
-    normal.diagonal().mul_(1 + max(penalty, RIDGE)).add_(torch.finfo(torch.float64).tiny)
-    return torch.linalg.solve(normal, projected.t()).t()
+    """The third factor [B, n, R] of the best sum of terms, given the other two and the kernel contracted with them."""
+    normal = _gram(first) * _gram(second)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal.mul_(1 + max(penalty, RIDGE)).add_(torch.finfo(torch.float64).tiny)
+    root = torch.linalg.cholesky(normal)
+    return torch.cholesky_solve(projected.transpose(1, 2), root).transpose(1, 2)
+
+
+def _gram(factor: Tensor) -> Tensor:
+    return factor.transpose(1, 2) @ factor
 
 
 def _unit(matrix: Tensor) -> Tensor:
     """Columns of length 1; columns of zeros stay."""
-    return matrix / matrix.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    return matrix / matrix.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

@@ -1,13 +1,12 @@
 """The Kronecker-factored eigenbasis of a layer: eigenvectors of its factors, and weights rotated into it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from models import ResNet
-from pruning.capture import visit_gradients
+from pruning.capture import Passes, visit_gradients
 from pruning.factors import Factors, rotated_gradient_squares
 from utils import parallel
 
@@ -42,18 +41,12 @@ def curvature(basis: Eigenbasis, weight: Tensor) -> Tensor:
 
 
 def gradient_squares(
-    network: ResNet,
-    layers: Mapping[str, nn.Conv2d],
-    bases: Mapping[str, Eigenbasis],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    fisher_type: str,
-    draws: torch.Generator,
-    fisher_draws: int = 1,
+    network: nn.Module, layers: Mapping[str, nn.Conv2d], bases: Mapping[str, Eigenbasis], passes: Passes
 ) -> dict[str, Tensor]:
     """s_ijt = E[(Q_g^T grad W Q_a)_ijt^2], the exact diagonal of the Fisher in the eigenbasis, layer by layer.
 
     Source: EK-FAC (arXiv:1806.03884), proposition 1.  A layer without an entry in ``bases`` is measured in the
-    coordinates it has.  The other arguments are those of ``pruning.factors.collect_factors``.
+    coordinates it has.
     """
     sums = {name: torch.zeros_like(layer.weight, dtype=torch.float64) for name, layer in layers.items()}
 
@@ -62,7 +55,7 @@ def gradient_squares(
         for part_a, part_g in zip(a.split(CHUNK), g.split(CHUNK), strict=True):
             sums[name] += rotated_gradient_squares(layer, part_a, part_g, *rotations).double()
 
-    images = visit_gradients(network, layers, batches, fisher_type, draws, add, fisher_draws)
+    images = visit_gradients(network, layers, passes, add)
     return {name: parallel.all_reduced(total).double() / images for name, total in sums.items()}
 
 

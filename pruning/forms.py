@@ -1,6 +1,7 @@
 """The forms that competing layers can take: what each costs, and the convolutions that it is made of."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +9,17 @@ import torch
 from torch import Tensor
 
 from pruning.costs import LayerShape
-from pruning.depthwise import separable
+from pruning.depthwise import FEW_SWEEPS, MOST_SWEEPS, mixtures, separable_terms
 from pruning.eigenbasis import Eigenbasis, rotate
 from pruning.layers import ConvWeights
+from pruning.prediction import Trials
 from pruning.selection import step_of
-from pruning.tucker import tucker
+from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS
+from pruning.tucker import coordinates, in_metric, tucker
 
-UNCHANGED, TUCKER, DEPTHWISE = "unchanged", "tucker", "depthwise"
-KINDS = {"best": (TUCKER, DEPTHWISE), "tucker": (TUCKER,), "depthwise": (DEPTHWISE,)}  # by decomposition
+UNCHANGED = "unchanged"
+# Of a layer larger than 1x1, by decomposition.  A pointwise layer has two factors where Tucker forms are allowed.
+KINDS = {"best": (TUCKER, DEPTHWISE), "tucker": (TUCKER,), "depthwise": (DEPTHWISE,)}
 LEVELS = 8  # numbers of directions that a side may keep: this many, spread evenly by ratio
 
 
@@ -30,7 +34,7 @@ class Form:
 
 
 def possible_forms(
-    now: Form, shape: LayerShape, least: tuple[int, int], kinds: Sequence[str], round_to: int
+    now: Form, shape: LayerShape, least: tuple[int, int], kinds: Sequence[str], round_to: int, bias: int = 0
 ) -> list[Form]:
     """The layer as it is, and every form that saves FLOPs and does not cost parameters.
 
@@ -40,19 +44,25 @@ def possible_forms(
         least: input and output directions that are kept in any case.
         kinds: which forms there are.
         round_to: kept directions are multiples of this, of less on small sides.
+        bias: parameters of one that the layer gets if it changes.
     """
     (inputs, outputs), found = shape.channels, [now]
-    if TUCKER in kinds:
-        sides = zip(shape.channels, least, strict=True)
-        kept_in, kept_out = (levels(size, few, step_of(size, round_to)) for size, few in sides)
-        for c in (*kept_in, inputs):
-            for r in (*kept_out, outputs):
-                found.append(Form(TUCKER, (c, r), *(int(value) for value in shape.cost(c, r))))
+    kept_in, kept_out = (
+        levels(size, few, step_of(size, round_to)) for size, few in zip(shape.channels, least, strict=True)
+    )
+    pairs = [(c, r) for c in (*kept_in, inputs) for r in (*kept_out, outputs)] if TUCKER in kinds else []
+    if TWO_FACTORS in kinds:
+        narrow = min(shape.channels)
+        pairs = [(inputs, r) for r in levels(narrow, min(least), step_of(narrow, round_to))]
+    for c, r in pairs:
+        flops, parameters = (int(value) for value in shape.cost(c, r))
+        found.append(Form(TUCKER if TUCKER in kinds else TWO_FACTORS, (c, r), flops, parameters + bias))
     if DEPTHWISE in kinds:
         # More terms than inputs or outputs are worth having: they cost a ninth of what a plain kernel's would.
         most = inputs * outputs * shape.taps // (inputs + outputs + shape.taps)
         for k in levels(most, least[0], step_of(most, round_to)):
-            found.append(Form(DEPTHWISE, (k, k), *_separable_cost(shape, k)))
+            flops, parameters = _separable_cost(shape, k)
+            found.append(Form(DEPTHWISE, (k, k), flops, parameters + bias))
     return [now, *(form for form in found[1:] if form.flops < now.flops and form.parameters <= now.parameters)]
 
 
@@ -71,41 +81,82 @@ def levels(most: int, least: int, step: int) -> list[int]:
     return [int(multiple) * step for multiple in np.unique(np.round(row))]
 
 
-def worthwhile(forms: Sequence[Form], kernel: Tensor, basis: Eigenbasis) -> list[Form]:
-    """The forms without the Tucker ones that another one beats in every respect, by K-FAC's saliency.
+@dataclass(frozen=True)
+class Kernel:
+    """A layer's kernel in the metric of the Fisher; of a pointwise layer that of its narrower side, the identity."""
 
-    A pair of ranks is judged by its leading directions, before any decomposition.
+    weight: Tensor  # [out, in, kh, kw] in float64
+    basis: Eigenbasis
+    pointwise: Tensor | None = None  # the pointwise layer's own kernel [out, in]
+
+
+def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -> dict[str, Trials]:
+    """What ``pruning.prediction.predicted_rises`` takes, for all forms but the present one, which is the first."""
+    depthwise = {
+        (name, form.ranks[0]): kernels[name] for name, own in forms.items() for form in own if form.kind == DEPTHWISE
+    }
+    terms = _terms(depthwise, FEW_SWEEPS)
+    found = {}
+    for name, own in forms.items():
+        kernel, corners = kernels[name], [form.ranks for form in own[1:] if form.kind != DEPTHWISE]
+        at, changes = coordinates(kernel.weight, kernel.basis), None
+        counts = [form.ranks[0] for form in own if form.kind == DEPTHWISE]
+        if counts:
+            sums = (torch.einsum("ok,ik,tk->oit", *terms[name, count]) for count in counts)
+            rotated = torch.stack([at.rotated(total) for total in sums]).unflatten(3, at.core.shape[2:])
+            changes = (rotated - at.core).float()
+        if kernel.pointwise is not None:
+            corners = [(len(at.core), r) for _, r in corners]
+        found[name] = Trials(at, corners, changes, kernel.pointwise)
+    return found
+
+
+def _terms(kernels: Mapping[tuple[str, int], Kernel], sweeps: int) -> dict[tuple[str, int], tuple[Tensor, ...]]:
+    """The terms of depthwise separable forms by (layer, number), those of one shape and number in one solve."""
+    alike: dict[Hashable, list[tuple[str, int]]] = defaultdict(list)
+    for (name, count), kernel in kernels.items():
+        alike[kernel.weight.shape, count].append((name, count))
+    found = {}
+    for (_, count), keys in alike.items():
+        scaled = torch.stack([in_metric(kernels[key].weight, kernels[key].basis).flatten(2) for key in keys])
+        factors = separable_terms(scaled, torch.stack([kernels[key].basis.Q_a for key in keys]), count, sweeps)
+        found.update(zip(keys, zip(*factors, strict=True), strict=True))
+    return found
+
+
+def build(forms: Mapping[str, Form], kernels: Mapping[str, Kernel]) -> dict[str, ConvWeights]:
+    """The convolutions of the forms that layers take, by layer; none of them is the present one."""
+    depthwise = {(name, form.ranks[0]): kernels[name] for name, form in forms.items() if form.kind == DEPTHWISE}
+    terms, found = _terms(depthwise, MOST_SWEEPS), {}
+    for name, form in forms.items():
+        kernel = kernels[name]
+        if form.kind == DEPTHWISE:
+            window = kernel.weight.shape[2:]
+            found[name] = mixtures(*terms[name, form.ranks[0]], kernel.basis, window)
+        elif form.kind == TWO_FACTORS:
+            found[name] = two_factors(kernel, form.ranks[1])
+        else:
+            found[name] = _tucker(kernel, form.ranks)
+    return found
+
+
+def two_factors(kernel: Kernel, rank: int) -> ConvWeights:
+    """A pointwise layer as in -> rank -> out, the second factor orthonormal.
+
+    The identity of the narrower side is decomposed, and the layer's kernel multiplied into the factor on the other one.
     """
-    squares = rotate(kernel, basis).square().sum(dim=(2, 3)) * torch.outer(basis.d_g, basis.d_a)
-    kept = _leading_sums(squares.t())
-    lost = kept[-1, -1] - kept
-    rows = {form: np.array([lost[form.ranks], form.flops, form.parameters]) for form in forms if form.kind == TUCKER}
-
-    def beaten(form: Form) -> bool:
-        own = rows[form]
-        return any((other <= own).all() and (other < own).any() for other in rows.values())
-
-    return [form for form in forms if form not in rows or not beaten(form)]
+    W, narrow = kernel.pointwise.double(), _tucker(kernel, (len(kernel.weight), rank))
+    first, second = narrow.core[:, :, 0, 0], narrow.rotate_out
+    first, second = (first @ W, second) if len(W) <= W.shape[1] else (first, W @ second)
+    Q, R = torch.linalg.qr(second)
+    return ConvWeights((R @ first)[:, :, None, None], None, Q)
 
 
-def build(form: Form, kernel: Tensor, basis: Eigenbasis, *, quickly: bool = False) -> ConvWeights:
-    """The convolutions of a form that is not the present one, for the kernel [out, in, kh, kw].
-
-    Args:
-        quickly: a few sweeps of least squares only, near enough for a choice among forms.
-    """
-    if form.kind == DEPTHWISE:
-        return separable(kernel, basis, form.ranks[0], **({"sweeps": 30} if quickly else {}))
-    squares = rotate(kernel, basis).square().sum(dim=(2, 3)) * torch.outer(basis.d_g, basis.d_a)
+def _tucker(kernel: Kernel, ranks: tuple[int, int]) -> ConvWeights:
+    basis = kernel.basis
+    squares = rotate(kernel.weight, basis).square().sum(dim=(2, 3)) * torch.outer(basis.d_g, basis.d_a)
     sides = []
-    for dim, rank in enumerate(form.ranks):
+    for dim, rank in enumerate(ranks):
         values = squares.sum(dim=dim)
         sides.append(values.argsort(descending=True)[:rank] if rank < len(values) else None)
-    return tucker(kernel, basis, *sides, **({"sweeps": 2} if quickly else {}))
-
-
-def _leading_sums(pairs: Tensor) -> np.ndarray:
-    """[c, r]: the sum over the c rows and r columns with the largest sums, [n + 1, m + 1]."""
-    rows, columns = (pairs.sum(dim=dim).argsort(descending=True) for dim in (1, 0))
-    ordered = pairs[rows][:, columns].cumsum(0).cumsum(1)
-    return np.pad(ordered.cpu().numpy(), ((1, 0), (1, 0)))
+    return tucker(kernel.weight, basis, *sides)

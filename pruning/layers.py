@@ -1,11 +1,13 @@
 """Which layers can be pruned, and the plain tensors that surgery works on."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from models import LowRankConv2d, ResNet
+from models import LOW_RANK, LowRankConv2d
+from pruning.survey import is_pointwise, outermost
 
 
 @dataclass(frozen=True)
@@ -41,73 +43,62 @@ class ConvWeights:
         )
 
 
-def prunable_layers(network: ResNet) -> dict[str, nn.Conv2d]:
-    """The convolutions whose directions compete, by name: those larger than 1x1, outside of the gates.
+def prunable_layers(network: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions whose single directions compete, by name: those larger than 1x1, outside of the gates.
 
-    For a layer that was rebuilt before, the convolution is its core; the name is that of the whole layer.  1x1
-    projections and the classifier are left alone: a rank-reduced pair rarely saves anything there, and together they
-    hold under 1 % of the parameters of ResNet-32.  Depthwise cores have no directions to rotate, see
-    ``separable_layers``.
+    For a layer that was rebuilt before, the convolution is its core; the name is that of the whole layer.  Depthwise
+    cores have no directions to rotate.
     """
     layers: dict[str, nn.Conv2d] = {}
-    for name, module in network.named_modules():
-        if name.startswith("gate"):
-            continue
-        if isinstance(module, LowRankConv2d):
-            if module.core.groups == 1:
-                layers[name] = module.core
-        elif isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and not name.endswith(".core"):
-            layers[name] = module
+    for name, module in outermost(network):
+        core = module.core if isinstance(module, LowRankConv2d) else module
+        if isinstance(core, nn.Conv2d) and core.groups == 1 and not is_pointwise(core) and not name.startswith("gate."):
+            layers[name] = core
     return layers
 
 
-def separable_layers(network: ResNet) -> dict[str, nn.Conv2d]:
-    """The depthwise cores of the layers that were rebuilt depthwise separable, by name of the layer."""
-    modules = network.named_modules()
-    return {name: m.core for name, m in modules if isinstance(m, LowRankConv2d) and m.core.groups > 1}
+def low_rank_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers that pruning has rebuilt, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, LOW_RANK)}
 
 
-def competing_layers(network: ResNet) -> list[str]:
-    """The names of both, from the input on."""
-    competing = {**prunable_layers(network), **separable_layers(network)}
-    return [name for name, _ in network.named_modules() if name in competing]
+def rebuilt_layers(network: nn.Module, smaller: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those among the named layers that pruning has rebuilt: of low rank, or with fewer inputs than they had."""
+    found = []
+    for name in names:
+        before, after = network.get_submodule(name), smaller.get_submodule(name)
+        fewer = getattr(before, "in_channels", 0) > getattr(after, "in_channels", 0)
+        if isinstance(after, LOW_RANK) or fewer:
+            found.append(name)
+    return found
 
 
-def norm_behind(network: ResNet, name: str) -> nn.BatchNorm2d:
-    """The batch norm that a prunable layer's output goes through."""
-    parent, _, child = name.rpartition(".")
-    return network.stem[1] if parent == "stem" else getattr(network.get_submodule(parent), child.replace("conv", "bn"))
+def read_weights(network: nn.Module, name: str) -> ConvWeights:
+    """The weights of a layer by its name, see ``weights_of``."""
+    return weights_of(network.get_submodule(name))
 
 
-def unpruned_channels(network: ResNet, name: str) -> tuple[int, int]:
-    """Input and output channels that a prunable layer had in stage 1's network, whatever it has lost since.
-
-    Between the convolutions of a block there were as many channels as behind the second one.
-    """
-    weights = read_weights(network, name)
-    inputs, outputs = weights.in_channels, weights.out_channels
-    block, _, convolution = name.rpartition(".")
-    if convolution == "conv1":
-        return inputs, read_weights(network, f"{block}.conv2").out_channels
-    if convolution == "conv2":
-        return outputs, outputs
-    return inputs, outputs
+def weights_of(layer: nn.Module) -> ConvWeights:
+    """The weights of a layer, copied; those of a linear layer as of a 1x1 convolution."""
+    if not isinstance(layer, LOW_RANK):
+        return ConvWeights(_kernel(layer))
+    rotations = (getattr(layer, side, None) for side in ("rotate_in", "rotate_out"))
+    matrices = (None if rotation is None else _kernel(rotation)[:, :, 0, 0] for rotation in rotations)
+    return ConvWeights(_kernel(layer.core), *matrices, layer.depthwise)
 
 
-def rebuilt_layers(network: ResNet) -> list[str]:
-    """The layers that pruning has rebuilt, from the input on: low-rank ones, and those behind pruned channels."""
-    narrow = {f"{block}.conv2" for block in network.architecture["inner"]}
-    return [name for name, m in network.named_modules() if isinstance(m, LowRankConv2d) or name in narrow]
+def _kernel(layer: nn.Module) -> Tensor:
+    weight = layer.weight.detach().clone()
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
-def read_weights(network: ResNet, name: str) -> ConvWeights:
-    """The weights of a prunable layer, copied."""
-    layer = network.get_submodule(name)
-    if not isinstance(layer, LowRankConv2d):
-        return ConvWeights(layer.weight.detach().clone())
-    return ConvWeights(
-        layer.core.weight.detach().clone(),
-        None if layer.rotate_in is None else layer.rotate_in.weight.detach()[:, :, 0, 0].clone(),
-        None if layer.rotate_out is None else layer.rotate_out.weight.detach()[:, :, 0, 0].clone(),
-        layer.core.groups > 1,
-    )
+def composed(weights: ConvWeights) -> Tensor:
+    """The kernel [out, in, kh, kw] that rotations and core multiply out to, in float64."""
+    kernel = weights.core.double()
+    if weights.depthwise:
+        return torch.einsum("or,rhw,ri->oihw", weights.rotate_out.double(), kernel[:, 0], weights.rotate_in.double())
+    if weights.rotate_in is not None:
+        kernel = torch.einsum("rchw,ci->rihw", kernel, weights.rotate_in.double())
+    if weights.rotate_out is not None:
+        kernel = torch.einsum("or,rihw->oihw", weights.rotate_out.double(), kernel)
+    return kernel

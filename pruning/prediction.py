@@ -1,17 +1,22 @@
-"""The rise of the loss that changed kernels bring, to second order, with no factors in place of the Fisher."""
+"""The rise of the loss that changed layers bring, to second order, with no factors in place of the Fisher.
 
-from collections.abc import Iterable, Mapping
+For the change D of a layer's kernel it is 1/2 E[<grad W, D>^2], the quadratic form of the Fisher itself: exact to
+second order where the network's own prediction is what the loss is measured against; only the labels are drawn.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from models import ResNet
-from pruning.capture import visit_gradients
-from pruning.factors import image_gradients
+from pruning.capture import Passes, visit_gradients
+from pruning.factors import image_gradients, narrowed
+from pruning.tucker import Coordinates
 from utils import parallel
 
-CHUNK = 32  # images whose gradients are held in memory at once
+ENTRIES = 2**24  # of images' gradients that are held in memory at once
+WINDOWS = 2**20  # of their inputs' windows: more do not fit into a cache
 
 
 @dataclass(frozen=True)
@@ -22,30 +27,44 @@ class PredictedRise:
     together: float  # when all of them are: their changes add up or cancel, image by image
 
 
-def predicted_rise(
-    network: ResNet,
-    layers: Mapping[str, nn.Module],
-    changes: Mapping[str, Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    fisher_type: str,
-    draws: torch.Generator,
-    fisher_draws: int = 1,
-) -> PredictedRise:
-    """1/2 E[<grad W, D>^2], the quadratic form of the Fisher itself, for the change D of each layer's kernel.
+@dataclass(frozen=True)
+class Trials:
+    """Forms of one layer that are tried: corners of its core, see ``pruning.tucker.Coordinates``, and other changes."""
 
-    It is exact to second order where the network's own prediction is what the loss is measured against; only the labels
-    are drawn.
+    coordinates: Coordinates
+    corners: Sequence[tuple[int, int]]  # ranks (c, r)
+    changes: Tensor | None = None  # [K, out, in, kh, kw] of the kernel, in the coordinates of the core
+    # The kernel W [out, in] of a pointwise layer, whose coordinates are those of its narrower side.
+    pointwise: Tensor | None = None
+
+    def squared_changes(self) -> Tensor:
+        """The squared size of each change of the layer's kernel, [K] on the CPU."""
+        at, W = self.coordinates, self.pointwise
+        whole = at.corner(at.core.shape[1], at.core.shape[0])
+        changes = [at.corner(c, r) - whole for c, r in self.corners]
+        if self.changes is not None:
+            changes += torch.einsum("op,kpj...,ij->koi...", at.P, self.changes.double(), at.Q)
+        if W is not None:
+            narrow = [change[:, :, 0, 0].to(W) for change in changes]
+            changes = [change @ W if len(W) <= W.shape[1] else W @ change for change in narrow]
+        return torch.stack([change.square().sum().double() for change in changes]).cpu()
+
+
+def predicted_rise(
+    network: nn.Module, layers: Mapping[str, nn.Module], changes: Mapping[str, Tensor], passes: Passes
+) -> PredictedRise:
+    """Of one change of each layer, and of all of them together.
 
     Args:
-        layers: convolutions, or low-rank layers as a whole.
+        layers: convolutions and linear layers, or what has replaced them, as a whole.
         changes: D by layer, [out, in, kh, kw].
-        fisher_type, draws, fisher_draws: as in ``pruning.factors.collect_factors``.
     """
     if not changes:
         return PredictedRise({}, 0.0)
     names = list(changes)
     products: dict[str, Tensor] = {}  # of the draw that is being visited, [N] for each layer
     sums = next(network.parameters()).new_zeros(len(names) + 1, dtype=torch.float64)
+    rounded = {name: change.to(next(layers[name].parameters())) for name, change in changes.items()}
 
     def close_draw() -> None:
         if products:
@@ -57,43 +76,70 @@ def predicted_rise(
     def add(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
         if name in products:  # the next draw has begun
             close_draw()
-        products[name] = _products(layer, a, g, changes[name][None])[:, 0]
+        products[name] = _changed_outputs(layer, a, rounded[name]).mul_(g).flatten(1).double().sum(dim=1)
 
-    visited = {name: layers[name] for name in names}
-    images = visit_gradients(network, visited, batches, fisher_type, draws, add, fisher_draws)
+    images = visit_gradients(network, {name: layers[name] for name in names}, passes, add)
     close_draw()
     *single, together = (0.5 * parallel.all_reduced(sums) / images).tolist()
     return PredictedRise(dict(zip(names, single, strict=True)), together)
 
 
+def _changed_outputs(layer: nn.Module, a: Tensor, change: Tensor) -> Tensor:
+    """What a change of its kernel adds to the layer's output: summed with the gradient there it is <grad W, D>."""
+    stride, dilation = getattr(layer, "stride", 1), getattr(layer, "dilation", 1)
+    return nn.functional.conv2d(a, change, None, stride, getattr(layer, "padding", 0), dilation)
+
+
 def predicted_rises(
-    network: ResNet,
-    layers: Mapping[str, nn.Module],
-    changes: Mapping[str, Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    fisher_type: str,
-    draws: torch.Generator,
-    fisher_draws: int = 1,
+    network: nn.Module, layers: Mapping[str, nn.Module], trials: Mapping[str, Trials], passes: Passes
 ) -> dict[str, Tensor]:
-    """Of many changes of each layer, one at a time: 1/2 E[<grad W, D>^2] for each D, [K] by layer.
+    """Of each form on trial, one at a time: corners first, then the other changes, [K] by layer.
 
-    An image's gradient is built once for all of them, so they cost little more than one.
-
-    Args:
-        changes: the D of each layer, [K, out, in, kh, kw].
+    An image's gradient is built once for all of them, in the coordinates of the core.  There the product with a corner
+    is the sum over a corner of the products of entries, so all corners cost what one does.
     """
-    sums = {name: own.new_zeros(len(own), dtype=torch.float64) for name, own in changes.items()}
+    sums: dict[str, Tensor] = {}
+    rounded = {name: _rounded(own, next(layers[name].parameters())) for name, own in trials.items()}
 
     def add(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
-        sums[name] += _products(layer, a, g, changes[name]).square().sum(dim=0)
+        for products in _products(layer, a, g, rounded[name]):
+            found = products.double().square().sum(dim=0)
+            sums[name] = sums[name] + found if name in sums else found
 
-    visited = {name: layers[name] for name, own in changes.items() if len(own)}
-    images = visit_gradients(network, visited, batches, fisher_type, draws, add, fisher_draws)
-    return {name: 0.5 * parallel.all_reduced(total) / images for name, total in sums.items()}
+    visited = {name: layers[name] for name in trials}
+    images = visit_gradients(network, visited, passes, add)
+    return {name: 0.5 * parallel.all_reduced(sums[name]) / images for name in trials}
 
 
-def _products(layer: nn.Module, a: Tensor, g: Tensor, changes: Tensor) -> Tensor:
-    """<grad W, D> of every image and change, [N, K] in float64."""
-    rows = changes.to(a).flatten(1).t()
-    parts = zip(a.split(CHUNK), g.split(CHUNK), strict=True)
-    return torch.cat([image_gradients(layer, *part).flatten(1) @ rows for part in parts]).double()
+def _rounded(own: Trials, like: Tensor) -> Trials:
+    """The trials in the type that the network computes in."""
+    P, Q, core = (t.to(like) for t in (own.coordinates.P, own.coordinates.Q, own.coordinates.core))
+    changes, pointwise = (None if t is None else t.to(like) for t in (own.changes, own.pointwise))
+    return Trials(Coordinates(P, Q, core, own.coordinates.to_core), own.corners, changes, pointwise)
+
+
+def _products(layer: nn.Module, a: Tensor, g: Tensor, own: Trials) -> Iterator[Tensor]:
+    """<grad W, D> of images and changes, [n, K] for some images after the other."""
+    at = own.coordinates
+    c, r = (
+        torch.tensor([corner[side] for corner in own.corners], dtype=torch.long, device=a.device) for side in (0, 1)
+    )
+    if own.pointwise is not None:
+        a, g = narrowed(layer, own.pointwise, a, g)
+        rows = torch.einsum("nihw,pi->nphw", torch.einsum("nihw,ij->njhw", a, at.Q), at.core[:, :, 0, 0])
+        rows = (rows * torch.einsum("nohw,op->nphw", g, at.P)).sum(dim=(2, 3))
+        yield -rows @ (torch.arange(rows.shape[1], device=a.device)[:, None] >= r).to(rows)
+        return
+    a, g = torch.einsum("nihw,ij->njhw", a, at.Q), torch.einsum("nohw,op->nphw", g, at.P)
+    (inputs, place_c), (outputs, place_r) = (side.unique(return_inverse=True) for side in (c, r))
+    into = (torch.arange(a.shape[1], device=a.device)[:, None] < inputs).to(a)
+    out = (torch.arange(g.shape[1], device=a.device)[:, None] < outputs).to(a)
+    at_once = max(1, min(ENTRIES // at.core.numel(), WINDOWS // (at.core[0].numel() * g[0, 0].numel())))
+    for part_a, part_g in zip(a.split(at_once), g.split(at_once), strict=True):
+        gradients = image_gradients(layer, part_a, part_g)
+        entries = (gradients * at.core).sum(dim=(3, 4))
+        kept = torch.einsum("npj,pr,jc->nrc", entries, out, into)[:, place_r, place_c]
+        found = [kept - entries.sum(dim=(1, 2))[:, None]]
+        if own.changes is not None:
+            found.append(gradients.flatten(1) @ own.changes.flatten(1).t())
+        yield torch.cat(found, dim=1)

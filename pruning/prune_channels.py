@@ -12,13 +12,14 @@ from torch import Tensor
 
 from models import LowRankConv2d, ResNet
 from pruning import channels
+from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
 from pruning.eigenbasis import gradient_squares, share
 from pruning.factors import Factors, collect_factors
 from pruning.goals import Goal
 from pruning.prediction import predicted_rise
 from pruning.selection import Group, counts_kept, select
-from pruning.settings import Batches, Method
+from pruning.settings import Method
 from pruning.surgery import rebuild_channels
 from utils.errors import UserError
 from utils.flops import NetworkCost
@@ -26,22 +27,20 @@ from utils.flops import NetworkCost
 COMPENSATED = ("c_obs", "kron_obs")
 
 
-def prune_channels(
-    network: ResNet, batches: Batches, draws: torch.Generator, cost: NetworkCost, goal: Goal, method: Method
-) -> Pruned:
-    """Measure, choose and rebuild, see ``pruning.iteration.prune_once``."""
+def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
+    """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
     _refuse_rebuilt(network, method)
     blocks = {f"blocks.{i}": block for i, block in enumerate(network.blocks)}
     seconds = {f"{name}.conv2": block.conv2 for name, block in blocks.items()}
     factors: dict[str, Factors] = {}
     diagonals: dict[str, Tensor] = {}
     if method.criterion == "c_obd":
-        diagonals = gradient_squares(network, seconds, {}, batches(), **method.fisher(draws))
+        diagonals = gradient_squares(network, seconds, {}, passes)
     elif method.criterion in ("c_obs", "kron_obd", "kron_obs"):
-        factors = collect_factors(network, seconds, batches(), **method.fisher(draws))
+        factors = collect_factors(network, seconds, passes)
     saliencies = {}
     for name, block in blocks.items():
-        values = _saliency(block, factors.get(f"{name}.conv2"), diagonals.get(f"{name}.conv2"), draws, method)
+        values = _saliency(block, factors.get(f"{name}.conv2"), diagonals.get(f"{name}.conv2"), passes.draws, method)
         saliencies[name] = share(values) if method.normalize else values
     groups, fixed = channel_groups(network, cost, method, saliencies)
     kept = {
@@ -58,7 +57,7 @@ def prune_channels(
     for name, weight in weights.items():
         changes[f"{name}.conv2"] = blocks[name].conv2.weight.detach().double().neg()
         changes[f"{name}.conv2"][:, kept[name].to(weight.device)] += weight.double()
-    predicted = predicted_rise(network, seconds, changes, batches(), **method.fisher(draws))
+    predicted = predicted_rise(network, seconds, changes, passes)
     table = []
     for name, block in blocks.items():
         before = block.conv1.out_channels

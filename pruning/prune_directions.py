@@ -9,26 +9,24 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models import ResNet
+from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
 from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
 from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate, share
 from pruning.factors import collect_factors
 from pruning.goals import Goal
-from pruning.layers import ConvWeights, prunable_layers, read_weights, unpruned_channels
+from pruning.layers import ConvWeights, composed, prunable_layers, read_weights
 from pruning.prediction import predicted_rise
 from pruning.selection import Group, counts_kept, select
-from pruning.settings import Batches, Method
-from pruning.surgery import composed, merged, rebuild, truncated
+from pruning.settings import Method
+from pruning.surgery import merged, rebuild, truncated
 from utils.flops import NetworkCost
 
 
-def prune_directions(
-    network: ResNet, batches: Batches, draws: torch.Generator, cost: NetworkCost, goal: Goal, method: Method
-) -> Pruned:
-    """Measure, choose and rebuild, see ``pruning.iteration.prune_once``."""
+def prune_directions(network: nn.Module, passes: Passes, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
+    """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
     layers = prunable_layers(network)
-    bases, spectra = measured(network, layers, batches, draws, method)
+    bases, spectra = measured(network, layers, passes, method)
     weights = {name: read_weights(network, name) for name in layers}
     saliencies = {}
     for name in layers:
@@ -46,7 +44,7 @@ def prune_directions(
             reduced = truncated(before.core, bases[name], *(side if r < whole else None for side, r, whole in sides))
             replaced[name] = merged(before, reduced)
             changes[name] = composed(reduced) - before.core.double()
-    predicted = predicted_rise(network, layers, changes, batches(), **method.fisher(draws))
+    predicted = predicted_rise(network, layers, changes, passes)
     table = []
     for name, before in weights.items():
         shape = layer_shape(before, cost, name)
@@ -56,20 +54,20 @@ def prune_directions(
 
 
 def measured(
-    network: ResNet, layers: Mapping[str, nn.Conv2d], batches: Batches, draws: torch.Generator, method: Method
+    network: nn.Module, layers: Mapping[str, nn.Conv2d], passes: Passes, method: Method
 ) -> tuple[dict[str, Eigenbasis], dict[str, Tensor]]:
     """The eigenbasis of every layer, and the curvature of every entry of its rotated weight [out, in, kh, kw]."""
     if not layers:
         return {}, {}
-    factors = collect_factors(network, layers, batches(), **method.fisher(draws))
+    factors = collect_factors(network, layers, passes)
     bases = {name: eigenbasis(factors[name]) for name in layers}
     if method.correct_eigenvalues:
-        return bases, gradient_squares(network, layers, bases, batches(), **method.fisher(draws))
+        return bases, gradient_squares(network, layers, bases, passes)
     return bases, {name: curvature(bases[name], layer.weight) for name, layer in layers.items()}
 
 
 def direction_groups(
-    network: ResNet,
+    network: nn.Module,
     cost: NetworkCost,
     method: Method,
     saliencies: Mapping[str, Tensor] | None,
@@ -81,10 +79,10 @@ def direction_groups(
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in prunable_layers(network):
-        shape, unpruned = layer_shape(read_weights(network, name), cost, name), unpruned_channels(network, name)
+        shape = layer_shape(read_weights(network, name), cost, name)
         counts = tuple(
             counts_kept(rank, channels, method.prune_ratio_limit, method.round_to)
-            for rank, channels in zip(shape.ranks, unpruned, strict=True)
+            for rank, channels in zip(shape.ranks, shape.channels, strict=True)
         )
         pairs = torch.zeros(shape.ranks) if saliencies is None else saliencies[name]
         groups[name] = Group(pairs, counts, partial(cheapest_cost, shape))

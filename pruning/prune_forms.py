@@ -1,83 +1,95 @@
-"""An iteration in which forms compete: every 3x3 convolution may become a Tucker or a depthwise separable one.
+"""An iteration in which forms compete: every layer may become a cheaper form of itself with its inputs and outputs.
 
 Source of the forms: EigenDamage (arXiv:1905.05934), section 4 and appendix.  There directions are dropped one by one by
 saliencies that add up; here the rise of the loss is predicted for whole forms of a layer, without a diagonal or a
 Kronecker approximation, and decides among them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import ResNet
-from pruning.capture import first_images
+from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
 from pruning.choice import choose_forms
 from pruning.costs import LayerShape
 from pruning.eigenbasis import eigenbasis
-from pruning.factors import collect_factors
-from pruning.forms import KINDS, UNCHANGED, Form, build, possible_forms, worthwhile
+from pruning.factors import Factors, collect_factors
+from pruning.forms import KINDS, UNCHANGED, Form, Kernel, build, possible_forms, trials
 from pruning.goals import Goal
-from pruning.layers import competing_layers, read_weights, unpruned_channels
+from pruning.layers import ConvWeights, composed, weights_of
 from pruning.prediction import predicted_rise, predicted_rises
 from pruning.selection import least_kept
-from pruning.settings import Batches, Method
-from pruning.surgery import composed, rebuild
+from pruning.settings import Method
+from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS, rebuild
+from pruning.survey import Survey, is_pointwise
 from utils.flops import NetworkCost
 
-IMAGES = 2000  # that the rise of the loss is predicted on
+IMAGES = 1000  # that the rise of the loss is predicted on
+ENTRIES = 2**28  # of kernels and their changes that are held in memory for prediction
 
 
 def prune_to_forms(
-    network: ResNet, batches: Batches, draws: torch.Generator, cost: NetworkCost, goal: Goal, method: Method
+    network: nn.Module, found: Survey, passes: Passes, cost: NetworkCost, goal: Goal, method: Method
 ) -> Pruned:
-    """Measure, choose and rebuild, see ``pruning.iteration.prune_once``.
+    """Measure, choose and rebuild, see ``pruning.compress.prune_once``.
 
-    A layer that was rebuilt before counts as the plain convolution that it multiplies out to, and its new form is made
-    from that.
+    A layer that was rebuilt before counts as the plain layer that it multiplies out to, and its new form is made from
+    that.
     """
-    forms, fixed = layer_forms(network, cost, method)
-    layers = {name: network.get_submodule(name) for name in forms}
-    kernels = {name: composed(read_weights(network, name)) for name in forms}
-    factors = collect_factors(network, layers, batches(), **method.fisher(draws))
-    bases = {name: eigenbasis(own) for name, own in factors.items()}
-    forms = {name: worthwhile(own, kernels[name], bases[name]) for name, own in forms.items()}
+    forms, fixed = layer_forms(network, found, cost, method)
+    able = {name: own for name, own in forms.items() if len(own) > 1}
+    layers = {name: network.get_submodule(name) for name in able}
+    with passes.phase("factors"):
+        factors = collect_factors(network, layers, passes) if layers else {}
+    with passes.phase("forms"):
+        kernels = {name: _kernel(layers[name], own) for name, own in factors.items()}
+    few, rises = passes.first(IMAGES), {name: torch.zeros(1) for name in forms}
+    for group in _groups(able, kernels):
+        with passes.phase(f"forms of {len(group)} layers"):
+            tried = trials(kernels, group)
+        with passes.phase("prediction"):
+            rises |= predicted_rises(network, {name: layers[name] for name in group}, tried, few)
+        if method.regularization:
+            for name, own in tried.items():
+                rises[name] = rises[name].cpu() + 0.5 * method.regularization * own.squared_changes()
+    rises = {name: [0.0, *rises[name].tolist()] if name in able else [0.0] for name in forms}
+    with passes.phase("choice"):
+        chosen = choose_forms(forms, rises, goal, fixed, method.objective)
 
-    def some_images() -> Iterator[tuple[Tensor, Tensor]]:
-        return first_images(batches(), IMAGES)
-
-    tried = {}
-    for name, own in forms.items():
-        changes = [composed(build(form, kernels[name], bases[name], quickly=True)) for form in own[1:]]
-        tried[name] = torch.stack([kernels[name], *changes]).sub(kernels[name]).float()
-    rises = predicted_rises(network, layers, tried, some_images(), **method.fisher(draws))
-    for name, changes in tried.items():
-        rises[name] += 0.5 * method.regularization * changes.flatten(1).square().sum(dim=1)
-    rises = {name: own.tolist() for name, own in rises.items()}
-    chosen = choose_forms(forms, rises, goal, fixed, method.objective)
-
-    replaced, changes = {}, {}
-    for name, i in chosen.items():
-        if i > 0:
-            dtype = next(layers[name].parameters()).dtype
-            replaced[name] = build(forms[name][i], kernels[name], bases[name]).to(dtype)
-            changes[name] = composed(replaced[name]) - kernels[name]
-    predicted = predicted_rise(network, layers, changes, some_images(), **method.fisher(draws))
+    taken = {name: forms[name][i] for name, i in chosen.items() if i > 0}
+    with passes.phase(f"decomposition of {len(taken)} layers"):
+        replaced = build(taken, kernels)
+        changes = {name: _change(layers[name], replaced[name]) for name in taken}
+    with passes.phase("prediction of all together"):
+        predicted = predicted_rise(network, layers, changes, few)
     table = []
     for name, i in chosen.items():
         before, after = forms[name][0], forms[name][i]
         parameters, flops = ((before.parameters, after.parameters), (before.flops, after.flops))
         rise = predicted.layers.get(name, 0.0)
         table.append(LayerChange(name, before.ranks, after.ranks, *parameters, *flops, rise, after.kind))
-    return Pruned(rebuild(network, replaced), bases, table, predicted.together)
+    smaller = rebuild(network, replaced, [name for name in taken if found.norms[name] is None])
+    alone = {**found.left_alone, **{name: "nothing to save" for name in forms if name not in able}}
+    return Pruned(
+        smaller,
+        {name: kernel.basis for name, kernel in kernels.items()},
+        table,
+        predicted.together,
+        {name: own.importance for name, own in factors.items()},
+        alone,
+    )
 
 
-def layer_forms(network: ResNet, cost: NetworkCost, method: Method) -> tuple[dict[str, list[Form]], tuple[int, int]]:
+def layer_forms(
+    network: nn.Module, found: Survey, cost: NetworkCost, method: Method
+) -> tuple[dict[str, list[Form]], tuple[int, int]]:
     """What every layer can become, the present form first, and the FLOPs and parameters of everything else."""
     forms, flops, parameters = {}, cost.flops, cost.parameters
-    for name in competing_layers(network):
-        weights = read_weights(network, name)
+    for name, norm in found.norms.items():
+        layer = network.get_submodule(name)
+        weights = weights_of(layer)
         counted = cost.layers.get(name) or cost.layers[f"{name}.core"]
         channels, positions = (weights.in_channels, weights.out_channels), (counted.positions_in, counted.positions_out)
         taps, core = weights.core[0, 0].numel(), weights.core.shape[0]
@@ -86,8 +98,37 @@ def layer_forms(network: ResNet, cost: NetworkCost, method: Method) -> tuple[dic
         rotated = (weights.rotate_in is not None, weights.rotate_out is not None)
         present = LayerShape(channels, ranks, rotated, taps, positions, weights.depthwise)
         now = Form(UNCHANGED, ranks, *present.cost(*ranks))
-        sides = zip(unpruned_channels(network, name), channels, strict=True)
-        least = tuple(min(least_kept(unpruned, method.prune_ratio_limit), own) for unpruned, own in sides)
-        forms[name] = possible_forms(now, plain, least, KINDS[method.decomposition], method.round_to)
+        least = tuple(least_kept(side, method.prune_ratio_limit) for side in channels)
+        kinds = KINDS[method.decomposition]
+        if is_pointwise(layer):
+            kinds = (TWO_FACTORS,) if TUCKER in kinds else ()
+        bias = channels[1] if norm is None and layer.bias is None else 0
+        forms[name] = possible_forms(now, plain, least, kinds, method.round_to, bias)
         flops, parameters = flops - now.flops, parameters - now.parameters
     return forms, (flops, parameters)
+
+
+def _kernel(layer: nn.Module, factors: Factors) -> Kernel:
+    weight = composed(weights_of(layer))
+    if not is_pointwise(layer):
+        return Kernel(weight, eigenbasis(factors))
+    identity = torch.eye(len(factors.A), dtype=torch.float64, device=weight.device)[:, :, None, None]
+    return Kernel(identity, eigenbasis(factors), weight[:, :, 0, 0].to(next(layer.parameters()).dtype))
+
+
+def _change(layer: nn.Module, replaced: ConvWeights) -> Tensor:
+    """Of a layer's kernel, in the layer's own type."""
+    return (composed(replaced) - composed(weights_of(layer))).to(next(layer.parameters()).dtype)
+
+
+def _groups(forms: Mapping[str, list[Form]], kernels: Mapping[str, Kernel]) -> Iterator[dict[str, list[Form]]]:
+    """The layers in groups whose trials fit into memory together."""
+    group, entries = {}, 0
+    for name, own in forms.items():
+        size = kernels[name].weight.numel() * (3 + sum(form.kind == DEPTHWISE for form in own))
+        if group and entries + size > ENTRIES:
+            yield group
+            group, entries = {}, 0
+        group[name], entries = own, entries + size
+    if group:
+        yield group

@@ -7,24 +7,27 @@ same images; so it makes up for correlated taps and for what the layers before i
 reconstruction of He et al., arXiv:1707.06168, section 3.1, here with low ranks on both sides.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from models import LowRankConv2d, ResNet, all_on
-from pruning.capture import first_images
+from models import LOW_RANK
+from pruning.capture import Passes, as_images
 from pruning.channels import damped
-from pruning.layers import norm_behind
-from pruning.settings import Batches
+from pruning.factors import padded
 from utils import parallel
 from utils.modes import evaluation_mode
 
-# That many determine a core: a quarter of them does nearly as well (ResNet-8 and 14, 16x16 pixels).
-IMAGES = 2000
+# So many images determine a core: a quarter of 2,000 does nearly as well (ResNet-8 and 14, 16x16 pixels).
+IMAGES = 512
+BATCHES = 8  # at most: the smaller network runs on all of them at once, without what a training step keeps
+# Positions of each image that are looked at: at least so many, or as many as give so many rows for each unknown.
+POSITIONS, ROWS = 64, 16
+ENOUGH = 4  # rows for each unknown, below which fewer are fitted
+MOST = 8192  # unknowns that are solved for
 CHUNK = 32  # images whose unfolded patches are held in memory at once
 
 
@@ -83,97 +86,184 @@ def best_map(found: Moments, metric: Tensor, rank: int | None) -> tuple[Tensor, 
     return torch.linalg.solve(weighted @ U, weighted @ whole), U
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a layer of the unpruned network computed."""
+
+    rows: Tensor  # [N * positions, out], of some positions of each image
+    positions: Tensor  # indices of those
+
+
 @torch.no_grad()
-def refit(network: ResNet, smaller: ResNet, names: Sequence[str], batches: Batches) -> None:
+def refit(
+    network: nn.Module,
+    smaller: nn.Module,
+    norms: Mapping[str, str | None],
+    importances: Mapping[str, Tensor],
+    passes: Passes,
+) -> None:
     """Refit layers of ``smaller``, in place and in the order given, to what they computed in ``network``.
 
-    An error counts as what the batch norm behind makes of it.  The norm keeps its variance, so that it does to the new
-    outputs what the fit is about, and its mean takes up the fit's intercept: measured anew, on images without
-    augmentation, both would be others.  For each layer both networks run as far as that layer.
+    Both networks run once.  When the smaller one comes to a layer, those before it are refitted already, so the layer's
+    input is what it will be.
+
+    An error counts as what the batch norm behind makes of it, or by how much the loss depends on that output.  The norm
+    keeps its variance, so that it does to the new outputs what the fit is about, and its mean takes up the fit's
+    intercept: measured anew, on images without augmentation, both would be others.  Without a norm the layer's bias
+    takes it up.
 
     Args:
-        names: layers of both networks, from the input on: low-rank ones lose nothing of their ranks, of a depthwise
-            separable one the last convolution is refitted, of a plain one the kernel.
-        batches: called for each layer.  Where several processes share the batches, each passes its part of the images.
+        norms: layers of both networks that are refitted, in the order in which they run, with the batch norm behind
+            each.  Low-rank ones lose nothing of their ranks; of a depthwise separable one, and where the images are too
+            few for the whole, the last convolution is refitted; of a plain one the kernel.
+        importances: what an error of each output of a layer without a norm costs, [out].
     """
-    with evaluation_mode(network), evaluation_mode(smaller):
-        for name in names:
-            layer, norm = smaller.get_submodule(name), norm_behind(network, name)
-            found = _measured(network, smaller, name, batches)
-            metric = torch.diag(norm.weight.double().square() / (norm.running_var.double() + norm.eps))
-            K, U = best_map(found, metric, _free_rank(layer))
-            _write(layer, K, U)
-            intercept = found.y - (K if U is None else U @ K) @ found.z
-            own = norm_behind(smaller, name)
-            own.running_mean.copy_(norm.running_mean - intercept)
-            own.running_var.copy_(norm.running_var)
+    batches = [x for x, _ in passes.on(network)]
+    x = torch.cat(batches)
+    wanted = _outputs(network, norms, batches, passes)
 
+    def refitted(name: str):
+        def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            _refit_layer(layer, as_images(layer, inputs[0], len(x)), wanted.pop(name), *sides[name])
 
-def patches(layer: nn.Module, a: Tensor) -> Tensor:
-    """What the refitted part of a layer reads, a row for each image and position, for inputs a [N, in, H, W]."""
-    if isinstance(layer, LowRankConv2d):
-        a = a if layer.rotate_in is None else layer.rotate_in(a)
-        if layer.core.groups > 1:
-            return _rows(layer.core(a))
-    kernel = layer.core if isinstance(layer, LowRankConv2d) else layer
-    unfolded = F.unfold(a, kernel.kernel_size, padding=kernel.padding, stride=kernel.stride)
-    return unfolded.transpose(1, 2).flatten(0, 1)
+        return hook
 
-
-class _Reached(Exception):
-    """The layer in question has run: the rest of the network is not needed."""
-
-
-def _measured(network: ResNet, smaller: ResNet, name: str, batches: Batches) -> Moments:
-    layer, seen = smaller.get_submodule(name), {}
-
-    def keep_output(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        seen["output"] = output
-        raise _Reached
-
-    def keep_input(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        seen["input"] = inputs[0]
-        raise _Reached
-
-    sums, n = None, 0
-    handles = [
-        network.get_submodule(name).register_forward_hook(keep_output),
-        layer.register_forward_pre_hook(keep_input),
-    ]
+    sides = {name: _sides(network, smaller, name, norm, importances) for name, norm in norms.items()}
+    handles = [smaller.get_submodule(name).register_forward_pre_hook(refitted(name)) for name in norms]
     try:
-        for x, _ in first_images(batches(), IMAGES):
-            if len(x) == 0:  # the last batch may be too small for all processes
-                continue
-            for run in (network, smaller):
-                with suppress(_Reached):
-                    run(x, decide=all_on, skip=False)
-            for a, y in zip(seen["input"].split(CHUNK), seen["output"].split(CHUNK), strict=True):
-                z = patches(layer, a)
-                part = row_sums(z, _rows(y))
-                sums, n = part if sums is None else sums + part, z.shape[1]
+        with evaluation_mode(smaller):
+            passes.forward(smaller, x)
     finally:
         for handle in handles:
             handle.remove()
-    return moments(parallel.all_reduced(sums), n)
 
 
-def _rows(y: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N * H * W, C]."""
-    return y.permute(0, 2, 3, 1).flatten(0, 2)
+def _outputs(
+    network: nn.Module, norms: Mapping[str, str | None], batches: Sequence[Tensor], passes: Passes
+) -> dict[str, Wanted]:
+    """What the layers compute of all images, at the same positions of each."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in norms}
+    positions: dict[str, Tensor] = {}
+    seen, images = [0], _of_all(sum(len(x) for x in batches))
+
+    def keep(name: str):
+        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            y = as_images(layer, output, seen[0]).flatten(2)
+            if name not in positions:
+                unknowns = getattr(layer, "in_channels", 1) * math.prod(getattr(layer, "kernel_size", (1, 1)))
+                count = min(y.shape[2], max(POSITIONS, -(-ROWS * unknowns // images)))
+                drawn = torch.randperm(y.shape[2], generator=torch.Generator().manual_seed(0))[:count]
+                positions[name] = drawn.sort().values.to(y.device)
+            parts[name].append(y[:, :, positions[name]].transpose(1, 2).flatten(0, 1))
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in norms]
+    try:
+        with evaluation_mode(network):
+            for x in batches:
+                seen[0] = len(x)
+                passes.forward(network, x.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: Wanted(torch.cat(parts.pop(name)), positions[name]) for name in norms}
 
 
-def _free_rank(layer: nn.Module) -> int | None:
-    """The rank of a rotation behind the core, which is refitted with it."""
-    if not isinstance(layer, LowRankConv2d) or layer.rotate_out is None or layer.core.groups > 1:
-        return None
-    return layer.rotate_out.in_channels
+def _sides(
+    network: nn.Module, smaller: nn.Module, name: str, norm: str | None, importances: Mapping[str, Tensor]
+) -> tuple[Tensor, nn.Module | None]:
+    """What an error of each output costs, [out], and the norm of the smaller network that takes up the intercept."""
+    if norm is None:
+        return importances[name].double(), None
+    whole, own = network.get_submodule(norm), smaller.get_submodule(norm)
+    own.running_mean.copy_(whole.running_mean)
+    own.running_var.copy_(whole.running_var)
+    scale = torch.ones_like(whole.running_var) if whole.weight is None else whole.weight
+    return scale.double().square() / (whole.running_var.double() + whole.eps), own
 
 
-def _write(layer: nn.Module, K: Tensor, U: Tensor | None) -> None:
-    if not isinstance(layer, LowRankConv2d):
-        changed = layer
+def _refit_layer(layer: nn.Module, a: Tensor, wanted: Wanted, costs: Tensor, norm: nn.Module | None) -> None:
+    part, rank = _free_part(layer, _of_all(len(wanted.rows)))
+    sums = 0.0
+    for rows, y in zip(a.split(CHUNK), wanted.rows.split(CHUNK * len(wanted.positions)), strict=True):
+        z = patches(layer, rows, wanted.positions, part)
+        sums = sums + row_sums(z, y)
+    n = sums.shape[1] - 1
+    found = moments(parallel.all_reduced(sums), n)
+    if part is None:
+        whole = torch.eye(n, dtype=torch.float64, device=a.device)
     else:
-        changed = layer.core if layer.core.groups == 1 else layer.rotate_out
-    changed.weight.copy_(K.view_as(changed.weight))
-    if U is not None:
-        layer.rotate_out.weight.copy_(U[:, :, None, None])
+        K, U = best_map(found, torch.diag(costs), rank)
+        part.weight.copy_(K.reshape(part.weight.shape))
+        if U is not None:
+            layer.rotate_out.weight.copy_(U.reshape(layer.rotate_out.weight.shape))
+        whole = K if U is None else U @ K
+    intercept = found.y - whole @ found.z
+    if norm is not None:
+        norm.running_mean.copy_(norm.running_mean - intercept + (0 if layer.bias is None else layer.bias))
+    elif layer.bias is not None:
+        layer.bias.copy_(intercept)
+
+
+def _of_all(count: int) -> int:
+    """What all processes have, added up."""
+    return int(parallel.all_reduced(torch.tensor(float(count))))
+
+
+def _free_part(layer: nn.Module, rows: int) -> tuple[nn.Module | None, int | None]:
+    """What is refitted: a core with the rotation behind it, which has the rank given, or the last convolution alone.
+
+    None where the images are too few: then only the mean is.
+    """
+    core = getattr(layer, "core", layer)
+    low = isinstance(layer, LOW_RANK)
+    unknowns = core.weight[0].numel()
+    if not (low and layer.depthwise) and unknowns <= min(MOST, rows / ENOUGH):
+        return core, layer.ranks[1] if low else None
+    last = getattr(layer, "rotate_out", None)
+    return (last if last is not None and last.weight[0].numel() <= rows / ENOUGH else None), None
+
+
+def patches(layer: nn.Module, a: Tensor, positions: Tensor | None, part: nn.Module | None) -> Tensor:
+    """What a part of a layer reads, a row for each image and position, for inputs a [N, in, H, W].
+
+    Args:
+        positions: indices of the output positions; None: all.
+        part: the core, or the layer itself where it is plain; the rotation behind the core; None: the layer's outputs
+            without its bias.
+    """
+    if isinstance(layer, LOW_RANK) and getattr(layer, "rotate_in", None) is not None:
+        a = layer.rotate_in(a)
+    core = getattr(layer, "core", layer)
+    if part is core:
+        return _windows(core, a, positions)
+    linear = isinstance(core, nn.Linear)
+    # Not through hooks: this may be called by one of this layer.
+    z = core.forward(a[..., 0].transpose(1, 2)).transpose(1, 2) if linear else core.forward(a).flatten(2)
+    if part is None:
+        z = z if positions is None else z[:, :, positions]
+        last = getattr(layer, "rotate_out", None)
+        if last is not None:
+            z = torch.einsum("nrs,or->nos", z, last.weight.flatten(1))
+        elif core.bias is not None:
+            z = z - core.bias[:, None]
+        return z.transpose(1, 2).flatten(0, 1)
+    return (z if positions is None else z[:, :, positions]).transpose(1, 2).flatten(0, 1)
+
+
+def _windows(core: nn.Module, a: Tensor, positions: Tensor | None) -> Tensor:
+    """[N * positions, in * taps], the windows that a convolution or a linear layer reads."""
+    if isinstance(core, nn.Linear):
+        rows = a.flatten(2) if positions is None else a.flatten(2)[:, :, positions]
+        return rows.transpose(1, 2).flatten(0, 1)
+    a = padded(core, a)
+    spans = [d * (k - 1) + 1 for d, k in zip(core.dilation, core.kernel_size, strict=True)]
+    width = (a.shape[3] - spans[1]) // core.stride[1] + 1
+    if positions is None:
+        positions = torch.arange(((a.shape[2] - spans[0]) // core.stride[0] + 1) * width, device=a.device)
+    corners = positions // width * core.stride[0] * a.shape[3] + positions % width * core.stride[1]
+    rows, columns = (torch.arange(k, device=a.device) * d for k, d in zip(core.kernel_size, core.dilation, strict=True))
+    taps = (rows[:, None] * a.shape[3] + columns).flatten()
+    windows = a.flatten(2)[:, :, corners[:, None] + taps]  # [N, in, positions, taps]
+    return windows.transpose(1, 2).flatten(2).flatten(0, 1)

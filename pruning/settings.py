@@ -1,15 +1,15 @@
 """The settings of stage 2, a typed key each, and those among them that say how an iteration prunes."""
 
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from pruning.capture import FISHER_TYPES
+from pruning.capture import FISHER_TYPES, Batches, Forward, LossFn, Passes
 from pruning.goals import OBJECTIVES
 from utils.errors import UserError
 from utils.settings import MOST_CHANNELS, MOST_EPOCHS, MOST_IMAGES, SCHEDULES, StageSettings, path_setting, setting
@@ -18,8 +18,6 @@ EIGENBASIS_CRITERIA = ("eigendamage",)
 CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
 CRITERIA = EIGENBASIS_CRITERIA + CHANNEL_CRITERIA
 DECOMPOSITIONS = ("best", "tucker", "depthwise", "truncate")
-
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # makes a new pass over the same images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ class Method:
         True, "with truncate, measure the curvature in the eigenbasis (EK-FAC), at one pass more"
     )
     refit: bool = setting(
-        True, "refit every rebuilt layer, from the input on, to what it computed; one pass over images a layer"
+        True, "refit every rebuilt layer, from the input on, to what it computed, in two passes over some images"
     )
     regularization: float = setting(
         0.0, "curvature added to every weight or direction (eigendamage, c_obd and kron_obd)", low=0
@@ -80,9 +78,15 @@ class Method:
         """Whether whole forms of layers compete, or directions or channels one by one."""
         return self.criterion in EIGENBASIS_CRITERIA and self.decomposition != "truncate"
 
-    def fisher(self, draws: torch.Generator) -> dict[str, Any]:
-        """The arguments of a pass that measures the Fisher, with labels from the generator ``draws``."""
-        return {"fisher_type": self.fisher_type, "draws": draws, "fisher_draws": self.fisher_draws}
+    def passes(
+        self,
+        batches: Batches,
+        draws: torch.Generator,
+        forward: Forward = nn.Module.__call__,
+        loss_fn: LossFn | None = None,
+    ) -> Passes:
+        """What the Fisher is measured in, see ``pruning.capture.Passes``."""
+        return Passes(batches, draws, self.fisher_type, self.fisher_draws, forward, loss_fn)
 
 
 @dataclass(frozen=True, kw_only=True)

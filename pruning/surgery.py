@@ -1,13 +1,21 @@
 """Surgery: layers rebuilt physically smaller from the directions that are kept."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import ResNet, build_network
+from models import LOW_RANK, ResNet, build_network, low_rank
 from pruning.eigenbasis import Eigenbasis
-from pruning.layers import ConvWeights
+from pruning.layers import ConvWeights, low_rank_layers
+from pruning.survey import is_pointwise
+from utils.errors import UserError
+
+# What a layer can become.
+TUCKER, DEPTHWISE, TWO_FACTORS = "tucker", "depthwise", "two_factors"
+ANOTHER = "use the network that was pruned"
 
 
 def truncated(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Tensor | None) -> ConvWeights:
@@ -43,38 +51,73 @@ def merged(weights: ConvWeights, reduced: ConvWeights) -> ConvWeights:
     return ConvWeights(reduced.core, rotate_in, rotate_out).to(weights.core.dtype)
 
 
-def composed(weights: ConvWeights) -> Tensor:
-    """The kernel [out, in, kh, kw] that rotations and core multiply out to, in float64."""
-    kernel = weights.core.double()
-    if weights.depthwise:
-        kernel = torch.diag_embed(kernel[:, 0].movedim(0, -1)).movedim((-2, -1), (0, 1))
-    if weights.rotate_in is not None:
-        kernel = torch.einsum("rchw,ci->rihw", kernel, weights.rotate_in.double())
-    if weights.rotate_out is not None:
-        kernel = torch.einsum("or,rihw->oihw", weights.rotate_out.double(), kernel)
-    return kernel
-
-
-def rebuild(network: ResNet, replaced: Mapping[str, ConvWeights]) -> ResNet:
-    """A new network of the same kind with the given layers replaced; everything else is copied.
+def rebuild(network: nn.Module, replaced: Mapping[str, ConvWeights], with_bias: Collection[str] = ()) -> nn.Module:
+    """A copy of the network with the given layers replaced.
 
     Args:
-        replaced: new weights by layer name (as in ``pruning.layers.prunable_layers``).
+        replaced: new weights by layer name.
+        with_bias: layers that get a bias, of zeros, where they have none.
     """
-    architecture = {**network.architecture, "ranks": dict(network.architecture["ranks"])}
-    separable = set(architecture["depthwise"]) - set(replaced)
-    architecture["depthwise"] = sorted(separable | {name for name, layer in replaced.items() if layer.depthwise})
-    weights = network.state_dict()
-    for name, layer in replaced.items():
-        rank_in, rank_out = layer.ranks
-        architecture["ranks"][name] = [rank_in, rank_out]
-        weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
-        weights[f"{name}.core.weight"] = layer.core
-        if layer.rotate_in is not None:
-            weights[f"{name}.rotate_in.weight"] = layer.rotate_in[:, :, None, None]
-        if layer.rotate_out is not None:
-            weights[f"{name}.rotate_out.weight"] = layer.rotate_out[:, :, None, None]
-    return _built(architecture, weights, network)
+    smaller = copy.deepcopy(network)
+    for name, weights in replaced.items():
+        old = smaller.get_submodule(name)
+        layer = low_rank(old, weights.ranks, weights.depthwise, old.bias is not None or name in with_bias)
+        parts = {"rotate_in": weights.rotate_in, "core": weights.core, "rotate_out": weights.rotate_out}
+        with torch.no_grad():
+            for part, matrix in parts.items():
+                if matrix is not None:
+                    weight = getattr(layer, part).weight
+                    weight.copy_(matrix.reshape(weight.shape))
+            if layer.bias is not None:
+                layer.bias.copy_(torch.zeros_like(layer.bias) if old.bias is None else old.bias)
+        trainable = any(p.requires_grad for p in old.parameters())
+        _replace(smaller, old, layer.requires_grad_(trainable))
+    return smaller
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is: a layer may have two names."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def edits_of(network: nn.Module) -> list[dict[str, Any]]:
+    """What pruning has made of a network's layers, plain data: a dictionary a layer, see ``apply_edits``."""
+    return [
+        {"name": name, "form": _form(layer), "ranks": layer.ranks, "bias": layer.bias is not None}
+        for name, layer in low_rank_layers(network).items()
+    ]
+
+
+def apply_edits(network: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """Give the layers of a new network, in place, the forms that another one has; its weights can then be loaded.
+
+    Args:
+        edits: of ``edits_of``: the name of a layer, its form ("tucker", "depthwise" or "two_factors"), the ranks before
+            and behind its core (None where there is no rotation), and whether it has a bias.
+
+    Raises:
+        UserError: for a layer that the network does not have, or that cannot have this form.
+    """
+    for edit in edits:
+        name = edit["name"]
+        old = dict(network.named_modules()).get(name)
+        if not isinstance(old, nn.Conv2d | nn.Linear | LOW_RANK):
+            raise UserError(f"the edits name the layer {name!r}, which is no convolution or linear layer: {ANOTHER}")
+        try:
+            new = low_rank(old, tuple(edit["ranks"]), edit["form"] == DEPTHWISE, edit["bias"])
+        except ValueError as error:
+            raise UserError(f"the edits do not fit the layer {name!r} ({error}): {ANOTHER}") from error
+        _replace(network, old, new)
+    return network
+
+
+def _form(layer: nn.Module) -> str:
+    if layer.depthwise:
+        return DEPTHWISE
+    return TWO_FACTORS if is_pointwise(layer) else TUCKER
 
 
 def rebuild_channels(network: ResNet, kept: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> ResNet:

@@ -1,5 +1,7 @@
 """The Tucker form of a layer: the best core and rotations of given ranks in the metric of the Fisher."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,7 @@ def tucker(
 
     Arguments as in ``pruning.surgery.truncated``.
     """
-    root_in, root_out = root(basis.Q_a, basis.d_a), root(basis.Q_g, basis.d_g)
-    scaled = torch.einsum("op,pihw,ij->ojhw", root_out, core.double(), root_in)
+    scaled = in_metric(core, basis)
     U_in = None if keep_in is None else _first(basis.Q_a, keep_in)
     U_out = None if keep_out is None else _first(basis.Q_g, keep_out)
     for _ in range(sweeps):
@@ -39,22 +40,74 @@ def tucker(
             break  # with one side the leading subspace is the optimum
     core, rotate_in, rotate_out = scaled, None, None
     # Back from the metric, with orthonormal rotations: those train best.
+    back_in, back_out = inverse_root(basis.Q_a, basis.d_a), inverse_root(basis.Q_g, basis.d_g)
     if U_in is None:
-        core = torch.einsum("oihw,ij->ojhw", core, torch.linalg.inv(root_in))
+        core = torch.einsum("oihw,ij->ojhw", core, back_in)
     else:
-        Q, R = torch.linalg.qr(torch.linalg.solve(root_in, U_in))
+        Q, R = torch.linalg.qr(back_in @ U_in)
         core, rotate_in = torch.einsum("oihw,ic,kc->okhw", core, U_in, R), Q.t()
     if U_out is None:
-        core = torch.einsum("po,oihw->pihw", torch.linalg.inv(root_out), core)
+        core = torch.einsum("po,oihw->pihw", back_out, core)
     else:
-        rotate_out, R = torch.linalg.qr(torch.linalg.solve(root_out, U_out))
+        rotate_out, R = torch.linalg.qr(back_out @ U_out)
         core = torch.einsum("kr,or,oihw->kihw", R, U_out, core)
     return ConvWeights(core, rotate_in, rotate_out)
 
 
+@dataclass(frozen=True)
+class Coordinates:
+    """A kernel W[o, i, t] = sum over p, j of P[o, p] core[p, j, t] Q[i, j], the p and j that matter most coming first.
+
+    So every corner core[:r, :c] is a Tucker form of W, and what it loses are the other entries.
+    """
+
+    P: Tensor  # [out, out]
+    Q: Tensor  # [in, in]
+    core: Tensor  # [out, in, kh, kw]
+    to_core: tuple[Tensor, Tensor]  # what takes a tensor of the metric into these coordinates, from both sides
+
+    def corner(self, c: int, r: int) -> Tensor:
+        """The kernel [out, in, kh, kw] of a Tucker form."""
+        return torch.einsum("or,rchw,ic->oihw", self.P[:, :r], self.core[:r, :c], self.Q[:, :c])
+
+    def rotated(self, tensor: Tensor) -> Tensor:
+        """A tensor [out, in, ...] of the metric of the Fisher in the coordinates of the core."""
+        out, into = self.to_core
+        return torch.einsum("op,oi...,ij->pj...", out, tensor, into)
+
+
+def coordinates(kernel: Tensor, basis: Eigenbasis) -> Coordinates:
+    """The truncated higher-order singular value decomposition of G^1/2 W A^1/2, for all ranks at once.
+
+    Near enough to ``tucker`` for a choice: each squared error is at most twice as large.  Source: HOSVD, De Lathauwer
+    et al. 2000.
+    """
+    scaled = in_metric(kernel, basis)
+    U_in = _leading(scaled.transpose(0, 1).flatten(1), scaled.shape[1]).flip(1)
+    U_out = _leading(scaled.flatten(1), scaled.shape[0]).flip(1)
+    core = torch.einsum("op,oihw,ij->pjhw", U_out, scaled, U_in)
+    Q, P = inverse_root(basis.Q_a, basis.d_a) @ U_in, inverse_root(basis.Q_g, basis.d_g) @ U_out
+    return Coordinates(P, Q, core, (U_out, U_in))
+
+
+def in_metric(kernel: Tensor, basis: Eigenbasis) -> Tensor:
+    """G^1/2 W A^1/2, tap by tap, [out, in, kh, kw] in float64: its squared error is twice the predicted rise."""
+    root_in, root_out = root(basis.Q_a, basis.d_a), root(basis.Q_g, basis.d_g)
+    return torch.einsum("op,pihw,ij->ojhw", root_out, kernel.double(), root_in)
+
+
 def root(Q: Tensor, d: Tensor) -> Tensor:
     """Symmetric square root of the damped factor Q diag(d) Q^T."""
-    return Q @ torch.diag(damped(torch.diag(d)).diagonal().sqrt()) @ Q.t()
+    return Q * _damped_values(d).sqrt() @ Q.t()
+
+
+def inverse_root(Q: Tensor, d: Tensor) -> Tensor:
+    """The inverse of ``root``."""
+    return Q / _damped_values(d).sqrt() @ Q.t()
+
+
+def _damped_values(d: Tensor) -> Tensor:
+    return damped(torch.diag(d)).diagonal()
 
 
 def _first(Q: Tensor, keep: Tensor) -> Tensor:

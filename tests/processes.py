@@ -28,11 +28,13 @@ from deploy import speeds  # noqa: E402
 from gating.reinforce import Reinforcement, reinforce_epoch  # noqa: E402
 from gating.steering import SteeredAlpha  # noqa: E402
 from models import ResNet, all_on, build_network, thresholded  # noqa: E402
+from pruning.capture import Passes  # noqa: E402
 from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
 from pruning.factors import collect_factors  # noqa: E402
-from pruning.layers import prunable_layers, read_weights, rebuilt_layers  # noqa: E402
+from pruning.layers import composed, prunable_layers, read_weights, rebuilt_layers  # noqa: E402
 from pruning.refit import refit  # noqa: E402
-from pruning.surgery import composed, merged, rebuild  # noqa: E402
+from pruning.surgery import merged, rebuild  # noqa: E402
+from pruning.survey import survey  # noqa: E402
 from pruning.tucker import tucker  # noqa: E402
 from training.evaluate import evaluate  # noqa: E402
 from training.forward import training_forward  # noqa: E402
@@ -50,7 +52,7 @@ from utils.data.batches import (  # noqa: E402
 from utils.data.images import ImageSet  # noqa: E402
 from utils.device import pick_device  # noqa: E402
 from utils.errors import UserError, run_command  # noqa: E402
-from utils.flops import network_cost  # noqa: E402
+from utils.flops import every_block, network_cost  # noqa: E402
 from utils.runs.run import Run  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -106,20 +108,23 @@ def measured() -> dict:
     for kind, repeats in (("true", 2), ("empirical", 1)):
         draws = torch.Generator().manual_seed(5)
         pass_ = lambda: batch_parts_by_process(images(), 8, NORMALISATION)  # noqa: E731 - the last batch holds one image
-        factors = collect_factors(net, layers, pass_(), kind, draws, repeats)
+        passes = Passes(pass_, draws, kind, repeats, every_block)
+        factors = collect_factors(net, layers, passes)
         bases = {name: eigenbasis(factor) for name, factor in factors.items()}
         # Signs of eigenvectors are no concern of the processes: squares in the layers' own coordinates, too.
         found[kind] = {
             "A": {name: f.A for name, f in factors.items()}, "G": {name: f.G for name, f in factors.items()},
-            "squares": gradient_squares(net, layers, {}, pass_(), kind, draws, repeats),
-            "rotated": gradient_squares(net, layers, bases, pass_(), kind, draws, repeats),
+            "squares": gradient_squares(net, layers, {}, passes),
+            "rotated": gradient_squares(net, layers, bases, passes),
         }  # fmt: skip
     smaller = rebuild(
         net, {name: merged(w := read_weights(net, name), tucker(w.core, bases[name], torch.arange(2), torch.arange(3)))
               for name in list(layers)[1:]}
     )  # fmt: skip
-    refit(net, smaller, rebuilt_layers(smaller), pass_)
-    found["refitted"] = {name: composed(read_weights(smaller, name)) for name in rebuilt_layers(smaller)}
+    norms = survey(net, torch.zeros(2, 3, 8, 8), every_block).norms
+    rebuilt = rebuilt_layers(net, smaller, norms)
+    refit(net, smaller, {name: norms[name] for name in rebuilt}, {}, passes)
+    found["refitted"] = {name: composed(read_weights(smaller, name)) for name in rebuilt}
     net.gate.decision.weight.data.mul_(30)
     net.gate.decision.bias.data.zero_()
     for rule in (all_on, thresholded):

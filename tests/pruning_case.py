@@ -4,10 +4,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LowRankConv2d, all_on, build_network
-from pruning.iteration import prune_once
+from pruning.compress import prune_once
 from pruning.selection import least_kept
 from pruning.settings import Method
-from utils.flops import network_cost
+from utils.flops import every_block, network_cost
 
 SIZE = 8
 
@@ -32,9 +32,8 @@ def pruned_by(network, images, goal, method):
     def batches():
         return zip(images[0].split(8), images[1].split(8), strict=True)
 
-    return prune_once(
-        network, batches, torch.Generator().manual_seed(2), cost=network_cost(network, SIZE), goal=goal, method=method
-    )
+    passes = method.passes(batches, torch.Generator().manual_seed(2), every_block)
+    return prune_once(network, passes, cost=network_cost(network, SIZE), goal=goal, method=method)
 
 
 def counted(network) -> tuple[int, int]:
@@ -48,6 +47,9 @@ def check_limits(network, smaller, limit):
     for name, module in smaller.named_modules():
         if isinstance(module, LowRankConv2d):
             whole = network.get_submodule(name)
+            if module.kernel_size == (1, 1):  # two factors, whose rank is that of the narrower side
+                assert module.core.out_channels >= least_kept(min(whole.in_channels, whole.out_channels), limit)
+                continue
             assert module.core.in_channels >= least_kept(whole.in_channels, limit)
             if name not in smaller.architecture["depthwise"]:  # there the one rank is that of the input
                 assert module.core.out_channels >= least_kept(whole.out_channels, limit)

@@ -15,8 +15,7 @@ from pruning.depthwise import separable
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors
 from pruning.goals import Goal
-from pruning.layers import ConvWeights, read_weights, separable_layers
-from pruning.surgery import composed
+from pruning.layers import ConvWeights, composed, read_weights
 from pruning.tucker import root
 from utils.flops import network_cost
 
@@ -129,7 +128,8 @@ def test_an_iteration_lands_on_the_budget_and_its_table_adds_up(network, separat
     assert before[0] - flops == sum(c.flops_before - c.flops_after for c in separated.changes)
     assert before[1] - parameters == sum(c.parameters_before - c.parameters_after for c in separated.changes)
     assert separated.predicted_rise > 0
-    assert separable_layers(smaller) and set(smaller.architecture["depthwise"]) == set(smaller.architecture["ranks"])
+    depthwise = set(smaller.architecture["depthwise"])
+    assert depthwise and depthwise == set(smaller.architecture["ranks"])
     check_limits(network, smaller, 0.95)
     again = build_network(**smaller.architecture)
     again.load_state_dict(smaller.state_dict())
@@ -141,7 +141,7 @@ def test_an_iteration_lands_on_the_budget_and_its_table_adds_up(network, separat
 def test_the_rebuilt_network_equals_one_with_the_composed_kernels(network, separated):
     plain = build_network(**network.architecture).eval()
     weights = network.state_dict()
-    for name in separable_layers(separated.network):
+    for name in separated.network.architecture["depthwise"]:
         weights[f"{name}.weight"] = composed(read_weights(separated.network, name)).float()
     plain.load_state_dict(weights)
     x = torch.randn(4, 3, SIZE, SIZE)

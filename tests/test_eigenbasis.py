@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from models import all_on, build_network
-from pruning.capture import visit_gradients
+from pruning.capture import Passes, visit_gradients
 from pruning.eigenbasis import curvature, eigenbasis, eigendamage, rotate, share
 from pruning.factors import Factors, input_factor, output_factor, rotated_gradient_squares
+from utils.flops import every_block
 
 
 def random_factors(inputs: int, outputs: int, seed: int = 0) -> Factors:
@@ -65,7 +66,8 @@ def test_zeroing_one_rotated_entry_changes_the_loss_as_predicted_to_second_order
         def visit(_, layer, a, g, p=target[n, c]):
             pairs.append((a, g * p.sqrt()))
 
-        visit_gradients(network, {"x": layer}, [(x[n : n + 1], torch.tensor([c]))], "empirical", None, visit)
+        passes = Passes(lambda n=n, c=c: [(x[n : n + 1], torch.tensor([c]))], None, "empirical", forward=every_block)
+        visit_gradients(network, {"x": layer}, passes, visit)
     for a, g in pairs:
         A, G = A + input_factor(layer, a) / 18, G + output_factor(g) / 6
     basis = eigenbasis(Factors(A, G))

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import all_on, build_network
-from pruning.capture import visit_gradients
+from pruning.capture import Passes, visit_gradients
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors, collect_factors, input_factor, output_factor, rotated_gradient_squares
 from pruning.layers import prunable_layers
+from utils.flops import every_block
 
 CONVOLUTIONS = [
     # in, out, kernel, stride, padding, bias, height, width
@@ -68,14 +69,6 @@ def test_factors_of_a_convolution_equal_brute_force(spec, memory_format):
     torch.testing.assert_close(G, expected_G / g[0, 0].numel(), rtol=1e-12, atol=1e-12)
 
 
-def test_factors_of_a_linear_layer_equal_brute_force():
-    torch.manual_seed(0)
-    a, g = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    A, G = input_factor(nn.Linear(3, 4), a), output_factor(g)
-    torch.testing.assert_close(A, sum(torch.outer(v, v) for v in a), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(G, sum(torch.outer(v, v) for v in g), rtol=1e-12, atol=1e-12)
-
-
 def test_kfac_is_exact_on_a_linear_network_with_squared_error():
     """The gradient at a layer of a linear network does not depend on the image: A (x) G is the Fisher, to rounding."""
     torch.manual_seed(0)
@@ -121,6 +114,10 @@ def test_ekfac_is_never_further_from_the_exact_block_than_kfac(spec, seed):
     assert (ekfac - exact).norm() <= (kfac - exact).norm() * (1 + 1e-12)
 
 
+def given(batches, fisher_type="empirical", draws=None) -> Passes:
+    return Passes(lambda: batches, draws, fisher_type, forward=every_block)
+
+
 def tiny() -> tuple:
     torch.manual_seed(0)
     network = build_network("resnet", depth=8, num_classes=3, width=2, gate="none").double().eval()
@@ -140,8 +137,7 @@ def test_the_pass_sums_losses_and_leaves_the_network_as_it_was():
         with torch.enable_grad():  # hooks of a backward pass run without
             seen[name] = image_gradients(layer, a, g).sum(0)
 
-    draws = torch.Generator().manual_seed(0)
-    assert visit_gradients(network, layers, [(x, labels)], "empirical", draws, visit) == 5
+    assert visit_gradients(network, layers, given([(x, labels)]), visit) == 5
     assert (
         network.training and not network.stem[0].weight.requires_grad and network.blocks[0].conv1.weight.requires_grad
     )
@@ -163,7 +159,7 @@ def test_the_drawn_fisher_converges_to_the_exact_one_as_one_over_the_root_of_the
         p = network(x).logits.softmax(1)
     exact = torch.zeros(4, 4, dtype=torch.float64)
     for n, c in itertools.product(range(5), range(3)):
-        one = collect_factors(network, layers, [(x[n : n + 1], torch.tensor([c]))], "empirical", torch.Generator())
+        one = collect_factors(network, layers, given([(x[n : n + 1], torch.tensor([c]))]))
         exact += p[n, c] * one["blocks.1.conv2"].G / 5
     labels = torch.zeros(5, dtype=torch.long)
 
@@ -172,7 +168,7 @@ def test_the_drawn_fisher_converges_to_the_exact_one_as_one_over_the_root_of_the
         for seed in range(12):
             generator = torch.Generator().manual_seed(seed)
             batch = (x.repeat(draws, 1, 1, 1), labels.repeat(draws))
-            G = collect_factors(network, layers, [batch], "true", generator)["blocks.1.conv2"].G
+            G = collect_factors(network, layers, given([batch], "true", generator))["blocks.1.conv2"].G
             squares.append((G - exact).square().sum().item())
         return (sum(squares) / len(squares)) ** 0.5
 
@@ -184,10 +180,8 @@ def test_the_drawn_fisher_converges_to_the_exact_one_as_one_over_the_root_of_the
 def test_factors_do_not_depend_on_how_the_images_are_batched():
     network, x = tiny()
     layers, labels = prunable_layers(network), torch.tensor([0, 1, 2, 0, 1])
-    whole = collect_factors(network, layers, [(x, labels)], "empirical", torch.Generator())
-    parts = collect_factors(
-        network, layers, zip(x.split(2), labels.split(2), strict=True), "empirical", torch.Generator()
-    )
+    whole = collect_factors(network, layers, given([(x, labels)]))
+    parts = collect_factors(network, layers, given(list(zip(x.split(2), labels.split(2), strict=True))))
     for name in layers:
         torch.testing.assert_close(whole[name].A, parts[name].A, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(whole[name].G, parts[name].G, rtol=1e-12, atol=1e-14)

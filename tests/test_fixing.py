@@ -21,8 +21,8 @@ from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import Budget, FixedAlpha
 from gating.temperature import rescale_gate_logits
 from models import all_on, build_network, sampled, thresholded
+from pruning.compress import check_goal
 from pruning.goals import Goal
-from pruning.iteration import check_goal
 from pruning.settings import Method
 from training.distillation import distillation_loss, distillation_loss_fn
 from training.evaluate import Evaluator, evaluate
@@ -30,7 +30,7 @@ from training.optimisers import reinforcement_optimisers
 from utils.data.batches import TrainingBatches
 from utils.data.images import ImageSet
 from utils.errors import UserError
-from utils.flops import network_cost
+from utils.flops import every_block, network_cost
 from utils.runs.checkpoint import load_checkpoint
 
 GATES = ("rnn", "ff1", "ff2")
@@ -348,4 +348,4 @@ def test_channel_criteria_refuse_a_network_that_blocks_have_left():
     network = with_fixed_switches(lively_network("sp", "rnn"), {0: 0})
     method = Method(criterion="kron_obd")
     with pytest.raises(UserError, match="criterion kron_obd removes channels from whole blocks, but blocks have left"):
-        check_goal(network, 16, Goal(prune_ratio=0.1), method)
+        check_goal(network, 16, Goal(prune_ratio=0.1), method, every_block)

@@ -10,8 +10,22 @@ from pruning.channels import quadratic_rise
 from pruning.costs import LayerShape
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors
-from pruning.forms import DEPTHWISE, KINDS, TUCKER, UNCHANGED, Form, build, levels, possible_forms, worthwhile
-from pruning.surgery import composed
+from pruning.forms import (
+    DEPTHWISE,
+    KINDS,
+    TUCKER,
+    TWO_FACTORS,
+    UNCHANGED,
+    Form,
+    Kernel,
+    build,
+    levels,
+    possible_forms,
+    trials,
+    two_factors,
+)
+from pruning.layers import composed
+from pruning.tucker import coordinates
 
 SIZE, INPUTS, OUTPUTS = 6, 16, 24
 
@@ -80,45 +94,50 @@ def test_levels(most, least, step, expected):
     assert levels(most, least, step) == expected
 
 
-def test_only_forms_that_another_one_beats_in_every_respect_are_left_out():
-    """Their saliencies by brute force: what the leading directions of both sides leave of the rotated kernel."""
-    own = factors(0)
-    basis, kernel = eigenbasis(own), torch.randn(OUTPUTS, INPUTS, 3, 3, dtype=torch.float64)
-    every = forms()
-    kept = worthwhile(every, kernel, basis)
-    rotated = torch.einsum("op,oihw,ij->pjhw", basis.Q_g, kernel, basis.Q_a)
-    squares = torch.einsum("oihw,o,i->oi", rotated**2, basis.d_g, basis.d_a)
-    inputs, outputs = squares.sum(0).argsort(descending=True), squares.sum(1).argsort(descending=True)
-
-    def lost(form: Form) -> float:
-        inside = squares[outputs[: form.ranks[1]]][:, inputs[: form.ranks[0]]].sum()
-        return (squares.sum() - inside).item()
-
-    pairs = [form for form in every if form.kind == TUCKER]
-    assert [form for form in every if form.kind != TUCKER] == [form for form in kept if form.kind != TUCKER]
-    assert 0 < len(kept) < len(every)
-    for form in pairs:
-        worse = [
-            other
-            for other in pairs
-            if other.flops <= form.flops
-            and other.parameters <= form.parameters
-            and lost(other) <= lost(form) * (1 + 1e-12)
-            and (other.flops, other.parameters) != (form.flops, form.parameters)
-        ]
-        assert (form not in kept) == bool(worse), form
-
-
 @pytest.mark.parametrize("kind", [TUCKER, DEPTHWISE])
-def test_what_is_built_has_the_form_and_a_quick_one_loses_little_more(kind):
+def test_what_is_built_has_the_form_and_a_trial_loses_little_more(kind):
     own = factors(1)
-    basis, kernel = eigenbasis(own), torch.randn(OUTPUTS, INPUTS, 3, 3, dtype=torch.float64)
-    everything = quadratic_rise(kernel, own.A, own.G).item()
-    for form in [form for form in forms(round_to=4) if form.kind == kind]:
-        rises = []
-        for quickly in (False, True):
-            weights = build(form, kernel, basis, quickly=quickly)
-            whole = weights.core.shape[0], weights.core.shape[0 if kind == DEPTHWISE else 1]
-            assert (whole[1], whole[0]) == form.ranks and weights.depthwise == (kind == DEPTHWISE)
-            rises.append(quadratic_rise(kernel - composed(weights), own.A, own.G).item())
-        assert -0.001 * everything <= rises[1] - rises[0] <= 0.02 * everything
+    kernel = Kernel(torch.randn(OUTPUTS, INPUTS, 3, 3, dtype=torch.float64), eigenbasis(own))
+    everything = quadratic_rise(kernel.weight, own.A, own.G).item()
+    found = [form for form in forms(round_to=4) if form.kind == kind]
+    tried = trials({"x": kernel}, {"x": [present(), *found]})["x"]
+    for i, form in enumerate(found):
+        weights = build({"x": form}, {"x": kernel})["x"]
+        whole = weights.core.shape[0], weights.core.shape[0 if kind == DEPTHWISE else 1]
+        assert (whole[1], whole[0]) == form.ranks and weights.depthwise == (kind == DEPTHWISE)
+        rise = quadratic_rise(kernel.weight - composed(weights), own.A, own.G).item()
+        at = tried.coordinates
+        quick = kernel.weight - at.corner(*form.ranks) if kind == TUCKER else None
+        if kind == DEPTHWISE:
+            quick = torch.einsum("op,pjhw,ij->oihw", at.P, tried.changes[i].double(), at.Q)
+        assert -0.001 * everything <= quadratic_rise(quick, own.A, own.G).item() - rise <= 0.03 * everything
+
+
+def test_corners_are_nested_and_the_whole_core_is_the_kernel():
+    own, weight = factors(2), torch.randn(OUTPUTS, INPUTS, 3, 3, dtype=torch.float64)
+    at = coordinates(weight, eigenbasis(own))
+    torch.testing.assert_close(at.corner(INPUTS, OUTPUTS), weight, rtol=1e-9, atol=1e-9)
+    rises = [quadratic_rise(weight - at.corner(c, OUTPUTS), own.A, own.G).item() for c in range(1, INPUTS + 1)]
+    assert rises == sorted(rises, reverse=True)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(9, 6), (6, 9)])
+def test_two_factors_of_a_pointwise_layer_are_the_best_of_their_rank(inputs, outputs):
+    """Eckart-Young in the metric of the whole layer, though only its narrower side is decomposed."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(outputs, inputs, dtype=torch.float64, generator=generator)
+    a, g = (torch.randn(80, n, dtype=torch.float64, generator=generator) ** 3 for n in (inputs, outputs))
+    A, G = a.t() @ a / 80, g.t() @ g / 80
+    narrow = Factors(W @ A @ W.t(), G) if outputs <= inputs else Factors(A, W.t() @ G @ W)
+    m = min(inputs, outputs)
+    kernel = Kernel(torch.eye(m, dtype=torch.float64)[:, :, None, None], eigenbasis(narrow), W)
+    roots = [torch.linalg.cholesky(F) for F in (A, G)]
+    values = torch.linalg.svdvals(roots[1].t() @ W @ roots[0])
+    for rank in (1, 3, 5):
+        built = two_factors(kernel, rank)
+        assert built.ranks == (None, rank)
+        rise = quadratic_rise(composed(built) - W[:, :, None, None], A, G).item()
+        assert rise == pytest.approx(0.5 * values[rank:].square().sum().item(), rel=1e-4)
+        assert trials({"x": kernel}, {"x": [present(), Form(TWO_FACTORS, (inputs, rank), 0, 0)]})["x"].corners == [
+            (m, rank)
+        ]

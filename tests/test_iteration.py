@@ -17,18 +17,18 @@ from pruning_case import (
 
 from models import LowRankConv2d, build_network
 from pruning.channels import quadratic_rise
+from pruning.compress import check_goal
 from pruning.depthwise import separable
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors
 from pruning.goals import OBJECTIVES, Goal
-from pruning.iteration import check_goal
-from pruning.layers import competing_layers, read_weights
-from pruning.selection import least_kept, step_of
+from pruning.layers import composed, prunable_layers, read_weights
+from pruning.selection import step_of
 from pruning.settings import CHANNEL_CRITERIA, CRITERIA, DECOMPOSITIONS
-from pruning.surgery import composed, truncated
+from pruning.surgery import truncated
 from pruning.tucker import tucker
 from utils.errors import UserError
-from utils.flops import network_cost
+from utils.flops import every_block, network_cost
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +73,6 @@ def test_budgets_are_met_where_layers_are_few_and_steps_large(images, depth, wid
     check_limits(small, pruned.network, 0.95)
 
 
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_limits_count_from_stage_1_after_channels_have_gone(network, images, decomposition):
-    halved = replace(METHOD, criterion="kron_obd", prune_ratio_limit=0.5)
-    narrow = pruned_by(network, images, Goal(prune_ratio=0.5), halved).network
-    inner = narrow.architecture["inner"]
-    assert any(width < network.get_submodule(block).conv2.out_channels for block, width in inner.items())
-    method = replace(METHOD, prune_ratio_limit=0.5, decomposition=decomposition)
-    pruned = pruned_by(narrow, images, Goal(prune_ratio=0.9), method).network
-    assert pruned.architecture["ranks"]
-    for block in inner:
-        least = least_kept(network.get_submodule(block).conv2.out_channels, 0.5)
-        first, second = (pruned.get_submodule(f"{block}.{conv}") for conv in ("conv1", "conv2"))
-        if f"{block}.conv1" not in pruned.architecture["depthwise"]:
-            assert getattr(first, "core", first).out_channels >= least
-        assert getattr(second, "core", second).in_channels >= least
-
-
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_rebuilds_a_smaller_network_whose_table_adds_up(network, images, criterion):
     method = replace(METHOD, criterion=criterion, prune_ratio_limit=0.5)
@@ -128,8 +111,8 @@ def test_iterations_go_on_where_the_last_one_stopped(network, images):
 
 def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(network):
     with pytest.raises(UserError, match="whatever round_to and prune_ratio_limit are: raise the target"):
-        check_goal(network, SIZE, Goal(flops=1000), METHOD)
-    check_goal(network, SIZE, Goal(flops=0.5 * counted(network)[0]), METHOD)
+        check_goal(network, SIZE, Goal(flops=1000), METHOD, every_block)
+    check_goal(network, SIZE, Goal(flops=0.5 * counted(network)[0]), METHOD, every_block)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +135,13 @@ def test_a_budget_out_of_reach_names_the_setting_that_stands_in_the_way(
     target = 1.02 * counted(pruned_by(network, images, Goal(prune_ratio=0.999), replace(method, **freed)).network)[0]
     smallest = counted(pruned_by(network, images, Goal(prune_ratio=0.999), replace(method, **tight)).network)[0]
     with pytest.raises(UserError) as refused:
-        check_goal(network, SIZE, Goal(flops=target), replace(method, **tight))
+        check_goal(network, SIZE, Goal(flops=target), replace(method, **tight), every_block)
     left = " and ".join(f"{name} {value}" for name, value in tight.items())
     assert str(refused.value) == (
         f"target_flops asks for {target:,.0f} FLOPs, but {left} can leave no fewer than {smallest:,}: "
         f"raise the target, or {remedy}"
     )
-    check_goal(network, SIZE, Goal(flops=target), replace(method, **freed))
+    check_goal(network, SIZE, Goal(flops=target), replace(method, **freed), every_block)
 
 
 def test_channel_criteria_refuse_a_network_with_low_rank_layers(network, images):
@@ -166,7 +149,7 @@ def test_channel_criteria_refuse_a_network_with_low_rank_layers(network, images)
     with pytest.raises(UserError, match="has low-rank layers"):
         pruned_by(low_rank, images, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obd"))
     with pytest.raises(UserError, match="has low-rank layers"):
-        check_goal(low_rank, SIZE, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obd"))
+        check_goal(low_rank, SIZE, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obd"), every_block)
 
 
 def test_eigendamage_prunes_what_channel_pruning_left(network, images):
@@ -257,7 +240,7 @@ def test_regularisation_counts_the_size_of_what_goes(network, images):
     goal, moved = Goal(flops=0.5 * counted(network)[0]), {}
     for regularization in (0.0, 1e6):
         smaller = pruned_by(network, images, goal, replace(method, regularization=regularization)).network
-        kernels = [[composed(read_weights(n, name)) for name in competing_layers(network)] for n in (network, smaller)]
+        kernels = [[composed(read_weights(n, name)) for name in prunable_layers(network)] for n in (network, smaller)]
         moved[regularization] = sum((a - b).square().sum().item() for a, b in zip(*kernels, strict=True))
     assert moved[1e6] < moved[0.0]
 

@@ -7,9 +7,11 @@ from torch.nn import functional as F
 
 from models import all_on, build_network
 from pruning import prediction
-from pruning.layers import competing_layers, read_weights
-from pruning.prediction import predicted_rise, predicted_rises
-from pruning.surgery import composed
+from pruning.capture import Passes
+from pruning.layers import composed, low_rank_layers, prunable_layers, read_weights
+from pruning.prediction import Trials, predicted_rise, predicted_rises
+from pruning.tucker import Coordinates
+from utils.flops import every_block
 
 
 @pytest.fixture
@@ -26,15 +28,19 @@ def network():
 
 def layers_of(network):
     """All 3x3 layers: plain, of low rank and depthwise separable, the last two as a whole."""
-    return {name: network.get_submodule(name) for name in competing_layers(network)}
+    return {name: network.get_submodule(name) for name in {**prunable_layers(network), **low_rank_layers(network)}}
 
 
 def random_changes(network, *shape: int):
     """In the shape of each layer's kernel, multiplied out."""
     return {
         name: torch.randn(*shape, *composed(read_weights(network, name)).shape, dtype=torch.float64)
-        for name in competing_layers(network)
+        for name in layers_of(network)
     }
+
+
+def given(batches, fisher_type="empirical", draws=1) -> Passes:
+    return Passes(lambda: batches, torch.Generator().manual_seed(0), fisher_type, draws, every_block)
 
 
 def products_by_image(network, changes, x, y):
@@ -65,24 +71,75 @@ def test_products_equal_those_with_gradients_image_by_image(network):
     layers, changes = layers_of(network), random_changes(network)
     assert len(layers) == 7 and len({type(layer) for layer in layers.values()}) == 2
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
-    found = predicted_rise(network, layers, changes, batches, "empirical", torch.Generator())
+    found = predicted_rise(network, layers, changes, given(batches))
     products = products_by_image(network, changes, x, y)
     single = 0.5 * products.square().mean(0)
     assert [found.layers[name] for name in layers] == pytest.approx(single.tolist(), rel=1e-9)
     assert found.together == pytest.approx(0.5 * products.sum(1).square().mean().item(), rel=1e-9)
 
 
-def test_many_changes_of_a_layer_are_predicted_one_by_one(network, monkeypatch):
-    """Also where the images' gradients do not fit into memory at once."""
-    monkeypatch.setattr(prediction, "CHUNK", 3)
+def test_forms_on_trial_are_predicted_one_by_one(network, monkeypatch):
+    """Corners of a core in coordinates of its own and other changes, also where gradients do not fit into memory."""
     x, y = torch.randn(7, 3, 6, 6, dtype=torch.float64), torch.randint(3, (7,))
-    changes = random_changes(network, 4)
-    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
-    found = predicted_rises(network, layers_of(network), changes, batches, "empirical", torch.Generator())
-    for i in range(4):
+    corners, tried, changes = [(2, 1), (3, 4), (1, 3)], {}, {}
+    for name in layers_of(network):
+        core = torch.randn_like(composed(read_weights(network, name)))
+        P, Q = (torch.randn(n, n, dtype=torch.float64) for n in core.shape[:2])
+        at, others = Coordinates(P, Q, core, (P, Q)), torch.randn(2, *core.shape, dtype=torch.float64)
+        tried[name] = Trials(at, corners, others)
+        whole = at.corner(core.shape[1], core.shape[0])
+        kernels = [at.corner(c, r) - whole for c, r in corners]
+        kernels += [torch.einsum("op,pjhw,ij->oihw", P, other, Q) for other in others]
+        changes[name] = torch.stack(kernels)
+        squares = changes[name].flatten(1).square().sum(1)
+        torch.testing.assert_close(tried[name].squared_changes(), squares, rtol=1e-9, atol=0)
+    monkeypatch.setattr(prediction, "ENTRIES", 3 * tried["blocks.2.conv1"].coordinates.core.numel())
+    found = predicted_rises(network, layers_of(network), tried, given([(x[:4], y[:4]), (x[4:], y[4:])]))
+    for i in range(5):
         own = {name: several[i] for name, several in changes.items()}
         expected = 0.5 * products_by_image(network, own, x, y).square().mean(0)
         assert [found[name][i].item() for name in changes] == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 3), (3, 5)])
+def test_two_factors_are_predicted_at_the_narrower_side(inputs, outputs):
+    """Of a strided 1x1 convolution and of a linear layer for every token."""
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(inputs, outputs, 1, 2), nn.Linear(outputs, inputs)
+    network = Tokens(conv, linear).double()
+    x, y = torch.randn(6, inputs, 5, 4, dtype=torch.float64), torch.randint(inputs, (6,))
+    layers, tried, changes = {"conv": conv, "linear": linear}, {}, {}
+    for name, layer in layers.items():
+        W = layer.weight.detach().flatten(1)
+        m = min(W.shape)
+        P, Q = torch.linalg.qr(torch.randn(m, m).double()).Q, torch.randn(m, m).double()
+        core = (P.t() @ torch.linalg.inv(Q.t()))[:, :, None, None]  # P core Q^T is the identity
+        tried[name] = Trials(Coordinates(P, Q, core, (P, Q)), [(m, 1), (m, 2)], None, W)
+        narrow = [P[:, :r] @ core[:r, :, 0, 0] @ Q.t() - torch.eye(m).double() for r in (1, 2)]
+        changes[name] = [n @ W if len(W) <= W.shape[1] else W @ n for n in narrow]
+        squares = torch.stack([change.square().sum() for change in changes[name]])
+        torch.testing.assert_close(tried[name].squared_changes(), squares, rtol=1e-9, atol=0)
+    passes = Passes(lambda: [(x, y)], None, "empirical")
+    found = predicted_rises(network, layers, tried, passes)
+    products = []
+    for n in range(6):
+        loss = F.cross_entropy(network(x[n : n + 1]), y[n : n + 1])
+        gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
+        products.append(
+            [[(g.flatten(1) * d).sum() for d in changes[k]] for k, g in zip(changes, gradients, strict=True)]
+        )
+    expected = 0.5 * torch.tensor(products).square().mean(0)
+    for name, own in zip(layers, expected, strict=True):
+        torch.testing.assert_close(found[name], own, rtol=1e-9, atol=0)
+
+
+class Tokens(nn.Module):
+    def __init__(self, conv: nn.Module, linear: nn.Module):
+        super().__init__()
+        self.conv, self.linear = conv, linear
+
+    def forward(self, x):
+        return self.linear(self.conv(x).flatten(2).transpose(1, 2).tanh()).mean(1)
 
 
 def test_every_draw_counts_on_its_own(network):
@@ -91,7 +148,7 @@ def test_every_draw_counts_on_its_own(network):
 
     def rise(draws: int, images: int):
         batch = (x.repeat(images, 1, 1, 1), y.repeat(images))
-        return predicted_rise(network, layers, changes, [batch], "true", torch.Generator().manual_seed(0), draws)
+        return predicted_rise(network, layers, changes, given([batch], "true", draws))
 
     # Two estimates of one expectation, each from 1000 labels for every image.
     many, repeated = rise(1000, 1), rise(1, 1000)
@@ -104,14 +161,13 @@ def test_it_is_the_second_order_of_the_divergence_from_the_own_prediction(networ
     x = torch.randn(6, 3, 6, 6, dtype=torch.float64)
     layers = {name: layer for name, layer in layers_of(network).items() if isinstance(layer, nn.Conv2d)}
     changes = {name: 0.3 * change for name, change in random_changes(network).items() if name in layers}
-    draws = torch.Generator().manual_seed(0)
     # The expectation over labels, written out: each class once, weighted by its probability.
     with torch.no_grad():
         target = network(x, decide=all_on).logits.log_softmax(1)
     together = 0.0
     for n in range(6):
         for label in range(3):
-            one = predicted_rise(network, layers, changes, [(x[n : n + 1], torch.tensor([label]))], "empirical", draws)
+            one = predicted_rise(network, layers, changes, given([(x[n : n + 1], torch.tensor([label]))]))
             together += target[n, label].exp().item() * one.together / 6
     errors = []
     for e in (1e-3, 1e-4):
@@ -127,5 +183,5 @@ def test_it_is_the_second_order_of_the_divergence_from_the_own_prediction(networ
 
 
 def test_nothing_changed_raises_nothing(network):
-    found = predicted_rise(network, layers_of(network), {}, [], "true", torch.Generator())
+    found = predicted_rise(network, layers_of(network), {}, given([]))
     assert found.together == 0 and found.layers == {}

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import LowRankConv2d, all_on
+from pruning.capture import Passes
 from pruning.goals import Goal
-from pruning.layers import norm_behind, rebuilt_layers
+from pruning.layers import rebuilt_layers
 from pruning.refit import best_map, moments, patches, refit, row_sums
-from utils.flops import network_cost
+from pruning.survey import survey
+from utils.flops import every_block, network_cost
 
 FORMS = [
     # rank in, rank out, stride, depthwise
@@ -39,6 +41,18 @@ def rows_of(y: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def read_by(layer, a: Tensor, positions=None) -> Tensor:
+    """What the part of a layer that is refitted reads."""
+    part = layer.rotate_out if getattr(layer, "depthwise", False) else getattr(layer, "core", layer)
+    return patches(layer, a, positions, part).detach()
+
+
+def norms_of(network, smaller) -> dict:
+    """The rebuilt layers in the order in which they run, and the norms behind them."""
+    norms = survey(network, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.float64), every_block).norms
+    return {name: norms[name] for name in rebuilt_layers(network, smaller, norms)}
+
+
 def example(rank_in, rank_out, stride, depthwise=False):
     """A whole layer, a low-rank one in its place, inputs and what the whole layer makes of others."""
     torch.manual_seed(0)
@@ -59,9 +73,11 @@ def test_patches_and_sums_are_those_of_explicit_windows(form):
         expected = torch.einsum("pkt,kt->pk", windows, layer.core.weight.flatten(1))
     else:
         expected = windows_of(mixed, form[2])
-    order = torch.arange(len(expected))
-    z = patches(layer, a).detach()
-    torch.testing.assert_close(z, expected[order].detach(), rtol=1e-12, atol=1e-12)
+    z = read_by(layer, a)
+    torch.testing.assert_close(z, expected.detach(), rtol=1e-12, atol=1e-12)
+    some = torch.tensor([1, 4, 5])
+    of_some = expected.detach().unflatten(0, (len(a), -1))[:, some].flatten(0, 1)
+    torch.testing.assert_close(read_by(layer, a, some), of_some, rtol=1e-12, atol=1e-12)
     found = moments(row_sums(z, rows_of(y)), z.shape[1])
     centred_z, centred_y = z - z.mean(0), rows_of(y) - rows_of(y).mean(0)
     torch.testing.assert_close(found.zz, centred_z.t() @ centred_z / len(z), rtol=1e-9, atol=1e-9)
@@ -71,7 +87,7 @@ def test_patches_and_sums_are_those_of_explicit_windows(form):
 
 def test_a_core_without_a_rotation_behind_is_the_least_squares_solution():
     _, layer, a, y = example(3, None, 2)
-    z, wanted = patches(layer, a).detach(), rows_of(y)
+    z, wanted = read_by(layer, a), rows_of(y)
     with_intercept = torch.cat([z, torch.ones(len(z), 1).double()], dim=1)
     expected = torch.linalg.lstsq(with_intercept, wanted).solution[:-1].t()
     metric = torch.diag(torch.rand(5).double())
@@ -89,7 +105,7 @@ def test_the_core_has_its_closed_form_in_the_true_covariance_of_patches():
     Z = torch.kron(layer.rotate_in.weight[:, :, 0, 0].detach(), torch.eye(9).double())
     g = torch.randn(30, 5).double()
     G, W = g.t() @ g / 30, whole.weight.detach().flatten(1)
-    z = patches(layer, a).detach()
+    z = read_by(layer, a)
     K, U = best_map(moments(row_sums(z, windows @ W.t()), z.shape[1]), G, 4)
     expected = torch.linalg.inv(U.t() @ G @ U) @ U.t() @ G @ W @ A @ Z.t() @ torch.linalg.inv(Z @ A @ Z.t())
     torch.testing.assert_close(K, expected, rtol=1e-4, atol=1e-4)
@@ -99,7 +115,7 @@ def test_the_core_has_its_closed_form_in_the_true_covariance_of_patches():
 def test_rotation_and_core_are_the_best_of_their_rank(rank):
     """What is left is what the best projection of that rank leaves: Eckart-Young, on the rows themselves."""
     _, layer, a, y = example(3, 2, 1)
-    z, wanted = patches(layer, a).detach(), rows_of(y)
+    z, wanted = read_by(layer, a), rows_of(y)
     root = torch.randn(5, 5).double()
     left, right = (rows - rows.mean(0) for rows in (wanted @ root, z))
     explained = torch.linalg.qr(right).Q.t() @ left
@@ -113,7 +129,7 @@ def test_rotation_and_core_are_the_best_of_their_rank(rank):
 def test_an_output_nobody_looks_at_and_inputs_that_are_dead_leave_finite_weights():
     _, layer, a, y = example(3, 2, 1)
     a[:] = 0
-    z = patches(layer, a).detach()
+    z = read_by(layer, a)
     for metric in (torch.zeros(5, 5).double(), torch.diag(torch.tensor([1.0, 0, 0, 0, 0])).double()):
         for inputs in (z, torch.randn_like(z)):
             K, U = best_map(moments(row_sums(inputs, rows_of(y)), z.shape[1]), metric, 2)
@@ -127,8 +143,8 @@ def network():
 
 @pytest.fixture(scope="module")
 def images():
-    x, y = labelled_images()
-    return x.double(), y
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(500, 3, SIZE, SIZE, generator=generator).double(), torch.zeros(500, dtype=torch.long)
 
 
 METHODS = {
@@ -141,15 +157,21 @@ METHODS = {
 @pytest.mark.parametrize("form", METHODS)
 def test_every_layer_is_at_the_minimum_given_the_layers_before_it(network, images, form):
     method = replace(METHOD, **METHODS[form])
-    smaller = pruned_by(network, images, Goal(flops=0.4 * network_cost(network, SIZE).flops), method).network
-    names = rebuilt_layers(smaller)
+    few = tuple(part[:24] for part in images)
+    smaller = pruned_by(network, few, Goal(flops=0.4 * network_cost(network, SIZE).flops), method).network
+    norms = norms_of(network, smaller)
+    names = [name for name, norm in norms.items() if norm]
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    untouched = {key: value.clone() for key, value in smaller.state_dict().items() if not key.startswith("blocks")}
+    untouched = {
+        key: value.clone()
+        for key, value in smaller.state_dict().items()
+        if not key.startswith(("blocks", "classifier"))
+    }
 
     def batches():
-        return zip(images[0].split(7), images[1].split(7), strict=True)
+        return zip(images[0].split(70), images[1].split(70), strict=True)
 
-    refit(network, smaller, names, batches)
+    refit(network, smaller, norms, dict.fromkeys(norms, torch.ones(4)), Passes(batches, forward=every_block))
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key]), key
     for key, value in untouched.items():
@@ -167,7 +189,7 @@ def test_every_layer_is_at_the_minimum_given_the_layers_before_it(network, image
             handle.remove()
     for name in names:
         wanted, (a, found) = rows_of(seen[network, name][1]), seen[smaller, name]
-        norm, own = norm_behind(network, name), norm_behind(smaller, name)
+        norm, own = network.get_submodule(norms[name]), smaller.get_submodule(norms[name])
         found = rows_of(found)
         # Behind the norms the outputs have the mean that they had, measured against the statistics that were there.
         behind = (found.mean(0) - own.running_mean, wanted.mean(0) - norm.running_mean)
@@ -175,7 +197,7 @@ def test_every_layer_is_at_the_minimum_given_the_layers_before_it(network, image
         assert torch.equal(own.running_var, norm.running_var)
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         errors = (wanted - found - (wanted - found).mean(0)) * scale
-        z = patches(smaller.get_submodule(name), a)
+        z = read_by(smaller.get_submodule(name), a)
         # No change of the core, nor of the rotation behind it, lowers the error: its gradient is zero.
         layer = smaller.get_submodule(name)
         U = torch.eye(wanted.shape[1]).double()
@@ -197,21 +219,3 @@ def test_an_iteration_that_refits_stays_nearer_to_what_the_network_predicted(for
             logits = [net(x, decide=all_on).logits.log_softmax(1) for net in (network, pruned.network.eval())]
         distances[refitted] = F.kl_div(*reversed(logits), reduction="batchmean", log_target=True).item()
     assert distances[True] < distances[False]
-
-
-def test_two_thousand_images_are_enough(network, images, monkeypatch):
-    """What comes after them is not looked at: here after 16."""
-    method = replace(METHOD, decomposition="tucker")
-    smaller = pruned_by(network, images, Goal(flops=0.4 * network_cost(network, SIZE).flops), method).network
-    monkeypatch.setattr("pruning.refit.IMAGES", 16)
-
-    def batches():
-        return zip(images[0].split(8), images[1].split(8), strict=True)
-
-    names = rebuilt_layers(smaller)[:2]
-    refit(network, smaller, names, batches)
-    first = [smaller.get_submodule(name).core.weight.clone() for name in names]
-    few = [batch for batch, _ in zip(batches(), range(2), strict=False)]
-    refit(network, smaller, names, lambda: few)
-    for name, weight in zip(names, first, strict=True):
-        torch.testing.assert_close(smaller.get_submodule(name).core.weight, weight)

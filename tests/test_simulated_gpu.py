@@ -13,9 +13,9 @@ from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import SteeredAlpha
 from models import ResNet, all_on, build_network, thresholded
 from models.decisions import DecisionRule
+from pruning.compress import prune_once
 from pruning.factors import collect_factors
 from pruning.goals import Goal
-from pruning.iteration import prune_once
 from pruning.layers import prunable_layers
 from pruning.settings import CRITERIA, DECOMPOSITIONS, Method
 from training.distillation import distillation_loss_fn
@@ -30,7 +30,7 @@ from utils.data.batches import TrainingBatches, plain_batches
 from utils.data.images import ImageSet
 from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import UserError
-from utils.flops import network_cost
+from utils.flops import every_block, network_cost
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -156,10 +156,9 @@ def test_pruning(criterion: str, decomposition: str):
         device = pick_device()
         net, given = placed(network(pruned=False), device).eval(), images(24).to(device)
         method = Method(criterion=criterion, decomposition=decomposition, round_to=1, objective="saliency")
-        pruned = prune_once(
-            net, lambda: plain_batches(given, 8, NORMALISATION), torch.Generator(device).manual_seed(0),
-            cost=network_cost(net, 8), goal=Goal(0.3), method=method,
-        )  # fmt: skip
+        draws = torch.Generator(device).manual_seed(0)
+        passes = method.passes(lambda: plain_batches(given, 8, NORMALISATION), draws, every_block)
+        pruned = prune_once(net, passes, cost=network_cost(net, 8), goal=Goal(0.3), method=method)
         assert not pruned.nothing_changed
         placed(pruned.network, device)(NORMALISATION.apply(given.pixels))
 
@@ -170,10 +169,10 @@ def test_waits_of_factors():
         net = placed(network(), device).eval()
 
         def waits(batches: int) -> Counter:
-            passes = plain_batches(images(BATCH * batches).to(device), BATCH, NORMALISATION)
-            draws = torch.Generator(device).manual_seed(0)
+            given, draws = images(BATCH * batches).to(device), torch.Generator(device).manual_seed(0)
+            passes = Method().passes(lambda: plain_batches(given, BATCH, NORMALISATION), draws, every_block)
             trace.clear()
-            collect_factors(net, prunable_layers(net), passes, "true", draws)
+            collect_factors(net, prunable_layers(net), passes)
             return trace.waits.copy()
 
         waits(1)

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import all_on, build_network
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors
-from pruning.layers import prunable_layers, read_weights
-from pruning.surgery import composed, merged, rebuild, truncated
+from pruning.layers import composed, prunable_layers, read_weights
+from pruning.surgery import merged, rebuild, truncated
 from utils.flops import network_cost
 
 

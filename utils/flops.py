@@ -4,10 +4,13 @@ FLOPs are two per multiply-add of convolutions and linear layers (the LSTM's amo
 ``torch.utils.flop_counter.FlopCounterMode`` counts.  Batch norms, activations and pooling are free by that convention.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import Cascade, ResNet, all_on, build_network
 from utils.modes import evaluation_mode
@@ -15,11 +18,11 @@ from utils.modes import evaluation_mode
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one convolution, linear layer or LSTM cell for one image."""
+    """Cost of one convolution, linear layer or LSTM cell for one image; of several runs, the last one's positions."""
 
     parameters: int
     flops: int
-    positions_in: int  # H * W of the input
+    positions_in: int  # H * W of the input, or tokens
     positions_out: int  # H' * W' of the output
 
 
@@ -49,19 +52,45 @@ class NetworkCost:
         return self.flops - saved
 
 
-def network_cost(network: ResNet | Cascade, image_size: int) -> NetworkCost:
-    """Measure the cost of ``network`` for square images of ``image_size`` pixels, with one pass on a blank image.
+def network_cost(network: nn.Module, image_size: int | tuple[int, int]) -> NetworkCost:
+    """Measure the cost of ``network`` for images of three channels and ``image_size`` pixels, on a blank image.
 
-    Blocks that have left the network count as they were before, but for the parameters: what switches save is measured
-    against the same network whether they are fixed or not.
+    Of the switched ResNet, blocks that have left the network count as they were before, but for the parameters: what
+    switches save is measured against the same network whether they are fixed or not.
+
+    Args:
+        image_size: of a square, or height and width.
     """
     if isinstance(network, Cascade):
         return _cascade_cost([network_cost(member, image_size) for member in network.members])
-    layers = _layer_costs(network, image_size)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    parameter = next(network.parameters())
+    blank = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
+    if isinstance(network, ResNet):
+        return _switched_cost(network, blank)
+    return cost_on(network, blank)
+
+
+def cost_on(
+    network: nn.Module, x: Tensor, forward: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__
+) -> NetworkCost:
+    """The cost of any network for one image of the shape of ``x`` [1, ...], without switches.
+
+    Its FLOPs are those of ``FlopCounterMode``: products in attention and layers that are no modules are among them.
+    """
+    # With gradients attention is computed by products that are counted, without them possibly in one piece.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        layers = _layer_costs(network, x, forward)
+    return NetworkCost(sum(p.numel() for p in network.parameters()), counter.get_total_flops(), (), layers)
+
+
+@torch.no_grad()
+def _switched_cost(network: ResNet, blank: Tensor) -> NetworkCost:
+    layers = _layer_costs(network, blank, every_block)
     before = layers
     if network.removed_blocks:
-        whole = {**network.architecture, "gate": "none", "fixed_switches": {}}
-        before = _layer_costs(build_network(**whole), image_size)
+        whole = build_network(**{**network.architecture, "gate": "none", "fixed_switches": {}})
+        before = _layer_costs(whole, blank.cpu().float(), every_block)
     blocks = []
     for switch in range(network.switches):
         known = before if network.fixed_switches.get(switch) == 0 else layers
@@ -74,6 +103,11 @@ def network_cost(network: ResNet | Cascade, image_size: int) -> NetworkCost:
         blocks=tuple(0 if network.fixed_switches.get(switch) == 1 else flops for switch, flops in enumerate(blocks)),
         layers=layers,
     )
+
+
+def every_block(network: ResNet, x: Tensor) -> Tensor:
+    """The logits of the switched ResNet with every block run, whatever its switches say."""
+    return network(x, decide=all_on, skip=False).logits
 
 
 def _cascade_cost(members: list[NetworkCost]) -> NetworkCost:
@@ -89,7 +123,7 @@ def _cascade_cost(members: list[NetworkCost]) -> NetworkCost:
     )
 
 
-def _layer_costs(network: ResNet, image_size: int) -> dict[str, LayerCost]:
+def _layer_costs(network: nn.Module, x: Tensor, forward: Callable[[nn.Module, Tensor], Any]) -> dict[str, LayerCost]:
     """The cost of every layer that runs, by its name."""
     layers: dict[str, LayerCost] = {}
     handles = [
@@ -97,11 +131,9 @@ def _layer_costs(network: ResNet, image_size: int) -> dict[str, LayerCost]:
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear | nn.LSTMCell)
     ]
-    parameter = next(network.parameters())
     try:
-        with torch.no_grad(), evaluation_mode(network):
-            blank = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-            network(blank, decide=all_on, skip=False)
+        with evaluation_mode(network):
+            forward(network, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -111,13 +143,16 @@ def _layer_costs(network: ResNet, image_size: int) -> dict[str, LayerCost]:
 def _recorder(name: str, layers: dict[str, LayerCost]):
     def record(module: nn.Module, inputs: tuple, output) -> None:
         parameters = sum(p.numel() for p in module.parameters(recurse=False))
+        positions_in = positions_out = 1
         if isinstance(module, nn.Conv2d):
             positions_in, positions_out = inputs[0].shape[2:].numel(), output.shape[2:].numel()
-            flops = 2 * module.weight.numel() * positions_out
+            weights = [module.weight]
+        elif isinstance(module, nn.Linear):
+            positions_in = positions_out = output.numel() // module.out_features
+            weights = [module.weight]
         else:
-            positions_in = positions_out = 1
-            weights = [module.weight] if isinstance(module, nn.Linear) else [module.weight_ih, module.weight_hh]
-            flops = 2 * sum(weight.numel() for weight in weights)
+            weights = [module.weight_ih, module.weight_hh]
+        flops = 2 * sum(weight.numel() for weight in weights) * positions_out
         before = layers.get(name)  # the LSTM runs once a switch: its FLOPs add up, its parameters do not
         layers[name] = LayerCost(parameters, flops + (before.flops if before else 0), positions_in, positions_out)
 

@@ -1,0 +1,139 @@
+"""Static pruning of any network: measure, choose, rebuild, refit."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning.capture import Batches, Forward, LossFn, Passes
+from pruning.changes import Pruned, Report
+from pruning.choice import form_costs, smallest
+from pruning.goals import Goal, shortfall
+from pruning.layers import rebuilt_layers
+from pruning.prune_channels import channel_groups, prune_channels
+from pruning.prune_directions import direction_groups, prune_directions
+from pruning.prune_forms import layer_forms, prune_to_forms
+from pruning.refit import BATCHES, IMAGES, refit
+from pruning.selection import group_costs
+from pruning.settings import EIGENBASIS_CRITERIA, Method
+from pruning.survey import Survey, survey
+from utils.errors import UserError
+from utils.flops import NetworkCost, cost_on, network_cost
+
+
+def compress(
+    network: nn.Module,
+    batches: Batches,
+    *,
+    flops: float | None = None,
+    parameters: float | None = None,
+    loss_fn: LossFn | None = None,
+    logits: Callable[[Any], Tensor] | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """A smaller copy of ``network``: layers in cheaper forms of themselves, chosen by how little the loss rises.
+
+    ``batches`` is called for each pass over the images: it returns (inputs, labels) batch by batch, as a data loader
+    does; some thousand images are enough.  The network is measured in evaluation mode and left as it was; its copy is
+    in its mode, ready for fine-tuning as it was trained.  ``smaller.report`` holds what was done: printed, a table;
+    ``pruning.edits_of`` with ``state_dict`` is what to save.
+
+    Args:
+        flops, parameters: where to stop: a share up to 1, else their number.  Where the layers do not allow it, the
+            nearest that they do.
+        loss_fn: from outputs and labels to each image's loss [N], for tasks that are not classification.
+        logits: picks the scores [N, classes] from what the network returns.
+        settings: fields of ``pruning.settings.Method``, ``seed`` of the labels that are drawn, and ``say``, called with
+            lines of progress.
+
+    Raises:
+        UserError: for a network that does not return scores, or without a budget.
+    """
+    say, seed = settings.pop("say", None), settings.pop("seed", 0)
+    method = Method(**settings)
+    if flops is None and parameters is None:
+        raise UserError("compress has no budget: give flops= or parameters=, 0.5 being half of them")
+    draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)
+    forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
+    passes = method.passes(batches, draws, forward, loss_fn)
+    passes = passes if say is None else replace(passes, say=say)
+    x, _ = next(passes.on(network))
+    cost = cost_on(network, x[:1], forward)
+    least = smallest(*layer_forms(network, survey(network, x[:2], forward), cost, method))
+    limits = [
+        None if budget is None else max(budget * whole if budget <= 1 else budget, few)
+        for budget, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
+    ]
+    pruned = prune_once(network, passes, cost=cost, goal=Goal(flops=limits[0], parameters=limits[1]), method=method)
+    pruned.network.report = Report.of(pruned, cost, cost_on(pruned.network, x[:1], forward))
+    passes.say(str(pruned.network.report))
+    return pruned.network
+
+
+def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
+    """Prune every layer, or the channels inside of every block, once and rebuild the network.
+
+    Args:
+        passes: over the images that the Fisher is measured on.
+        cost: of the network.
+        goal: where to stop.
+
+    Raises:
+        UserError: for a budget out of reach, or a criterion that the network does not suit.
+    """
+    x, _ = next(passes.on(network))
+    found = survey(network, x[:2] if len(x) else x.new_zeros(2, *x.shape[1:]), passes.forward)
+    if method.forms_compete:
+        pruned = prune_to_forms(network, found, passes, cost, goal, method)
+    else:
+        prune = prune_directions if method.criterion in EIGENBASIS_CRITERIA else prune_channels
+        pruned = prune(network, passes, cost, goal, method)
+    if method.refit and not pruned.nothing_changed:
+        names = rebuilt_layers(network, pruned.network, found.names)
+        with passes.phase(f"refit of {len(names)} layers"):
+            few = passes.first(min(IMAGES, BATCHES * max(1, len(x))))
+            refit(network, pruned.network, {name: found.norms[name] for name in names}, pruned.importances, few)
+    return pruned
+
+
+def check_goal(
+    network: nn.Module, image_size: int, goal: Goal, method: Method, forward: Forward = nn.Module.__call__
+) -> None:
+    """Refuse budgets that ``network`` cannot be brought to, before anything is measured.
+
+    Raises:
+        UserError: says what can be reached, and which setting stands in the way.
+    """
+    cost, parameter = network_cost(network, image_size), next(network.parameters())
+    found = survey(network, parameter.new_zeros(2, 3, image_size, image_size), forward)
+    short = shortfall(goal, *_reachable(network, found, cost, method))
+    if short is None:
+        return
+    freed = {
+        ("round_to",): replace(method, round_to=1),
+        ("prune_ratio_limit",): replace(method, prune_ratio_limit=math.nextafter(1, 0)),
+        ("round_to", "prune_ratio_limit"): replace(method, round_to=1, prune_ratio_limit=math.nextafter(1, 0)),
+    }
+    remedies = {"round_to": "lower round_to", "prune_ratio_limit": "raise prune_ratio_limit"}
+    for names, freer in freed.items():
+        if shortfall(goal, *_reachable(network, found, cost, freer)) is None:
+            by = " and ".join(f"{name} {getattr(method, name):g}" for name in names)
+            short = shortfall(goal, *_reachable(network, found, cost, method), by)
+            raise UserError(f"{short}: raise the target, or {' and '.join(remedies[name] for name in names)}")
+    raise UserError(f"{short}, whatever round_to and prune_ratio_limit are: raise the target")
+
+
+def _reachable(
+    network: nn.Module, found: Survey, cost: NetworkCost, method: Method
+) -> tuple[list[np.ndarray], tuple[int, int]]:
+    """FLOPs and parameters of every form of each layer or block, [n, 2], and of everything outside of them."""
+    if method.forms_compete:
+        forms, fixed = layer_forms(network, found, cost, method)
+        return [form_costs(own) for own in forms.values()], fixed
+    grouped = direction_groups if method.criterion in EIGENBASIS_CRITERIA else channel_groups
+    groups, fixed = grouped(network, cost, method, saliencies=None)
+    return group_costs(groups), fixed

@@ -1,0 +1,162 @@
+"""Which layers of a network can take another form: found by running it once, not by what it is made of."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
+
+from models import LOW_RANK
+from models.convolution import SafeConv2d
+from pruning.capture import Forward, differentiable_inputs
+
+# What computes a layer's output: a class of one's own may do something else with its weight.
+_KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The layers of a network."""
+
+    norms: dict[str, str | None]  # of each layer that can be replaced: the batch norm that alone reads its output
+    left_alone: dict[str, str] = field(default_factory=dict)  # why, of each other layer
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that can be replaced, in the order in which they run."""
+        return list(self.norms)
+
+
+@dataclass
+class _Runs:
+    """What a forward pass shows."""
+
+    nodes: dict[str, Any] = field(default_factory=dict)  # that made a layer's output, in the order of execution
+    times: Counter = field(default_factory=Counter)  # that a module has run
+    read: dict[str, Any] = field(default_factory=dict)  # nodes that made the inputs of batch norms
+    mixing: set[str] = field(default_factory=set)
+
+
+def survey(network: nn.Module, x: Tensor, forward: Forward) -> Survey:
+    """Run ``network`` on the inputs ``x`` in evaluation mode and see what its layers do.
+
+    What reads an output is found in the graph that autograd keeps, so functions count as well as modules.
+    """
+    layers = dict(outermost(network))
+    norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm) and m.running_var is not None}
+    alone = {name: reason for name, m in layers.items() if (reason := _unsuited(m))}
+    alone |= {name: "weights are shared" for name in _sharing(layers)}
+    runs, edges = _run(network, layers, norms, x, forward)
+    found = {}
+    for name, node in runs.nodes.items():
+        if name in alone:
+            continue
+        if runs.times[name] > 1:
+            alone[name] = "used twice"
+        elif name in runs.mixing:
+            alone[name] = "mixes images"
+        elif node not in edges:
+            alone[name] = "reaches no output"
+        else:
+            readers = [n for n, read in runs.read.items() if read is node and runs.times[n] == 1]
+            fits = readers and edges[node] == 1 and norms[readers[0]].num_features == _outputs(layers[name])
+            found[name] = readers[0] if fits else None
+    return Survey(found, {n: alone.get(n, "never run") for n in layers if n not in found})
+
+
+def outermost(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Convolutions and linear layers by name; of what pruning has built, the whole."""
+    inside: tuple[str, ...] = ()
+    for name, module in network.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(module, LOW_RANK):
+            inside = (*inside, f"{name}.")
+        if isinstance(module, (*LOW_RANK, nn.Linear, _ConvNd)):
+            yield name, module
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer mixes channels at each position alone: a linear layer or a 1x1 convolution."""
+    return not hasattr(layer, "kernel_size") or tuple(layer.kernel_size) == (1, 1)
+
+
+def _unsuited(layer: nn.Module) -> str | None:
+    """Why a layer cannot be replaced, in a few words."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if is_parametrized(layer) or hooked:
+        return "has hooks"
+    if isinstance(layer, LOW_RANK):
+        return None
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        return "not two-dimensional"
+    if type(layer).forward not in _KNOWN:
+        return "its own forward"
+    if isinstance(layer, nn.Linear):
+        return None
+    if layer.groups > 1:
+        return "grouped"
+    if layer.padding_mode != "zeros":
+        return f"padding mode {layer.padding_mode}"
+    if is_pointwise(layer) and layer.padding not in ((0, 0), "valid", "same"):
+        return "padded 1x1"
+    return None
+
+
+def _sharing(layers: dict[str, nn.Module]) -> list[str]:
+    owners = Counter(id(p) for layer in layers.values() for p in layer.parameters())
+    return [name for name, layer in layers.items() if any(owners[id(p)] > 1 for p in layer.parameters())]
+
+
+def _outputs(layer: nn.Module) -> int:
+    return layer.out_features if hasattr(layer, "out_features") else layer.out_channels
+
+
+def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forward) -> tuple[_Runs, Counter]:
+    """One forward pass, and how many nodes of its graph read each node's output."""
+    runs, images = _Runs(), len(x)
+
+    def ran(name: str):
+        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            runs.times[name] += 1
+            runs.nodes[name] = output.grad_fn
+            linear, count = not hasattr(layer, "kernel_size"), len(inputs[0])
+            if count != images if not linear else count % images:
+                runs.mixing.add(name)
+
+        return hook
+
+    def reads(name: str):
+        def hook(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+            runs.times[name] += 1
+            if inputs[0].dim() in (2, 4):
+                runs.read[name] = inputs[0].grad_fn
+
+        return hook
+
+    handles = [layer.register_forward_hook(ran(name)) for name, layer in layers.items()]
+    handles += [norm.register_forward_pre_hook(reads(name)) for name, norm in norms.items()]
+    try:
+        with differentiable_inputs(network):
+            outputs = forward(network, x.detach().requires_grad_().clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    edges: Counter = Counter()
+    waiting = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
+    edges.update(waiting)
+    seen = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is None:
+                continue
+            edges[node] += 1
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return runs, edges

@@ -1,0 +1,192 @@
+"""``compress`` on networks that are not ours: torchvision's, and small ones that do what tracers stumble over."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from examples.cifar_resnet import resnet20
+from pruning import apply_edits, compress, edits_of
+from pruning.factors import window_counts
+from pruning.layers import composed, read_weights
+from pruning.survey import survey
+from utils.errors import UserError
+from utils.flops import cost_on, network_cost
+
+NAMES = ["resnet18", "vgg11", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1"]
+
+
+def labelled(count=8, size=64, classes=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 3, size, size, generator=generator)
+    return lambda: [(x[i : i + 4], torch.arange(len(x[i : i + 4])) % classes) for i in range(0, count, 4)]
+
+
+def flops_of(network, size=64) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops()
+
+
+def torchvision_network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    build = getattr(torchvision.models, name)
+    given = {"init_weights": False} if name == "googlenet" else {}
+    return build(weights=None, num_classes=10, **given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_of_torchvision_are_compressed_as_they_are(name):
+    network = torchvision_network(name)
+    before, whole = copy.deepcopy(network.state_dict()), network_cost(network, 64)
+    smaller = compress(network.train(), labelled(), flops=0.7)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert network.training and all(module.training for module in smaller.modules())
+    assert all(p.requires_grad for net in (network, smaller) for p in net.parameters())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    assert not any(getattr(m, hook) for net in (network, smaller) for m in net.modules() for hook in hooks)
+    found = flops_of(smaller)
+    assert whole.flops == flops_of(network) and smaller.report.flops == (whole.flops, found)
+    assert found <= 0.7 * whole.flops and (name == "mobilenet_v3_small" or found >= 0.98 * 0.7 * whole.flops)
+    assert smaller.report.parameters[1] == sum(p.numel() for p in smaller.parameters())
+    changes = smaller.report.changes
+    assert whole.parameters - smaller.report.parameters[1] == sum(
+        c.parameters_before - c.parameters_after for c in changes
+    )
+    assert whole.flops - found == sum(c.flops_before - c.flops_after for c in changes)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        outputs = smaller.eval()(x)
+        assert outputs.shape == (2, 10) and outputs.isfinite().all()
+        again = apply_edits(torchvision_network(name), edits_of(smaller))
+        again.load_state_dict(smaller.state_dict())
+        torch.testing.assert_close(again.eval()(x), outputs)
+
+
+class Odd(nn.Module):
+    """Everything that is left alone, and layers of every shape that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, (3, 5), padding="same", dilation=2)
+        self.even = nn.Conv2d(16, 24, 4, padding="same", bias=False)
+        self.tall = nn.Conv2d(24, 24, (5, 1), stride=(2, 1), padding=(2, 0), bias=False)
+        self.norm = nn.BatchNorm2d(24)
+        self.down = nn.Conv2d(24, 32, 1, stride=2)
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.reflect = nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect")
+        self.twice = nn.Conv2d(32, 32, 3, padding=1)
+        self.unused = nn.Conv2d(32, 32, 3)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.tokens = nn.Linear(32, 48)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x):
+        x.mul_(1.5)  # in place, on the input itself
+        x = F.relu(self.stem(x), inplace=True)
+        x = F.relu_(self.norm(self.tall(F.relu_(self.even(x)))))
+        x = self.grouped(self.down(x))
+        x = self.twice(F.relu(self.twice(self.reflect(x))))
+        x = x.flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return {"scores": self.head(self.dropout(F.gelu(self.tokens(x))).mean(1)), "tokens": x}
+
+
+def test_what_cannot_be_replaced_is_left_alone_and_said():
+    torch.manual_seed(0)
+    network = Odd()
+    found = survey(network, torch.randn(2, 3, 16, 16), nn.Module.__call__)
+    assert found.norms == {"stem": None, "even": None, "tall": "norm", "down": None, "tokens": None, "head": None}
+    assert found.left_alone == {
+        "grouped": "grouped",
+        "reflect": "padding mode reflect",
+        "twice": "used twice",
+        "unused": "never run",
+        "attention.out_proj": "never run",
+    }
+    with pytest.raises(UserError, match=r"the network returns a dict, where classification needs .* logits="):
+        compress(network, labelled(size=16), flops=0.6)
+    assert network.training and network.head.weight.requires_grad and not network.head._forward_hooks
+    scores = lambda outputs: outputs["scores"]  # noqa: E731
+    smaller = compress(network, labelled(40, 16), flops=0.6, logits=scores, round_to=1)
+    assert 0.98 * 0.6 <= smaller.report.flops[1] / smaller.report.flops[0] <= 0.6
+    assert smaller.report.left_alone.items() >= found.left_alone.items() and "used twice: twice" in str(smaller.report)
+    assert cost_on(smaller, torch.zeros(1, 3, 16, 16)).flops == smaller.report.flops[1]
+    with torch.no_grad():
+        assert smaller(torch.randn(2, 3, 16, 16))["scores"].isfinite().all()
+
+
+def test_layers_of_every_shape_equal_their_composed_kernels():
+    torch.manual_seed(0)
+    network = Odd().eval()
+    smaller = compress(network, labelled(40, 16), flops=0.5, logits=lambda outputs: outputs["scores"], round_to=1)
+    forms = {edit["name"]: edit["form"] for edit in edits_of(smaller)}
+    assert len(forms) >= 4 and "two_factors" in forms.values()
+    plain = copy.deepcopy(smaller)
+    for name in forms:
+        whole, layer = copy.deepcopy(network.get_submodule(name)), smaller.get_submodule(name)
+        whole.weight.data = composed(read_weights(smaller, name)).float().reshape(whole.weight.shape)
+        whole.bias = nn.Parameter(layer.bias.detach().clone()) if layer.bias is not None else None
+        setattr(plain, name, whole)
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected, found = plain.eval()(x.clone())["scores"], smaller.eval()(x.clone())["scores"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_task_brings_its_own_loss():
+    """Regression to an image of the same size, with the empirical Fisher."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(True), nn.Conv2d(32, 3, 3, padding=1))
+    x = torch.randn(32, 3, 8, 8)
+
+    def batches():
+        return [(x[:16], x[:16].roll(1, 3)), (x[16:], x[16:].roll(1, 3))]
+
+    smaller = compress(network, batches, flops=0.5, loss_fn=lambda y, t: (y - t).square().mean((1, 2, 3)), round_to=1)
+    assert 0.49 <= smaller.report.flops[1] / smaller.report.flops[0] <= 0.5
+    with pytest.raises(UserError, match=r"loss_fn returned a tensor of shape \[\]"):
+        compress(network, batches, flops=0.5, loss_fn=F.mse_loss)
+
+
+def test_a_network_of_which_nothing_can_be_saved_comes_back_as_it_was():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, groups=1, padding_mode="reflect", padding=1), nn.Flatten(), nn.Linear(8 * 64, 2)
+    )
+    smaller = compress(network, labelled(size=8, classes=2), flops=0.5, prune_ratio_limit=0.0)
+    assert not edits_of(smaller) and "nothing of this network can be saved" in str(smaller.report)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), smaller.parameters(), strict=True))
+
+
+def test_a_compressed_network_trains_and_is_compressed_again():
+    torch.manual_seed(0)
+    first = compress(resnet20(), labelled(64, 16), flops=0.6)
+    images, labels = labelled(8, 16)()[0]
+    F.cross_entropy(first(images), labels).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in first.parameters())
+    second = compress(first, labelled(64, 16), flops=0.7)
+    whole = network_cost(resnet20(), 16).flops
+    assert 0.98 * 0.42 * whole <= flops_of(second, 16) <= 0.42 * whole
+    assert sum(isinstance(m, nn.Conv2d) for m in second.modules()) <= 3 * 19
+
+
+def test_edits_that_do_not_fit_are_one_sentence():
+    edit = {"name": "layer1.0.conv1", "form": "tucker", "ranks": [4, 4], "bias": False}
+    with pytest.raises(UserError, match="the edits name the layer 'layer9'"):
+        apply_edits(resnet20(), [{**edit, "name": "layer9"}])
+    with pytest.raises(UserError, match="do not fit the layer 'linear'"):
+        apply_edits(resnet20(), [{**edit, "name": "linear"}])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"), [(3, 1, (2, 2), 2), (4, 2, (1, 2), 1), (2, 3, (0, 1), 3)]
+)
+def test_window_counts_equal_a_convolution_of_ones(kernel, stride, padding, dilation):
+    ones = torch.ones(1, 1, 11, requires_grad=True)
+    F.conv1d(F.pad(ones, padding), torch.ones(1, 1, kernel), None, stride, 0, dilation).sum().backward()
+    assert torch.equal(window_counts(11, kernel, stride, padding, dilation), ones.grad[0, 0])
