@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruning.costs import LayerShape
-from pruning.depthwise import FEW_SWEEPS, MOST_SWEEPS, mixtures, separable_terms
+from pruning.depthwise import mixtures, separable_terms, sweeps_of
 from pruning.eigenbasis import Eigenbasis, rotate
 from pruning.layers import ConvWeights
 from pruning.prediction import Trials
@@ -20,6 +20,7 @@ from pruning.tucker import coordinates, in_metric, tucker
 UNCHANGED = "unchanged"
 # Of a layer larger than 1x1, by decomposition.  A pointwise layer has two factors where Tucker forms are allowed.
 KINDS = {"best": (TUCKER, DEPTHWISE), "tucker": (TUCKER,), "depthwise": (DEPTHWISE,)}
+MOST_TERMS = 512  # of a depthwise separable form, unless there are more channels: decomposing takes their cube
 LEVELS = 8  # numbers of directions that a side may keep: this many, spread evenly by ratio
 
 
@@ -60,6 +61,7 @@ def possible_forms(
     if DEPTHWISE in kinds:
         # More terms than inputs or outputs are worth having: they cost a ninth of what a plain kernel's would.
         most = inputs * outputs * shape.taps // (inputs + outputs + shape.taps)
+        most = min(most, max(MOST_TERMS, inputs, outputs))
         for k in levels(most, least[0], step_of(most, round_to)):
             flops, parameters = _separable_cost(shape, k)
             found.append(Form(DEPTHWISE, (k, k), flops, parameters + bias))
@@ -95,7 +97,7 @@ def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -
     depthwise = {
         (name, form.ranks[0]): kernels[name] for name, own in forms.items() for form in own if form.kind == DEPTHWISE
     }
-    terms = _terms(depthwise, FEW_SWEEPS)
+    terms = _terms(depthwise, quickly=True)
     found = {}
     for name, own in forms.items():
         kernel, corners = kernels[name], [form.ranks for form in own[1:] if form.kind != DEPTHWISE]
@@ -111,13 +113,14 @@ def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -
     return found
 
 
-def _terms(kernels: Mapping[tuple[str, int], Kernel], sweeps: int) -> dict[tuple[str, int], tuple[Tensor, ...]]:
+def _terms(kernels: Mapping[tuple[str, int], Kernel], quickly: bool) -> dict[tuple[str, int], tuple[Tensor, ...]]:
     """The terms of depthwise separable forms by (layer, number), those of one shape and number in one solve."""
     alike: dict[Hashable, list[tuple[str, int]]] = defaultdict(list)
     for (name, count), kernel in kernels.items():
         alike[kernel.weight.shape, count].append((name, count))
     found = {}
-    for (_, count), keys in alike.items():
+    for (shape, count), keys in alike.items():
+        sweeps = sweeps_of(shape, count, quickly)
         scaled = torch.stack([in_metric(kernels[key].weight, kernels[key].basis).flatten(2) for key in keys])
         factors = separable_terms(scaled, torch.stack([kernels[key].basis.Q_a for key in keys]), count, sweeps)
         found.update(zip(keys, zip(*factors, strict=True), strict=True))
@@ -127,7 +130,7 @@ def _terms(kernels: Mapping[tuple[str, int], Kernel], sweeps: int) -> dict[tuple
 def build(forms: Mapping[str, Form], kernels: Mapping[str, Kernel]) -> dict[str, ConvWeights]:
     """The convolutions of the forms that layers take, by layer; none of them is the present one."""
     depthwise = {(name, form.ranks[0]): kernels[name] for name, form in forms.items() if form.kind == DEPTHWISE}
-    terms, found = _terms(depthwise, MOST_SWEEPS), {}
+    terms, found = _terms(depthwise, quickly=False), {}
     for name, form in forms.items():
         kernel = kernels[name]
         if form.kind == DEPTHWISE:
