@@ -20,8 +20,8 @@ MOST_SWEEPS = 5000
 FEW_SWEEPS = 15  # near enough for a choice among forms
 # Products and sums that one layer's sweeps may take, for a choice and in the end, and sweeps that it gets in any case:
 # those of layers with hundreds of channels would take minutes.
-FEW_FLOPS, MOST_FLOPS = 1e9, 1e11
-LEAST_SWEEPS = 3
+FEW_FLOPS, MOST_FLOPS = 1e9, 5e9
+LEAST_FEW, LEAST_SWEEPS = 3, 10
 ROUNDING = 1e-12  # of the squared norm: an error that small is none
 # What the squared size of a term costs.  Without it the best sums have large terms that nearly cancel, which
 # fine-tuning tears apart; see Phan et al., arXiv:2008.05441.
@@ -75,8 +75,8 @@ def separable_terms(tensor: Tensor, Q_a: Tensor, terms: int, sweeps: int = MOST_
 
 def sweeps_of(shape: Sequence[int], terms: int, quickly: bool) -> int:
     """How many sweeps a kernel [out, in, kh, kw] gets at most."""
-    flops, most = (FEW_FLOPS, FEW_SWEEPS) if quickly else (MOST_FLOPS, MOST_SWEEPS)
-    return min(most, max(LEAST_SWEEPS, int(flops / (6 * math.prod(shape) * terms))))
+    flops, most, least = (FEW_FLOPS, FEW_SWEEPS, LEAST_FEW) if quickly else (MOST_FLOPS, MOST_SWEEPS, LEAST_SWEEPS)
+    return min(most, max(least, int(flops / (6 * math.prod(shape) * terms))))
 
 
 def _converged(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -104,7 +104,7 @@ def apply_edits(network: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Mo
     for edit in edits:
         name = edit["name"]
         old = dict(network.named_modules()).get(name)
-        if not isinstance(old, nn.Conv2d | nn.Linear | LOW_RANK):
+        if not isinstance(old, (nn.Conv2d, nn.Linear, *LOW_RANK)):
             raise UserError(f"the edits name the layer {name!r}, which is no convolution or linear layer: {ANOTHER}")
         try:
             new = low_rank(old, tuple(edit["ranks"]), edit["form"] == DEPTHWISE, edit["bias"])
