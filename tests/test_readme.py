@@ -13,6 +13,7 @@ import torch
 from networks import NORMALISATION, lively_network, varied_images
 from PIL import Image
 from test_export import checkpoint_file
+from torch import nn
 
 import main_rl_prune
 import main_sp
@@ -23,7 +24,7 @@ from utils.settings import TrainingSettings, keys
 
 ROOT = Path(__file__).parents[1]
 KEPT_PICTURE = ROOT / "docs" / "idea.png"
-OUTPUTS = ROOT / "docs" / "outputs.md"
+OUTPUTS, OWN_NETWORK = ROOT / "docs" / "outputs.md", ROOT / "docs" / "own_network.md"
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
 SHARED, OF_STAGE_1, OF_STAGE_3, OF_CASCADE, OF_STAGE_2 = (
     "## Flags of stages 1 and 3",
@@ -126,6 +127,23 @@ def test_the_readme_s_commands_for_a_laptop_export_and_predict(
     names = {"images": np.zeros((3, 3, 32, 32), np.uint8)}
     exec(re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)[1], names)
     assert names["outputs"]["logits"].shape == (3, 10)
+
+
+def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+        return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), *head).eval()
+
+    monkeypatch.chdir(tmp_path)
+    images = varied_images(16).float() / 255
+    names = {"network": network(), "batches": lambda: [(images, torch.arange(16) % 10)], "resnet56": network}
+    for snippet in re.findall(r"^```python\n(.*?)^```", OWN_NETWORK.read_text(), re.M | re.S):
+        exec(snippet, names)
+    assert names["smaller"].report.flops[1] <= 0.5 * names["smaller"].report.flops[0]
+    torch.testing.assert_close(names["network"](images), names["smaller"](images))
 
 
 def test_a_command_with_a_wrong_flag_is_found():
