@@ -19,7 +19,7 @@ from deploy.speeds import measured_speeds
 from gating.cascade_report import answered_by_class, draw_answered, draw_frontier, what_is_known
 from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, outcome
 from gating.pictures import easy_and_hard_pictures
-from models import Cascade, Member
+from models import Cascade, Member, allow, is_own
 from training.evaluate import Evaluator
 from training.norms import placed
 from training.report import Chosen, report
@@ -34,7 +34,7 @@ from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint, save_checkpoint
 from utils.runs.predecessors import Found, cascade_networks, relative_to_results
 from utils.runs.run import BEST, Run, open_run, stage_folder
-from utils.settings import RunSettings, parse_flags, setting
+from utils.settings import NETWORK_HELP, RunSettings, check_network, parse_flags, setting
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}  # of a cascade, whose members normalise by themselves
 
@@ -43,6 +43,7 @@ PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}  # of a cascade, whose
 class Settings(RunSettings):
     """The flags of the cascade."""
 
+    network: str = setting("resnet", NETWORK_HELP, check=check_network)
     networks: tuple[str, ...] = setting((), "checkpoints to choose from; by default those that the stages left")
     max_accuracy_drop: float = setting(0.01, "accuracy that may be lost against stage 1", low=0, high=1)
     target_flops: float = setting(
@@ -54,6 +55,8 @@ def main() -> None:
     settings = parse_flags(Settings, "Choose a cascade of the networks that the stages left.", resumes=False)[0]
     device = pick_device()
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
+    if is_own(settings.network):
+        allow(settings.network)
     networks, notes = cascade_networks(settings, data)
     splits = validation(data, networks).to(device)
     parent = stage_folder(settings.result_dir, "cascade", data.name, settings.network, settings.depth)
@@ -151,6 +154,7 @@ def checkpoint_of(networks: Found, chosen: Candidate, settings: Settings) -> Che
     )
     described = networks[reference_of(networks)][1]
     newest = max(networks, key=lambda item: ["sp", "pruned", "rl_pruned"].index(item[1].stage))[0]
+    row = newest.with_name(BEST)  # of the run that the table shows above, where it has ended
     every = network_cost(network, described.data["image_size"]).flops
     return replace(
         described,
@@ -162,7 +166,7 @@ def checkpoint_of(networks: Found, chosen: Candidate, settings: Settings) -> Che
         seed=settings.seed,
         progress={},
         training={},
-        source=relative_to_results(newest, settings.result_dir),
+        source=relative_to_results(row if row.exists() else newest, settings.result_dir),
     )
 
 

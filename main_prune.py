@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from deploy.speeds import measured_speeds
-from models import ResNet, all_on
+from models import ResNet, all_on, allow, is_own
 from pruning.changes import Pruned, changes_table, eigenvalues_picture, layer_ranks, ranks_picture
 from pruning.compress import check_goal, prune_once
 from pruning.goals import Goal, part_of_the_way
@@ -22,6 +22,7 @@ from pruning.settings import PruneSettings
 from training.distillation import distillation_loss_fn
 from training.evaluate import check_finite, evaluate
 from training.forward import training_forward
+from training.given import register_given
 from training.norms import placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, sgd
 from training.report import Chosen, report
@@ -37,7 +38,7 @@ from utils.data.batches import (
     split_as_before,
     whole_batches_by_process,
 )
-from utils.data.folder import load_data
+from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import run_command
 from utils.flops import NetworkCost, every_block, network_cost
@@ -94,9 +95,11 @@ def main() -> None:
     device = pick_device()
     precision = pick_precision(settings.precision, device)
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
+    if is_own(settings.network):
+        allow(settings.network)
     parent = stage_folder(settings.result_dir, "pruned", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
-    start, notes = (last.checkpoint, []) if last else trained_network(settings, data)
+    start, notes = (last.checkpoint, []) if last else first_network(settings, data, device)
     check_data(start, data, settings.resize)
     check_goal(start.network(), settings.resize, last_goal(settings, start.original), settings, every_block)
     splits = split_as_before(data, start.data, resumed=last is not None).to(device)
@@ -143,6 +146,14 @@ def main() -> None:
         points = [point(iteration, stage) for iteration in iterations]
         chosen = Chosen(best, splits.val_name, within_budget, points)
         report(settings.result_dir, run, chosen, splits.test, measured_speeds)
+
+
+def first_network(settings: PruneSettings, data: DataSet, device: torch.device) -> tuple[Checkpoint, list[str]]:
+    """Stage 1's network, or the one of the user's own, and what there is to say of its choice."""
+    if not is_own(settings.network):
+        return trained_network(settings, data)
+    register_given(settings, data, device, measured_speeds)
+    return trained_network(replace(settings, checkpoint=""), data)
 
 
 def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Checkpoint:

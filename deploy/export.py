@@ -16,10 +16,10 @@ from torch import Tensor
 
 from deploy.exported import exported_model
 from deploy.folder import write_together
-from deploy.labels import INT8, LABELS, NETWORK, ROUTED, describe
+from deploy.labels import INT8, LABELS, NETWORK, NETWORK_HELP, ROUTED, describe
 from deploy.session import ExportedNetwork, check_session, open_session
 from gating.fixing import fixed_blocks_text
-from models import ResNet
+from models import ResNet, allow
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
 from utils.errors import UserError, run_command
@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export a checkpoint to ONNX.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="checkpoint of any stage")
+    add("--network", nargs="+", default=[], help=NETWORK_HELP)
     add("--output", type=Path, required=True, help="folder to write to")
     add("--data_dir", help="check the files on its test images instead of random ones; --int8 needs it")
     add("--img_type", type=image_type, default="any", help="image files to read in --data_dir")
@@ -43,6 +44,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    for source in args.network:
+        allow(source)
     if args.int8 and not args.data_dir:
         raise UserError("--int8 is calibrated on training images and none were given: add --data_dir")
     checkpoint = load_checkpoint(args.checkpoint)

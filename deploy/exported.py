@@ -6,15 +6,16 @@ import onnx
 
 from deploy.cascades import cascade_model
 from deploy.folding import deployable, without_switches
+from deploy.general import general_model
 from deploy.graphs import onnx_model
-from models import Cascade, ResNet
+from models import Cascade, OwnNetwork, ResNet
 from utils.data.augment import Normalisation
 
 Finish = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 
 def exported_model(
-    network: ResNet | Cascade,
+    network: ResNet | OwnNetwork | Cascade,
     normalisation: Normalisation,
     image_size: int,
     switches: bool = True,
@@ -30,6 +31,9 @@ def exported_model(
     if isinstance(network, Cascade):
         graphs = [exported_model(*member, image_size, switches, finish) for member in members(network)]
         return cascade_model(graphs, network.thresholds, network.answer)
+    if isinstance(network, OwnNetwork):
+        model, _ = general_model(network.network, normalisation, image_size, image_size)
+        return model if finish is None else finish(model)
     folded = deployable(network, normalisation)
     model = onnx_model(folded if switches else without_switches(folded), image_size)
     return model if finish is None else finish(model)

@@ -8,11 +8,13 @@ from typing import Any
 from deploy.exported import members
 from deploy.folder import finish
 from deploy.folding import deployable
-from models import Cascade, ResNet
+from models import Cascade, OwnNetwork, ResNet
+from utils.data.augment import Normalisation
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
 
+NETWORK_HELP = "functions of networks of your own that the checkpoint may call, as main_prune.py was given them"
 FORMAT = "switched-resnet-onnx-1"
 NETWORK, INT8, LABELS = "network.onnx", "network_int8.onnx", "labels.json"
 ROUTED = "routed.onnx"  # of earlier versions, which skipped blocks on single images only, in a graph of its own
@@ -38,8 +40,10 @@ def describe(checkpoint: Checkpoint, network: ResNet | Cascade) -> dict[str, Any
     """
     size = checkpoint.data["image_size"]
     if isinstance(network, Cascade):
-        flops = [_flops_run(deployable(*member), size) for member in members(network)]
+        flops = [_flops_run(*member, size) for member in members(network)]
         cost, fixed = network_cost(network, size), []
+    elif isinstance(network, OwnNetwork):
+        cost, flops, fixed = network_cost(network, size), [], []
     else:
         deployed = deployable(network, checkpoint.normaliser())
         cost, flops = network_cost(deployed, size), []
@@ -59,8 +63,11 @@ def describe(checkpoint: Checkpoint, network: ResNet | Cascade) -> dict[str, Any
     }
 
 
-def _flops_run(network: ResNet, image_size: int) -> int:
+def _flops_run(network: ResNet | OwnNetwork, normalisation: Normalisation, image_size: int) -> int:
     """FLOPs of an image with every block run that has not left the network."""
+    if isinstance(network, OwnNetwork):
+        return network_cost(network, image_size).flops
+    network = deployable(network, normalisation)
     cost = network_cost(network, image_size)
     return cost.flops - sum(cost.blocks[switch] for switch, on in network.fixed_switches.items() if not on)
 

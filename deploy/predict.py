@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from deploy.folding import deployable
-from deploy.labels import NETWORK, ROUTED, Labels, describe, read_labels
+from deploy.labels import NETWORK, NETWORK_HELP, ROUTED, Labels, describe, read_labels
 from deploy.session import open_session, run_session
-from models import Cascade
+from models import Cascade, OwnNetwork, allow
 from utils.data.images import read_image
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import load_checkpoint
@@ -28,12 +28,15 @@ def parse_arguments() -> argparse.Namespace:
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--checkpoint", type=Path, help="checkpoint of any stage")
     network.add_argument("--onnx", type=Path, help="folder written by python -m deploy.export")
+    parser.add_argument("--network", nargs="+", default=[], help=NETWORK_HELP)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files of any size")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
+    for source in args.network:
+        allow(source)
     classify, labels = from_checkpoint(args.checkpoint) if args.checkpoint else from_folder(args.onnx)
     unread = 0
     for path in args.images:
@@ -53,7 +56,10 @@ def from_checkpoint(path: Path) -> tuple[Classifier, Labels]:
     checkpoint = load_checkpoint(path)
     network = checkpoint.network()
     content = describe(checkpoint, network)
-    if isinstance(network, Cascade):
+    if isinstance(network, OwnNetwork):
+        normalise = checkpoint.normaliser().apply
+        run = lambda pixels: network(normalise(pixels))  # noqa: E731
+    elif isinstance(network, Cascade):
         run = lambda pixels: network(pixels / 255)  # noqa: E731
     else:
         run = deployable(network, checkpoint.normaliser())

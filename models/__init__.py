@@ -4,6 +4,7 @@ from models.build import CASCADE, build_network
 from models.cascade import Cascade, Member
 from models.decisions import all_on, sampled, straight_through, thresholded
 from models.lowrank import LOW_RANK, LowRankConv2d, LowRankLinear, low_rank
+from models.own import OwnNetwork, allow, is_own
 from models.resnet import GATES, NETWORKS, ResNet, RoutedOutput, check_depth
 
 __all__ = [
@@ -15,11 +16,14 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "Member",
+    "OwnNetwork",
     "ResNet",
     "RoutedOutput",
     "all_on",
+    "allow",
     "build_network",
     "check_depth",
+    "is_own",
     "low_rank",
     "sampled",
     "straight_through",

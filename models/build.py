@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from models.cascade import Cascade, Member
-from models.own import OwnNetwork
+from models.own import OwnNetwork, is_own
 from models.resnet import NETWORKS, ResNet
 
 CASCADE = "cascade"
@@ -24,7 +24,7 @@ def build_network(network: str, **architecture: Any) -> nn.Module:
     """
     if network == CASCADE:
         return Cascade([_member(**member) for member in architecture.pop("members")], **architecture)
-    if ":" in network:
+    if is_own(network):
         return OwnNetwork(network, **architecture)
     if network not in NETWORKS:
         raise ValueError(f"network {network!r} is unknown: use one of {', '.join(NETWORKS)}")

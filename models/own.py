@@ -1,8 +1,12 @@
-"""Networks of one's own: made by a function of a Python file or of an installed module."""
+"""Networks of one's own: made by a function of a Python file or of an installed module.
+
+A checkpoint names the function, and calling it runs code.  So it is called only after ``allow`` has named it in this
+process: loading a checkpoint that somebody else has made runs nothing.
+"""
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from models.decisions import DecisionRule, thresholded
+from models.lowrank import LOW_RANK, low_rank
 from models.resnet import RoutedOutput
+
+_allowed: list[str] = []
+
+
+def is_own(network: str) -> bool:
+    """Whether the name of a network is that of a function: "path/to/file.py:function" or "package.module:function"."""
+    return ":" in network
+
+
+def allow(source: str) -> None:
+    """Let this process call the function that ``source`` names, in checkpoints that name it by another path, too."""
+    _allowed.append(source)
 
 
 def own_network(source: str) -> nn.Module:
-    """Call the function that ``source`` names: "path/to/file.py:function" or "package.module:function".
+    """Call the function that ``source`` names.
 
     Raises:
-        ValueError: in one sentence, for a file, a function or a network that is not there.
+        ValueError: in one sentence, for a function that was not allowed, and for a file, a function or a network that
+            is not there.
     """
+    known = [allowed for allowed in _allowed if _tail(allowed) == _tail(source)]
+    if not known:
+        raise ValueError(f"its function is {source}, which loading it would run: add --network {source} to allow that")
+    source = known[-1]
     function = _function(source)
     try:
         network = function()
@@ -29,6 +51,12 @@ def own_network(source: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ValueError(f"{source} returned {type(network).__name__}: it has to return a torch.nn.Module")
     return network
+
+
+def _tail(source: str) -> tuple[str, str]:
+    """The names of the file or module and of the function, without folders."""
+    place, _, name = source.rpartition(":")
+    return Path(place).name, name
 
 
 def _function(source: str) -> Callable[[], Any]:
@@ -84,15 +112,35 @@ class OwnNetwork(nn.Module):
     Args:
         source: names the function that makes it, see ``own_network``.
         num_classes: that it tells apart.
+        layers: of every layer that static pruning has replaced, by name: ``ranks``, ``depthwise`` and ``bias``, see
+            ``models.lowrank.low_rank``.
+
+    Raises:
+        ValueError: for a function or a layer that is not there.
     """
 
-    switches = 0
-    gate = None
+    switches, gate = 0, None
 
-    def __init__(self, source: str, num_classes: int):
+    def __init__(self, source: str, num_classes: int, layers: Mapping[str, Mapping[str, Any]] | None = None):
         super().__init__()
-        self.architecture = {"network": source, "num_classes": num_classes}
+        self.source, self.num_classes = source, num_classes
         self.network = own_network(source)
+        for name, form in (layers or {}).items():
+            layer = dict(self.network.named_modules()).get(name)
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                raise ValueError(f"{source} has no convolution or linear layer {name!r}: it is another network")
+            parent, _, child = name.rpartition(".")
+            setattr(self.network.get_submodule(parent), child, low_rank(layer, **form))
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Arguments of ``models.build.build_network``."""
+        layers = {
+            name: {"ranks": list(layer.ranks), "depthwise": layer.depthwise, "bias": layer.bias is not None}
+            for name, layer in self.network.named_modules()
+            if isinstance(layer, LOW_RANK)
+        }
+        return {"network": self.source, "num_classes": self.num_classes, "layers": layers}
 
     def forward(self, images: Tensor, decide: DecisionRule = thresholded, skip: bool | None = None) -> RoutedOutput:
         """[N, 3, H, W] -> logits [N, classes]; there is nothing to decide."""

@@ -12,7 +12,17 @@ from torch import nn
 from pruning.capture import FISHER_TYPES, Batches, Forward, LossFn, Passes
 from pruning.goals import OBJECTIVES
 from utils.errors import UserError
-from utils.settings import MOST_CHANNELS, MOST_EPOCHS, MOST_IMAGES, SCHEDULES, StageSettings, path_setting, setting
+from utils.settings import (
+    MOST_CHANNELS,
+    MOST_EPOCHS,
+    MOST_IMAGES,
+    NETWORK_HELP,
+    SCHEDULES,
+    StageSettings,
+    check_network,
+    path_setting,
+    setting,
+)
 
 EIGENBASIS_CRITERIA = ("eigendamage",)
 CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
@@ -97,8 +107,17 @@ class PruneSettings(Method, StageSettings):
         UserError: for a schedule or a name that there is not, or for settings that exclude each other.
     """
 
+    network: str = setting("resnet", NETWORK_HELP, check=check_network)
     width: int = setting(64, "width of the network of stage 1", low=1, high=MOST_CHANNELS)
-    checkpoint: str = path_setting("", "checkpoint to prune; empty: the newest run of stage 1 that fits")
+    checkpoint: str = path_setting(
+        "", "checkpoint to prune; empty: the newest run of stage 1 that fits; of a network of your own its state_dict"
+    )
+    mean: list = setting([], "of a network of your own: mean of each channel that it expects; empty: measured")
+    std: list = setting([], "of a network of your own: standard deviation of each channel that it expects")
+    val_fraction: float = setting(
+        0.1, "of a network of your own: share of the training images set aside, where there is no val/", low=0, below=1
+    )
+    no_flip: bool = setting(False, "of a network of your own: do not mirror images in fine-tuning")
     batch_size: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
     lr: float = setting(0.02, "learning rate at the start of each fine-tuning", low=0)
     scheduler_params: dict = setting(
@@ -139,6 +158,12 @@ class PruneSettings(Method, StageSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_schedule(self.scheduler_params)
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if values and not (len(values) == 3 and all(type(v) in (int, float) and 0 <= v <= 10 for v in values)):
+                raise UserError(f"{key} is {reprlib.repr(values)}: it takes three numbers, of pixels in [0, 1]")
+        if len(self.mean) != len(self.std) or 0 in self.std:
+            raise UserError(f"mean is {self.mean} and std is {self.std}: give both, deviations above 0, or neither")
         if Path(self.exp_name).name != self.exp_name:
             raise UserError(f"exp_name is {self.exp_name!r}: it becomes part of a folder's name, so use no separators")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models import CASCADE, all_on
+from models import CASCADE, all_on, is_own
 from training.evaluate import evaluate
 from training.norms import placed
 from utils import parallel
@@ -115,4 +115,7 @@ def subject(architecture: dict[str, Any]) -> dict[str, Any]:
     """What a record says of a network; of a cascade what it says of the last member."""
     if architecture["network"] == CASCADE:
         return subject(architecture["members"][-1])
+    if is_own(architecture["network"]):
+        name = architecture["network"].rpartition(":")[2]
+        return {"network": name, "depth": "", "width": "", "num_classes": architecture["num_classes"]}
     return {key: architecture[key] for key in ("network", "depth", "width", "num_classes", "gate")}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import Cascade, ResNet, all_on, build_network
+from models import Cascade, OwnNetwork, ResNet, all_on, build_network
 from utils.modes import evaluation_mode
 
 
@@ -68,7 +68,7 @@ def network_cost(network: nn.Module, image_size: int | tuple[int, int]) -> Netwo
     blank = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
     if isinstance(network, ResNet):
         return _switched_cost(network, blank)
-    return cost_on(network, blank)
+    return cost_on(network, blank, every_block if isinstance(network, OwnNetwork) else nn.Module.__call__)
 
 
 def cost_on(
@@ -105,8 +105,8 @@ def _switched_cost(network: ResNet, blank: Tensor) -> NetworkCost:
     )
 
 
-def every_block(network: ResNet, x: Tensor) -> Tensor:
-    """The logits of the switched ResNet with every block run, whatever its switches say."""
+def every_block(network: ResNet | OwnNetwork, x: Tensor) -> Tensor:
+    """The logits with every block run, whatever switches say."""
     return network(x, decide=all_on, skip=False).logits
 
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from models import NETWORKS, check_depth
+from models import NETWORKS, check_depth, is_own
 from utils.data.listing import IMAGE_TYPES
 from utils.device import PRECISIONS
 from utils.errors import UserError
@@ -29,6 +29,19 @@ MOST_SEED = 2**32 - 1
 RESUME = "go on with the newest unfinished run of this stage that has these settings, or start one"
 
 Settings = TypeVar("Settings", bound="RunSettings")
+
+
+NETWORK_HELP = "resnet, or the function that makes a network of your own: file.py:function or package.module:function"
+
+
+def check_network(name: str) -> None:
+    """Refuse a network that is neither ours nor a function of the user's.
+
+    Raises:
+        ValueError: says what it takes.
+    """
+    if name not in NETWORKS and not is_own(name):
+        raise ValueError(f"network is {name!r}: it takes {', '.join(NETWORKS)}, or file.py:function of your own")
 
 
 def setting(
@@ -51,8 +64,8 @@ def setting(
         check: raises ValueError for a value that there is not.
     """
     rule = {"help": help, "low": low, "high": high, "below": below, "choices": choices, "check": check}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=rule)
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata=rule)
     return field(default=default, metadata=rule)
 
 

@@ -44,9 +44,16 @@ class Checkpoint:
     source: str | None = None  # checkpoint that this network came from
 
     def network(self) -> ResNet:
-        """The network with its weights, in evaluation mode, on the CPU."""
-        network = build_network(**self.architecture)
-        network.load_state_dict(self.weights)
+        """The network with its weights, in evaluation mode, on the CPU.
+
+        Raises:
+            UserError: where a network of one's own has a function that was not allowed or makes another one.
+        """
+        try:
+            network = build_network(**self.architecture)
+            network.load_state_dict(self.weights)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the checkpoint's network cannot be made: {' '.join(str(error).split())[:300]}") from error
         return network.eval()
 
     def compression(self, cost: NetworkCost) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from models import CASCADE, Cascade, ResNet, build_network
+from models import CASCADE, Cascade, ResNet, build_network, is_own
 from utils.settings import MOST_PIXELS, MOST_SEED
 
 LARGEST = sys.float_info.max
@@ -80,6 +80,7 @@ RESNET = {
     "depthwise?": list_of(TEXT),
     "fixed_switches?": by_name(one_of(0, 1)),
 }
+OWN = {"num_classes": whole(1), "layers?": by_name((lambda v: isinstance(v, dict), "a dictionary"))}
 CASCADED = {"members": list_of((lambda v: isinstance(v, dict), "a dictionary")), "thresholds": list_of(SHARE)}
 
 # By the fields of ``checkpoint.Checkpoint``: the keys that have to be there, but for those with a question mark; others
@@ -142,6 +143,9 @@ def check_contents(content: Mapping[str, Any]) -> None:
 
 def _checked_outputs(prefix: str, architecture: Mapping[str, Any]) -> int:
     """The number of classes of an architecture whose values have been checked; a cascade's members have one number."""
+    if isinstance(architecture.get("network"), str) and is_own(architecture["network"]):
+        _check_values(prefix, architecture, OWN)
+        return architecture["num_classes"]
     if architecture.get("network") != CASCADE:
         _check_values(prefix, architecture, RESNET)
         return architecture["num_classes"]
@@ -185,6 +189,11 @@ def _check_weights(weights: Mapping[str, Any], architecture: Mapping[str, Any]) 
     storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights.values()}
     if sum(w.numel() * w.element_size() for w in weights.values()) > sum(storages.values()):
         raise ValueError("the weights show more values than the file holds")
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise ValueError(f"the weight {name!r} is not finite (its training diverged)")
+    if _needs_code(architecture):
+        return
     try:
         expected = skeleton(architecture).state_dict()
     except Exception as error:  # whatever a made-up architecture leads to
@@ -197,8 +206,12 @@ def _check_weights(weights: Mapping[str, Any], architecture: Mapping[str, Any]) 
         found, wanted = ((tuple(w.shape), w.dtype) for w in (weight, expected[name]))
         if found != wanted:
             raise ValueError(f"weights do not fit the architecture: {name!r} is {found} where {wanted} belongs")
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"the weight {name!r} is not finite (its training diverged)")
+
+
+def _needs_code(architecture: Mapping[str, Any]) -> bool:
+    """Whether a network of one's own is in it, whose function is not called before it is allowed."""
+    members = architecture.get("members", [architecture])
+    return any(isinstance(name := member.get("network"), str) and is_own(name) for member in members)
 
 
 def skeleton(architecture: Mapping[str, Any]) -> ResNet | Cascade:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from models import is_own
 from utils.data.batches import other_data
 from utils.data.folder import DataSet
 from utils.errors import UserError
@@ -107,7 +108,10 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
     if settings.networks:
         found = [(path, load_checkpoint(path)) for path in (Path(name).expanduser() for name in settings.networks)]
         for path, checkpoint in found:
-            _check_data(path, checkpoint, settings, data)
+            try:
+                _check_data(checkpoint, settings, data)
+            except UserError as error:
+                raise UserError(f"{path} does not fit: {error}") from None
     else:
         found = []
         for stage, name in (("sp", BEST), ("pruned", "iteration_*.pt"), ("rl_pruned", BEST)):
@@ -153,15 +157,16 @@ def _check(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet, swi
     Raises:
         UserError: with the reason.
     """
-    for key in ("network", "depth", "width"):
-        if getattr(settings, key, checkpoint.architecture[key]) != checkpoint.architecture[key]:
+    keys = ("network",) if is_own(settings.network) else ("network", "depth", "width")
+    for key in keys:
+        if getattr(settings, key, checkpoint.architecture.get(key)) != checkpoint.architecture.get(key):
             raise UserError(
                 f"checkpoint {path} has {key} {checkpoint.architecture[key]}, the settings say "
                 f"{getattr(settings, key)}: change {key} or the checkpoint"
             )
-    _check_data(path, checkpoint, settings, data)
+    _check_data(checkpoint, settings, data)
     network = checkpoint.network()
-    if switched and checkpoint.architecture["gate"] == "none":
+    if switched and checkpoint.architecture.get("gate", "none") == "none":
         raise UserError(f"checkpoint {path} has no switches to teach: train stage 1 with --gate rnn, ff1 or ff2")
     if switched and not network.free_switches:
         raise UserError(
@@ -181,7 +186,7 @@ def _nothing_fits(settings: Any, stage: str, data: DataSet, unfit: dict[Path, Us
 
 def _described(path: Path, checkpoint: Checkpoint, settings: Any) -> str:
     name, accuracy = relative_to_results(path, settings.result_dir), checkpoint.metrics["accuracy"]
-    return f"{name} (gate {checkpoint.architecture['gate']}, accuracy {accuracy:.2%})"
+    return f"{name} (gate {checkpoint.architecture.get('gate', 'none')}, accuracy {accuracy:.2%})"
 
 
 def _others(taken: Path, found: Found, unfit: dict[Path, UserError], settings: Any) -> list[str]:
@@ -240,10 +245,7 @@ def source_path(source: str, result_dir: str | Path) -> Path:
     return Path(result_dir).expanduser() / source  # an absolute source stays as it is
 
 
-def _check_data(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet) -> None:
-    try:
-        check_data(checkpoint, data, settings.resize)
-        if why := other_data(data, checkpoint.data):
-            raise UserError(why)
-    except UserError as error:
-        raise UserError(f"{path} does not fit: {error}") from None
+def _check_data(checkpoint: Checkpoint, settings: Any, data: DataSet) -> None:
+    check_data(checkpoint, data, settings.resize)
+    if why := other_data(data, checkpoint.data):
+        raise UserError(why)

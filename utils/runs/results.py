@@ -36,7 +36,7 @@ def _subject(record: Record) -> tuple:
 def _title(record: Record) -> str:
     """What tells a chain from others: data, network and, in records that have them, gate, image size and seed."""
     dataset, network, depth, width = _subject(record)
-    parts = [str(dataset), f"{network}{depth}", f"width {width}"]
+    parts = [str(dataset), f"{network}{depth}", *([f"width {width}"] if width else [])]
     parts += [f"{name} {record[key]}" for name, key in (("gate", "gate"), ("seed", "seed")) if key in record]
     if "image_size" in record:
         parts.append("{0}x{0} pixels".format(record["image_size"]))

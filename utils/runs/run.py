@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from models import is_own
 from utils import parallel
 from utils.errors import UserError
 from utils.files import append, atomic_write, remove_leftovers, write_json
@@ -38,8 +39,9 @@ class LastRun:
 
 
 def stage_folder(result_dir: str | Path, stage: str, data: str, network: str, depth: int) -> Path:
-    """``result_dir/{sp,pruned,rl_pruned}/<data set>/<network><depth>``."""
-    return Path(result_dir).expanduser() / stage / data / f"{network}{depth}"
+    """``result_dir/<stage>/<data set>/<network><depth>``; a network of one's own is called as its function."""
+    name = network.rpartition(":")[2] if is_own(network) else f"{network}{depth}"
+    return Path(result_dir).expanduser() / stage / data / name
 
 
 class Run:

@@ -1,0 +1,122 @@
+"""A network of the user's own through the commands: pruned, in a cascade, exported, and what can go wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import own_networks
+import pytest
+import torch
+from commands import ROOT, run
+
+import main_cascade
+import main_prune
+from deploy import export, predict
+from models import OwnNetwork, own
+from utils.errors import UserError
+from utils.runs.checkpoint import load_checkpoint
+
+SOURCE = str(ROOT / "tests" / "own_networks.py")
+
+
+def settings(data: Path, results: Path, function: str = "small", **more: object) -> list[str]:
+    given = {
+        "network": f"{SOURCE}:{function}", "resize": 8, "data_dir": data, "result_dir": results, "batch_size": 32,
+        "num_workers": 1, "max_iter": 2, "max_accuracy_drop": 0.9, "epochs_start": 1, "epochs_end": 1,
+        "val_fraction": 0.2, "no_flip": "true", "round_to": 4, "fisher_images": 60, **more,
+    }  # fmt: skip
+    return ["--config_path", str(ROOT / "config.json"), *(f"--set={key}={value}" for key, value in given.items())]
+
+
+@pytest.fixture(scope="module")
+def pruned(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Results of stage 2 on a network of the user's own, and the file with its weights."""
+    folder = tmp_path_factory.mktemp("own")
+    torch.manual_seed(1)
+    weights = {f"module.{name}": value for name, value in own_networks.small().state_dict().items()}
+    torch.save({"state_dict": weights, "epoch": 3}, folder / "small.pth")
+    normalisation = {"mean": "[0.5,0.5,0.5]", "std": "[0.2,0.2,0.2]"}
+    given = settings(shapes, folder / "results", checkpoint=folder / "small.pth", **normalisation)
+    assert "| w/ Static Pruning only |" in run("pruned", given).stdout
+    return folder / "results", folder / "small.pth"
+
+
+def test_the_given_network_is_the_first_row(pruned, shapes, monkeypatch):
+    results, weights = pruned
+    (given,) = results.glob("sp/shapes/small/*/best.pt")
+    checkpoint = load_checkpoint(given)
+    monkeypatch.setattr(own, "_allowed", [f"{SOURCE}:small"])
+    expected = torch.load(weights, weights_only=True)["state_dict"]
+    for name, value in checkpoint.network().network.state_dict().items():
+        assert torch.equal(value, expected[f"module.{name}"])
+    assert checkpoint.normalisation == {"mean": [0.5] * 3, "std": [0.2] * 3}
+    (record,) = results.glob("sp/shapes/small/*/record.json")
+    assert json.loads(record.read_text())["parameters"] == sum(p.numel() for p in own_networks.small().parameters())
+
+
+def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):
+    (best,) = pruned[0].glob("pruned/shapes/small/*/best.pt")
+    checkpoint = load_checkpoint(best)
+    with pytest.raises(UserError, match="which loading it would run: add --network"):
+        checkpoint.network()
+    monkeypatch.setattr(own, "_allowed", ["elsewhere/own_networks.py:small", f"{SOURCE}:small"])
+    network = checkpoint.network()
+    assert isinstance(network, OwnNetwork) and network.architecture == checkpoint.architecture
+    assert checkpoint.architecture["layers"], "some layers have other forms"
+    assert sum(p.numel() for p in network.parameters()) < checkpoint.original["parameters"]
+    record = json.loads((best.parent / "record.json").read_text())
+    assert record["gflops"] < checkpoint.original["flops"] / 1e9 and record["latency_ms"] > 0
+
+
+def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(own, "_allowed", [])
+    place = ["--resize", "8", "--num_workers", "1", "--data_dir", str(shapes), "--result_dir", str(pruned[0])]
+    function = ["--network", f"{SOURCE}:small"]
+    monkeypatch.setattr(sys, "argv", ["main_cascade.py", *place, *function, "--max_accuracy_drop", "0.9"])
+    main_cascade.main()
+    assert "| w/ Static Pruning and Cascade |" in capsys.readouterr().out
+    (best,) = pruned[0].glob("cascade/shapes/small/*/best.pt")
+    monkeypatch.setattr(own, "_allowed", [])
+    given = ["--checkpoint", str(best), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["export.py", *given])
+    with pytest.raises(UserError, match="which loading it would run"):
+        export.main()
+    monkeypatch.setattr(sys, "argv", ["export.py", *given, *function])
+    export.main()
+    image, said = str(next((shapes / "test").glob("*/*.png"))), []
+    for source in (["--onnx", str(tmp_path)], ["--checkpoint", str(best), *function]):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["predict.py", *source[:2], image, *source[2:]])
+        predict.main()
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and " answered" in said[0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"network": "nowhere.py:small"}, "nowhere.py cannot be imported (FileNotFoundError"),
+        ({"network": "small"}, "it takes resnet, or file.py:function of your own"),
+        ({"function": "absent"}, "has no function absent: it has"),
+        ({"function": "with_argument"}, "raised TypeError"),
+        ({"function": "not_a_module"}, "returned int: it has to return a torch.nn.Module"),
+        ({"function": "four_classes"}, "tells 4 classes apart and the data has 3"),
+        ({"function": "pair"}, "the network returned a tuple: it has to return scores [images, classes]"),
+        ({"function": "large"}, "cannot take images of 8x8 pixels"),
+        ({"checkpoint": "missing.pth"}, "missing.pth does not exist"),
+        ({"checkpoint": SOURCE}, "cannot be read"),
+        (
+            {"function": "four_classes", "checkpoint": "WEIGHTS"},
+            "2 of 11 weights differ, head.weight is [3, 32] in the file",
+        ),
+        ({"mean": "[0.5,0.5]"}, "mean is [0.5, 0.5]: it takes three numbers"),
+        ({"mean": "[0.5,0.5,0.5]"}, "give both, deviations above 0, or neither"),
+    ],
+)
+def test_what_users_get_wrong(change: dict, message: str, pruned, shapes, tmp_path, monkeypatch):
+    change = {key: str(pruned[1]) if value == "WEIGHTS" else value for key, value in change.items()}
+    monkeypatch.setattr(own, "_allowed", [])
+    monkeypatch.setattr(sys, "argv", ["main_prune.py", *settings(shapes, tmp_path, **change)])
+    with pytest.raises(UserError) as raised:
+        main_prune.main()
+    assert message in str(raised.value)

@@ -1,0 +1,147 @@
+"""A network that its user brings becomes the run of stage 1 that all other commands start from."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import OwnNetwork
+from training.evaluate import Evaluator
+from training.norms import placed
+from training.report import Chosen, MeasureSpeeds, report
+from training.scalars import EPOCH_CHARTS
+from utils.data.augment import Normalisation
+from utils.data.batches import split_data, training_normalisation
+from utils.data.folder import DataSet
+from utils.errors import UserError
+from utils.flops import network_cost
+from utils.runs.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
+from utils.runs.run import BEST, Run, stage_folder
+from utils.settings import as_dictionary
+
+WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the weights
+
+
+def register_given(settings: Any, data: DataSet, device: torch.device, measure_speeds: MeasureSpeeds) -> None:
+    """Evaluate the network as it was given and leave it as a finished run of stage 1, once however often it is pruned.
+
+    Args:
+        settings: of stage 2 (``pruning.settings.PruneSettings``): ``network`` is its function, ``checkpoint`` a file
+            with its weights.
+
+    Raises:
+        UserError: for a function, weights or an output that do not fit.
+    """
+    network = given_network(settings, len(data.classes))
+    splits = split_data(data, settings.val_fraction, settings.seed).to(device)
+    if settings.mean:
+        normalisation = Normalisation(tuple(settings.mean), tuple(settings.std))
+    else:
+        normalisation = training_normalisation(splits.train)
+    cost = network_cost(network, settings.resize)
+    given = Checkpoint(
+        stage="sp",
+        architecture=network.architecture,
+        weights=network.state_dict(),
+        normalisation=describe(normalisation),
+        classes=list(data.classes),
+        data={
+            "name": data.name,
+            "image_size": settings.resize,
+            "flip": not settings.no_flip,
+            "val_fraction": settings.val_fraction,
+            "split_seed": settings.seed,
+            **splits.identity,
+        },
+        metrics={},
+        original={},
+        seed=settings.seed,
+    )
+    parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
+    if any(_same(given, path) for path in parent.glob(f"*/{BEST}")):
+        return
+    with Run.new(parent, as_dictionary(settings), EPOCH_CHARTS) as run:
+        run.say(f"{run.path}: {settings.network} as it was given, {cost.parameters:,} parameters, {cost.flops:,} FLOPs")
+        given.metrics = Evaluator(splits.val, normalisation, settings.resize)(placed(network, device)).metrics
+        given.original = {
+            "accuracy": given.metrics["accuracy"], "parameters": cost.parameters, "flops": cost.flops,
+        }  # fmt: skip
+        save_checkpoint(run.path / BEST, given)
+        report(settings.result_dir, run, Chosen(given, splits.val_name), splits.test, measure_speeds)
+
+
+def given_network(settings: Any, classes: int) -> OwnNetwork:
+    """The network that the settings name, with its weights, in evaluation mode.
+
+    Raises:
+        UserError: as ``register_given``.
+    """
+    try:
+        network = OwnNetwork(settings.network, classes).eval()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if settings.checkpoint:
+        _load(network.network, Path(settings.checkpoint).expanduser(), settings.network)
+    size = settings.resize
+    try:
+        with torch.no_grad():
+            outputs = network(torch.zeros(2, 3, size, size)).logits
+    except ValueError as error:
+        raise UserError(f"{settings.network}: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{settings.network} cannot take images of {size}x{size} pixels ({reason}): change resize"
+        ) from error
+    if outputs.shape[1] != classes:
+        raise UserError(
+            f"{settings.network} tells {outputs.shape[1]} classes apart and the data has {classes}: use the network or "
+            f"the data that belongs to the other"
+        )
+    return network
+
+
+def _load(network: torch.nn.Module, path: Path, source: str) -> None:
+    """Load a file with a ``state_dict``, also one that is wrapped, or of a network in ``DataParallel``."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist: give the file with the weights of {source}") from None
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(
+            f"checkpoint {path} cannot be read ({reason}): save the network's state_dict() again"
+        ) from error
+    for key in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"checkpoint {path} holds no state_dict: save the network's state_dict()")
+    weights = {name.removeprefix("module."): value for name, value in content.items()}
+    own = network.state_dict()
+    wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    wrong += [name for name in weights if name not in own]
+    if wrong:
+        name = wrong[0]
+        found, wanted = (list(d[name].shape) if name in d else "missing" for d in (weights, own))
+        raise UserError(
+            f"checkpoint {path} does not fit {source}: {len(wrong)} of {len(own)} weights differ, {name} is {found} in "
+            f"the file and {wanted} in the network"
+        )
+    network.load_state_dict(weights)
+
+
+def _same(given: Checkpoint, path: Path) -> bool:
+    """Whether a run of stage 1 is of the same network, weights and images."""
+    try:
+        other = load_checkpoint(path)
+    except UserError:
+        return False
+    keys = ("architecture", "normalisation", "classes")
+    if any(getattr(given, key) != getattr(other, key) for key in keys) or given.weights.keys() != other.weights.keys():
+        return False
+    return all(torch.equal(weight, other.weights[name]) for name, weight in given.weights.items()) and all(
+        torch.equal(value, other.data[key]) if isinstance(value, Tensor) else value == other.data.get(key)
+        for key, value in given.data.items()
+    )
