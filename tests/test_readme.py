@@ -48,7 +48,7 @@ def shown(value: object) -> str:
     """A default as the tables show it."""
     if isinstance(value, float):
         return f"{value:g}"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 def default_flag(f: Field) -> str:
