@@ -44,8 +44,10 @@ class Settings(RunSettings):
     """The flags of the cascade."""
 
     network: str = setting("resnet", NETWORK_HELP, check=check_network)
-    networks: tuple[str, ...] = setting((), "checkpoints to choose from; by default those that the stages left")
-    max_accuracy_drop: float = setting(0.01, "accuracy that may be lost against stage 1", low=0, high=1)
+    networks: tuple[str, ...] = setting((), "checkpoints to choose from; none: the networks that the stages left")
+    max_accuracy_drop: float = setting(
+        0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
+    )
     target_flops: float = setting(
         0.0, "share of stage 1's FLOPs to stay under, instead of the accuracy budget; 0: none", low=0, high=1
     )
@@ -177,8 +179,8 @@ def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, w
     answers = {"last": "the last one that ran answers", "mean": "the mean of those that ran answers"}[chosen.answer]
     worst = network_cost(best.network(), best.data["image_size"])
     run.say(
-        f"chosen: {' then '.join(names)}, handing on below a confidence of {thresholds}; {answers}: validation "
-        f"accuracy {chosen.accuracy:.2%} at {chosen.flops / 1e9:.4g} GFLOPs, "
+        f"chosen: {' then '.join(names)}, an image is handed on below a confidence of {thresholds}; {answers}: "
+        f"validation accuracy {chosen.accuracy:.2%} at {chosen.flops / 1e9:.4g} GFLOPs, "
         f"{chosen.flops / best.original['flops']:.1%} of stage 1's"
     )
     run.say(f"worst case, all members run: {worst.flops / 1e9:.4g} GFLOPs; {worst.parameters:,} parameters together")
@@ -202,8 +204,9 @@ def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:
     with run.going_on_without("routing.json"):
         write_json(run.path / "routing.json", routing)
     run.say(
-        f"test images: {routing['handed_on']:.1%} are handed on; on the others the first network has "
-        f"{routing['accuracy_first_kept']:.2%}, on these {routing['accuracy_first_handed_on'] or 0:.2%}"
+        f"test images: the first network hands on {routing['handed_on']:.1%}; its accuracy is "
+        f"{routing['accuracy_first_kept']:.2%} on those that it keeps, and would be "
+        f"{routing['accuracy_first_handed_on'] or 0:.2%} on the others"
     )
 
 

@@ -135,7 +135,7 @@ def main() -> None:
                 break
             smaller = prune(stage, network, progress)
             if smaller is None:
-                run.say("nothing more to prune: the target is met, or prune_ratio or prune_ratio_limit leaves nothing")
+                run.say("nothing more to prune: the target is met, or prune_ratio or prune_ratio_limit allows no more")
                 break
             network = smaller
 
@@ -161,7 +161,8 @@ def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Che
     path = source_path(start.source, settings.result_dir)
     missing = epochs_missing(path)
     if missing:
-        run.say(f"{start.source} is of a run of stage 1 with {missing} epochs left: its command with --resume ends it")
+        epochs = "1 epoch" if missing == 1 else f"{missing} epochs"
+        run.say(f"{start.source}: stage 1 still has {epochs} to train; rerun its command with --resume")
     return load_checkpoint(path)
 
 
@@ -298,9 +299,9 @@ def smallest_within_budget(
         run.say(f"chosen: iteration {best.progress['iteration']}, the smallest network within the budget")
         return best, True
     if iterations:
-        run.say("no iteration stayed within the budget: the unpruned network is kept; try a smaller prune_ratio")
+        run.say("no iteration met the budget; kept the unpruned network: try a smaller prune_ratio")
     else:
-        run.say("nothing was pruned: the network of stage 1 is kept")
+        run.say("nothing was pruned; kept the network of stage 1")
     kept = {"source": start.source, "seed": start.seed, "progress": PruningProgress().state_dict(), "training": {}}
     return replace(unpruned, stage="pruned", **kept), not iterations
 

@@ -61,31 +61,41 @@ class Settings(TrainingSettings):
     lr: float = with_default(TrainingSettings, "lr", 0.001)
     bs: int = with_default(TrainingSettings, "bs", 256)
     checkpoint: str = path_setting("", "network to start from; empty: the smallest of stage 2 within the budget")
-    alpha: float = setting(0.1, "reward for skipping everything, in nats of cross-entropy", low=0)
+    alpha: float = setting(
+        0.1, "reward for skipping every block, in nats of cross-entropy; where steering starts", low=0
+    )
     recipe: str = setting(
         "default",
-        "default, or published: all images draw, norms follow them, one SGD, alpha as given, no baseline, no teacher",
+        "default, or published as in SkipNet: all decisions are drawn, batch norms follow them, one SGD, fixed alpha, "
+        "no baseline, no distillation",
         choices=RECIPES,
     )
     gamma: float = setting(1.0, "discount of what follows a decision", low=0, high=1)
     closing: float = setting(
-        0.33, "share of the epochs, the last ones, in which the switches stay as they are and the network adapts",
+        0.33, "share of the epochs, at the end, in which the gates are frozen and only the network trains",
         low=0, high=1,
     )  # fmt: skip
-    gate_lr: float = setting(0.01, "learning rate of the gates at the start, of Adam", low=0)
-    rl_weight: float = setting(0.1, "weight of the policy loss beside the cross-entropy", low=0)
-    distill: float = setting(0.5, "weight of following the predictions of the network it starts from", low=0, high=1)
+    gate_lr: float = setting(0.01, "initial learning rate of the gates (Adam)", low=0)
+    rl_weight: float = setting(
+        0.1, "weight of the policy loss; it and the cross-entropy are means over the batch", low=0
+    )
+    distill: float = setting(
+        0.5, "weight of distillation from the network that stage 3 started from, every block run", low=0, high=1
+    )
     batch_norm: str = setting(
-        "frozen", "batch norms in training: frozen, or reestimate (anew before each validation)",
+        "frozen",
+        "statistics of the batch norms: frozen, or reestimate (measured again before each validation)",
         choices=BATCH_NORM_MODES,
-    )  # fmt: skip
-    max_accuracy_drop: float = setting(0.01, "accuracy that may be lost against stage 1", low=0, high=1)
+    )
+    max_accuracy_drop: float = setting(
+        0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
+    )
     target_computation: float | None = setting(
-        None, "share of the FLOPs to execute, instead of the accuracy budget", low=0, high=1
+        None, "steer to this share of executed FLOPs instead of to the accuracy", low=0, high=1
     )
     settle: float = setting(
         0.5,
-        "share of images that a switch has to decide alike for, to be fixed at the end where that pays",
+        "a switch may be fixed at the end if it decides the same for at least this share of the images",
         low=0.5,
         high=1,
     )
@@ -286,7 +296,7 @@ def finish(stage: Stage, test: Images) -> None:
     """Say what was chosen, draw what its switches do, and report."""
     run, settings, best = stage.run, stage.settings, stage.keeper.best()
     within_budget = best.progress["best"][0]
-    met = "the best within the budget" if within_budget else "the nearest to the budget, which no epoch met"
+    met = "the best within the budget" if within_budget else "no epoch met the budget; kept the closest"
     run.say(f"chosen: epoch {best.progress['step']}, {met}")
     if (run.path / BEFORE_FIXING).exists():  # a run that was interrupted below has fixed switches before
         best = load_checkpoint(run.path / BEFORE_FIXING)
@@ -305,9 +315,9 @@ def with_fixed(stage: Stage, best: Checkpoint) -> Checkpoint:
     if found is not None:
         before, after = found.before, found.after
         run.say(
-            f"switches fixed to what they mostly decide, {fixed_blocks_text(found.network)}: {stage.val_name} accuracy "
+            f"switches fixed to their usual decision, {fixed_blocks_text(found.network)}: {stage.val_name} accuracy "
             f"{before.accuracy:.2%} -> {after.accuracy:.2%}, computation {before.computation:.1%} -> "
-            f"{after.computation:.1%} ({BEFORE_FIXING} has the network as it was)"
+            f"{after.computation:.1%} ({BEFORE_FIXING} keeps the network before that)"
         )
         save_checkpoint(run.path / BEFORE_FIXING, best)
         weights = {name: tensor.cpu() for name, tensor in found.network.state_dict().items()}
@@ -319,7 +329,7 @@ def with_fixed(stage: Stage, best: Checkpoint) -> Checkpoint:
 def go_back(stage: Stage) -> dict[str, float]:
     """After a collapse: train on from the best network; its accuracy and computation."""
     stage.run.say(
-        f"accuracy is far below {stage.budget.floor:.2%}: back to the best network (a smaller --lr or "
+        f"accuracy is far below {stage.budget.floor:.2%}; going back to the best network (a smaller --lr or "
         f"--batch_norm reestimate may prevent this)"
     )
     stand_on_best(stage)

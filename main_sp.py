@@ -47,9 +47,13 @@ class Settings(TrainingSettings):
     """The flags of stage 1."""
 
     width: int = setting(64, "channels of the first group; the others have 2x and 4x", low=1, high=MOST_CHANNELS)
-    gate: str = setting("rnn", "kind of switch: recurrent, two feed-forward kinds, or none", choices=GATES)
-    val_fraction: float = setting(0.1, "share of the training images set aside for validation", low=0, below=1)
-    no_flip: bool = setting(False, "do not mirror images (for digits and the like)")
+    gate: str = setting(
+        "rnn", "kind of switch: rnn (one LSTM for all), ff1, ff2 (small convolutional networks) or none", choices=GATES
+    )
+    val_fraction: float = setting(
+        0.1, "share of the training images set aside as validation images; 0: none", low=0, below=1
+    )
+    no_flip: bool = setting(False, "do not mirror images, for example digits")
 
 
 def main() -> None:
@@ -79,7 +83,7 @@ def main() -> None:
         )
         for note in splits.notes:
             run.say(note)
-        run.say(f"{settings.network}{settings.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an image")
+        run.say(f"{settings.network}{settings.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs per image")
         progress = Progress()
         start = first_checkpoint(settings, data, splits, normalisation, cost)
         keeper = Keeper(run, start, network, progress, {"optimiser": optimiser, "random": randomness})

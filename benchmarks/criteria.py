@@ -250,7 +250,7 @@ def table(rows: list[dict], whole: float) -> str:
     lines = [
         f"Validation accuracy in %, mean ± deviation over seeds; unpruned {100 * whole:.2f}.",
         "",
-        "| FLOPs | criterion | parameters | before fine-tuning | with batch norms anew | after fine-tuning |",
+        "| FLOPs | criterion | parameters | before fine-tuning | with batch norms measured again | after fine-tuning |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -153,7 +153,8 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
             "",
             "## At as many executed FLOPs",
             "",
-            "| method | seeds | accuracy | points ahead of (c) | GFLOPs executed | parameters | 1 image | 32 images |",
+            "| method | seeds | accuracy | percentage points ahead of (c) | GFLOPs executed | parameters "
+            "| 1 image | 32 images |",
         ]
         lines += ["|---|---|---|---|---|---|---|---|"]
         for method, name in ALTERNATIVES.items():
@@ -169,7 +170,7 @@ def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
         routes = spread(m["bits_of_routes"] for m in found["switches"])
         lines += [
             "",
-            f"Decisions tell {routes} bits of an image; the switches' own entropies add up to {spread(bits)} bits.",
+            f"The decision pattern has {routes} bits of entropy; single switches add up to {spread(bits)} bits.",
         ]
     lines += static_pruning({"with switches": stages, "without": reference})
     if alone := static_alone(results):

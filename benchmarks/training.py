@@ -60,7 +60,7 @@ MATRIX = 8192
 STARTS = 5  # times that a first batch is waited for, of each kind
 MATRIX_RATE = "bf16 matrix product"
 HEADER = (
-    "| training | images a second (quartiles) | against | ratio | GFLOPs an image | share of bf16 rate "
+    "| training | images a second (quartiles) | against | ratio | GFLOPs per image | share of bf16 rate "
     "| GPU memory |\n|---|---|---|---|---|---|---|"
 )
 
@@ -103,7 +103,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--resize", type=number(int, 8), default=32, help="height and width of the images")
     add("--bs", type=number(int, 2), default=128, help="images in a batch")
     add("--num_workers", type=number(int, 0), default=16, help="workers of the plain loop, and threads that decode")
-    add("--precision", choices=PRECISIONS, default="auto", help="of products in the three stages' steps")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="precision of convolutions and matrix products in the three stages' steps",
+    )
     add("--compile", action="store_true", help="compile the three stages' steps")
     add("--threads", type=number(int, 1), default=torch.get_num_threads(), help="CPU threads of PyTorch")
     add("--seconds", type=number(float, 0), default=120.0, help="time of all rounds, 5 rounds at least")
@@ -161,7 +166,7 @@ def given(args: argparse.Namespace) -> Path:
     """The data folder that the command names."""
     root = Path(args.data_dir).expanduser().resolve()
     if not (root / "train").is_dir():
-        raise UserError(f"data folder {root} has no train/: the plain loop reads image files, one folder a class")
+        raise UserError(f"data folder {root} has no train/: the plain loop reads image files, one folder per class")
     return root
 
 

@@ -47,7 +47,7 @@ def main() -> None:
     for source in args.network:
         allow(source)
     if args.int8 and not args.data_dir:
-        raise UserError("--int8 is calibrated on training images and none were given: add --data_dir")
+        raise UserError("--int8 needs training images for its calibration, and none were given: add --data_dir")
     checkpoint = load_checkpoint(args.checkpoint)
     network = checkpoint.network()
     size = checkpoint.data["image_size"]
@@ -68,7 +68,7 @@ def main() -> None:
     if args.int8:
         models[INT8], labels["files"][INT8] = int8_version(models[NETWORK], checkpoint, data)
         print("{}: accuracy {int8_accuracy:.2%}, {float_accuracy:.2%} in float32".format(INT8, **labels["files"][INT8]))
-        print(f"{INT8} answers alike on every CPU; it is faster than {NETWORK} only where the CPU has VNNI")
+        print(f"{INT8} gives the same answers on every CPU; it is faster than {NETWORK} only on CPUs with VNNI")
     write_folder(args.output, models, labels)
     print(f"{', '.join(models)} and {LABELS} are in {args.output}")
 
@@ -115,7 +115,7 @@ def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[
     try:
         write_together(folder, contents, {NETWORK, ROUTED, INT8} - set(contents))
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}): free space or choose another --output") from None
+        raise UserError(f"{folder} cannot be written ({error}): free disk space or choose another --output") from None
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def draw_frontier(found: Sequence[Candidate], chosen: Candidate, floor: float | 
         axis.plot([c.flops / 1e9 for c in candidates], [c.accuracy for c in candidates], label=label, **style)
     if floor is not None:
         axis.axhline(floor, color="#999999", linestyle=":", label="budget")
-    axis.set(xlabel="mean executed GFLOPs of an image", ylabel="accuracy on the validation images")
+    axis.set(xlabel="mean executed GFLOPs per image", ylabel="accuracy on the validation images")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

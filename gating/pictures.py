@@ -17,7 +17,7 @@ def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
     figure = Figure(figsize=(2 + 0.5 * passing.shape[1], 1.2 + 0.22 * len(classes)), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(passing, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axis.set(xlabel="switch", title="share of test images that pass")
+    axis.set(xlabel="switch", ylabel="class", title="share of test images for which the block runs")
     axis.set_xticks(range(passing.shape[1]), [str(i + 1) for i in range(passing.shape[1])])
     axis.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) > 20 else 9, parse_math=False)
     figure.colorbar(image, ax=axis, format=PercentFormatter(1))
@@ -30,7 +30,7 @@ def draw_executed(executed: Tensor, flops_all: float) -> Figure:
     axis = figure.subplots()
     axis.hist(executed.numpy() / flops_all, bins=50, range=(0, 1), color="#1f77b4")
     axis.axvline(executed.mean().item() / flops_all, color="#d62728", label="mean")
-    axis.set(xlabel="executed FLOPs over the FLOPs of every block", ylabel="test images")
+    axis.set(xlabel="executed FLOPs, % of the FLOPs with every block run", ylabel="test images")
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.legend()
     return figure
@@ -56,7 +56,7 @@ def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str],
                 for column, i in enumerate(members.tolist(), start):
                     row[column].imshow(images[i : i + 1].pixels[0].cpu().permute(1, 2, 0).numpy())
                     row[column].set_title(f"{executed[i].item() / 1e6:.2f}", fontsize=7, pad=2)
-        figure.suptitle("least costly <- class -> most costly test images (MFLOPs)")
+        figure.suptitle("cheapest test images  <  class  >  most expensive test images (executed MFLOPs)")
         yield figure
 
 
@@ -74,7 +74,7 @@ def draw_path(accuracies: Sequence[float], executed: Sequence[float], floor: flo
     axis.plot(mflops, accuracies, color="#999999", linewidth=0.8)
     points = axis.scatter(mflops, accuracies, c=range(len(mflops)), cmap="viridis", zorder=3, s=18)
     axis.axhline(floor, color="#d62728", linestyle=":", label="budget")
-    axis.set(xlabel="mean executed MFLOPs of an image", ylabel="accuracy of thresholded switches")
+    axis.set(xlabel="mean executed MFLOPs per image", ylabel="accuracy with thresholded decisions")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.legend()
     figure.colorbar(points, ax=axis, label="epoch")

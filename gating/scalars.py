@@ -49,7 +49,7 @@ def policy_line(
             f"{train.entropy:.3f}"
         )
     else:
-        trained = f"switches as they are  loss {train.loss:.4f}"
+        trained = f"gates frozen  loss {train.loss:.4f}"
     return (
         f"{title}  {trained}  {val_name}: accuracy {val.accuracy:.2%} (every block {every_block.accuracy:.2%})  "
         f"computation {val.computation:.1%} (threshold 0.5: {at_half.accuracy:.2%} at {at_half.computation:.1%})"

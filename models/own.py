@@ -68,7 +68,7 @@ def _function(source: str) -> Callable[[], Any]:
     try:
         module = _module(place)
     except Exception as error:
-        raise ValueError(f"{place} cannot be imported ({type(error).__name__}: {error}): mend it there") from error
+        raise ValueError(f"{place} cannot be imported ({type(error).__name__}: {error}): correct it there") from error
     function = getattr(module, name, None)
     if not callable(function):
         found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -36,20 +36,20 @@ class Method:
 
     criterion: str = setting(
         "eigendamage",
-        "what decides: directions of the eigenbasis (eigendamage), or whole channels inside of blocks (the others)",
+        "pruning criterion: directions of the eigenbasis (eigendamage), or whole channels inside blocks (the others)",
         choices=CRITERIA,
     )
     decomposition: str = setting(
         "best",
-        "what eigendamage makes of a layer: 1x1 - core - 1x1 in the subspaces that lose least (tucker), a depthwise "
-        "separable layer (depthwise), whichever of both is predicted to lose less (best), or, as published, 1x1 - core "
-        "- 1x1 of single directions chosen one by one (truncate)",
+        "form that eigendamage gives a layer: 1x1 - core - 1x1 in the subspaces that lose least (tucker), a depthwise "
+        "separable layer (depthwise), the better of both (best), or single directions one by one, as published "
+        "(truncate)",
         choices=DECOMPOSITIONS,
     )
     objective: str = setting(
         "flops",
-        "what prune_ratio is a share of, where there is no target: FLOPs or parameters; saliency: directions or "
-        "channels, which then go under one threshold, as published, with a target too (with truncate and channels)",
+        "without a target, prune_ratio is a share of the FLOPs or of the parameters; saliency, with truncate and "
+        "channels: of directions or channels, which then compete under one threshold, as published, also with a target",
         choices=OBJECTIVES,
     )
     round_to: int = setting(
@@ -59,7 +59,7 @@ class Method:
         high=MOST_CHANNELS,
     )
     prune_ratio_limit: float = setting(
-        0.9, "largest share of its directions that a layer may lose in all", low=0, below=1
+        0.9, "largest share of its directions that a side of a layer may lose in total", low=0, below=1
     )
     normalize: bool = setting(
         False, "rank single directions or channels by their share of the layer's saliency, not by the saliency"
@@ -67,10 +67,10 @@ class Method:
     fisher_type: str = setting("true", "labels drawn from the prediction, or taken from the data", choices=FISHER_TYPES)
     fisher_draws: int = setting(1, "labels drawn for each image of the true Fisher", low=1, high=10**4)
     correct_eigenvalues: bool = setting(
-        True, "with truncate, measure the curvature in the eigenbasis (EK-FAC), at one pass more"
+        True, "with truncate, measure the curvature in the eigenbasis (EK-FAC), with one more pass"
     )
     refit: bool = setting(
-        True, "refit every rebuilt layer, from the input on, to what it computed, in two passes over some images"
+        True, "refit rebuilt layers, from the input on, to what they computed before, in two passes over some images"
     )
     regularization: float = setting(
         0.0, "curvature added to every weight or direction (eigendamage, c_obd and kron_obd)", low=0
@@ -110,14 +110,14 @@ class PruneSettings(Method, StageSettings):
     network: str = setting("resnet", NETWORK_HELP, check=check_network)
     width: int = setting(64, "width of the network of stage 1", low=1, high=MOST_CHANNELS)
     checkpoint: str = path_setting(
-        "", "checkpoint to prune; empty: the newest run of stage 1 that fits; of a network of your own its state_dict"
+        "", "checkpoint to prune; empty: the newest run of stage 1 that fits; for a network of your own its state_dict"
     )
-    mean: list = setting([], "of a network of your own: mean of each channel that it expects; empty: measured")
-    std: list = setting([], "of a network of your own: standard deviation of each channel that it expects")
+    mean: list = setting([], "for a network of your own: mean of each channel that it expects; empty: measured")
+    std: list = setting([], "for a network of your own: standard deviation of each channel that it expects")
     val_fraction: float = setting(
-        0.1, "of a network of your own: share of the training images set aside, where there is no val/", low=0, below=1
+        0.1, "for a network of your own: share of the training images set aside, if there is no val/", low=0, below=1
     )
-    no_flip: bool = setting(False, "of a network of your own: do not mirror images in fine-tuning")
+    no_flip: bool = setting(False, "for a network of your own: do not mirror images in fine-tuning")
     batch_size: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
     lr: float = setting(0.02, "learning rate at the start of each fine-tuning", low=0)
     scheduler_params: dict = setting(
@@ -129,7 +129,7 @@ class PruneSettings(Method, StageSettings):
     )
     prune_ratio: float = setting(
         0.3,
-        "where there is no target, the share of the FLOPs that one iteration takes away, or of what objective says",
+        "without a target: share of the FLOPs that one iteration takes away, or of what objective names",
         low=0,
         below=1,
     )
@@ -139,18 +139,16 @@ class PruneSettings(Method, StageSettings):
     target_parameters: float = setting(
         0.0, "parameters after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0
     )
-    fisher_images: int = setting(
-        10000, "training images that the Fisher is measured on (all, if there are fewer)", low=1, high=10**9
-    )
+    fisher_images: int = setting(10000, "training images for the Fisher (all, if there are fewer)", low=1, high=10**9)
     reestimate_batch_norm: bool = setting(
-        True, "without refit, measure the batch norms' statistics anew after surgery, on the images of the Fisher"
+        True, "measure the batch norms' statistics again after surgery, on the images of the Fisher (without refit)"
     )
     distill: float = setting(
-        0.5, "weight of following stage 1's predictions in fine-tuning, the rest being the labels'", low=0, high=1
+        0.5, "weight of distillation from stage 1's network in fine-tuning; the rest is the labels'", low=0, high=1
     )
     max_iter: int = setting(8, "iterations of prune, fine-tune, measure", low=1, high=10**4)
     max_accuracy_drop: float = setting(
-        0.01, "accuracy that may be lost against stage 1, 0.01 being a point", low=0, high=1
+        0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
     )
     log_interval: int = setting(1, "fine-tuning epochs between lines of the log", low=1, high=MOST_EPOCHS)
     exp_name: str = setting("", "name added to the folder of the run")

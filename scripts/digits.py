@@ -1,4 +1,4 @@
-"""Write scikit-learn's 1,797 handwritten digits (8x8 grey) as PNG files: train/ and test/, one folder a class."""
+"""Write scikit-learn's 1,797 handwritten digits (8x8 grey) as PNG files: train/ and test/, one folder per class."""
 
 import sys
 from pathlib import Path

@@ -97,7 +97,7 @@ def test_what_users_get_wrong(chain, shapes, tmp_path, monkeypatch):
         ({"thresholds": [0.5, 0.6]}, "2 networks and 2 thresholds"),
         ({"thresholds": [1.5]}, "architecture.thresholds is"),
         ({"answer": "first"}, "answer 'first' is unknown"),
-        ({"members": []}, "classes apart where one number belongs"),
+        ({"members": []}, "classes where one number belongs"),
     ],
 )
 def test_a_cascade_edited_by_hand(change: dict, message: str, tmp_path: Path):

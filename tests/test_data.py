@@ -151,7 +151,7 @@ def test_a_grey_value_of_16_bits_may_be_transparent(tmp_path: Path):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_32_bits_a_pixel_are_refused(tmp_path: Path, mode: str):
     path = write(tmp_path / "image.tif", Image.new(mode, (8, 8), 100))
-    with pytest.raises(UserError, match=f"image {path} cannot be read .it has 32 bits a pixel"):
+    with pytest.raises(UserError, match=f"image {path} cannot be read .it has 32 bits per pixel"):
         read_image(path, 8)
 
 

@@ -86,7 +86,7 @@ def test_those_that_vanished_are_counted_and_stay_set_aside_if_they_come_back():
     assert set(values(later.val)) == aside - set(gone)
     assert later.notes == (
         f"3 of {len(aside)} images that were set aside for validation are no longer in the data: {len(aside) - 3} are "
-        f"left to choose by",
+        f"left",
     )
     again = split_as_before(data_of(TRAIN, TEST), later.identity)
     assert set(values(again.val)) == aside and not set(values(again.train)) & aside

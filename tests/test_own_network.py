@@ -100,7 +100,7 @@ def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, monk
         ({"function": "absent"}, "has no function absent: it has"),
         ({"function": "with_argument"}, "raised TypeError"),
         ({"function": "not_a_module"}, "returned int: it has to return a torch.nn.Module"),
-        ({"function": "four_classes"}, "tells 4 classes apart and the data has 3"),
+        ({"function": "four_classes"}, "has 4 classes and the data has 3"),
         ({"function": "pair"}, "the network returned a tuple: it has to return scores [images, classes]"),
         ({"function": "large"}, "cannot take images of 8x8 pixels"),
         ({"checkpoint": "missing.pth"}, "missing.pth does not exist"),

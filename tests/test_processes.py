@@ -182,7 +182,7 @@ def test_a_process_that_falls_silent_ends_the_others_and_one_that_is_busy_does_n
         silent.process.kill()
     assert (done.returncode, done.stdout) == (2, "waiting\n")
     assert done.stderr == (
-        "error: process 1 has not been heard of for 2 s, so process 0 of 2 ends too; what was saved is kept: the same "
+        "error: process 1 has not responded for 2 s, so process 0 of 2 ends too; what was saved is kept: the same "
         "command with --resume continues from there\n"
     )
 
@@ -243,7 +243,7 @@ def test_a_shared_norm_in_bf16_rounds_its_output_alone():
 def test_processes_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, but nothing tells which process this is: use torchrun"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but LOCAL_RANK is not set: use torchrun"):
         parallel.distributed(lambda: None)()
 
 

@@ -135,7 +135,7 @@ def in_process(stage: str, given: list[str], monkeypatch: pytest.MonkeyPatch) ->
     [
         ("sp", ["--epochs", "1"], "epochs=5, not 1"),
         ("pruned", ["--set", "prune_ratio=0.4", "--set", "max_iter=1"], "prune_ratio=0.3, not 0.4"),
-        ("rl_pruned", ["--recipe", "published"], "recipe=default, not published"),
+        ("rl_pruned", ["--recipe", "published"], "recipe='default', not 'published'"),
     ],
 )
 def test_resuming_with_other_settings_starts_a_run_of_its_own(
@@ -148,7 +148,7 @@ def test_resuming_with_other_settings_starts_a_run_of_its_own(
     monkeypatch.setattr(speeds, "SECONDS", 0.0)
     in_process(stage, [*arguments(stage, shapes, results), *changed, "--resume"], monkeypatch)
     said = capsys.readouterr().out
-    assert "no run in" in said and f"{named}): this is a new one" in said
+    assert "no run in" in said and f"{named}): starting a new one" in said
     assert {path: path.read_bytes() for path in before} == before
     assert len(list(stage_folder(results, stage, "shapes", "resnet", 8).iterdir())) == 2
 
@@ -156,7 +156,7 @@ def test_resuming_with_other_settings_starts_a_run_of_its_own(
 def test_resuming_where_there_is_no_run_starts_one(shapes: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(speeds, "SECONDS", 0.0)
     in_process("sp", [*arguments("sp", shapes, tmp_path), "--epochs", "1", "--resume"], monkeypatch)
-    assert "there is no run to go on with in" in capsys.readouterr().out
+    assert "there is no run to continue in" in capsys.readouterr().out
     assert (run_folder(tmp_path, "sp") / BEST).exists()
 
 

@@ -96,7 +96,7 @@ def given_network(settings: Any, classes: int) -> OwnNetwork:
         ) from error
     if outputs.shape[1] != classes:
         raise UserError(
-            f"{settings.network} tells {outputs.shape[1]} classes apart and the data has {classes}: use the network or "
+            f"{settings.network} has {outputs.shape[1]} classes and the data has {classes}: use the network or "
             f"the data that belongs to the other"
         )
     return network

@@ -14,13 +14,16 @@ EPOCH_CHARTS = {
     "Overview": {
         "accuracy": ["Overview/accuracy_.*"],
         "loss": ["Overview/loss_.*"],
-        "computation, % of all FLOPs": ["Overview/computation_percentage", "Policy/setpoint_computation_percentage"],
+        "executed FLOPs, % of all": ["Overview/computation_percentage", "Policy/setpoint_computation_percentage"],
         "executed and all FLOPs": ["Overview/executed_flops", "Size/flops"],
         "learning rate": ["Overview/learning_rate"],
     },
     "Switches": {
-        "share of images that each lets pass": ["Switches/passing_.*"],
-        "accuracy as they decide and with every block": ["Overview/accuracy_val", "Switches/accuracy_val_every_block"],
+        "share of images for which the block runs": ["Switches/passing_.*"],
+        "accuracy with decisions and with every block run": [
+            "Overview/accuracy_val",
+            "Switches/accuracy_val_every_block",
+        ],
     },
 }
 

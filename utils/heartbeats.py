@@ -43,7 +43,7 @@ def heartbeats(rank: int, processes: int, lost: Callable[[str], None]) -> Iterat
         while not ended.wait(INTERVAL):
             for other, (count, last) in heard.items():
                 if count < GOODBYE and time.monotonic() - last > SILENCE:
-                    lost(f"process {other} has not been heard of for {SILENCE:.0f} s")
+                    lost(f"process {other} has not responded for {SILENCE:.0f} s")
 
     threads = [threading.Thread(target=target, daemon=True) for target in (beat, judge)]
     for thread in threads:

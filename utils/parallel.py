@@ -89,9 +89,7 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
 
 def _join() -> None:
     if "LOCAL_RANK" not in os.environ:
-        raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but nothing tells which process this is: use torchrun"
-        )
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but LOCAL_RANK is not set: use torchrun")
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus:
         if local >= gpus:

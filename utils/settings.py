@@ -26,7 +26,7 @@ MOST_CHANNELS = 2**10
 MOST_EPOCHS = 10**6
 MOST_SEED = 2**32 - 1
 
-RESUME = "go on with the newest unfinished run of this stage that has these settings, or start one"
+RESUME = "continue the newest unfinished run of this stage with these settings, or start one"
 
 Settings = TypeVar("Settings", bound="RunSettings")
 
@@ -101,7 +101,7 @@ class RunSettings:
     data_dir: str = path_setting(MISSING, "folder with train/ and test/, or with the CIFAR files of torchvision")
     result_dir: str = path_setting("results", "folder that all stages write to")
     img_type: str = setting("any", "image files to read", choices=tuple(IMAGE_TYPES))
-    resize: int = setting(32, "height and width images are brought to", low=8, high=MOST_PIXELS)
+    resize: int = setting(32, "height and width of the resized images", low=8, high=MOST_PIXELS)
     num_workers: int = setting(16, "threads that decode images", low=0, high=1024)
     seed: int = setting(0, "seed of weights, order, augmentation, drawn labels and decisions", low=0, high=MOST_SEED)
 
@@ -111,9 +111,12 @@ class StageSettings(RunSettings):
     """What all three stages take."""
 
     momentum: float = setting(0.9, "momentum of SGD, Nesterov's form", low=0, below=1)
-    weight_decay: float = setting(0.0005, "L2 penalty on every weight but the gates'", low=0)
+    weight_decay: float = setting(0.0005, "L2 penalty on all weights except the gates'", low=0)
     precision: str = setting(
-        "auto", "of products: bf16 or float32; auto is bf16 on GPUs that have it, else float32", choices=PRECISIONS
+        "auto",
+        "precision of convolutions and matrix products in training: bf16 or float32; auto is bf16 on GPUs that have "
+        "it, else float32",
+        choices=PRECISIONS,
     )
     compile: bool = setting(False, "compile the training step, for long runs on a GPU")
 
@@ -264,7 +267,7 @@ def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str
     except FileNotFoundError:
         raise UserError(f"settings file {path} does not exist: give --config_path config.json") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"settings file {path} is no valid JSON ({error}): mend it there") from None
+        raise UserError(f"settings file {path} is no valid JSON ({error}): correct it there") from None
     if not isinstance(content, dict):
         raise UserError(f"settings file {path} holds a {type(content).__name__}, not an object with keys and values")
     for override in overrides:
@@ -299,7 +302,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     for key, _ in pairs if len(content) < len(pairs) else ():
         if [name for name, _ in pairs].count(key) > 1:
-            raise UserError(f"the key {key!r} stands twice in the settings: leave one")
+            raise UserError(f"the key {key!r} stands twice in the settings: keep one")
     return content
 
 

@@ -105,7 +105,7 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     if vanished:
         notes.append(
             f"{vanished} of {len(known['set_aside'])} images that were set aside for validation are no longer in the "
-            f"data: {len(splits.val)} are left to choose by"
+            f"data: {len(splits.val)} are left"
         )
     if PARTS["train"] in changed:
         notes.append("training images were added or removed since the checkpoint was made: those there now are used")

@@ -37,8 +37,8 @@ def read_cifar(root: Path, download: bool) -> tuple[tuple[str, ...], Labelled, L
         ) from None
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"{name} could not be read from {root} or downloaded to it ({error}): mend that or put its files there by "
-            f"hand"
+            f"{name} could not be read from {root} or downloaded to it ({error}): correct that or put its files there "
+            f"by hand"
         ) from error
     return tuple(train.classes), *((part.data, np.asarray(part.targets, np.int64)) for part in (train, test))
 

@@ -1,6 +1,6 @@
 """Labelled images, found on disk and decoded once into memory.
 
-A data folder is either image files (``train/`` and ``test/``, one folder a class) or, where it has no ``train/``, the
+A data folder is either image files (``train/`` and ``test/``, one folder per class) or, where it has no ``train/``, the
 files that torchvision downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that are too many for
 the memory are decoded batch by batch instead; the batches are the same.
 """
@@ -94,7 +94,7 @@ def _load(root: Path, image_type: str, size: int, workers: int, download: bool) 
     if "train" not in parts or len(parts) == 1:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
         raise UserError(
-            f"data folder {root} holds {found}, but needs train/ and test/ with one folder a class, or one of "
+            f"data folder {root} holds {found}, but needs train/ and test/ with one folder per class, or one of "
             f"{', '.join(CIFAR_FOLDERS.values())} (--download fetches those)"
         )
     if "test" not in parts:

@@ -205,7 +205,7 @@ def in_rgb(image: Image.Image, size: int) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS_AS_I):
         image = _eight_bits(image)
     if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a pixel, of which no value is known to be white: 8 or 16 bits are needed")
+        raise ValueError("it has 32 bits per pixel, and nothing says which value is white: 8 or 16 bits are needed")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

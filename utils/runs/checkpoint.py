@@ -75,7 +75,7 @@ def atomic_save(path: Path, content: Any) -> None:
         if isinstance(error.__context__, KeyboardInterrupt | UserError):
             raise error.__context__ from None
         raise UserError(
-            f"checkpoint {path} cannot be written ({error}): free space or choose another folder"
+            f"checkpoint {path} cannot be written ({error}): free disk space or choose another folder"
         ) from error
 
 

@@ -157,7 +157,7 @@ def _checked_outputs(prefix: str, architecture: Mapping[str, Any]) -> int:
             raise ValueError(f"{prefix}members.{i} is a cascade, which no member can be")
         outputs.add(_checked_outputs(f"{prefix}members.{i}.", member))
     if len(outputs) != 1:
-        raise ValueError(f"{prefix}members tell {sorted(outputs)} classes apart where one number belongs")
+        raise ValueError(f"{prefix}members have {sorted(outputs)} classes where one number belongs")
     return outputs.pop()
 
 

@@ -197,7 +197,7 @@ def _others(taken: Path, found: Found, unfit: dict[Path, UserError], settings: A
     for title, names in (("not taken", fitting), ("do not fit", unfitting)):
         if names:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            lines.append(f"{title}: {', '.join(names[:NAMED])}{more} (checkpoint names one)")
+            lines.append(f"{title}: {', '.join(names[:NAMED])}{more} (set checkpoint to choose one)")
     return lines
 
 

@@ -65,7 +65,9 @@ def save_records(result_dir: Path, records: list[Record]) -> None:
         try:
             write_json(folder / RECORD, record)
         except OSError as error:
-            raise UserError(f"results cannot be written to {folder} ({error}): free space or mend its rights") from None
+            raise UserError(
+                f"results cannot be written to {folder} ({error}): free disk space or fix permissions"
+            ) from None
 
 
 @contextmanager

@@ -26,7 +26,9 @@ def write_results(result_dir: Path, records: list[Record]) -> None:
         with atomic_write(result_dir / "results.png") as file:
             results_picture(records).savefig(file, format="png", dpi=120)
     except OSError as error:
-        raise UserError(f"results cannot be written to {result_dir} ({error}): free space or mend its rights") from None
+        raise UserError(
+            f"results cannot be written to {result_dir} ({error}): free disk space or fix permissions"
+        ) from None
 
 
 def _subject(record: Record) -> tuple:
@@ -80,10 +82,10 @@ def _marks(before: Record | None, record: Record, footnotes: dict[str, str]) -> 
     """The marks of a row's footnotes; those that are not among ``footnotes`` (mark by text) yet are added to them."""
     texts = []
     if record["selected_on"] == "test":
-        text = "chosen on the test images, for want of validation images: its accuracy flatters."
+        text = "chosen on the test images, as there are no validation images: its accuracy is too optimistic."
         texts.append((text, "test"))
     if not record.get("within_budget", True):
-        text = "no network met the budget; this is the nearest to it, or the one it started from."
+        text = "no network met the budget; this is the closest, or the network that the stage started from."
         texts.append((text, "budget"))
     if _other_source(before, record):
         others = sum(mark.startswith("source") for mark in footnotes.values())
@@ -129,7 +131,7 @@ def results_picture(records: list[Record]) -> Figure:
         axes[0][column].set_title(_title(chain[0]), fontsize=9, parse_math=False)
         if rows == 2:
             measured = [r for r in chain if r.get("latency_ms")]
-            _draw_panel(axes[1][column], measured, "latency_ms", "measured milliseconds for one image")
+            _draw_panel(axes[1][column], measured, "latency_ms", "latency of one image, ms")
     return figure
 
 
@@ -154,5 +156,7 @@ def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.grid(alpha=0.3)
     if chain:
-        axis.axhline(shown_accuracy(chain[0]) - 0.01, color="#999999", linestyle=":", label="one point below the first")
+        axis.axhline(
+            shown_accuracy(chain[0]) - 0.01, color="#999999", linestyle=":", label="1 percentage point below stage 1"
+        )
         axis.legend(loc="best", fontsize=8)

@@ -148,7 +148,7 @@ class Run:
         except OSError as error:
             if what not in self._warned:
                 self._warned.add(what)
-                self.say(f"{what} in {self.path} cannot be written ({error.strerror or error}): going on without")
+                self.say(f"{what} in {self.path} cannot be written ({error.strerror or error}): continuing without it")
 
     def close(self) -> None:
         for handler in self._handlers:
@@ -176,7 +176,7 @@ def _reserved(path: Path) -> FileLock | None:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"{path} is being written by another process: wait for that, or start a run of its own without --resume"
+            f"{path} is being written by another process: wait until it ends, or start a separate run without --resume"
         ) from None
     except (OSError, NotImplementedError):
         return None
@@ -236,11 +236,11 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
     earlier = started_runs(parent)
     run = Run.new(parent, arguments, charts, arguments.get("exp_name", ""))
     if resume and not earlier:
-        run.say(f"there is no run to go on with in {parent}: this is a new one")
+        run.say(f"there is no run to continue in {parent}: starting a new one")
     elif resume:
         run.say(
             f"no run in {parent} has these settings ({earlier[-1].name}: {_differing(earlier[-1], settings)}): "
-            f"this is a new one"
+            "starting a new one"
         )
     return run
 
@@ -314,7 +314,9 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._warned:
             self._warned = True
-            print(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}): going on without", file=sys.stderr)
+            print(
+                f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}): continuing without it", file=sys.stderr
+            )
 
 
 class _AboveTheBar(logging.Handler):
