@@ -1,7 +1,7 @@
-"""The cascade: a small network answers what it is sure of and hands the rest on to the next.
+"""The cascade: a small network answers if it is confident and hands other images on to the next network.
 
-Takes the networks that the stages left, or those named, and searches which of them to put in front of which, and when
-to hand on.  Nothing is trained.  Writes result_dir/cascade/<data set>/<network><depth>/<run>/ and the results table.
+Takes the networks that the stages left, or those named, and searches for the best order and thresholds.  Nothing is
+trained.  Writes result_dir/cascade/<data set>/<network><depth>/<run>/ and the results table.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -36,7 +36,7 @@ from utils.runs.predecessors import Found, cascade_networks, relative_to_results
 from utils.runs.run import BEST, Run, open_run, stage_folder
 from utils.settings import NETWORK_HELP, RunSettings, check_network, parse_flags, setting
 
-PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}  # of a cascade, whose members normalise by themselves
+PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}  # of a cascade: its members normalise by themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def predicted(networks: Found, images: Images) -> list[Predictions]:
 
 
 def reference_of(networks: Found) -> int:
-    """Index of the network that the budget is counted from: stage 1's or, where none is given, the most accurate."""
+    """Index of the network that the budget refers to: stage 1's or, if it is not among them, the most accurate."""
     of_stage_1 = [i for i, (_, checkpoint) in enumerate(networks) if checkpoint.stage == "sp"]
     return max(of_stage_1 or range(len(networks)), key=lambda i: networks[i][1].metrics["accuracy"])
 
@@ -126,10 +126,10 @@ def reference_of(networks: Found) -> int:
 def choose(
     found: list[Candidate], predictions: list[Predictions], labels: Tensor, networks: Found, settings: Settings
 ) -> tuple[Candidate, bool]:
-    """The cascade that serves the budget best, and whether it keeps it; the most accurate one where none does.
+    """The best cascade within the budget, and whether there is one; else the most accurate cascade.
 
     Raises:
-        UserError: for a target in FLOPs below every cascade.
+        UserError: if the target in FLOPs is below that of every cascade.
     """
     reference = reference_of(networks)
     cascades = [candidate for candidate in found if len(candidate.members) > 1]
@@ -173,7 +173,7 @@ def checkpoint_of(networks: Found, chosen: Candidate, settings: Settings) -> Che
 
 
 def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, within_budget: bool) -> None:
-    """Say which networks answer in turn, when they hand on, and what that costs."""
+    """Log which networks answer in turn, when they hand on, and the cost."""
     names = [f"{Path(networks[i][0]).parent.name}/{Path(networks[i][0]).name}" for i in chosen.members]
     thresholds = ", ".join(f"{threshold:.4f}" for threshold in chosen.thresholds)
     answers = {"last": "the last one that ran answers", "mean": "the mean of those that ran answers"}[chosen.answer]
@@ -189,7 +189,7 @@ def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, w
 
 
 def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:
-    """Draw and write who answers which test images, and what the decision knows."""
+    """Draw and write which member answers which test images, and how well the decision separates them."""
     members = [networks[i] for i in chosen.members]
     predictions, labels, classes = predicted(members, test), test.labels.cpu(), members[0][1].classes
     if not parallel.is_main_process():

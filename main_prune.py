@@ -65,7 +65,7 @@ def parse_arguments() -> tuple[PruneSettings, bool]:
 
 @dataclass
 class PruningProgress(Progress):
-    """How far stage 2 has come; ``best`` is that of its iteration."""
+    """The progress of stage 2; ``best`` is that of the current iteration."""
 
     iteration: int = 0
     epoch: int = 0  # of fine-tuning in this iteration
@@ -82,7 +82,7 @@ class Stage:
     device: torch.device
     precision: torch.dtype
     randomness: Randomness
-    start: Checkpoint  # stage 1's network, or where an interrupted run goes on
+    start: Checkpoint  # stage 1's network, or where an interrupted run continues
     loss_fn: LossFn | None  # of fine-tuning, where it follows stage 1's network
 
     @property
@@ -122,7 +122,7 @@ def main() -> None:
         if last:
             keeper.resume(last.checkpoint)
         else:
-            keeper.save_last()  # an interruption in the first iteration leaves a run to resume, too
+            keeper.save_last()  # so that a run interrupted in its first iteration can be resumed
 
         while True:
             if progress.iteration > 0:
@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def first_network(settings: PruneSettings, data: DataSet, device: torch.device) -> tuple[Checkpoint, list[str]]:
-    """Stage 1's network, or the one of the user's own, and what there is to say of its choice."""
+    """Stage 1's network, or the user's own, and lines for the log about the choice."""
     if not is_own(settings.network):
         return trained_network(settings, data)
     register_given(settings, data, device, measured_speeds)
@@ -157,7 +157,7 @@ def first_network(settings: PruneSettings, data: DataSet, device: torch.device) 
 
 
 def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Checkpoint:
-    """The network that is pruned, as it was; says so where its training has not ended."""
+    """The network that is pruned, before pruning; logs if its training has not ended."""
     path = source_path(start.source, settings.result_dir)
     missing = epochs_missing(path)
     if missing:
@@ -184,7 +184,7 @@ def next_goal(stage: Stage, progress: PruningProgress, cost: NetworkCost) -> Goa
 
 
 def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | None:
-    """Start an iteration: the network without its least salient directions, None where nothing can be saved."""
+    """Start an iteration: the pruned network, None if nothing can be saved."""
     settings, splits, normalisation = stage.settings, stage.splits, stage.normalisation
     order = torch.randperm(len(splits.train), generator=stage.randomness.data)
     fisher = splits.train[order[: settings.fisher_images]]
@@ -194,7 +194,7 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     )
     passes = replace(passes, say=stage.run.say)
     pruned = prune_once(network, passes, cost=cost, goal=next_goal(stage, progress, cost), method=settings)
-    # Rounding may not choose another network in another process.
+    # All processes take the first one's choice: rounding could make theirs differ.
     pruned = parallel.broadcast_object(pruned)
     if pruned.nothing_changed:
         return None
@@ -216,10 +216,10 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
 def fine_tune(
     stage: Stage, network: ResNet, progress: PruningProgress, last: Checkpoint | None
 ) -> tuple[ResNet, float]:
-    """Train an iteration's epochs, or the rest of them; the network of its best epoch, and its accuracy.
+    """Train an iteration's epochs, or the rest of them; returns the network of its best epoch, and its accuracy.
 
     Args:
-        last: where an interrupted iteration goes on.
+        last: where an interrupted iteration continues.
     """
     run, splits, settings, randomness = stage.run, stage.splits, stage.settings, stage.randomness
     cost = network_cost(network, settings.resize)
@@ -253,7 +253,7 @@ def fine_tune(
         run.record(progress.step, scalars, iteration=progress.iteration)
         if epoch % settings.log_interval == 0 or epoch == progress.epochs:
             run.say(epoch_line(title, train, val, every_block, splits.val_name))
-        # Without validation images no epoch may be preferred: the last one counts.
+        # Without validation images no epoch can be selected: the last one counts.
         keeper.offer([epoch if splits.val_is_test else val.accuracy], val.metrics)
         keeper.save_last()
 
@@ -264,7 +264,7 @@ def fine_tune(
 def record_pruning(
     stage: Stage, progress: PruningProgress, pruned: Pruned, rise: float, after: ResNet, cost: NetworkCost
 ) -> None:
-    """Say and record what an iteration removed, and the predicted and the measured rise of the loss by surgery."""
+    """Log and record what an iteration removed, and the predicted and the measured rise of the loss by surgery."""
     run, step, iteration, original = stage.run, progress.step, progress.iteration, stage.start.original
     ready = evaluate(after, stage.splits.val, stage.normalisation, cost, all_on, precision=stage.precision)
     compression = stage.start.compression(cost)
@@ -292,7 +292,7 @@ def record_pruning(
 def smallest_within_budget(
     run: Run, start: Checkpoint, unpruned: Checkpoint, iterations: list[Checkpoint], floor: float
 ) -> tuple[Checkpoint, bool]:
-    """The iteration with the fewest FLOPs within the budget, or stage 1's network, and whether the budget is kept."""
+    """The iteration with the fewest FLOPs within the budget, or stage 1's network, and whether the budget is met."""
     within = [c for c in iterations if c.metrics["accuracy"] >= floor - 1e-9]
     if within:
         best = min(within, key=lambda c: network_cost(c.network(), start.data["image_size"]).flops)

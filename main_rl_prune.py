@@ -105,7 +105,7 @@ class Settings(TrainingSettings):
         return self.recipe == "published"
 
     def closes(self, epoch: int) -> bool:
-        """Whether an epoch, counted from 1, is one of the last in which the switches stay as they are."""
+        """Whether an epoch, counted from 1, is one of the last, in which the gates are frozen."""
         first = self.epochs - round(self.closing * self.epochs) + 1
         return not self.published and first <= epoch <= self.epochs
 
@@ -216,13 +216,13 @@ def reinforcement(
         published=settings.published,
         frozen_norms=settings.batch_norm == "frozen" and not settings.published,
         loss_fn=loss_fn,
-        # Where blocks are skipped their images differ from batch to batch: no compiled code keeps up.
+        # Skipped blocks run on another number of images in each batch, and would be compiled again each time.
         forward=training_forward(network, precision, settings.compile and device.type != "cpu"),
     )
 
 
 def begin(stage: Stage) -> None:
-    """Rescale the gates' logits, and keep the network as it came: it is the first candidate."""
+    """Rescale the gates' logits, and keep the given network as the first candidate."""
     network, budget, train = stage.setup.network, stage.budget, stage.batches.images
     start = stage.evaluated(network)
     stage.run.say(
@@ -267,10 +267,10 @@ def train_and_judge(stage: Stage, epoch: int) -> None:
 
 
 def offered(stage: Stage, at_half: Evaluation, stays: bool) -> Evaluation:
-    """The network at its operating point, which may be kept as the best; where it ``stays`` there, it trains on there.
+    """The network at its operating point, a candidate for the best; with ``stays`` it also trains on from there.
 
-    Otherwise its switches then stand as before, so that the policy goes on from where it was.  As published there is no
-    such point.
+    Otherwise its biases are restored, so that the policy continues from where it was.  The published recipe has no
+    operating point.
     """
     network, budget, found = stage.setup.network, stage.budget, at_half
     with nullcontext() if stays else gate_biases_restored(network):
@@ -285,7 +285,7 @@ def reestimate(network: ResNet, batches: TrainingBatches, gates: bool) -> None:
     """Measure the batch norms under thresholded switches, each process on batches of its own.
 
     Args:
-        gates: theirs as well; without them the switches stay as they are.
+        gates: also those of the gates; without, the gates do not change.
     """
     whole = iter(replace(batches, whole=True))
     dealt = islice(whole, parallel.rank(), REESTIMATION_BATCHES, parallel.world_size())
@@ -293,12 +293,12 @@ def reestimate(network: ResNet, batches: TrainingBatches, gates: bool) -> None:
 
 
 def finish(stage: Stage, test: Images) -> None:
-    """Say what was chosen, draw what its switches do, and report."""
+    """Log the choice, draw what its switches do, and report."""
     run, settings, best = stage.run, stage.settings, stage.keeper.best()
     within_budget = best.progress["best"][0]
     met = "the best within the budget" if within_budget else "no epoch met the budget; kept the closest"
     run.say(f"chosen: epoch {best.progress['step']}, {met}")
-    if (run.path / BEFORE_FIXING).exists():  # a run that was interrupted below has fixed switches before
+    if (run.path / BEFORE_FIXING).exists():  # from a run that was interrupted after fixing
         best = load_checkpoint(run.path / BEFORE_FIXING)
     cost, device = network_cost(best.network(), settings.resize), stage.setup.device
     record_routing(run, best, test, cost, stage.budget.floor, device)
@@ -309,7 +309,7 @@ def finish(stage: Stage, test: Images) -> None:
 
 
 def with_fixed(stage: Stage, best: Checkpoint) -> Checkpoint:
-    """The chosen network with its switches fixed where that pays, saved in its place; as it is where it does not."""
+    """The chosen network with switches fixed if that saves time, saved in its place."""
     run, network = stage.run, placed(best.network(), stage.setup.device)
     found = fix_switches(network, stage.evaluated, stage.budget, stage.settings.settle)
     if found is not None:
@@ -327,7 +327,7 @@ def with_fixed(stage: Stage, best: Checkpoint) -> Checkpoint:
 
 
 def go_back(stage: Stage) -> dict[str, float]:
-    """After a collapse: train on from the best network; its accuracy and computation."""
+    """After a collapse, continue from the best network; returns its accuracy and computation."""
     stage.run.say(
         f"accuracy is far below {stage.budget.floor:.2%}; going back to the best network (a smaller --lr or "
         f"--batch_norm reestimate may prevent this)"
@@ -338,7 +338,7 @@ def go_back(stage: Stage) -> dict[str, float]:
 
 
 def stand_on_best(stage: Stage) -> None:
-    """Train on from the best network, without the momentum that led away from it."""
+    """Continue from the best network with fresh momentum."""
     stage.setup.network.load_state_dict(stage.keeper.best().weights)
     for optimiser in stage.setup.optimisers:
         optimiser.state.clear()

@@ -90,7 +90,7 @@ def main() -> None:
         if last:
             keeper.resume(last.checkpoint)
         else:
-            keeper.save_last()  # an interruption in the first epoch leaves a run to resume, too
+            keeper.save_last()  # so that a run interrupted in its first epoch can be resumed
         batches = TrainingBatches(splits.train, settings.bs, randomness.data, normalisation, not settings.no_flip)
         forward = training_forward(network, precision, settings.compile)
         training = Supervision(network=network, optimiser=optimiser, draws=randomness.draws, forward=forward)
@@ -106,7 +106,7 @@ def main() -> None:
             run.record(epoch, scalars, **(layer_scalars(network, cost) if epoch == 1 else {}))
             run.say(epoch_line(title, train, val, every_block, splits.val_name))
             progress.step = epoch
-            # Without validation images no epoch may be preferred: the last one counts.
+            # Without validation images no epoch can be selected: the last one counts.
             keeper.offer([epoch if splits.val_is_test else val.accuracy], val.metrics)
             keeper.save_last()
 
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def split_for(settings: Settings, data: DataSet, last: LastRun | None) -> Splits:
-    """The images of a new run, or those that an interrupted one goes on with."""
+    """The split of a new run, or that of the interrupted one."""
     if last is None:
         return split_data(data, settings.val_fraction, settings.seed)
     check_data(last.checkpoint, data, settings.resize)

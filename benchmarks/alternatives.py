@@ -3,7 +3,7 @@
 From the statically pruned network that stage 3 started from, and at the mean FLOPs that stage 3's network executes:
 
 * ``pruned further``: static pruning goes on to these FLOPs;
-* ``blocks removed``: whole blocks leave for all images alike, the least harmful one first, judged on the validation
+* ``blocks removed``: whole blocks leave for all images, the least harmful one first, judged on the validation
   images, until the FLOPs are reached.  Blocks are large, so these FLOPs lie between those of two sets: both are
   fine-tuned, and what counts is the network of both between which a coin chooses for each image, with these very FLOPs;
 * ``switches``: stage 3's network, every switch deciding image by image;
@@ -123,8 +123,8 @@ def result(trained: Trained, network: ResNet, decide: DecisionRule) -> dict[str,
 def switches(trained: Trained) -> dict[str, float]:
     """The switches' own decisions, and how many bits of them differ between images.
 
-    Decisions follow from the image, so the entropy of the routes over the images is what they tell of the image; the
-    sum of the switches' own entropies is what it would be if they decided independently.
+    The entropy of the decision pattern over the images measures how much the decisions depend on the image; the sum of
+    the single switches' entropies is what it would be if they decided independently.
     """
     network = trained.network()
     measured = trained.evaluated(network, trained.splits.test)
@@ -239,7 +239,7 @@ def with_blocks(trained: Trained, kept: Tensor, args: argparse.Namespace) -> dic
 
 
 class Same:
-    """Rule for any number of forward passes that decides alike for all images.
+    """Rule for any number of forward passes that decides the same for all images.
 
     Args:
         kept: [K], 1 where a block runs.

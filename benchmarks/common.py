@@ -59,7 +59,7 @@ def add_trained_arguments(parser: argparse.ArgumentParser, checkpoint: str = "be
     """``--checkpoint``, of what it says, and the data.
 
     Args:
-        checkpoint: which one is meant.
+        checkpoint: what the help says of it.
     """
     parser.add_argument("--checkpoint", required=True, help=checkpoint)
     parser.add_argument("--data_dir", required=True, help="data folder it was trained on")

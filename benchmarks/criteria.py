@@ -1,7 +1,7 @@
 """Every criterion on one trained network at equal FLOPs: accuracy before any fine-tuning and after the same short one.
 
 Method: for each variant, share of FLOPs and seed the network is pruned to the share (at once, or in --steps geometric
-steps with the batch norms measured anew between them), judged as it is and with its batch norms measured anew (where
+steps with the batch norms measured again between them), judged as it is and with its batch norms measured again (where
 the refit has not set them), fine-tuned without its switches with the same epochs, order, schedule and distillation,
 and judged again. Torch-Pruning prunes at once, all layers that share channels together. Every accuracy in table and
 picture is that of the validation images with every block run: defaults are chosen by it. The seed decides the

@@ -103,7 +103,7 @@ def competitors(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
             num_per_example_loss_terms=1,
             num_data=args.batch * args.batches,
         )
-        # It keeps its hooks to itself and adds to what it has: emptied, each call starts anew.
+        # It hides its hooks and adds to earlier sums: emptied, each call starts again from zero.
 
         def compute() -> None:
             operator._input_covariances, operator._gradient_covariances = {}, {}

@@ -86,10 +86,10 @@ def _rank(channels: int, kept: float) -> int:
 
 @torch.no_grad()
 def _closing(network: ResNet, images: Tensor, skipped: float) -> ResNet:
-    """A copy whose switches close on about ``skipped`` of all occasions, each for some images and open for others.
+    """A copy whose switches close in about ``skipped`` of all decisions, each for some images only.
 
-    Features of random weights are alike for all images: the gate's batch norms are set to what they see and its logits
-    spread, so that images take ways of their own as in a trained network.
+    With random weights the features of all images are nearly the same: the gate's batch norms are set to the statistics
+    that they see and its logits are spread, so that images take different paths as in a trained network.
     """
     changed = copy.deepcopy(network)
     norms = [m for m in changed.gate.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]

@@ -1,6 +1,6 @@
 """Predicted against measured rise of the loss, over the forms that static pruning gives to layers and over budgets.
 
-Method: for each form and share of FLOPs the network is pruned at once, nothing is refitted or measured anew, and the
+Method: for each form and share of FLOPs the network is pruned at once, nothing is refitted or measured again, and the
 divergence from the unpruned network's prediction is measured on the images that the Fisher was measured on: for it the
 network stands at a minimum, and the prediction is its second order.  Two predictions are given: the sum over layers of
 what each brings alone, and that of all of them together, which is the one reported.  Finished measurements are kept in

@@ -47,7 +47,7 @@ def cascade_model(members: Sequence[onnx.ModelProto], thresholds: Sequence[float
 
 
 def _switch(graph: "_Graph", i: int, threshold: float) -> tuple[str, str]:
-    """Names of the doubt about the answers so far, and of whether each image is handed on."""
+    """Names of the uncertainty of the answers so far, and of whether each image is handed on."""
     axis, half = graph.constant([1], np.int64), graph.constant(0.5, np.float32)
     confidence = graph.add("ReduceMax", [f"answer_{i}", axis], f"confidence_{i}", keepdims=0)
     below = graph.add("Sub", [graph.constant(threshold, np.float32), confidence], f"below_{i}")
@@ -61,7 +61,7 @@ def _switch(graph: "_Graph", i: int, threshold: float) -> tuple[str, str]:
 
 
 def _branches(member: onnx.GraphProto, i: int, answer: str, outer: "_Graph") -> tuple[onnx.GraphProto, onnx.GraphProto]:
-    """What an ``If`` does where images were handed on, and where none were: answers and totals of all images."""
+    """The branches of an ``If``, with and without images handed on: answers and totals of all images."""
     run, leave, names = _Graph(), _Graph(), (f"run_{i}.answer", f"run_{i}.total")
     images = run.add("GatherND", [IMAGES, f"rows_{i}"], f"run_{i}.images")
     run.nodes += _run(member, images)

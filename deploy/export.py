@@ -1,7 +1,7 @@
 """Turn a checkpoint of any stage into files to deploy: ``python -m deploy.export --checkpoint PATH --output FOLDER``.
 
 Writes network.onnx, labels.json, and with --int8 network_int8.onnx.  Both graphs take any number of uint8 images
-[N, 3, H, W] in RGB, and compute each switched block on the images that take it.
+[N, 3, H, W] in RGB, and compute each switched block only on the images for which it runs.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The graph of whatever a checkpoint holds: a switched network, or a cascade of some."""
+"""The graph of a checkpoint: a switched network, a network of the user's own, or a cascade."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def exported_model(
     Args:
         normalisation: that the network expects; the members of a cascade have their own.
         switches: false runs every block.
-        finish: what becomes of the graph, or of that of each member: ``deploy.int8.quantised``, say.
+        finish: applied to the graph, or to that of each member: for example ``deploy.int8.quantised``.
     """
     if isinstance(network, Cascade):
         graphs = [exported_model(*member, image_size, switches, finish) for member in members(network)]

@@ -1,4 +1,4 @@
-"""Files of a folder that change together: an export that is killed leaves the old ones or the new ones, whole."""
+"""Files that are replaced together: after an export that was killed all are old or all are new."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ WRITING, READY = ".export.writing", ".export.ready"
 def write_together(folder: Path, contents: Mapping[str, bytes], outdated: Iterable[str]) -> None:
     """Put files into ``folder``, replacing those of the same names, and remove those named ``outdated``.
 
-    All are written to a folder within first.  When that is whole it is renamed, and from then on they count as written:
-    whatever interrupts the moves, ``finish`` goes on with them.
+    All are written to a subfolder first.  When it is complete it is renamed, and from then on the files count as
+    written: if the moves are interrupted, ``finish`` completes them.
 
     Raises:
         OSError: if they cannot be written; those that stood there are left as they were.
@@ -37,7 +37,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes], outdated: Iterab
 
 
 def finish(folder: Path) -> None:
-    """Move the files that an interrupted ``write_together`` has left ready; empty ones stand for files to remove."""
+    """Complete an interrupted ``write_together``; empty files stand for files to remove."""
     if not (folder / READY).is_dir():
         return
     for path in (folder / READY).iterdir():

@@ -1,4 +1,4 @@
-"""The same function in fewer layers: batch norms folded into their neighbours, convolutions in a row multiplied out.
+"""The same function in fewer layers: batch norms folded into their neighbours, successive convolutions multiplied out.
 
 Every function returns new modules and leaves its arguments as they are.  Products are taken in float64 and rounded
 once, to the dtype that the weights had.
@@ -6,8 +6,8 @@ once, to the dtype that the weights had.
 What is merged: each batch norm into the convolution before it (the last of a low-rank layer's), or into the linear
 projection of a gate, and that into the gate's LSTM; the convolutions of one low-rank layer with each other, in the
 grouping with the fewest FLOPs; the stride of a 1x1 core into the rotation before it; the scale of the normalisation
-into the stem.  What cannot be: two layers of a block (a relu stands between), a block's last rotation and the next
-block's first (the residual sum and a relu do), the mean of the normalisation (the stem pads with zeros after it was
+into the stem.  What cannot be merged: two layers of a block (a relu stands between), a block's last rotation and the
+next block's first (the residual sum and a relu), the mean of the normalisation (the stem pads with zeros after it was
 subtracted).
 """
 
@@ -96,7 +96,7 @@ class FoldedRecurrentGate(nn.Module):
 
 def _merged(projection: nn.Module, lstm: nn.LSTMCell) -> nn.Module:
     """The LSTM cell that does what ``projection``, a linear layer in a sequence, and then ``lstm`` do."""
-    if isinstance(projection, nn.Identity):  # of a switch that is not asked
+    if isinstance(projection, nn.Identity):  # of a switch that is never computed
         return projection
     (w1, b1), w2 = _double(projection[0]), lstm.weight_ih.detach().double()
     cell = copy.deepcopy(lstm)
@@ -132,7 +132,7 @@ def with_batch_norm(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | nn.Batc
 
 
 def multiplied_out(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d | None:
-    """One convolution for two in a row; None where there is none of the larger one's size.
+    """One convolution for two in a row; None if none of the larger one's size equals them.
 
     One of the two must be 1x1, unpadded and ungrouped.  A 1x1 before a larger core must have stride 1 and, since the
     core pads its input with zeros, no bias.
@@ -157,7 +157,7 @@ def multiplied_out(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d | None:
 
 
 def cheapest_grouping(chain: list[nn.Conv2d]) -> list[nn.Conv2d]:
-    """The chain with neighbours multiplied out wherever that leaves fewer FLOPs, or as many in fewer layers."""
+    """The chain with neighbours multiplied out if that gives fewer FLOPs, or as many in fewer layers."""
     chain = _strided_early(chain)
     forms = [chain]
     for i in range(len(chain) - 1):
@@ -185,7 +185,7 @@ def _fold_sequences(module: nn.Module) -> None:
 
 
 def _strided_early(chain: list[nn.Conv2d]) -> list[nn.Conv2d]:
-    """The stride of a 1x1 convolution moved to the 1x1 before it: what the second would drop is not computed."""
+    """The stride of a 1x1 convolution moved to the 1x1 before it, which then skips the dropped positions."""
     moved = list(chain)
     for i in range(len(moved) - 1, 0, -1):
         first, second = moved[i - 1], moved[i]

@@ -21,7 +21,7 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 TRACED_BATCH = 2
-CHECKED_BATCHES = (1, 3)  # not the one of the tracing run: a graph that has it built in is found out
+CHECKED_BATCHES = (1, 3)  # differs from the tracing run, so that a graph with a fixed batch size is detected
 
 
 def general_model(
@@ -36,8 +36,8 @@ def general_model(
         the graph, and the largest deviation of its logits from PyTorch's on random images, as a share of the largest.
 
     Raises:
-        UserError: if the network cannot be run on such images, or cannot be translated, or the graph deviates by more
-            than ``TOLERANCE``.
+        UserError: if the network does not run on such images, cannot be translated, or the graph deviates by more than
+            ``TOLERANCE``.
     """
     whole = _Normalised(network, normalisation)
     generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ IMAGES, LOGITS, PROBABILITIES, DECISIONS = "images", "logits", "probabilities", 
 def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     """The graph: uint8 images [N, 3, H, W] to logits [N, classes] and, with K switches, what they decided, [N, K].
 
-    Each switched block is computed on the images that it takes, and on none where it takes none.
+    Each switched block is computed only on the images whose decision is 1.
 
     Args:
         network: takes uint8 images, see ``deploy.folding.taking_pixels``.
@@ -79,16 +79,16 @@ def _constant_column(graph: Graph, value: float) -> str:
 
 
 def _passes(graph: Graph, probability: str) -> str:
-    """Name of a bool for each probability: whether the image passes the switch, as ``models.decisions`` says."""
+    """Name of a bool for each probability: whether the block runs on the image, as ``models.decisions`` decides."""
     return graph.add("Greater", probability, graph.constant(0.5, np.float32))
 
 
 def _switched(graph: Graph, block: BasicBlock, x: str, example: Tensor, decision: str) -> str:
     """The block on the images whose decision, [N] of type bool, is true; the name of the output, of all images.
 
-    The rows that pass are gathered, and what the residual makes of them is added to theirs.  Where none pass the
-    convolutions have no rows and end at once.  An ``If`` around them would cost what it saves, and ONNX Runtime's
-    quantisation looks into no branches.
+    The rows with a true decision are gathered, and their residual is added to them.  Without such rows the convolutions
+    end at once.  An ``If`` around them would cost what it saves, and ONNX Runtime's quantisation does not enter
+    branches.
     """
     carried, _ = graph.traced(block.carried, (x, example))
     passing = graph.add("Transpose", graph.add("NonZero", decision), perm=[1, 0])

@@ -17,10 +17,10 @@ CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 64
 def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
     """Convolutions and additions in int8, weights scaled for each channel; gates and classifier stay in float32.
 
-    So do blocks that none of the images takes: nothing is known of their activations.
+    So do blocks that never run on these images: the ranges of their activations are unknown.
 
     Weights take 7 of the 8 bits.  x86 CPUs without VNNI add two products of an activation and a weight in 16 bits,
-    which hold 2 * 255 * 64 and not 2 * 255 * 127: with all 8 bits the same file would answer otherwise there.
+    which hold 2 * 255 * 64 and not 2 * 255 * 127: with all 8 bits the same file would give other answers there.
 
     Args:
         pixels: training images to measure the ranges of activations on, uint8 [N, 3, H, W].
@@ -40,7 +40,7 @@ def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
 
 
 def _unseen(model: onnx.ModelProto, pixels: np.ndarray) -> list[str]:
-    """Starts of the names of the nodes of blocks that none of the images takes."""
+    """Prefixes of the node names of blocks that never run on the images."""
     session = open_session(model)
     taken: np.ndarray | int = 0
     for i in range(0, len(pixels), CALIBRATION_BATCH):

@@ -1,4 +1,4 @@
-"""The files of an exported network and labels.json, which says what the others mean."""
+"""The files of an exported network, and labels.json, which describes them."""
 
 import json
 from dataclasses import dataclass, field
@@ -33,10 +33,9 @@ class Labels:
 
 
 def describe(checkpoint: Checkpoint, network: ResNet | Cascade) -> dict[str, Any]:
-    """What labels.json says: classes, image size, FLOPs of one image, where the network comes from.
+    """The content of labels.json: classes, image size, FLOPs of one image, origin of the network.
 
-    The FLOPs are those of the folded network: multiplied out it may have fewer than the checkpoint's, and a bias where
-    a batch norm was.
+    The FLOPs are those of the folded network, which may have fewer than the checkpoint's.
     """
     size = checkpoint.data["image_size"]
     if isinstance(network, Cascade):
@@ -64,7 +63,7 @@ def describe(checkpoint: Checkpoint, network: ResNet | Cascade) -> dict[str, Any
 
 
 def _flops_run(network: ResNet | OwnNetwork, normalisation: Normalisation, image_size: int) -> int:
-    """FLOPs of an image with every block run that has not left the network."""
+    """FLOPs of an image with every remaining block run."""
     if isinstance(network, OwnNetwork):
         return network_cost(network, image_size).flops
     network = deployable(network, normalisation)

@@ -19,7 +19,7 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 TOLERANCE = 1e-4
-# Features of more images fall out of the cache, for which gathering and scattering wait: docs/notebook.md.
+# Features of more images do not fit into the cache, and gathering and scattering become slow: docs/notebook.md.
 AT_ONCE = 16
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -37,7 +37,7 @@ def open_session(
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads that wait busily for this session's next images take the cores from whatever runs between.
+    # Spinning threads of an idle session would take the cores from other work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     if profile is not None:
@@ -60,10 +60,10 @@ def run_session(session: onnxruntime.InferenceSession, pixels: np.ndarray) -> di
 
 
 class ExportedNetwork:
-    """An exported network as it is fastest: single images on all threads, batches in parts on a thread each.
+    """An exported network, run the fastest way: single images on all threads, batches in parts with one thread each.
 
-    On the CPU a part holds at most ``AT_ONCE`` images.  Parts of their own keep all threads busy where one part's small
-    operators, gates and gathered rows, would leave them waiting for each other.
+    On the CPU a part holds at most ``AT_ONCE`` images.  Separate parts keep all threads busy; with a single part they
+    would wait for each other at small operators (gates, gathered rows).
 
     Args:
         model: graph, or file.
@@ -83,7 +83,7 @@ class ExportedNetwork:
         """The outputs by name for uint8 images [N, 3, H, W].
 
         Raises:
-            ValueError: if there is no image, which ONNX Runtime answers by ending the program.
+            ValueError: if there is no image: ONNX Runtime would end the program.
         """
         if len(pixels) == 0:
             raise ValueError("an exported network was given no images: it takes one or more")
@@ -105,7 +105,7 @@ class ExportedNetwork:
 
 
 def _cores() -> int:
-    """Cores that this process may use; not every system tells."""
+    """Cores that this process may use, or those of the machine if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""Measured speed of the methods of the results table: their exported networks, in turns, in one run on the CPU."""
+"""Measured speed for the results table: the exported networks run in turns, in one process, on the CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
         pixels: test images, uint8 [N, 3, H, W].
 
     Returns:
-        for each name latency_ms, of one image, and throughput, images a second in batches of ``BATCH``.
+        for each name latency_ms, of one image, and throughput, images per second in batches of ``BATCH``.
     """
     exported = {}
     for name, checkpoint in _readable(checkpoints).items():
@@ -52,6 +52,6 @@ def _readable(checkpoints: dict[str, Path]) -> dict[str, Checkpoint]:
     for name, path in checkpoints.items():
         try:
             found[name] = load_checkpoint(path)
-        except UserError:  # moved or removed since: its row goes without
+        except UserError:  # moved or removed since: its row has no speeds
             continue
     return found

@@ -1,4 +1,4 @@
-"""Times of competitors, measured in turns in one run, so that what disturbs one disturbs all."""
+"""Times of competitors, measured in turns in one run, so that disturbances affect all of them."""
 
 import random
 import time
@@ -27,7 +27,7 @@ class Timing:
 def fastest(run: Callable[[], object], seconds: float = 1.0, least: int = 5) -> float:
     """Seconds of the fastest of several runs, after one that is not counted.
 
-    The fastest, since whatever else runs on the machine only ever adds to a time.
+    The fastest, since other programs on the machine can only add to a time.
     """
     run()
     times: list[float] = []
@@ -46,7 +46,7 @@ def alternated(
     Args:
         items: number of items of each round.
         seconds: about how long all of it may take.
-        least, most: bounds of the number of rounds, the lower one whatever it takes.
+        least, most: bounds of the number of rounds; the lower one holds even if it takes longer.
     """
     order = list(competitors)
     shuffle = random.Random(0).shuffle

@@ -1,7 +1,7 @@
 """A piece of a network as ONNX nodes: traced to a list of operators, each translated by one entry of a table.
 
-``torch.onnx.export`` would do, but takes seconds for each graph, and cannot be told to gather images before a piece
-and to scatter them behind it.  This covers the operators of the network and its gates.
+``torch.onnx.export`` takes seconds for each graph, and cannot gather images before a piece and scatter them after it.
+This covers the operators of the network and its gates.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ class Graph:
     Args:
         images: name of the graph input whose first axis counts the images.
 
-    ``prefix``, which may be changed at any time, starts every name that is made after.
+    ``prefix`` starts the names of nodes that are added later; it may be changed at any time.
     """
 
     def __init__(self, images: str):
@@ -180,7 +180,7 @@ def _adaptive_pool(graph, x, size) -> str:
 
 
 def _mean(graph, x, axes, keepdim=False, **_) -> str:
-    if keepdim and sorted(axis % 4 for axis in axes) == [2, 3]:  # behind a convolution this stays in its layout
+    if keepdim and sorted(axis % 4 for axis in axes) == [2, 3]:  # after a convolution this keeps its memory layout
         return graph.add("GlobalAveragePool", x)
     return graph.add("ReduceMean", x, graph.constant(axes, np.int64), keepdims=int(keepdim))
 
@@ -267,6 +267,6 @@ TRANSLATIONS: dict[str, Callable] = {
     "to": _cast,
     "getitem": lambda graph, values, index: values[index],
     **{name: _elementwise(name.capitalize()) for name in ("add", "sub", "mul", "div", "relu", "sigmoid", "tanh")},
-    # Their effect is in the dtypes that the tracing run has recorded, or there is none in evaluation.
+    # No-ops: they act through the recorded dtypes, or not at all in evaluation mode.
     **dict.fromkeys(("_enter_autocast", "_exit_autocast", "dropout", "detach", "contiguous"), _unchanged),
 }

@@ -1,4 +1,4 @@
-"""Pictures and figures of a cascade: what could be chosen, and what is handed on."""
+"""Pictures and figures of a cascade: the candidates, and the images that are handed on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +58,7 @@ def answered_by_class(done: Outcome, labels: Tensor, classes: int) -> Tensor:
 
 
 def what_is_known(done: Outcome, predictions: Sequence[Predictions], labels: Tensor) -> dict[str, Any]:
-    """What the decision knows: accuracies of the first and the last member where the first answers and where not.
+    """How well the decision separates: accuracies of the first and the last member on images kept and handed on.
 
     An oracle would hand on exactly those images that the last member gets right and the first does not.
 

@@ -1,7 +1,7 @@
-"""The search for a cascade: which networks, in front of which, handing on what.
+"""The search for a cascade: which networks, in which order, with which thresholds.
 
-Every network is evaluated once.  What any cascade of them would answer and cost follows from those predictions, image
-by image, so thresholds are not guessed but read off the sorted confidences.
+Every network is evaluated once.  The answers and the cost of every cascade follow from those predictions, image by
+image, so thresholds are read off the sorted confidences.
 """
 
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ def _points(networks: Sequence[Predictions], answer: str, labels: Tensor) -> Ten
         start = torch.stack([torch.where(reached, right[1], right[0]), executed[0] + reached * executed[1]]).sum(dim=2)
         reached, start = reached[:, order], start[:, :, None]
     accuracy, flops = (start + (gains[:, None] * reached).cumsum(dim=2))[:, :, cuts] / len(labels)
-    # Of one level only what is better than everything cheaper, so that few points are left to compare.
+    # Of each level only the undominated ones, so that few points are left to compare.
     better = accuracy > torch.cat([accuracy.new_full((len(accuracy), 1), -1), accuracy.cummax(dim=1).values[:, :-1]], 1)
     level, cut = better.nonzero(as_tuple=True)
     columns = [accuracy[better], flops[better], *([] if first is None else [first[level]]), thresholds[cut]]
@@ -140,10 +140,11 @@ def cheapest_within(
 ) -> Candidate | None:
     """The candidate of fewest FLOPs whose accuracy stays within ``drop`` of a network's, by one standard error.
 
-    Many thousands of cascades are compared on the same images, which flatters the winner.  So the mean difference to
-    the reference, image by image, has to exceed ``-drop`` by its standard error.  Chosen on 5,000 images and tested on
-    5,000 others (12 splits of CIFAR-10's test images, four networks), this broke the budget in 17 to 33 % of the
-    splits for 2 to 8 % more FLOPs; the plain rule in 50 to 67 %, two-fold cross-fitting in 42 to 58 %.
+    Many thousands of cascades are compared on the same images, so the winner's accuracy is too optimistic.
+    Therefore the mean difference to the reference, image by image, has to exceed ``-drop`` by its standard error.
+    Chosen on 5,000 images and tested on 5,000 others (12 splits of CIFAR-10's test images, four networks), this broke
+    the budget in 17 to 33 % of the splits for 2 to 8 % more FLOPs; the plain rule in 50 to 67 %, two-fold cross-fitting
+    in 42 to 58 %.
 
     Args:
         found: cheapest first, as ``candidates`` returns them.

@@ -1,4 +1,4 @@
-"""Switches that are fixed to what they mostly decide: blocks that then nobody takes leave the network."""
+"""Switches that are fixed to their usual decision: blocks that then never run leave the network."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,13 +29,13 @@ def fix_switches(
 ) -> FixedSwitches | None:
     """Fix the switches whose tests cost more than they save; None where there is none.
 
-    They are fixed to what they mostly decide, the most uniform first: one after the other, and a second time without
-    those that break the budget or cost accuracy.  Of the networks on both ways that keep them the cheapest is chosen,
-    by its executed FLOPs and what the steps and tests of its gate cost beside them.
+    They are fixed to their usual decision, the most uniform first: one after the other, and a second time without those
+    that break the budget or cost accuracy.  Of all networks on the way that keep the budget the cheapest is chosen, by
+    its executed FLOPs plus the cost of its gate's steps and tests.
 
     Args:
         evaluated: measures a network on the validation images.
-        share: of the images that a switch has to decide alike for, to be fixed at all.
+        share: a switch may be fixed if it decides the same for at least this share of the images.
     """
 
     def price(network: ResNet, executed: float) -> float:
@@ -62,23 +62,23 @@ def fix_switches(
 
 
 def uniform_decisions(decisions: Tensor, share: float) -> dict[int, int]:
-    """The switches that decide alike for at least ``share`` of the images, by index, and what they decide, 0 or 1.
+    """The switches that decide the same for at least ``share`` of the images, by index, with that decision, 0 or 1.
 
-    Those that decide alike for the most images come first.
+    The most uniform ones come first.
 
     Args:
         decisions: [N, K].
     """
     passing = decisions.double().mean(dim=0).tolist()
-    alike = {switch: max(p, 1 - p) for switch, p in enumerate(passing)}
-    uniform = sorted((switch for switch in alike if alike[switch] >= share), key=lambda switch: -alike[switch])
+    same = {switch: max(p, 1 - p) for switch, p in enumerate(passing)}
+    uniform = sorted((switch for switch in same if same[switch] >= share), key=lambda switch: -same[switch])
     return {switch: int(passing[switch] > 0.5) for switch in uniform}
 
 
 def with_fixed_switches(network: ResNet, decisions: dict[int, int]) -> ResNet:
-    """The same network with switches fixed: closed, the block's residual is gone; open, it is always run.
+    """The same network with switches fixed: closed removes the block's residual, open runs it always.
 
-    Where a fixed switch agrees with what would have been decided, logits and later decisions stay as they were.
+    For images whose decision equals the fixed one, logits and later decisions do not change.
 
     Args:
         decisions: 0 or 1 by the index of the switch.

@@ -13,7 +13,7 @@ def skip_rewards(decisions: Tensor, shares: Tensor, alpha: float | Tensor) -> Te
 
     Args:
         decisions: [N, K], 1 where the block runs.
-        shares: [K], sums to 1, so that skipping everything earns ``alpha`` nats.
+        shares: [K], sums to 1, so that skipping every block earns ``alpha`` nats.
 
     Returns:
         [N, K].
@@ -22,7 +22,7 @@ def skip_rewards(decisions: Tensor, shares: Tensor, alpha: float | Tensor) -> Te
 
 
 def returns(rewards: Tensor, cross_entropy: Tensor, gamma: float) -> Tensor:
-    """Discounted sums of what follows each decision, R_i = r_i + gamma R_(i+1), with R_(K+1) = -cross-entropy.
+    """Discounted returns of each decision, R_i = r_i + gamma R_(i+1), with R_(K+1) = -cross-entropy.
 
     Args:
         rewards: [N, K].
@@ -51,7 +51,7 @@ def policy_loss(probabilities: Tensor, decisions: Tensor, advantages: Tensor, im
         advantages: [N, K], returns less a baseline; no gradient flows through them.
         images: that the mean is over; N unless several processes share the batch, one of which may have none.
     """
-    # A probability that is nan, where training has diverged, would raise here before the loss can be checked.
+    # A nan probability (training has diverged) would raise here, before the loss can be checked.
     minus_log_likelihood = F.binary_cross_entropy(probabilities.nan_to_num(0.5), decisions, reduction="none")
     return (advantages.detach() * minus_log_likelihood).sum() / (len(decisions) if images is None else images)
 
@@ -59,7 +59,7 @@ def policy_loss(probabilities: Tensor, decisions: Tensor, advantages: Tensor, im
 def entropy(probabilities: Tensor) -> Tensor:
     """Mean over images of the summed entropy of their K decisions, in nats; [N, K] -> scalar.
 
-    Policy gradients vanish with p (1 - p): switches that are certain no longer answer when alpha changes.
+    Policy gradients vanish with p (1 - p): confident switches no longer react to alpha.
     """
     p = probabilities.clamp(1e-6, 1 - 1e-6)
     return -(p * p.log() + (1 - p) * (1 - p).log()).sum(dim=1).mean()

@@ -1,8 +1,8 @@
 """The operating point of trained switches: one number added to all their logits, chosen on the validation images.
 
-Training moves a switch for many images at once, and a threshold of one half then opens or closes a block for nearly all
-of them.  But the logits rank the images: a shift closes or opens one image after the other, those that the policy is
-least sure about first, and so reaches computations in between.
+Training moves a switch for many images at once, so with a threshold of one half a block runs for nearly all or none of
+them.  But the logits rank the images: a shift flips one image after the other, the least certain first, and so reaches
+the computations in between.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ from utils.flops import NetworkCost
 
 SEARCH = 5  # evaluations
 REACH = 0.16  # share of all FLOPs that the search goes below the threshold's own computation, or around a target
-NEAR = 0.005  # share of all FLOPs that is not worth a search
+NEAR = 0.005  # difference in computation, share of all FLOPs, below which a search is not worthwhile
 
 
 @contextmanager
 def gate_biases_restored(network: ResNet) -> Iterator[None]:
-    """Afterwards the switches stand as they stood before."""
+    """Restore the biases of the gates afterwards."""
     biases = [layer.bias.clone() for layer in network.gate.last_layers]
     try:
         yield
@@ -37,10 +37,10 @@ def gate_biases_restored(network: ResNet) -> Iterator[None]:
 def find_operating_point(
     network: ResNet, evaluated: Callable[[ResNet], Evaluation], budget: Budget, cost: NetworkCost, at_half: Evaluation
 ) -> Evaluation:
-    """Shift the switches' logits to what serves the budget best, and evaluate the network there.
+    """Shift the switches' logits to the offset that meets the budget best, and evaluate the network there.
 
     Bisection for the least computation at which the accuracy is kept (``REACH`` at most below that of the threshold of
-    one half), or for the target computation.  Of all points that were tried the best one stays, this threshold among
+    one half), or for the target computation.  The best of all offsets that were tried is kept; 0 is one of
     them.
 
     Args:
@@ -84,9 +84,8 @@ def find_operating_point(
 def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost) -> float:
     """The offset of all logits that makes the thresholded decisions cost about this share of all FLOPs.
 
-    Exactly this share, to an image, where one switch decides.  Where several do, a block that runs changes what those
-    behind it see, and the share is about this one.  Probabilities tell logits apart as far as float32 does: all above
-    17 are one.
+    With one switch the share is exact to one image.  With several it is approximate, since a block that runs changes
+    the features of later ones.  In float32 all logits above 17 have probability one and cannot be told apart.
 
     Args:
         probabilities: [N, K], of thresholded evaluation without an offset.
@@ -96,7 +95,7 @@ def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost) -> f
     ranked, order = logits.flatten().sort(descending=True)
     shares = blocks.flatten()[order].cumsum(0) / (len(logits) * cost.flops) + 1 - cost.skippable
     opened = int((shares <= computation + 1e-12).sum())
-    # Halfway between the last that passes and the first that does not.
+    # Halfway between the last image that runs and the first that does not.
     above = ranked[opened - 1] if opened > 0 else ranked[0] + 2
     if opened == len(ranked):
         return max(0.0, 1 - above.item())

@@ -13,7 +13,7 @@ CLASSES_A_PAGE = 10  # of images
 
 
 def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
-    """Share of images that each switch lets pass, a row a class; ``passing`` [classes, K]."""
+    """Share of images for which each switched block runs, one row per class; ``passing`` [classes, K]."""
     figure = Figure(figsize=(2 + 0.5 * passing.shape[1], 1.2 + 0.22 * len(classes)), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(passing, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -37,7 +37,7 @@ def draw_executed(executed: Tensor, flops_all: float) -> Figure:
 
 
 def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str], count: int = 5) -> Iterator[Figure]:
-    """The cheapest (left) and dearest (right) images of each class with the MFLOPs spent on them, page by page.
+    """The cheapest (left) and most expensive (right) images of each class with their executed MFLOPs, page by page.
 
     Args:
         executed: [N], FLOPs.
@@ -88,7 +88,7 @@ def class_averages(executed: Tensor, labels: Tensor, classes: Sequence[str]) -> 
 
 
 def passing_by_class(decisions: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Share of each class's images that each switch lets pass, [classes, K]; NaN for a class without images.
+    """Share of each class's images for which each switched block runs, [classes, K]; NaN for a class without images.
 
     Args:
         decisions: [N, K].
@@ -98,7 +98,7 @@ def passing_by_class(decisions: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def cheapest_and_dearest(executed: Tensor, labels: Tensor, classes: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """For each class the indices of its ``count`` cheapest images, cheapest first, and of its dearest, dearest first.
+    """For each class the indices of its ``count`` cheapest and ``count`` most expensive images, the extremes first.
 
     Args:
         executed: [N], FLOPs spent on each image; equal ones keep their order.

@@ -30,7 +30,7 @@ class ReinforceMeans(EpochMeans):
 
     total_return: float  # of the first switch: skip rewards less cross-entropy
     return_deviation: float  # its standard deviation over the images
-    advantage_deviation: float  # the same of what the baseline leaves of it
+    advantage_deviation: float  # the same of the return minus the baseline
     entropy: float  # of one decision, in nats
     executed: float  # share of the skippable FLOPs that ran
     alpha: float  # mean over the steps
@@ -50,7 +50,7 @@ class Reinforcement:
     draws: torch.Generator  # of the decisions, on the network's device
     gamma: float = 1.0
     rl_weight: float = 0.1
-    # As in SkipNet: all images of a batch draw, not every other one, and returns are compared with nothing.
+    # As in SkipNet: all images of a batch draw, not every other one, and there is no baseline.
     published: bool = False
     frozen_norms: bool = True  # they use running statistics; else they follow the drawn paths
     loss_fn: LossFn | None = None
@@ -63,8 +63,8 @@ class Reinforcement:
     def run(self, x: Tensor, rule: RuleMaker, drawn: Tensor) -> RoutedOutput:
         """One forward pass.
 
-        Drawn decisions carry no gradient, so blocks may really be skipped in training.  A GPU would wait for each
-        gather; norms that follow the paths see all images, as published.
+        Drawn decisions carry no gradient, so a CPU really skips blocks in training.  A GPU would wait for each gather,
+        and batch norms that follow the decisions see all images, as published.
         """
         forward = self.forward or training_forward(self.network)
         frozen = self.frozen_norms or not self.network.training
@@ -72,7 +72,7 @@ class Reinforcement:
 
 
 class Sample(NamedTuple):
-    """What one pass of this process's part of a batch has shown: N images, n of which explored, K switches."""
+    """One pass over this process's part of a batch: N images, n of which explored, K switches."""
 
     logits: Tensor  # [N, classes]
     cross_entropy: Tensor  # [N]
@@ -92,13 +92,13 @@ def reinforce_epoch(
     """Train for one epoch.
 
     On every other image of a batch the decisions are drawn from the switches, and the switches learn from what these
-    images earn.  The others pass as they will pass when the network is used: the network learns the paths that count
-    without the noise of drawn ones, which alone cost accuracy that only a vanishing learning rate brings back.
+    images earn.  The others use thresholded decisions, as at inference: with drawn decisions alone the network lost
+    accuracy that only a vanishing learning rate restored.
 
     Args:
         batches: on the network's device.
         learning_rates: of the optimisers, as functions of the share of this epoch that is done.
-        alpha: the reward of skipping everything, in nats, which may be steered from step to step.
+        alpha: the reward for skipping every block, in nats, which may change from step to step.
         title: what the progress bar says.
 
     Raises:
@@ -157,7 +157,7 @@ def draw_sample(setup: Reinforcement, x: Tensor, labels: Tensor, reward: float |
     Args:
         x: of this process.
         labels: of the whole batch.
-        reward: of skipping everything.
+        reward: for skipping every block.
     """
     explorers, others = exploring_parts(len(labels), setup.published)
     numbers = torch.rand(len(labels), len(setup.shares), generator=setup.draws, device=setup.device)
@@ -186,7 +186,7 @@ def thresholded_returns(setup: Reinforcement, x: Tensor, y: Tensor, reward: floa
 
 
 def exploring_parts(images: int, all_explore: bool) -> tuple[slice, slice]:
-    """Which images of this process's part of a batch draw their decisions, and which alpha is steered by: the others.
+    """Which images of this process's part of a batch draw their decisions; the others steer alpha.
 
     Every other image of the whole batch explores.  Slices, since a GPU would wait for masks.
     """
@@ -203,10 +203,10 @@ def deviation(mean: float, mean_square: float) -> float:
 def closing_epoch(
     setup: Reinforcement, batches: TrainingBatches, learning_rate: Callable[[float], float], title: str
 ) -> EpochMeans:
-    """Train the network alone for one epoch, every image passing as when it is used; the switches stay as they are.
+    """Train the network alone for one epoch with thresholded decisions, as at inference; the gates are frozen.
 
-    Drawn paths are noise to the network.  Once the policy has learned it needs them no more, and the network learns the
-    paths that count on all images.
+    Drawn decisions are noise to the network.  Once the policy has learned, they are no longer needed, and the network
+    adapts to the thresholded decisions on all images.
 
     Args:
         learning_rate: of the network.

@@ -1,4 +1,4 @@
-"""What the switches of a finished run do with the test images: pictures and ``routing.json``."""
+"""The decisions of a finished run on the test images: pictures and ``routing.json``."""
 
 import torch
 
@@ -23,7 +23,7 @@ from utils.runs.run import Run
 def record_routing(
     run: Run, best: Checkpoint, test: Images, cost: NetworkCost, floor: float, device: torch.device
 ) -> None:
-    """Draw and write what the switches of the best network do.
+    """Draw and write the decisions of the best network.
 
     Args:
         floor: accuracy that the budget asks for.

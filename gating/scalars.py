@@ -17,11 +17,11 @@ POLICY_CHARTS = EPOCH_CHARTS | {
 
 
 def policy_scalars(train: EpochMeans, at_half: Evaluation, steering: Steering) -> dict[str, float]:
-    """What the policy did in an epoch of stage 3, in a closing one nothing.
+    """Scalars of the policy in an epoch of stage 3; none in a closing epoch.
 
     Args:
-        at_half: the network at the threshold of one half that it was trained with.
-        steering: as the epoch was steered.
+        at_half: evaluation at the threshold of one half, as in training.
+        steering: of the epoch.
     """
     scalars = {"Policy/accuracy": at_half.accuracy, "Policy/computation_percentage": 100 * at_half.computation}
     if not isinstance(train, ReinforceMeans):

@@ -1,4 +1,4 @@
-"""Steering stage 3 to its budget: the computation that an epoch is led to, the alpha that leads there, what is best."""
+"""Steering stage 3 to its budget: the computation that an epoch aims at, the alpha for it, and the best network."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,15 +10,15 @@ from training.evaluate import Evaluation
 from utils.errors import UserError
 from utils.flops import NetworkCost
 
-SMOOTHING = 0.9  # of the batches' computation, which a controller sees
-PROPORTIONAL = 5.0  # change of log alpha for the whole computation too much
+SMOOTHING = 0.9  # of the batches' computation that the controller sees
+PROPORTIONAL = 5.0  # change of log alpha per unit of computation above the setpoint
 INTEGRAL = 0.1  # the same, added up step by step
-LARGEST_ERROR = 0.1  # that adds up, so that alpha does not run away while switches have yet to answer
+LARGEST_ERROR = 0.1  # of the integral, so that alpha does not run away before the switches react
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What stage 3 is asked for: accuracy above a floor, or computation below a target.
+    """The budget of stage 3: accuracy above a floor, or computation below a target.
 
     With a ``target_computation`` (executed FLOPs over all FLOPs) the accuracy is what is maximised; without one the
     executed FLOPs are minimised while the accuracy stays at ``floor`` or above.
@@ -29,7 +29,7 @@ class Budget:
     drop: float = 0.0  # accuracy that the floor lies below stage 1's
 
     def check(self, cost: NetworkCost) -> None:
-        """Refuse a computation that is left even where every switch closes.
+        """Refuse a target below the computation with every switch closed.
 
         Raises:
             UserError: says what is left.
@@ -42,7 +42,7 @@ class Budget:
             )
 
     def met(self, accuracy: float, computation: float) -> bool:
-        """Whether what is asked for is kept; a target may be exceeded by half a percent of the FLOPs."""
+        """Whether the budget is met; a target may be exceeded by half a percent of the FLOPs."""
         if self.target_computation is None:
             return accuracy >= self.floor - 1e-9
         return computation <= self.target_computation + 0.005
@@ -51,17 +51,17 @@ class Budget:
         return self.met(measured.accuracy, measured.computation)
 
     def lost(self, accuracy: float) -> bool:
-        """Whether the accuracy is more than another drop, or two points, below the floor: time to go back."""
+        """Whether the accuracy has collapsed: below the floor by more than the drop and two percentage points."""
         return self.target_computation is None and accuracy < self.floor - max(self.drop, 0.02)
 
     def score(self, accuracy: float, computation: float) -> tuple[bool, float, float]:
-        """Larger is better: first being within the budget, then what is optimised under it, then the other.
+        """Larger is better, in this order: within the budget, the optimised quantity, the other one.
 
         Computations that round to the same percent count as equal.
         """
         percent = -round(100 * computation)
         within = self.met(accuracy, computation)
-        # What is asked for comes first where it can be had, the constraint where it is not met yet.
+        # Within the budget the objective comes first, outside of it the constraint.
         fewest_first = within == (self.target_computation is None)
         return (within, percent, accuracy) if fewest_first else (within, accuracy, percent)
 
@@ -70,11 +70,11 @@ class Budget:
 
 
 def next_setpoint(budget: Budget, accuracy: float, computation: float, start: float, epoch: int, epochs: int) -> float:
-    """The computation, a share of all FLOPs, that an epoch leads the policy to.
+    """The computation, a share of all FLOPs, that an epoch steers the policy to.
 
-    A target is approached in a straight line from ``start`` and reached when half of the epochs are done.  Towards an
-    accuracy's floor the policy is led a stride beyond what the accuracy bears now, since the network learns to do
-    without a block only where the policy skips it.
+    A target is approached linearly from ``start`` and reached after half of the epochs.  Towards an accuracy floor the
+    policy goes one stride further than the accuracy allows now, since the network learns to do without a block only
+    if the policy skips it.
 
     Args:
         accuracy, computation: at the operating point after the epoch before, see ``gating.operating_point``.
@@ -107,16 +107,15 @@ class FixedAlpha:
 
 
 class SteeredAlpha:
-    """Alpha that leads the thresholded decisions' computation along a straight line, from step to step.
+    """Alpha that steers the thresholded decisions' computation along a straight line, step by step.
 
     Proportional-integral control of the dual variable of the constraint (arXiv:2007.03964, section 4: the proportional
     term damps the oscillation of plain dual ascent).  All of it stays on the device: nothing makes a GPU wait.
 
     Args:
         alpha: where the integral starts.
-        now: computation of the network as it is, where the line starts.  All computations here are shares of the
-            skippable FLOPs.
-        end: where the line leads.
+        now: present computation, where the line starts.  All computations here are shares of the skippable FLOPs.
+        end: the end of the line.
         steps: batches on the way; ``end`` holds after them.
     """
 
@@ -129,7 +128,7 @@ class SteeredAlpha:
         return (self.log_alpha + PROPORTIONAL * self._error()).exp().float()
 
     def observe(self, executed: Tensor) -> None:
-        """Take note of the share of the skippable FLOPs that a batch's thresholded decisions execute, a scalar."""
+        """Record the share of the skippable FLOPs that a batch's thresholded decisions execute, a scalar."""
         self.step += 1
         self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * executed.double()
         bounded = self._error().clamp(-LARGEST_ERROR, LARGEST_ERROR)
@@ -137,7 +136,7 @@ class SteeredAlpha:
 
     @property
     def final(self) -> float:
-        """Where the next epoch's steering goes on."""
+        """The alpha that the next epoch starts with."""
         return self.log_alpha.exp().item()
 
     def _error(self) -> Tensor:
@@ -147,14 +146,14 @@ class SteeredAlpha:
 
 @dataclass
 class SteeringPoint:
-    """Where steering stands between two epochs; computations are shares of all FLOPs."""
+    """State of the steering between two epochs; computations are shares of all FLOPs."""
 
     alpha: float
     computation: float  # of the network at its threshold of one half
 
 
 class Steering:
-    """The alpha of every epoch, from what the epochs before it have led to.
+    """The alpha of every epoch, from the results of the epochs before.
 
     Args:
         alpha: where it starts.
@@ -173,17 +172,17 @@ class Steering:
         self.start = self.setpoint = 1.0
 
     def begin(self, accuracy: float, computation: float) -> None:
-        """Take note of the network that stage 3 starts from, and plan the first epoch."""
+        """Record the network that stage 3 starts from, and plan the first epoch."""
         self.start = computation
         self.now = self.best = SteeringPoint(self.now.alpha, computation)
         self.plan(1, accuracy, computation)
 
     def plan(self, epoch: int, accuracy: float, computation: float) -> None:
-        """Choose the setpoint of an epoch, counted from 1, by where the network stands, at its operating point."""
+        """Choose the setpoint of an epoch, counted from 1, by accuracy and computation at the operating point."""
         self.setpoint = next_setpoint(self.budget, accuracy, computation, self.start, epoch, self.epochs)
 
     def controller(self) -> FixedAlpha | SteeredAlpha:
-        """What gives each step of the next epoch its alpha."""
+        """The controller of alpha in the next epoch."""
         if self.fixed:
             return FixedAlpha(self.now.alpha)
         # From shares of all FLOPs to shares of those that can be skipped.
@@ -191,15 +190,15 @@ class Steering:
         return SteeredAlpha(self.now.alpha, now, end, self.steps, self.device)
 
     def observe(self, controller: FixedAlpha | SteeredAlpha, computation: float) -> None:
-        """Take note of where an epoch has led: its alpha, and the computation at the threshold of one half."""
+        """Record the result of an epoch: its alpha, and the computation at the threshold of one half."""
         self.now = SteeringPoint(controller.final, computation)
 
     def remember(self, computation: float) -> None:
-        """Keep this place as that of the best network, which executes ``computation``."""
+        """Keep this state as that of the best network, which executes ``computation``."""
         self.best = SteeringPoint(self.now.alpha, computation)
 
     def go_back(self) -> None:
-        """Go on from the best network."""
+        """Continue from the best network."""
         self.now = self.best
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The gates' logits scaled down, so that switches that are sure explore again; what they decide stays."""
+"""Scale down the gates' logits, so that confident switches explore again; thresholded decisions do not change."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ LOGIT = 2.0  # mean size of a logit afterwards: a draw agrees with the threshold
 def rescale_gate_logits(network: ResNet, images: Tensor) -> None:
     """Scale the gates' last layers down until the mean size of their logits is at most ``LOGIT``.
 
-    Supervised training leaves switches that let pass with probability near 1.  Sampling then never tries to skip, and
-    the policy gradient, which goes with p (1 - p), vanishes.  A positive factor keeps every logit's sign, so the
-    thresholded decisions stay exactly as they were.
+    Supervised training leaves switches that run their blocks with probability near 1.  Sampling then never
+    skips, and the policy gradient, which is proportional to p (1 - p), vanishes.  A positive factor keeps every logit's
+    sign, so the thresholded decisions do not change.
 
     Args:
         images: normalised [N, 3, H, W], to measure the logits on.

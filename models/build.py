@@ -20,7 +20,7 @@ def build_network(network: str, **architecture: Any) -> nn.Module:
             themselves, with ``mean`` and ``std`` beside.
 
     Raises:
-        ValueError: for a network that does not exist.
+        ValueError: for an unknown network.
     """
     if network == CASCADE:
         return Cascade([_member(**member) for member in architecture.pop("members")], **architecture)

@@ -1,4 +1,4 @@
-"""A cascade: a small network answers what it is sure of and hands the rest on to the next one."""
+"""A cascade: a small network answers if it is confident and hands other images on to the next network."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Member(NamedTuple):
 
 
 class Cascade(nn.Module):
-    """Networks that answer in turn, each only the images that all before it were unsure of.
+    """Networks in turn: each runs only on the images on which all before it were unsure.
 
     An image is handed on where the largest probability of the answer so far is below a member's threshold.  Source:
     cascades of whole networks (arXiv:2012.01988, section 3); the largest probability of the softmax as confidence
@@ -74,7 +74,7 @@ class Cascade(nn.Module):
         return len(self.thresholds) + sum(member.switches for member in self.members)
 
     def forward(self, images: Tensor, decide: DecisionRule = thresholded) -> RoutedOutput:
-        """Classify images, each by the members that it reaches only.
+        """Classify images, each only by the members that it reaches.
 
         Args:
             images: [N, 3, H, W] with pixels in [0, 1].

@@ -1,4 +1,4 @@
-"""A convolution that oneDNN's fault in the gradients of strided 1x1 convolutions cannot reach."""
+"""A convolution that avoids oneDNN's fault in the gradients of strided 1x1 convolutions."""
 
 import torch
 from torch import Tensor, nn

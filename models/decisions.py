@@ -1,7 +1,7 @@
 """Decision rules: how the probability that a block runs becomes a decision to run it.
 
-A rule is a function from probabilities to decisions, both of shape [N] (one entry an image, one call a switch).  It is
-an argument of the network's forward pass, so that one network serves every stage.
+A rule is a function from probabilities to decisions, both of shape [N] (one entry per image, one call per switch).  It
+is an argument of the network's forward pass, so that one network serves every stage.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def sampled(draws: Tensor | torch.Generator | None = None) -> DecisionRule:
         return lambda p: (next(columns) < p.detach()).to(p.dtype)
 
     def draw(probabilities: Tensor) -> Tensor:
-        # Where training has diverged a probability may be nan, which bernoulli dies of before the loss can be checked.
+        # A nan probability (training has diverged) would raise in bernoulli, before the loss can be checked.
         return torch.bernoulli(probabilities.detach().nan_to_num(0.0), generator=draws)
 
     return draw

@@ -1,4 +1,4 @@
-"""Gates: the small networks that look at the features so far and say whether the next block is worth running."""
+"""Gates: small networks that read the features so far and give the probability that the next block runs."""
 
 import torch
 from torch import Tensor, nn
@@ -8,22 +8,22 @@ FEATURES = 10
 
 
 class RecurrentGate(nn.Module):
-    """One LSTM for all switches, stepping once a block.
+    """One LSTM for all switches, with one step per block.
 
     Global average pool -> projection of the block's input channels to 10 -> LSTM with 10 units -> linear -> sigmoid.
     About 0.003 % of the FLOPs of the blocks at width 64.
 
     Source: SkipNet (arXiv:1711.09485), section 3.1 and figure 3 (RNNGate).  The batch norm behind each projection is
     an addition: pooled features of different images differ by little against their mean, and a gate that sees them
-    unscaled learns to open or close for all images alike.
+    unscaled learns to decide the same for all images.
 
     Args:
         channels: input channels of each switched block, in order.
         opening: initial bias of the last layer; sigmoid(opening) is about the probability that an untrained switch
-            lets an image pass, positive so that training starts from the whole network.
+            runs its block, positive so that training starts from the whole network.
     """
 
-    recurrent = True  # what a switch says depends on what those before it saw
+    recurrent = True  # a later switch depends on the state that the earlier ones left
 
     def __init__(self, channels: list[int], opening: float = 2.0):
         super().__init__()
@@ -40,7 +40,7 @@ class RecurrentGate(nn.Module):
         return [self.decision]
 
     def remove(self, switch: int) -> None:
-        """Drop what belongs to a switch that is not asked."""
+        """Remove the layers of a switch that is never computed."""
         self.projections[switch] = nn.Identity()
 
     def forward(self, switch: int, features: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
@@ -54,7 +54,7 @@ class RecurrentGate(nn.Module):
         Returns:
             probabilities [N] in float32 and the state for the next switch.
         """
-        # A probability near one half must not change sides with the precision of the rest of the network.
+        # Float32, so that a probability near one half decides the same in every precision of the network.
         with torch.autocast(features.device.type, enabled=False):
             pooled = features.mean(dim=(2, 3), dtype=self.decision.weight.dtype)
             state = self.lstm(self.projections[switch](pooled), state)
@@ -62,7 +62,7 @@ class RecurrentGate(nn.Module):
 
 
 class FeedForwardGate(nn.Module):
-    """A small convolutional network of its own for every switch.
+    """A separate small convolutional network for every switch.
 
     ``ff1``: max pool, 3x3 convolution, 3x3 convolution with stride 2, each with batch norm and relu; then global
     average pool, linear, sigmoid.  5/32 (16 %) of the FLOPs of an identity block.
@@ -89,11 +89,11 @@ class FeedForwardGate(nn.Module):
 
     @property
     def last_layers(self) -> list[nn.Linear]:
-        """As ``RecurrentGate.last_layers``, of the switches that are asked."""
+        """As ``RecurrentGate.last_layers``, of the switches that are computed."""
         return [layer for layer in self.decisions if isinstance(layer, nn.Linear)]
 
     def remove(self, switch: int) -> None:
-        """As ``RecurrentGate.leave_out``."""
+        """As ``RecurrentGate.remove``."""
         self.features[switch] = self.decisions[switch] = nn.Identity()
 
     def forward(self, switch: int, features: Tensor, state: None) -> tuple[Tensor, None]:

@@ -1,4 +1,4 @@
-"""What static pruning leaves behind of a layer: a small core between two rotations, or two factors."""
+"""The layers that static pruning builds: a small core between two rotations, or two factors."""
 
 from collections.abc import Sequence
 

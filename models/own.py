@@ -1,7 +1,7 @@
 """Networks of one's own: made by a function of a Python file or of an installed module.
 
-A checkpoint names the function, and calling it runs code.  So it is called only after ``allow`` has named it in this
-process: loading a checkpoint that somebody else has made runs nothing.
+A checkpoint names the function, and calling it runs code.  So it is called only if ``allow`` has named it in this
+process: loading somebody else's checkpoint runs no code.
 """
 
 import importlib
@@ -34,8 +34,7 @@ def own_network(source: str) -> nn.Module:
     """Call the function that ``source`` names.
 
     Raises:
-        ValueError: in one sentence, for a function that was not allowed, and for a file, a function or a network that
-            is not there.
+        ValueError: in one sentence, if the function was not allowed, or if file, function or network are missing.
     """
     known = [allowed for allowed in _allowed if _tail(allowed) == _tail(source)]
     if not known:
@@ -111,7 +110,7 @@ class OwnNetwork(nn.Module):
 
     Args:
         source: names the function that makes it, see ``own_network``.
-        num_classes: that it tells apart.
+        num_classes: number of classes.
         layers: of every layer that static pruning has replaced, by name: ``ranks``, ``depthwise`` and ``bias``, see
             ``models.lowrank.low_rank``.
 

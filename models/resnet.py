@@ -23,7 +23,7 @@ DEEPEST = 1202  # of the networks that were published
 
 
 def check_depth(depth: int) -> None:
-    """Refuse a depth that no network has.
+    """Refuse an impossible depth.
 
     Raises:
         ValueError: unless it is 6n + 2, n >= 1, and ``DEEPEST`` at most.
@@ -65,7 +65,7 @@ class BasicBlock(nn.Module):
             )
 
     def residual(self, x: Tensor) -> Tensor:
-        """The residual branch, which a skipped block leaves out."""
+        """The residual branch, not computed in a skipped block."""
         return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
 
     def carried(self, x: Tensor) -> Tensor:
@@ -80,24 +80,24 @@ class BasicBlock(nn.Module):
         return F.relu(carried + decisions.to(residual.dtype).view(-1, 1, 1, 1) * residual)
 
     def skipping(self, x: Tensor, decisions: Tensor) -> Tensor:
-        """The same output, the residual computed on the images whose decision is 1 only, and not at all if none is."""
+        """The same output, with the residual computed only on the images whose decision is 1."""
         selected = decisions.nonzero().squeeze(1)
         if len(selected) == len(x):
             return self(x)
         carried = self.carried(x)
         if len(selected) == 0:
-            # The input of an identity shortcut comes out of a relu, which a second one would not change.
+            # The input of an identity shortcut is the output of a relu; a second relu would not change it.
             return x if self.shortcut is None else F.relu(carried)
         residual = self.residual(x.index_select(0, selected)).to(carried.dtype)
         if carried.is_contiguous():
             return carried.index_add(0, selected, residual).relu_()
-        # In channels-last layout the same on the view whose rows lie in a row, which is several times faster.
+        # In channels-last layout on a contiguous view, which is several times faster.
         added = carried.permute(0, 2, 3, 1).index_add(0, selected, residual.permute(0, 2, 3, 1)).relu_()
         return added.permute(0, 3, 1, 2)
 
 
 class ShortcutBlock(nn.Module):
-    """What is left of a ``BasicBlock`` whose switch is fixed closed: its shortcut, by the same name."""
+    """The shortcut of a ``BasicBlock`` whose switch is fixed closed."""
 
     def __init__(self, block: BasicBlock):
         super().__init__()
@@ -189,7 +189,7 @@ class ResNet(nn.Module):
     def architecture(self) -> dict[str, Any]:
         """The arguments of ``build_network`` that make this network, plain data.
 
-        Ranks are those of the layers as they are by now; a block that was removed keeps those it had.
+        Ranks are those of the present layers; a removed block keeps the ones it had.
         """
         low = {name: module for name, module in self.named_modules() if isinstance(module, LOW_RANK)}
         removed = tuple(f"{block}.conv" for block in self.removed_blocks)
@@ -217,7 +217,7 @@ class ResNet(nn.Module):
         return [switch for switch in range(self.switches) if switch not in self.fixed_switches]
 
     def asks(self, switch: int) -> bool:
-        """Whether the gate is asked at a switch: where it decides, and where a later one needs the state."""
+        """Whether the gate runs at a switch: if it decides, or if a later switch needs the state."""
         later = any(free > switch for free in self.free_switches)
         return switch not in self.fixed_switches or (self.gate.recurrent and later)
 
@@ -247,8 +247,8 @@ class ResNet(nn.Module):
         Args:
             images: [N, 3, H, W], normalised as the checkpoint says.
             decide: how probabilities become decisions, see ``models.decisions``.
-            skip: run a block on the images whose switch is on only (true), or on all images and multiply by the
-                decisions (false), which a gradient through the decisions needs.  By default true in evaluation mode.
+            skip: true runs a block only on the images whose decision is 1; false runs it on all images and multiplies
+                by the decisions, as gradients through the decisions need.  Default: true in evaluation mode.
         """
         skip = not self.training if skip is None else skip
         x = F.relu(self.stem(images))

@@ -109,7 +109,7 @@ def refit(
 
     An error counts as what the batch norm behind makes of it, or by how much the loss depends on that output.  The norm
     keeps its variance, so that it does to the new outputs what the fit is about, and its mean takes up the fit's
-    intercept: measured anew, on images without augmentation, both would be others.  Without a norm the layer's bias
+    intercept: measured again, on images without augmentation, both would differ.  Without a norm the layer's bias
     takes it up.
 
     Args:

@@ -104,7 +104,7 @@ class PruneSettings(Method, StageSettings):
     """Every key of ``config.json``.
 
     Raises:
-        UserError: for a schedule or a name that there is not, or for settings that exclude each other.
+        UserError: for an unknown schedule or name, or for settings that exclude each other.
     """
 
     network: str = setting("resnet", NETWORK_HELP, check=check_network)

@@ -29,7 +29,7 @@ class Evaluation:
     executed: Tensor  # [N] in float64 on the CPU, FLOPs spent on each image
     decisions: Tensor  # [N, K] on the CPU
     logits: Tensor  # [N, classes] on the CPU
-    probabilities: Tensor  # [N, K] on the CPU, that each switch lets pass, after what the switches before it decided
+    probabilities: Tensor  # [N, K] on the CPU, that each switched block runs, given the decisions before it
 
     @property
     def flops_executed(self) -> float:
@@ -48,7 +48,7 @@ class Evaluation:
 
     @property
     def passing(self) -> list[float]:
-        """Share of the images that each switch lets pass."""
+        """Share of the images for which each switched block runs."""
         return self.decisions.mean(dim=0).tolist()
 
 

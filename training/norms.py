@@ -148,8 +148,8 @@ def reestimate_batch_norms(
 ) -> None:
     """Replace all running statistics by their averages over ``batches``, under the decisions of ``decide``.
 
-    Skipped blocks are not run, so a block's norms see the images that its switch lets pass, as in evaluation, and weigh
-    a batch by how many these are.
+    Skipped blocks are not run, so a block's norms see only the images for which it runs, as in evaluation, and weigh a
+    batch by their number.
 
     Args:
         batches: those of this process, where several deal out the batches; the averages are over all of them.
@@ -186,7 +186,7 @@ def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decid
                 if len(x) > 1:  # one image has no variance
                     network(x, decide=decide, skip=True)
             for norm, buffers in zip(norms, before, strict=True):
-                if _average_over_processes(norm, images[norm]) == 0:  # a block that no image takes keeps what it had
+                if _average_over_processes(norm, images[norm]) == 0:  # a block that no image runs keeps its statistics
                     for buffer, own in zip(norm.buffers(), buffers, strict=True):
                         buffer.copy_(own)
     finally:

@@ -91,7 +91,7 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     files = {r["checkpoint"]: result_dir / r["checkpoint"] for r in latest_chain(records, record)}
     speeds = measure_speeds(files, test[:: -(-len(test) // TIMED_IMAGES)].pixels.cpu())
     with results_locked(result_dir, run.say):
-        records = read_records(result_dir)  # anew: other runs may have ended meanwhile
+        records = read_records(result_dir)  # read again: other runs may have ended meanwhile
         measured_now = [r for r in records if r["checkpoint"] in files]
         for r in measured_now:
             r.update(speeds.get(r["checkpoint"], NOT_MEASURED))

@@ -66,7 +66,7 @@ def epoch_scalars(
 def layer_scalars(network: ResNet, cost: NetworkCost) -> dict[str, float]:
     """Parameters and ranks of every convolution of the network, rotations counted with the layer they belong to.
 
-    For ``metrics.jsonl``: three curves a layer with a point a pruning would bury TensorBoard's others.
+    For ``metrics.jsonl``: three curves per layer with one value per iteration would bury TensorBoard's other charts.
     """
     scalars = {}
     for name, module in network.named_modules():

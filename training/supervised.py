@@ -19,7 +19,7 @@ from utils import parallel
 from utils.data.batches import TrainingBatches
 from utils.device import fixed_shapes
 
-# Half of the images of a batch pass with every switch held open, so that the whole network, which static pruning works
+# For half of the images of a batch every switch is held open, so that the whole network, which static pruning works
 # on, is trained whatever the switches do.  On the other half decisions are drawn, not thresholded: switches that only
 # ever let pass leave a network that has never done without a block, and reinforcement then finds skipping hopeless.
 OPEN_SHARE = 0.5

@@ -14,17 +14,17 @@ BF16_CAPABILITY = (8, 0)  # Ampere: GPUs before it emulate bf16, slower than flo
 
 
 def pick_device() -> torch.device:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves visible, or this process's own among several; else the CPU.
+    """The first visible GPU, or with several processes this process's own; else the CPU.
 
-    float32 is float32 there: PyTorch lets convolutions round to TF32's 10 bits otherwise, those of the Fisher as well.
-    What is to be fast runs in bf16.
+    On GPUs float32 is made full float32: by default PyTorch rounds convolutions to TF32's 10 bits, those of the Fisher
+    as well.  For speed there is bf16.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of products in training and in evaluation between epochs, see ``mixed_precision``.
+    """The dtype of convolutions and matrix products in training and between epochs, see ``mixed_precision``.
 
     Args:
         wanted: one of ``PRECISIONS``; "auto" is bf16 on GPUs that have it and float32 anywhere else.
@@ -58,9 +58,9 @@ def mixed_precision(device: torch.device, precision: torch.dtype) -> AbstractCon
 
 @contextmanager
 def fixed_shapes() -> Iterator[None]:
-    """For a while cuDNN times its kernels for each new shape and keeps the fastest.
+    """Let cuDNN time its kernels for each new shape and keep the fastest.
 
-    For training, whose batches have one or two sizes; where blocks are skipped a GPU would time them for each batch.
+    For training, whose batches have one or two sizes; with skipped blocks every batch would be timed.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
@@ -74,8 +74,8 @@ class Randomness:
     """A run's random numbers: ``data`` (order, crops, flips) on the CPU, ``draws`` (labels, decisions) on ``device``.
 
     Its state goes into every checkpoint, so that a resumed run draws what an uninterrupted one would have drawn.  GPUs
-    and CPUs draw differently, though: on another kind of device ``draws`` starts anew, from a seed that the saved state
-    gives, and what is drawn differs from then on.
+    and CPUs draw differently, though: on another kind of device ``draws`` starts again from a seed that the saved
+    state gives, and draws other numbers from then on.
     """
 
     def __init__(self, seed: int, device: torch.device):

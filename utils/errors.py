@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how a command reports them."""
+"""Errors that a user can correct, and how a command reports them."""
 
 import errno
 import io
@@ -11,14 +11,14 @@ NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class UserError(Exception):
-    """Something the user can put right; the message is one sentence: the thing, what was found and the cure."""
+    """Something the user can correct; the message is one sentence: the thing, what was found and what to do."""
 
 
 def run_command(main: Callable[[], None], goes_on: str | None = WITH_RESUME) -> None:
     """Run a command's main function; report a user's error in one line (exit code 2) and Ctrl-C in one line (130).
 
     Args:
-        goes_on: what continues from where it was interrupted; None where nothing does.
+        goes_on: the command that continues from there; None if there is none.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may have what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -48,5 +48,5 @@ def report_error(error: UserError | KeyboardInterrupt, goes_on: str | None = WIT
 
 
 def kept(goes_on: str | None) -> str:
-    """The end of a sentence that says what becomes of an interrupted command."""
+    """The end of a message: how an interrupted command is continued."""
     return f"; what was saved is kept: {goes_on} continues from there" if goes_on else ""

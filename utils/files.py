@@ -26,7 +26,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(descriptor)
             with suppress(OSError):  # file systems without permissions refuse it
-                os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
+                os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
             os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -34,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def _temporary_beside(path: Path) -> tuple[int, str]:
-    """A new file, locked for as long as it is open: ``remove_leftovers`` knows by that whether its writer lives."""
+    """A new file, locked while it is open, so that ``remove_leftovers`` sees whether its writer is alive."""
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         with suppress(OSError):  # a file system without locks

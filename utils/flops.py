@@ -31,8 +31,8 @@ class NetworkCost:
     """Cost of a network for one image."""
 
     parameters: int  # all of them, batch norms and gates included
-    flops: int  # with every block run, those among them whose switches are fixed closed and that have left
-    blocks: tuple[int, ...]  # FLOPs that each of the K switches saves when it closes; none where it is fixed open
+    flops: int  # with every block run, removed ones (switch fixed closed) included
+    blocks: tuple[int, ...]  # FLOPs that each of the K switches saves when it closes; 0 if it is fixed open
     layers: dict[str, LayerCost]
 
     @property
@@ -55,8 +55,8 @@ class NetworkCost:
 def network_cost(network: nn.Module, image_size: int | tuple[int, int]) -> NetworkCost:
     """Measure the cost of ``network`` for images of three channels and ``image_size`` pixels, on a blank image.
 
-    Of the switched ResNet, blocks that have left the network count as they were before, but for the parameters: what
-    switches save is measured against the same network whether they are fixed or not.
+    Blocks that fixed switches have removed count with their FLOPs, but not with their parameters: so the computation
+    stays comparable whether switches are fixed or not.
 
     Args:
         image_size: of a square, or height and width.
@@ -78,7 +78,7 @@ def cost_on(
 
     Its FLOPs are those of ``FlopCounterMode``: products in attention and layers that are no modules are among them.
     """
-    # With gradients attention is computed by products that are counted, without them possibly in one piece.
+    # With gradients attention uses matrix products, which are counted; without, it may be one fused kernel.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         layers = _layer_costs(network, x, forward)
     return NetworkCost(sum(p.numel() for p in network.parameters()), counter.get_total_flops(), (), layers)
@@ -111,7 +111,7 @@ def every_block(network: ResNet | OwnNetwork, x: Tensor) -> Tensor:
 
 
 def _cascade_cost(members: list[NetworkCost]) -> NetworkCost:
-    """Of all members together; a switch between two saves what the second costs however its own switches decide."""
+    """All members together; a switch between two saves the second one's FLOPs outside of its own switched blocks."""
     between = [member.flops - sum(member.blocks) for member in members[1:]]
     return NetworkCost(
         parameters=sum(member.parameters for member in members),

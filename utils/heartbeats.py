@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 INTERVAL = 5.0  # seconds
 SILENCE = 120.0  # seconds
-GOODBYE = 2**40  # what a process that has ended well counts on to; nobody waits for its next beat
+GOODBYE = 2**40  # the last count of a process that has ended well: its next beat is not waited for
 
 
 @contextmanager
@@ -23,15 +23,15 @@ def heartbeats(rank: int, processes: int, lost: Callable[[str], None]) -> Iterat
     """Tell the others and listen to them meanwhile.
 
     Args:
-        lost: called, in a thread of its own, with what a process that is silent has done.
+        lost: called in a separate thread with a sentence about the silent process.
     """
-    # A connection of its own: on another one it would have to wait for what the program asks there.
+    # A separate connection: the program's own one may be blocked by its requests.
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     started, ended = time.monotonic(), threading.Event()
-    heard = {other: (0, started) for other in range(processes) if other != rank}  # beats, and when the last one came
+    heard = {other: (0, started) for other in range(processes) if other != rank}  # beats, and the time of the last one
 
     def beat() -> None:
-        with suppress(RuntimeError):  # where the store does not answer, or only blocks, nobody is heard of any more
+        with suppress(RuntimeError):  # if the store does not answer, or only blocks, no process can be heard
             while not ended.wait(INTERVAL):
                 store.add(f"heartbeats/{rank}", 1)
                 for other, (before, _) in heard.items():

@@ -1,4 +1,4 @@
-"""What befalls a command from outside: signals that end it, and outputs that nobody reads any more.
+"""Interruptions from outside: signals that end a command, and outputs that have lost their reader.
 
 This is imported before everything else, so nothing here may take long to import.
 """
@@ -22,12 +22,12 @@ ENDED_BY = {
 
 
 def prepare(goes_on: str | None = WITH_RESUME) -> None:
-    """From now on signals end the command in one sentence, and what cannot be printed is lost.
+    """From now on signals end the command with one sentence, and text that cannot be printed is dropped.
 
     Signals that were ignored before, as under nohup, still are.
 
     Args:
-        goes_on: what continues from where the command was ended; None where nothing does.
+        goes_on: the command that continues from there; None if there is none.
     """
     _keep_outputs()
     for name, what in ENDED_BY.items():
@@ -44,7 +44,7 @@ def _end(sentence: str, number: int, frame: FrameType | None) -> None:
     signal would interrupt what the first has begun.
     """
     _ignore_signals()
-    with suppress(OSError):  # ``print`` may be what was interrupted
+    with suppress(OSError):  # not ``print``, which may have been interrupted
         os.write(2, ("\n" * os.isatty(2) + f"{sentence}\n").encode())  # below a progress bar, where there is one
     os._exit(128 + number)
 
@@ -55,7 +55,7 @@ def _ignore_signals() -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output or error, of which is lost what nobody can read: its reader, terminal or disk space has gone."""
+    """Standard output or error that drops its text once its reader, terminal or disk space is gone."""
 
     def write(self, content: bytes) -> int:
         try:

@@ -34,7 +34,7 @@ ANSWER = 5.0  # seconds that the first process to fail is asked for
 
 
 class ProcessLostError(UserError):
-    """The others cannot go on without a process that has ended."""
+    """A process has ended, and the others cannot continue without it."""
 
     def __init__(self, what: str = "a process of this run has ended"):
         super().__init__(
@@ -112,7 +112,7 @@ def _told_to_end(*_: Any) -> None:
 
 
 def _end_after(signals: int) -> None:
-    """End the process some time after it was told to end: what waits for a GPU or a process does not hear of signals.
+    """End the process some time after a signal: code that waits for a GPU or a process does not handle signals.
 
     Args:
         signals: file that each signal's number is written to.
@@ -131,7 +131,7 @@ def _end(error: BaseException) -> NoReturn:
 
 
 def _first_to_fail() -> bool:
-    """Whether no other process has failed before this one; true where nobody tells, since torchrun itself is gone."""
+    """Whether no other process has failed before this one; true if torchrun is gone, which knows it."""
     answers: list[int] = []
 
     def ask() -> None:
@@ -186,8 +186,8 @@ def all_gathered(values: Tensor) -> Tensor:
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all processes, each of its own part of the batch's mean loss.
 
-    A parameter that was not used, in a block that every image skipped, gets a gradient of zero: momentum and weight
-    decay move it as they do on a GPU, where every block is computed and multiplied.
+    An unused parameter, in a block that every image skipped, gets a gradient of zero, so that momentum and weight decay
+    act on it as on a GPU, where every block is computed and multiplied by its decisions.
     """
     parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
@@ -208,7 +208,7 @@ def _pieces(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
 
 
 def broadcast_weights(network: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first, whatever rounding has made of its own."""
+    """Give every process the parameters and buffers of the first, so that rounding cannot make them differ."""
     if world_size() == 1:
         return
     with torch.no_grad(), _lost_if_it_fails():

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 SCHEDULES = ("cosine", "step")  # of learning rates, see ``training.optimisers``
 
-# What may change between the start of a run and its resumption without changing its outcome but for rounding.
+# Settings that may change when a run is resumed: its outcome stays the same, except for rounding.
 NOT_COMPARED = ("download", "num_workers", "data_dir", "result_dir", "compile")
 
 MOST_PIXELS = 2048  # a side of an image: beyond it the features of one image fill gigabytes
@@ -35,7 +35,7 @@ NETWORK_HELP = "resnet, or the function that makes a network of your own: file.p
 
 
 def check_network(name: str) -> None:
-    """Refuse a network that is neither ours nor a function of the user's.
+    """Refuse a name that is neither a built-in network nor a function.
 
     Raises:
         ValueError: says what it takes.
@@ -61,7 +61,7 @@ def setting(
         help: its meaning in a sentence.
         low, high, below: its range, low <= value <= high and value < below.
         choices: the values that it takes.
-        check: raises ValueError for a value that there is not.
+        check: raises ValueError for an invalid value.
     """
     rule = {"help": help, "low": low, "high": high, "below": below, "choices": choices, "check": check}
     if isinstance(default, dict | list):
@@ -143,13 +143,13 @@ def as_dictionary(settings: Any) -> dict[str, Any]:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """What every setting is where nothing is given; one that has to be given is left out."""
+    """The default of every setting; required ones are left out."""
     given = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in keys(cls)}
     return {name: value for name, value in given.items() if value is not MISSING}
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as every other mistake is reported, in one sentence."""
+    """Reports a wrong flag in one sentence, as all other errors."""
 
     def __init__(self, description: str, hint: str = "--help lists the flags"):
         super().__init__(
@@ -279,7 +279,7 @@ def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str
 
 
 def _override(cls: type, key: str, text: str) -> Any:
-    """The value of an override; a key that takes text takes what looks like a number as it stands, too."""
+    """The value of an override; for a key that takes text, numbers stay text."""
     try:
         value = _parsed(text)
     except (ValueError, RecursionError):
@@ -289,7 +289,7 @@ def _override(cls: type, key: str, text: str) -> Any:
 
 
 def _parsed(text: str | bytes) -> Any:
-    """JSON in which no key stands twice.
+    """JSON without repeated keys.
 
     Raises:
         UserError: for a key that does.

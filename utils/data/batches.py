@@ -194,7 +194,7 @@ def batch_ends(images: int, batch_size: int) -> list[int]:
 
 
 def check_batches(images: int, batch_size: int) -> None:
-    """Refuse batches that do not go round.
+    """Refuse batches with fewer images than processes.
 
     Raises:
         UserError: if a batch has fewer images than there are processes.

@@ -30,7 +30,7 @@ def read_cifar(root: Path, download: bool) -> tuple[tuple[str, ...], Labelled, L
     name = _data_set(root)
     try:
         train, test = (getattr(datasets, name)(root, part, download=download) for part in (True, False))
-    except RuntimeError:  # what it says is meant for programmers, and names no file
+    except RuntimeError:  # its message is for programmers, and names no file
         raise UserError(
             f"{root / CIFAR_FOLDERS[name]} lacks a file of {name} or has one that is not as it was published: empty it "
             f"and fetch the files with --download"

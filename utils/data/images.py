@@ -1,6 +1,6 @@
 """Sets of labelled images: in the memory of the device that needs them, or fetched for it batch by batch.
 
-Both kinds are used alike: ``len``, ``labels``, subsets by index or slice, ``pixels`` and ``batches``.
+Both kinds have the same interface: ``len``, ``labels``, subsets by index or slice, ``pixels`` and ``batches``.
 """
 
 from collections import deque
@@ -24,7 +24,7 @@ AHEAD = 3  # batches that are fetched while one is trained on
 
 
 def evenly_spaced(images: int, count: int) -> Tensor:
-    """Indices [count] of some of ``images``: data folders are read class by class, so that the first are all alike.
+    """Indices [count] of some of ``images``: spread over all, since the first ones of a folder are all of one class.
 
     Where there are fewer, some come twice.
     """

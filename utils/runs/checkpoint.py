@@ -39,7 +39,7 @@ class Checkpoint:
     metrics: dict[str, float]  # measured on the images that choices look at
     original: dict[str, float]  # parameters, flops and accuracy of stage 1's network
     seed: int
-    progress: dict[str, Any] = field(default_factory=dict)  # epoch, iteration: where a resumed run goes on
+    progress: dict[str, Any] = field(default_factory=dict)  # epoch, iteration: where a resumed run continues
     training: dict[str, Any] = field(default_factory=dict)  # optimiser and random state, only where a run can resume
     source: str | None = None  # checkpoint that this network came from
 
@@ -47,7 +47,7 @@ class Checkpoint:
         """The network with its weights, in evaluation mode, on the CPU.
 
         Raises:
-            UserError: where a network of one's own has a function that was not allowed or makes another one.
+            UserError: if the function of a network of one's own was not allowed, or makes another network.
         """
         try:
             network = build_network(**self.architecture)
@@ -57,7 +57,7 @@ class Checkpoint:
         return network.eval()
 
     def compression(self, cost: NetworkCost) -> float:
-        """Share of stage 1's parameters that a network of this cost has lost."""
+        """Share of stage 1's parameters that is removed in a network of this cost."""
         return 1 - cost.parameters / self.original["parameters"]
 
     def normaliser(self) -> Normalisation:

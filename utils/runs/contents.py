@@ -1,6 +1,6 @@
 """What a checkpoint may hold: types and ranges of its plain values, and weights that fit the architecture it names.
 
-Nothing of a network's size is allocated before its shapes are known to be those of the weights in the file.
+No memory for a network is allocated before its shapes are known to be those of the weights in the file.
 """
 
 import math
@@ -83,8 +83,8 @@ RESNET = {
 OWN = {"num_classes": whole(1), "layers?": by_name((lambda v: isinstance(v, dict), "a dictionary"))}
 CASCADED = {"members": list_of((lambda v: isinstance(v, dict), "a dictionary")), "thresholds": list_of(SHARE)}
 
-# By the fields of ``checkpoint.Checkpoint``: the keys that have to be there, but for those with a question mark; others
-# may stand beside them.
+# By the fields of ``checkpoint.Checkpoint``: required keys, and optional ones with a question mark; other keys are
+# allowed.
 RULES = {
     "stage": one_of("sp", "pruned", "rl_pruned", "cascade"),
     "normalisation": NORMALISATION,
@@ -108,9 +108,9 @@ IDENTITY = {"set_aside": FINGERPRINTS, "train": TEXT, "val": TEXT, "test": TEXT}
 
 
 def check_archive(path: str | Path) -> None:
-    """Refuse a file whose bytes have changed since ``torch.save`` wrote it, or that would grow when it is read.
+    """Refuse a file that is damaged, or that would grow when it is read.
 
-    ``torch.save`` keeps a checksum of every part, which ``torch.load`` does not look at.
+    ``torch.save`` keeps a checksum of every part, which ``torch.load`` does not check.
 
     Raises:
         ValueError, OSError, zipfile.BadZipFile: if it is damaged or no such file.
@@ -126,7 +126,7 @@ def check_archive(path: str | Path) -> None:
 
 
 def check_contents(content: Mapping[str, Any]) -> None:
-    """Refuse plain values and weights that no stage saves, without building the network.
+    """Refuse values and weights that no stage saves, without building the network.
 
     Raises:
         ValueError: for the first that is found; the message names it and says what belongs there.

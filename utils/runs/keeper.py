@@ -1,4 +1,4 @@
-"""What a run keeps: the best network so far, and everything that an interrupted run needs to go on."""
+"""What a run keeps: the best network so far, and everything that an interrupted run needs to continue."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,9 +20,9 @@ class Stateful(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run has come; a stage that needs to remember more adds fields."""
+    """The progress of a run; stages add fields of their own."""
 
-    step: int = 0  # epochs that are done; in stage 2 every pruning counts as one more
+    step: int = 0  # epochs done; in stage 2 every pruning counts as one more
     best: list | None = None  # score of the best network so far, None before the first
 
     def state_dict(self) -> dict[str, Any]:
@@ -37,9 +37,9 @@ class Keeper:
     """Writes ``best.pt`` and ``last.pt`` of a run, and restores from them.
 
     Args:
-        described: what the run's checkpoints say, weights, metrics and progress aside.
-        network: whose weights they hold.
-        stateful: what a resumed run needs besides, by name: optimisers, random numbers.
+        described: the run's checkpoint without weights, metrics and progress.
+        network: its weights are saved.
+        stateful: what else a resumed run needs, by name: optimisers, random numbers.
         best_name: file of the best network.
     """
 
@@ -56,7 +56,7 @@ class Keeper:
         self.best_path, self._last_path = run.path / best_name, run.path / LAST
 
     def offer(self, score: Sequence[float], metrics: dict[str, float]) -> bool:
-        """Keep the network as the best if its score is above that of every one before; whether it was."""
+        """Keep the network as the best if its score is above all earlier ones; returns whether it was kept."""
         score = list(score)
         if self.progress.best is not None and score <= self.progress.best:
             return False
@@ -70,7 +70,7 @@ class Keeper:
         save_checkpoint(self._last_path, replace(self._checkpoint(self.described.metrics), training=training))
 
     def resume(self, last: Checkpoint) -> None:
-        """Go on from where ``last`` was saved.
+        """Continue from where ``last`` was saved.
 
         Raises:
             UserError: if another version of this program saved it.

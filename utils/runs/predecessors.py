@@ -30,7 +30,7 @@ def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]
         settings: of stage 2 (``pruning.settings.PruneSettings``).
 
     Returns:
-        the first checkpoint of stage 2, and lines that say which was taken, and from among which.
+        the first checkpoint of stage 2, and lines for the log: which was taken, and which others there were.
 
     Raises:
         UserError: if there is none that fits, or if the one named does not.
@@ -53,16 +53,16 @@ def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]
 def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]:
     """What stage 3 starts from: the checkpoint named, or stage 2's with the fewest FLOPs within the budget.
 
-    Only networks with switches, and with the depth, the image size and the images of the settings count, and of those
-    the ones that were made from the same network of stage 1 as the newest run's.  Where no network that a run chose is
-    within the budget, those of single iterations count, since stage 2's budget may have been wider; where none of these
-    is either, the networks that were made from another one of stage 1; then those of runs that have not ended.
+    Networks must have switches, and the depth, image size and images of the settings.  They are searched in this order:
+    the networks that runs chose, made from the same network of stage 1 as the newest run's; those of single iterations,
+    since stage 2's budget may have been wider; networks made from another network of stage 1; networks of unfinished
+    runs.
 
     Args:
         settings: of stage 3.
 
     Returns:
-        the first checkpoint of stage 3, and lines that say which was taken, and from among which.
+        the first checkpoint of stage 3, and lines for the log: which was taken, and which others there were.
 
     Raises:
         UserError: if there is none, or if the one named does not fit.
@@ -135,7 +135,7 @@ def _started_from(path: Path, source: Checkpoint, stage: str, settings: Any) -> 
 def _saved(
     settings: Any, stage: str, data: DataSet, name: str, switched: bool = False
 ) -> tuple[Found, dict[Path, UserError]]:
-    """The checkpoints of a stage called ``name`` that fit, oldest run first; and of all others what is against them."""
+    """The checkpoints of a stage called ``name`` that fit, oldest run first, and for all others why not."""
     folder = stage_folder(settings.result_dir, stage, data.name, settings.network, settings.depth)
     found, unfit = [], {}
     for path in sorted(folder.glob(f"*/{name}"), key=lambda path: (age(path.parent), path.name)):
@@ -175,7 +175,7 @@ def _check(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet, swi
 
 
 def _nothing_fits(settings: Any, stage: str, data: DataSet, unfit: dict[Path, UserError]) -> UserError:
-    """Says what is against the newest run, or that there is none."""
+    """Why the newest run does not fit, or that there is none."""
     if unfit:
         path, error = list(unfit.items())[-1]
         more = f" (nor do {len(unfit) - 1} older ones)" if len(unfit) > 1 else ""

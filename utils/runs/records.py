@@ -34,9 +34,9 @@ NEEDED = {  # to be shown in the table and the picture
 
 
 def read_records(result_dir: Path) -> list[Record]:
-    """Every record below ``result_dir``, the run that was started first before the others.
+    """Every record below ``result_dir``, oldest run first.
 
-    Of a run that has no record in its folder, the one in ``results.json`` counts: older versions wrote no other.
+    If a run's folder has no record, the one in ``results.json`` counts: older versions wrote no other.
 
     Raises:
         UserError: if a file cannot be read.
@@ -72,11 +72,11 @@ def save_records(result_dir: Path, records: list[Record]) -> None:
 
 @contextmanager
 def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """No other run reads or writes the shared results meanwhile.
+    """Keep other runs from reading or writing the shared results meanwhile.
 
-    A process that ends, however it ends, gives the lock back.  Where there is none to be had, because the file system
-    has no locks or a run that is stopped holds it, this run goes on without it and says so: records are safe in any
-    case, and the next run that ends makes the results of all of them.
+    The lock is released when its process ends.  If it cannot be had, because the file system has no locks or a stopped
+    run holds it, this run says so and continues without: records are safe in any case, and the next run that ends
+    makes the results again from all of them.
     """
     lock = FileLock(result_dir / LOCK, timeout=PATIENCE)
     try:
@@ -104,7 +104,7 @@ def latest_chain(records: list[Record], last: Record | None = None) -> list[Reco
 
 
 def chains(records: list[Record]) -> list[list[Record]]:
-    """Every chain of stages, the newest first: a run that no other was made from, and those that it was made from."""
+    """Every chain of stages, the newest first: a last run, and the runs that it was made from."""
     found, shown = [], set()
     for record in reversed(records):
         if record["checkpoint"] not in shown:
@@ -114,7 +114,7 @@ def chains(records: list[Record]) -> list[list[Record]]:
 
 
 def timed_together(chain: list[Record]) -> list[Record]:
-    """The records of a chain with the speeds that its last run measured of all of them; older ones keep their own."""
+    """The records of a chain with the speeds that its last run measured for all; older records keep their own."""
     together = chain[-1].get("chain_speeds")
     return chain if together is None else [r | together.get(r["checkpoint"], NOT_MEASURED) for r in chain]
 
@@ -135,6 +135,6 @@ def _content(path: Path, kind: type, cure: str) -> list[Record]:
 
 
 def _age(result_dir: Path, record: Record) -> tuple:
-    """Orders by when the runs were started, and runs of one moment by what tells them apart."""
+    """Sort key: the time of the run's start, then what identifies the run."""
     checkpoint = record["checkpoint"]
     return age((result_dir / checkpoint).parent), list(METHODS).index(record["stage"]), checkpoint

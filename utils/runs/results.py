@@ -36,7 +36,7 @@ def _subject(record: Record) -> tuple:
 
 
 def _title(record: Record) -> str:
-    """What tells a chain from others: data, network and, in records that have them, gate, image size and seed."""
+    """The title of a chain: data, network and, in records that have them, gate, image size and seed."""
     dataset, network, depth, width = _subject(record)
     parts = [str(dataset), f"{network}{depth}", *([f"width {width}"] if width else [])]
     parts += [f"{name} {record[key]}" for name, key in (("gate", "gate"), ("seed", "seed")) if key in record]
@@ -46,7 +46,7 @@ def _title(record: Record) -> str:
 
 
 def results_table(records: list[Record]) -> str:
-    """In Markdown, a table for every chain of stages, the newest first, then what the columns mean, and footnotes."""
+    """Markdown: a table for every chain of stages, newest first, then the meaning of the columns, and footnotes."""
     sections, footnotes = [], {}
     found = [timed_together(chain) for chain in chains(records)]
     for chain in found:
@@ -79,7 +79,7 @@ def results_table(records: list[Record]) -> str:
 
 
 def _marks(before: Record | None, record: Record, footnotes: dict[str, str]) -> str:
-    """The marks of a row's footnotes; those that are not among ``footnotes`` (mark by text) yet are added to them."""
+    """The marks of a row's footnotes; new ones are added to ``footnotes`` (mark by text)."""
     texts = []
     if record["selected_on"] == "test":
         text = "chosen on the test images, as there are no validation images: its accuracy is too optimistic."
@@ -95,12 +95,12 @@ def _marks(before: Record | None, record: Record, footnotes: dict[str, str]) -> 
 
 
 def _other_source(before: Record | None, record: Record) -> bool:
-    """Whether a row was made from another network of the run that the row above it shows the choice of."""
+    """Whether a row was made from another network than the one in the row above."""
     return before is not None and Path(record["source"]) != Path(before["checkpoint"])
 
 
 def shown_accuracy(record: Record) -> float:
-    """Of the same network that the row's FLOPs are counted for; older records have only the switches' accuracy."""
+    """The accuracy of the network whose FLOPs the row shows; older records have only the switches' accuracy."""
     switched = record["stage"] == "rl_pruned" or "accuracy_every_block" not in record
     return record["accuracy"] if switched else record["accuracy_every_block"]
 
@@ -116,9 +116,9 @@ def _three_digits(gflops: float) -> str:
 
 
 def results_picture(records: list[Record]) -> Figure:
-    """A column for each data set and network: its newest chain's accuracy against GFLOPs and, where measured, latency.
+    """One column per data set and network: its newest chain's accuracy against GFLOPs and, if measured, latency.
 
-    Every iteration of static pruning is a point of the first.
+    The upper panel shows every iteration of static pruning.
     """
     newest = {}
     for chain in chains(records):

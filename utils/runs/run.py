@@ -32,7 +32,7 @@ STARTED = "started"  # beside the settings in arguments.json: when, an absolute 
 
 @dataclass(frozen=True)
 class LastRun:
-    """A run that can go on, and the checkpoint to go on from."""
+    """An unfinished run, and the checkpoint to continue from."""
 
     path: Path
     checkpoint: Checkpoint
@@ -47,10 +47,10 @@ def stage_folder(result_dir: str | Path, stage: str, data: str, network: str, de
 class Run:
     """One run's folder, open for writing.
 
-    ``arguments.json`` what the run was asked for; ``log.txt`` what it said; ``metrics.jsonl`` one line a step;
-    TensorBoard events; ``last.pt`` to resume from; ``best.pt`` the network it chose; ``record.json`` its results.
+    Files: ``arguments.json`` (the settings), ``log.txt``, ``metrics.jsonl`` (one line per step), TensorBoard events,
+    ``last.pt`` (to resume from), ``best.pt`` (the chosen network) and ``record.json`` (the results).
 
-    Of several processes one writes; in the others nothing that is said or recorded goes anywhere.
+    Of several processes only the first one writes.
     """
 
     def __init__(self, path: Path, purge_after: int | None = None):
@@ -96,7 +96,7 @@ class Run:
 
     @classmethod
     def reopened(cls, last: "LastRun") -> "Run":
-        """A run to go on with; what it wrote after its last checkpoint is forgotten."""
+        """An earlier run, to be continued; what it recorded after its last checkpoint is removed."""
         return cls(last.path, purge_after=last.checkpoint.progress["step"])
 
     def say(self, message: str) -> None:
@@ -142,7 +142,7 @@ class Run:
 
     @contextmanager
     def going_on_without(self, what: str) -> Iterator[None]:
-        """Warn, once, where ``what`` cannot be written: nothing that a run needs to go on depends on it."""
+        """Warn once if ``what`` cannot be written, and continue: no later step needs it."""
         try:
             yield
         except OSError as error:
@@ -166,7 +166,7 @@ class Run:
 
 
 def _reserved(path: Path) -> FileLock | None:
-    """A lock on a run's folder, which goes with the process, however that ends; None on a file system without locks.
+    """A lock on a run's folder, released when the process ends; None on a file system without locks.
 
     Raises:
         UserError: if another process has it.
@@ -184,14 +184,14 @@ def _reserved(path: Path) -> FileLock | None:
 
 
 def started_runs(parent: Path) -> list[Path]:
-    """The runs below ``parent`` that can go on, the one that was started first before the others."""
+    """The runs below ``parent`` that can be continued, oldest first."""
     return sorted((path for path in parent.glob("*") if (path / LAST).is_file()), key=age)
 
 
 def age(path: Path) -> tuple[float, list]:
-    """Orders the folders of runs by when they were started, those of one moment by their names (-2 before -10).
+    """Sort key for run folders: the time of their start, then their names (-2 before -10).
 
-    The name is in local time, which another time zone or summer time moves; it counts for runs of older versions only.
+    Names are in local time, which changes with the time zone; they count for runs of older versions only.
     """
     name = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
     return _started(path), name
@@ -214,7 +214,7 @@ def choose_run(parent: Path, settings: Any) -> Path | None:
 
 
 def find_last_run(parent: Path, settings: Any) -> LastRun | None:
-    """The run that --resume goes on with, None where there is none.  One process chooses for all.
+    """The run that --resume continues, None if there is none.  One process chooses for all.
 
     Raises:
         UserError: if its checkpoint cannot be read.
@@ -224,10 +224,10 @@ def find_last_run(parent: Path, settings: Any) -> LastRun | None:
 
 
 def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, charts: Charts) -> Run:
-    """The run to go on with, or a new one below ``parent`` where there is none.
+    """The run to continue, or a new one below ``parent`` if there is none.
 
     Args:
-        resume: whether the user asked to go on; a new run then says why it is one.
+        resume: whether the user gave --resume; a new run then says why it is new.
         charts: that TensorBoard shows several curves of a new run in.
     """
     if last is not None:
@@ -246,7 +246,7 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
 
 
 def _differing(path: Path, settings: Any) -> str:
-    """The first setting that a run was started with another value of, empty where there is none."""
+    """The first setting whose value differs from that of the run, empty if there is none."""
     try:
         # A setting that is newer than the run has the default there.
         before = {**defaults(type(settings)), **json.loads((path / ARGUMENTS).read_text())}
@@ -276,7 +276,7 @@ def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
 
 
 def _now(new: Path) -> datetime:
-    """The time in UTC, but after the start of every stage's runs with this data and network: clocks are set back."""
+    """The time in UTC, later than the start of all runs with this data and network: clocks may be set back."""
     network, data = new.parent, new.parent.parent
     others = data.parent.parent.glob(f"*/{data.name}/{network.name}/*")
     latest = max((_started(other) for other in others if other != new), default=0.0)
@@ -285,7 +285,7 @@ def _now(new: Path) -> datetime:
 
 
 def _lines(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of ``metrics.jsonl`` and what they say; one that a kill or a full disk cut short is left out."""
+    """The lines of ``metrics.jsonl``, raw and parsed; a line that was cut short is left out."""
     if not metrics.exists():
         return
     for line in metrics.read_text().splitlines(keepends=True):
@@ -304,7 +304,7 @@ def _trim(metrics: Path, step: int) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """``log.txt``; where it cannot be written, as on a full disk, the run goes on without."""
+    """``log.txt``; if it cannot be written, as on a full disk, the run continues without it."""
 
     def __init__(self, path: Path):
         super().__init__(path)
