@@ -8,7 +8,7 @@ import utils  # noqa: F401 (before matplotlib)
 
 
 def required(name: str) -> ModuleType:
-    """A module of ``requirements.txt`` beside this file; where it is missing the command ends with a sentence."""
+    """A module of benchmarks/requirements.txt; if it is missing the command ends with one sentence."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What could be done instead of skipping by image, at as many executed FLOPs: do the switches add anything?
+"""Alternatives to skipping per image at equal executed FLOPs: do the switches add anything?
 
 From the statically pruned network that stage 3 started from, and at the mean FLOPs that stage 3's network executes:
 
@@ -14,7 +14,7 @@ From the statically pruned network that stage 3 started from, and at the mean FL
 
 The first two are fine-tuned for as many epochs as stage 3 took, following the network they come from, as stage 3 does;
 the epoch with the best validation accuracy counts.  Accuracies are those of the test images.  Finished measurements are
-kept in OUT.jsonl, so a run that is started again with the same arguments goes on.
+kept in OUT.jsonl, so a run that is started again with the same arguments continues.
 
     python -m benchmarks.alternatives --static PRUNED/best.pt --dynamic RL_PRUNED/best.pt --data_dir DATA --out OUT
 """
@@ -172,7 +172,7 @@ def with_rates(trained: Trained, network: ResNet, rates: list[float], draws: tor
 
 
 def decided(decisions: Tensor) -> DecisionRule:
-    """Rule for one forward pass that decides what was decided before, [N, K] or [K]."""
+    """Rule for one forward pass with given decisions, [N, K] or [K]."""
     columns = iter(decisions.unbind(-1))
     return lambda probabilities: next(columns).to(probabilities.dtype).expand_as(probabilities)
 
@@ -183,7 +183,7 @@ def some_of(images: Images, seed: int) -> Images:
 
 
 def pruned_further(trained: Trained, target: float, args: argparse.Namespace) -> dict[str, float]:
-    """Static pruning that goes on to ``target`` FLOPs, in one step."""
+    """Static pruning continued to ``target`` FLOPs, in one step."""
     network, splits = trained.network().eval(), trained.splits
     fisher = some_of(splits.train, args.seed)
     batches = lambda: plain_batches(fisher, args.batch_size, trained.normalisation)  # noqa: E731
@@ -198,7 +198,7 @@ def pruned_further(trained: Trained, target: float, args: argparse.Namespace) ->
 
 
 def epochs_of_stage_2(static: Checkpoint) -> int:
-    """That a network of stage 2 was fine-tuned for, in all its iterations."""
+    """The epochs of fine-tuning of a network of stage 2, over all its iterations."""
     progress = static.progress  # a step is a pruning or an epoch, up to the best epoch of the last iteration
     return progress["step"] - progress["iteration"] - progress["epoch"] + progress["epochs"]
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the trained network and its data, the machine, and files written so that runs resume."""
+"""Shared by the benchmarks: the trained network and its data, the machine, and files that let runs resume."""
 
 import argparse
 import copy
@@ -32,7 +32,7 @@ TIMED = (1, 32)  # images at once
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network with the images it was trained and is judged on."""
+    """A trained network with its training, validation and test images."""
 
     checkpoint: Checkpoint
     splits: Splits
@@ -51,7 +51,7 @@ class Trained:
         return placed(self.checkpoint.network(), self.device)
 
     def evaluated(self, network: ResNet, images: Images, decide: DecisionRule = thresholded) -> Evaluation:
-        """What a network of this kind does on ``images``."""
+        """Evaluation of a network of this kind on ``images``."""
         return evaluate(network, images, self.normalisation, network_cost(network, self.image_size), decide)
 
 
@@ -82,7 +82,7 @@ def load_trained(args: argparse.Namespace) -> Trained:
 
 
 def milliseconds(trained: Trained, network: ResNet) -> dict[str, float]:
-    """What the exported network takes on one thread for one image, mean over some, and for a batch, by their size."""
+    """Times of the exported network on one thread by batch size: one image (mean over several) and a batch."""
     deployed = deployable(copy.deepcopy(network).cpu(), trained.normalisation)
     model = onnx_model(deployed, trained.image_size)
     exported = ExportedNetwork(model, threads=1)
@@ -97,7 +97,7 @@ def milliseconds(trained: Trained, network: ResNet) -> dict[str, float]:
 
 
 def machine() -> dict[str, str | int]:
-    """The machine that something was measured on."""
+    """The machine of a measurement."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "cpu": _cpu_name(),
@@ -116,7 +116,7 @@ def _cpu_name() -> str:
 
 
 def beside(out: Path, suffix: str) -> Path:
-    """``out`` with ``suffix`` added; what stands behind a dot in its name is part of the name."""
+    """``out`` with ``suffix`` appended; a dot in its name starts no suffix."""
     return out.with_name(out.name + suffix)
 
 

@@ -6,7 +6,7 @@ the refit has not set them), fine-tuned without its switches with the same epoch
 and judged again. Torch-Pruning prunes at once, all layers that share channels together. Every accuracy in table and
 picture is that of the validation images with every block run: defaults are chosen by it. The seed decides the
 Fisher's images and labels, the random criterion and the order of fine-tuning. Finished measurements are kept in
-OUT.jsonl, so a run that is started again with the same arguments goes on.
+OUT.jsonl, so a run that is started again with the same arguments continues.
 
 Times are those of the exported network on one thread, the fastest of many runs; "per second" chooses among forms by
 times that were measured layer by layer.

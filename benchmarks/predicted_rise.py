@@ -4,7 +4,7 @@ Method: for each form and share of FLOPs the network is pruned at once, nothing 
 divergence from the unpruned network's prediction is measured on the images that the Fisher was measured on: for it the
 network stands at a minimum, and the prediction is its second order.  Two predictions are given: the sum over layers of
 what each brings alone, and that of all of them together, which is the one reported.  Finished measurements are kept in
-OUT.jsonl, so a run that is started again with the same arguments goes on.
+OUT.jsonl, so a run that is started again with the same arguments continues.
 
     python -m benchmarks.predicted_rise --checkpoint best.pt --data_dir data/cifar_10 --out results/predicted_rise
 """

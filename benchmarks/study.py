@@ -87,14 +87,14 @@ def keep(source: Path, target: Path) -> None:
 
 
 def without_paths(text: str, results: Path) -> str:
-    """``text`` with the study's folder called RESULTS, and no word of where this program lies."""
+    """``text`` with the study's folder called RESULTS, and without the path of this program."""
     for path in dict.fromkeys((str(results.resolve()), str(results))):
         text = text.replace(f"{path}/", "RESULTS/").replace(f'"{path}"', '"RESULTS"')
     return text.replace(f"{Path.cwd()}/", "")
 
 
 def commands(results: Path) -> list[str]:
-    """What was run and how long it took, all its pieces together, as lines of Markdown."""
+    """The commands and their total times, as lines of Markdown."""
     path, taken = results / "commands.tsv", {}
     for line in path.read_text().splitlines() if path.exists() else []:
         seconds, command = line.split("\t")
@@ -210,7 +210,7 @@ def static_pruning(trained: dict[str, dict[str, list[Record]]]) -> list[str]:
 
 
 def ahead(measured: Sequence[Record], others: Sequence[Record]) -> list[float]:
-    """By how much accuracy is above the others', seed by seed: seeds start from networks of different sizes."""
+    """Differences in accuracy, seed by seed, since seeds start from networks of different sizes."""
     theirs = {m["seed"]: m["accuracy"] for m in others if m not in measured}
     return [m["accuracy"] - theirs[m["seed"]] for m in measured if m["seed"] in theirs]
 

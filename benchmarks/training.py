@@ -1,4 +1,4 @@
-"""How fast is training?  Images a second of the three stages against a plain loop, and what else a step is made of.
+"""How fast is training?  Images per second of the three stages against a plain loop, and the parts of a step.
 
 The plain loop (``benchmarks.plain_loop``) trains the same network with the same decisions.  Stages 2 and 3 train a
 network of half the ranks, and so does the plain loop that they stand against; distillation, which adds the forward pass
@@ -72,7 +72,7 @@ class Row:
     name: str
     against: str | None
     timing: Timing  # of an epoch
-    rate: float  # images a second, median
+    rate: float  # images per second, median
     lower_quartile: float
     upper_quartile: float
     ratio: float | None  # of its rate to the one that it stands against
@@ -183,7 +183,7 @@ def made(args: argparse.Namespace, scratch: Path) -> Path:
 
 
 def first_batches(folder: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
-    """Time from nothing to the first batch on the device: ours, which decodes all images, and the plain loop's.
+    """Time from the start to the first batch on the device: ours, which decodes all images, and the plain loop's.
 
     The normalisation, which a run measures besides, is given to both.
     """
@@ -292,7 +292,7 @@ def matrix_product(device: torch.device) -> Callable[[], None]:
 
 
 def matrix_rate(timings: dict[str, Timing]) -> float | None:
-    """FLOPs a second."""
+    """FLOPs per second."""
     return 10 * 2 * MATRIX**3 / timings[MATRIX_RATE].median if MATRIX_RATE in timings else None
 
 

@@ -1,4 +1,4 @@
-"""Passes over images that show every layer's input and the gradient at its output, image by image."""
+"""Passes over images that record every layer's input and the gradient at its output, image by image."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +29,7 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class Passes:
-    """What pruning measures a network on: images, how they run, and the loss that counts.
+    """What pruning measures a network with: images, how they run, and the loss.
 
     Where several processes share the images (``utils.parallel``), a batch holds this process's part of the inputs and
     the labels of all.
@@ -41,10 +41,10 @@ class Passes:
     fisher_draws: int = 1  # labels drawn for each image; the batch then runs forward once and backward so many times
     forward: Forward = nn.Module.__call__  # from network and inputs to logits [N, classes], or to what loss_fn takes
     loss_fn: LossFn | None = None  # from outputs and labels to each image's loss [N]; None: classification
-    say: Callable[[str], None] = _silent  # what each phase takes
+    say: Callable[[str], None] = _silent  # called with the seconds of each phase
 
     def first(self, count: int) -> "Passes":
-        """The same over the first images only, until so many labels were seen, those of all processes."""
+        """The same over the first ``count`` images only, counted over all processes."""
         return replace(self, batches=lambda: first_images(self.batches(), count))
 
     def on(self, network: nn.Module) -> Iterator[tuple[Tensor, Any]]:
@@ -55,7 +55,7 @@ class Passes:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say how long a phase has taken."""
+        """Log how long a phase takes."""
         start = time.perf_counter()
         yield
         self.say(f"{name}: {time.perf_counter() - start:.1f} s")
@@ -82,7 +82,7 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
     Where several processes share the batches (``utils.parallel``), each visits the images of its part.
 
     Returns:
-        the number of images seen, by all processes together, each counted once a draw.
+        the number of images seen by all processes together, each counted once per draw.
     """
     seen = [0]  # images of the batch that is running
     handles = [layer.register_forward_hook(_show(name, visit, seen)) for name, layer in layers.items()]
@@ -107,7 +107,7 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
 
 @contextmanager
 def differentiable_inputs(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and gradients of features only: without those of weights a third of a pass is saved."""
+    """Evaluation mode, with gradients of features only: those of the weights would add half to the time of a pass."""
     trainable = [p for p in network.parameters() if p.requires_grad]
     try:
         for parameter in trainable:
@@ -120,7 +120,7 @@ def differentiable_inputs(network: nn.Module) -> Iterator[None]:
 
 
 def _losses(outputs: Any, given: Any, passes: Passes) -> tuple[int, list[Tensor]]:
-    """How many images all processes have in this batch, and this process's summed loss, one for each draw of labels."""
+    """The images in this batch, over all processes, and this process's summed loss for each draw of labels."""
     if passes.loss_fn is not None:
         losses = passes.loss_fn(outputs, parallel.local_part(given) if isinstance(given, Tensor) else given)
         if losses.dim() != 1:
@@ -141,7 +141,7 @@ def class_scores(outputs: Any) -> Tensor:
     """The outputs of a classifier, checked.
 
     Raises:
-        UserError: for outputs that are no [N, classes].
+        UserError: unless the outputs are [N, classes].
     """
     if isinstance(outputs, Tensor) and outputs.dim() == 2:
         return outputs
@@ -153,9 +153,9 @@ def class_scores(outputs: Any) -> Tensor:
 
 
 def _drawn_labels(logits: Tensor, images: int, repeats: int, draws: torch.Generator | None) -> Tensor:
-    """Labels [images, repeats] of a whole batch, of which only those of this process's part mean anything.
+    """Labels [images, repeats] of a whole batch; only those of this process's part are valid.
 
-    So a process's labels are those that one process alone would draw for these images.
+    A process thus draws the labels that a single process would draw for these images.
     """
     p = logits.new_ones(images, logits.shape[1])
     parallel.local_part(p).copy_(logits.softmax(dim=1))
@@ -180,7 +180,7 @@ def as_images(layer: nn.Module, t: Tensor, images: int) -> Tensor:
 
 
 def first_images(batches: Iterable[tuple[Tensor, Any]], count: int) -> Iterator[tuple[Tensor, Any]]:
-    """Batches from the first on, until they hold so many labels, those of all processes."""
+    """The first batches, until they hold ``count`` labels, counted over all processes."""
     seen = 0
     for x, labels in batches:
         if seen >= count:

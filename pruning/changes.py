@@ -18,7 +18,7 @@ SMALLEST_DRAWN = 1e-20  # eigenvalue: zero has no logarithm
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What one iteration did to one layer."""
+    """The change of one layer in one iteration."""
 
     name: str
     ranks_before: tuple[int, int]  # input and output directions of the core, or channels of a plain convolution
@@ -33,13 +33,13 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller network and how it came about."""
+    """A smaller network, and the changes that led to it."""
 
     network: nn.Module
     bases: dict[str, Eigenbasis]  # empty for criteria that work on whole channels
     changes: list[LayerChange]
-    # Of the loss, in nats, by surgery before anything is refitted or fine-tuned; not the sum over layers: what they
-    # change adds up or cancels.
+    # Of the loss, in nats, by surgery before refit and fine-tuning; not the sum over layers, whose changes can add up
+    # or cancel.
     predicted_rise: float
     importances: dict[str, Tensor] = field(default_factory=dict)  # what an error of each output costs, [out]
     left_alone: dict[str, str] = field(default_factory=dict)  # why, by layer
@@ -51,7 +51,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``pruning.compress`` did to a network."""
+    """The changes that ``pruning.compress`` made to a network."""
 
     changes: list[LayerChange]
     left_alone: dict[str, str]  # why, by layer
@@ -61,7 +61,7 @@ class Report:
 
     @classmethod
     def of(cls, pruned: Pruned, before: NetworkCost, after: NetworkCost) -> "Report":
-        """From what was pruned and what the network cost before and costs after."""
+        """From the pruned network and the costs before and after."""
         counts = ((before.flops, after.flops), (before.parameters, after.parameters))
         return cls(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
 
@@ -75,7 +75,7 @@ class Report:
 
 
 def changes_table(pruned: Pruned | Report) -> str:
-    """The changes of one iteration as text, a line a layer, one for the sum and one for the rise of all together."""
+    """The changes of one iteration as text: one line per layer, one for the sum and one for all together."""
     changes = pruned.changes
     wide = max(16, *(len(c.name) for c in changes), 0)
     lines = [f"{'layer':<{wide}} {'ranks in, out':>22} {'parameters':>21} {'MFLOPs':>17} {'predicted rise':>15}  form"]
@@ -99,7 +99,7 @@ def changes_table(pruned: Pruned | Report) -> str:
 
 
 def layer_ranks(network: nn.Module) -> dict[str, tuple[int, int]]:
-    """Input and output directions of every convolution that can be or was pruned (channels where it is a plain one)."""
+    """Input and output directions (in plain layers channels) of every convolution that can be or was pruned."""
     low = {name: layer.core for name, layer in low_rank_layers(network).items() if isinstance(layer, LowRankConv2d)}
     layers = {**prunable_layers(network), **low}
     names = [name for name, _ in network.named_modules() if name in layers]
@@ -107,7 +107,7 @@ def layer_ranks(network: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def ranks_picture(iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]]) -> Figure:
-    """The input ranks above and the output ranks below, a step line for each entry of ``iterations``.
+    """The input ranks (above) and output ranks (below), one step line for each entry of ``iterations``.
 
     Args:
         iterations: a label and ``layer_ranks`` of the network, from the unpruned one to the last.
@@ -129,9 +129,9 @@ def ranks_picture(iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]
 
 
 def eigenvalues_picture(bases: Mapping[str, Eigenbasis]) -> Figure:
-    """The eigenvalues of both factors, a box a layer: median, quartiles and, as whiskers, the least and the largest.
+    """The eigenvalues of both factors, one box per layer: median, quartiles and, as whiskers, the extremes.
 
-    The further a box reaches down, the more directions of the layer matter little beside the others.
+    The further a box reaches down, the more of the layer's directions matter little.
     """
     names = list(bases)
     figure = Figure(figsize=(max(6.0, 0.32 * len(names)), 6.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Which form every layer takes: the least summed rise of the loss at which a goal is met."""
+"""The choice of a form for every layer: the least summed rise of the loss that meets a goal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,17 +17,17 @@ def choose_forms(
     fixed: tuple[int, int],
     objective: str,
 ) -> dict[str, int]:
-    """The index of the form of each layer: of all combinations within the budgets, the one of least summed rise.
+    """The index of each layer's form: of all combinations within the budgets, the one with the least summed rise.
 
     Args:
         forms: by layer, the present one first.
         rises: predicted of the loss, one for each form.
         goal: budgets, or a share, see ``pruning.goals.as_budget``.
         fixed: FLOPs and parameters of everything outside of the layers.
-        objective: what a share is a share of.
+        objective: quantity that a share refers to.
 
     Raises:
-        UserError: for a budget out of reach.
+        UserError: if the budget cannot be reached.
     """
     costs = [form_costs(own) for own in forms.values()]
     now = sum((own[0] for own in costs), np.asarray(fixed))

@@ -1,4 +1,4 @@
-"""Which way of every layer to choose so that summed costs stay within budgets: the multiple-choice knapsack."""
+"""One form for every layer so that summed costs stay within budgets: the multiple-choice knapsack problem."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-GAP = 1e-4  # relative, between what is found and the least that may exist
-SECONDS = 60.0  # that are searched for it at most; networks of 109 layers with 86 forms each took 3
-ROWS = 1e6  # what a budget is scaled to: the solver's tolerances are absolute, 1e-6
+GAP = 1e-4  # relative gap between the solution found and the lower bound
+SECONDS = 60.0  # time limit of the search; networks of 109 layers with 86 forms each took 3
+ROWS = 1e6  # budgets are scaled to this: the solver's tolerances are absolute, 1e-6
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class Ways:
     """The forms that one layer can take."""
 
     costs: np.ndarray  # [n, kinds], FLOPs and parameters, say
-    regrets: np.ndarray  # [n], what is lost with each
+    regrets: np.ndarray  # [n], regret of each
 
 
 def least_regretted(layers: Sequence[Ways], budgets: np.ndarray) -> list[int] | None:
     """One way of each layer, of least summed regret, with every summed cost at most its budget.
 
     An integer program with one variable of 0 or 1 for each way (scipy's HiGHS).  Its tolerance for the objective is
-    absolute, so it is solved again, in units of what was found, where that is far below the largest regret.
+    absolute, so the program is solved again in units of its solution if that is far below the largest regret.
 
     Args:
         budgets: [kinds], of the sums over layers.
@@ -75,7 +75,7 @@ def _solved(
 
 
 def undominated(ways: Ways) -> np.ndarray:
-    """Indices of the ways that no other equals or beats in every cost and in regret."""
+    """Indices of the ways that no other matches or beats in all costs and in regret."""
     left, kept = np.lexsort((*ways.costs.T, ways.regrets)), []
     while len(left):
         kept.append(left[0])

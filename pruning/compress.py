@@ -35,7 +35,7 @@ def compress(
     logits: Callable[[Any], Tensor] | None = None,
     **settings: Any,
 ) -> nn.Module:
-    """A smaller copy of ``network``: layers in cheaper forms of themselves, chosen by how little the loss rises.
+    """A smaller copy of ``network``: layers in cheaper forms, chosen by the predicted rise of the loss.
 
     ``batches`` is called for each pass over the images: it returns (inputs, labels) batch by batch, as a data loader
     does; some thousand images are enough.  The network is measured in evaluation mode and left as it was; its copy is
@@ -43,15 +43,15 @@ def compress(
     ``pruning.edits_of`` with ``state_dict`` is what to save.
 
     Args:
-        flops, parameters: where to stop: a share up to 1, else their number.  Where the layers do not allow it, the
-            nearest that they do.
+        flops, parameters: budget: a share up to 1, else their number.  If the layers do not allow it, the nearest
+            possible one.
         loss_fn: from outputs and labels to each image's loss [N], for tasks that are not classification.
         logits: picks the scores [N, classes] from what the network returns.
         settings: fields of ``pruning.settings.Method``, ``seed`` of the labels that are drawn, and ``say``, called with
             lines of progress.
 
     Raises:
-        UserError: for a network that does not return scores, or without a budget.
+        UserError: if the network does not return scores, or without a budget.
     """
     say, seed = settings.pop("say", None), settings.pop("seed", 0)
     method = Method(**settings)
@@ -83,7 +83,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
         goal: where to stop.
 
     Raises:
-        UserError: for a budget out of reach, or a criterion that the network does not suit.
+        UserError: if the budget cannot be reached, or the criterion does not suit the network.
     """
     x, _ = next(passes.on(network))
     found = survey(network, x[:2] if len(x) else x.new_zeros(2, *x.shape[1:]), passes.forward)
@@ -106,7 +106,7 @@ def check_goal(
     """Refuse budgets that ``network`` cannot be brought to, before anything is measured.
 
     Raises:
-        UserError: says what can be reached, and which setting stands in the way.
+        UserError: says what can be reached, and which setting prevents more.
     """
     cost, parameter = network_cost(network, image_size), next(network.parameters())
     found = survey(network, parameter.new_zeros(2, 3, image_size, image_size), forward)

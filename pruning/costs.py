@@ -1,4 +1,4 @@
-"""What a layer costs in each form that surgery can give it: FLOPs and parameters, for arrays of ranks too."""
+"""FLOPs and parameters of a layer in each form that surgery can give it, also for arrays of ranks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,8 @@ class LayerShape:
     def cost(self, c: Count, r: Count) -> tuple[Count, Count]:
         """FLOPs for one image and parameters with a core of c -> r channels.
 
-        A side that keeps its rank goes on as it is; a side that loses directions has a rotation, at the input's
-        resolution before the core and at the output's behind it.
+        A side that keeps its rank does not change; a side that loses directions has a rotation, at the input's
+        resolution before the core and at the output's after it.
         """
         before = self.channels[0] * c * ((c < self.ranks[0]) | self.rotated[0])
         behind = r * self.channels[1] * ((r < self.ranks[1]) | self.rotated[1])

@@ -14,19 +14,19 @@ from pruning.eigenbasis import Eigenbasis
 from pruning.layers import ConvWeights
 from pruning.tucker import in_metric, inverse_root
 
-# Sweeps of least squares go on until so many have lowered the error by less than this share of it.
+# Sweeps of least squares stop once WINDOW of them lower the error by less than this share of it.
 WINDOW, TOLERANCE = 50, 1e-3
 MOST_SWEEPS = 5000
 FEW_SWEEPS = 15  # near enough for a choice among forms
-# Products and sums that one layer's sweeps may take, for a choice and in the end, and sweeps that it gets in any case:
-# those of layers with hundreds of channels would take minutes.
+# Limits of one layer's multiply-adds in sweeps, for the choice and for the final solution, and least number of sweeps:
+# without limits layers with hundreds of channels would take minutes.
 FEW_FLOPS, MOST_FLOPS = 1e9, 5e9
 LEAST_FEW, LEAST_SWEEPS = 3, 10
-ROUNDING = 1e-12  # of the squared norm: an error that small is none
-# What the squared size of a term costs.  Without it the best sums have large terms that nearly cancel, which
-# fine-tuning tears apart; see Phan et al., arXiv:2008.05441.
+ROUNDING = 1e-12  # of the squared norm: smaller errors count as zero
+# Penalty on the squared size of a term.  Without it the best sums have large terms that nearly cancel and are unstable
+# in fine-tuning; see Phan et al., arXiv:2008.05441.
 PENALTY = 1e-2
-RIDGE = 1e-9  # the same where it only keeps equations solvable
+RIDGE = 1e-9  # the same, only to keep equations solvable
 
 
 def separable(kernel: Tensor, basis: Eigenbasis, terms: int, sweeps: int = MOST_SWEEPS) -> ConvWeights:
@@ -74,18 +74,18 @@ def separable_terms(tensor: Tensor, Q_a: Tensor, terms: int, sweeps: int = MOST_
 
 
 def sweeps_of(shape: Sequence[int], terms: int, quickly: bool) -> int:
-    """How many sweeps a kernel [out, in, kh, kw] gets at most."""
+    """Largest number of sweeps for a kernel [out, in, kh, kw]."""
     flops, most, least = (FEW_FLOPS, FEW_SWEEPS, LEAST_FEW) if quickly else (MOST_FLOPS, MOST_SWEEPS, LEAST_SWEEPS)
     return min(most, max(least, int(flops / (6 * math.prod(shape) * terms))))
 
 
 def _converged(tensor: Tensor, U: Tensor, V: Tensor, D: Tensor, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Alternating least squares from the given terms to where they no longer lower the error of ``tensor``.
+    """Alternating least squares from the given terms until they no longer lower the error of ``tensor``.
 
-    The error is penalised, that of the mixtures U which are returned is not.
+    The sweeps lower the penalised error; the returned mixtures U are a last solution without penalty.
 
-    Every sweep starts from terms extrapolated along the last step, as far as Nesterov's sequence says, and is thrown
-    away with the sequence where the error has grown: plain sweeps are slow, ten times as many leave more of it.
+    Every sweep starts from terms extrapolated along the last step by Nesterov's sequence; if the error has grown, the
+    sweep is discarded and the sequence restarts.  Plain sweeps are slow: ten times as many leave a larger error.
     Source: Mitchell, Ye and De Sterck, arXiv:1810.05846, with restarts by the function's value.
     """
     done = (U.clone(), V.clone(), D.clone())

@@ -39,7 +39,7 @@ def window_counts(size: int, kernel: int, stride: int, padding: tuple[int, int],
 
 
 def paddings(layer: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Pixels of zeros that a convolution adds before and behind, along each axis; an even "same" adds more behind."""
+    """Pixels of zeros that a convolution adds before and after, along each axis; "same" may add one more after."""
     if layer.padding == "same":
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
@@ -52,7 +52,7 @@ def padded(layer: nn.Module, a: Tensor) -> Tensor:
     return F.pad(a, (left, right, top, bottom)) if top or bottom or left or right else a
 
 
-@functools.lru_cache(maxsize=64)  # a GPU would be waited for twice a layer and batch
+@functools.lru_cache(maxsize=64)  # cached: a GPU would be waited for twice per layer and batch
 def _windows(axes: tuple[tuple, tuple], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float | None]:
     """How many windows touch each pixel, [height, width] on the device, and this number where it is one for all.
 
@@ -67,8 +67,8 @@ def _windows(axes: tuple[tuple, tuple], device: torch.device, dtype: torch.dtype
 def input_factor(layer: nn.Module, a: Tensor) -> Tensor:
     """Sum over images of (1/T) sum over taps and output positions of a a^T, [in, in].
 
-    Every pixel stands in as many windows as touch it, so the sum over windows is a sum over pixels weighted by those
-    counts: no window is ever unfolded.  Cost: 2 in^2 H W FLOPs an image, 1/9 of a 3x3 convolution's.
+    The sum over windows is a sum over pixels, weighted by the number of windows that contain each pixel, so no window
+    is unfolded.  Cost: 2 in^2 H W FLOPs per image, 1/9 of a 3x3 convolution's.
 
     Args:
         layer: a convolution without groups, or what has replaced one.
@@ -102,8 +102,8 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
 def narrowed(layer: nn.Module, kernel: Tensor, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs and gradients at the narrower side of a pointwise layer, [N, m, H', W'] both, m = min(in, out).
 
-    Whatever replaces W is W behind or before a map of the narrower side; there that map's input and the gradient at its
-    output are all that counts.  With few outputs they are W a and g, with few inputs a and W^T g.
+    Every form of W is W after or before a map of the narrower side, so only that map's input and the gradient at its
+    output matter.  With few outputs they are W a and g, with few inputs a and W^T g.
 
     Args:
         kernel: W [out, in].
@@ -142,7 +142,7 @@ def collect_factors(network: nn.Module, layers: Mapping[str, nn.Module], passes:
             sums[name] = found
 
     images = visit_gradients(network, layers, passes, add)
-    # In one order in all processes.
+    # In the same order in all processes.
     return {name: Factors(*(parallel.all_reduced(total) / images for total in sums[name])) for name in layers}
 
 

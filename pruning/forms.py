@@ -1,4 +1,4 @@
-"""The forms that competing layers can take: what each costs, and the convolutions that it is made of."""
+"""The forms that competing layers can take: their costs, and their convolutions."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -26,7 +26,7 @@ LEVELS = 8  # numbers of directions that a side may keep: this many, spread even
 
 @dataclass(frozen=True)
 class Form:
-    """What a layer may become."""
+    """A form that a layer can take."""
 
     kind: str
     ranks: tuple[int, int]  # channels that enter and leave the core
@@ -42,7 +42,7 @@ def possible_forms(
     Args:
         now: the layer as it is.
         shape: of the plain convolution that it stands for.
-        least: input and output directions that are kept in any case.
+        least: minimum of input and output directions.
         kinds: which forms there are.
         round_to: kept directions are multiples of this, of less on small sides.
         bias: parameters of one that the layer gets if it changes.
@@ -59,7 +59,7 @@ def possible_forms(
         flops, parameters = (int(value) for value in shape.cost(c, r))
         found.append(Form(TUCKER if TUCKER in kinds else TWO_FACTORS, (c, r), flops, parameters + bias))
     if DEPTHWISE in kinds:
-        # More terms than inputs or outputs are worth having: they cost a ninth of what a plain kernel's would.
+        # Terms can outnumber inputs and outputs: each costs a ninth of a plain kernel's direction.
         most = inputs * outputs * shape.taps // (inputs + outputs + shape.taps)
         most = min(most, max(MOST_TERMS, inputs, outputs))
         for k in levels(most, least[0], step_of(most, round_to)):
@@ -75,7 +75,7 @@ def _separable_cost(shape: LayerShape, terms: int) -> tuple[int, int]:
 
 
 def levels(most: int, least: int, step: int) -> list[int]:
-    """Multiples of ``step`` from ``least`` on and below ``most``: all, or ``LEVELS`` of them in a geometric row."""
+    """Multiples of ``step`` from ``least`` on and below ``most``: all, or ``LEVELS`` of them in geometric steps."""
     first, last = -(-least // step), (most - 1) // step
     if last < first:
         return []
@@ -93,7 +93,7 @@ class Kernel:
 
 
 def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -> dict[str, Trials]:
-    """What ``pruning.prediction.predicted_rises`` takes, for all forms but the present one, which is the first."""
+    """The argument of ``pruning.prediction.predicted_rises``, for all forms except the first, the present one."""
     depthwise = {
         (name, form.ranks[0]): kernels[name] for name, own in forms.items() for form in own if form.kind == DEPTHWISE
     }
@@ -114,12 +114,12 @@ def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -
 
 
 def _terms(kernels: Mapping[tuple[str, int], Kernel], quickly: bool) -> dict[tuple[str, int], tuple[Tensor, ...]]:
-    """The terms of depthwise separable forms by (layer, number), those of one shape and number in one solve."""
-    alike: dict[Hashable, list[tuple[str, int]]] = defaultdict(list)
+    """The terms of depthwise separable forms by (layer, number); equal shapes and numbers are solved together."""
+    same: dict[Hashable, list[tuple[str, int]]] = defaultdict(list)
     for (name, count), kernel in kernels.items():
-        alike[kernel.weight.shape, count].append((name, count))
+        same[kernel.weight.shape, count].append((name, count))
     found = {}
-    for (shape, count), keys in alike.items():
+    for (shape, count), keys in same.items():
         sweeps = sweeps_of(shape, count, quickly)
         scaled = torch.stack([in_metric(kernels[key].weight, kernels[key].basis).flatten(2) for key in keys])
         factors = separable_terms(scaled, torch.stack([kernels[key].basis.Q_a for key in keys]), count, sweeps)

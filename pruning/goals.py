@@ -12,7 +12,7 @@ OBJECTIVES = ("saliency", "flops", "parameters")
 
 @dataclass(frozen=True)
 class Goal:
-    """Where an iteration stops: at budgets or, where none is given, when a share is gone."""
+    """Where an iteration stops: at budgets or, without any, after a share is removed."""
 
     prune_ratio: float = 0.0
     flops: float | None = None  # of the whole network, for one image
@@ -24,7 +24,7 @@ class Goal:
 
     @property
     def kinds(self) -> list[int]:
-        """What is budgeted: FLOPs (0), parameters (1) or both."""
+        """The budgeted quantities: FLOPs (0), parameters (1) or both."""
         return [k for k, limit in enumerate((self.flops, self.parameters)) if limit is not None]
 
     @property
@@ -34,19 +34,16 @@ class Goal:
 
 
 def part_of_the_way(now: float, target: float | None, iterations: int) -> float | None:
-    """Where the first of so many iterations stops, if each takes away the same share: geometric steps to the target.
-
-    A network that is already below the target has arrived.
-    """
+    """The goal of the first of so many iterations that each remove the same share: geometric steps to the target."""
     return None if target is None else max(target, now * (target / now) ** (1 / iterations))
 
 
 def as_budget(goal: Goal, now: Sequence[float], least: Sequence[float], objective: str) -> Goal:
-    """The goal itself or, for a share, so much off the FLOPs, or off the parameters where they are the objective.
+    """The goal itself or, for a share, the present FLOPs (or parameters, if they are the objective) less that share.
 
     Args:
         now: FLOPs and parameters of the network as it is.
-        least: what can be reached of each: no more goes.
+        least: the fewest of each that can be reached.
     """
     if goal.is_budget:
         return goal
@@ -67,11 +64,11 @@ def least_of(costs: Sequence[np.ndarray], fixed: Sequence[float]) -> tuple[int, 
 
 
 def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], by: str = "the layers") -> str | None:
-    """Why no choice of forms meets a budget, in words, with what can be reached; None where one does.
+    """Why no choice of forms meets the budgets, with the least that can be reached; None if one does.
 
     Args:
         costs, fixed: as of ``least_of``.
-        by: what leaves so much.
+        by: what sets the limit.
     """
     names, least = ("FLOPs", "parameters"), least_of(costs, fixed)
     for k, limit in zip(goal.kinds, goal.limits, strict=True):

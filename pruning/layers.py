@@ -1,4 +1,4 @@
-"""Which layers can be pruned, and the plain tensors that surgery works on."""
+"""The layers that can be pruned, and their weights as plain tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def read_weights(network: nn.Module, name: str) -> ConvWeights:
 
 
 def weights_of(layer: nn.Module) -> ConvWeights:
-    """The weights of a layer, copied; those of a linear layer as of a 1x1 convolution."""
+    """A copy of a layer's weights; a linear layer counts as a 1x1 convolution."""
     if not isinstance(layer, LOW_RANK):
         return ConvWeights(_kernel(layer))
     rotations = (getattr(layer, side, None) for side in ("rotate_in", "rotate_out"))

@@ -1,7 +1,7 @@
-"""The rise of the loss that changed layers bring, to second order, with no factors in place of the Fisher.
+"""The predicted rise of the loss by changed layers, to second order, with the Fisher itself instead of its factors.
 
 For the change D of a layer's kernel it is 1/2 E[<grad W, D>^2], the quadratic form of the Fisher itself: exact to
-second order where the network's own prediction is what the loss is measured against; only the labels are drawn.
+second order if the loss is measured against the network's own prediction; only the labels are sampled.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ class PredictedRise:
     """Of the loss, in nats."""
 
     layers: dict[str, float]  # when one layer alone is changed
-    together: float  # when all of them are: their changes add up or cancel, image by image
+    together: float  # when all are changed: the changes add up or cancel, image by image
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Trials:
 def predicted_rise(
     network: nn.Module, layers: Mapping[str, nn.Module], changes: Mapping[str, Tensor], passes: Passes
 ) -> PredictedRise:
-    """Of one change of each layer, and of all of them together.
+    """Predicted rise for one change of each layer, and for all of them together.
 
     Args:
         layers: convolutions and linear layers, or what has replaced them, as a whole.
@@ -85,7 +85,7 @@ def predicted_rise(
 
 
 def _changed_outputs(layer: nn.Module, a: Tensor, change: Tensor) -> Tensor:
-    """What a change of its kernel adds to the layer's output: summed with the gradient there it is <grad W, D>."""
+    """The change of the layer's output by a change D of its kernel; times the gradient there it is <grad W, D>."""
     stride, dilation = getattr(layer, "stride", 1), getattr(layer, "dilation", 1)
     return nn.functional.conv2d(a, change, None, stride, getattr(layer, "padding", 0), dilation)
 
@@ -93,10 +93,10 @@ def _changed_outputs(layer: nn.Module, a: Tensor, change: Tensor) -> Tensor:
 def predicted_rises(
     network: nn.Module, layers: Mapping[str, nn.Module], trials: Mapping[str, Trials], passes: Passes
 ) -> dict[str, Tensor]:
-    """Of each form on trial, one at a time: corners first, then the other changes, [K] by layer.
+    """Predicted rise for each form on trial, one at a time: corners first, then the other changes, [K] by layer.
 
-    An image's gradient is built once for all of them, in the coordinates of the core.  There the product with a corner
-    is the sum over a corner of the products of entries, so all corners cost what one does.
+    An image's gradient is computed once for all, in the coordinates of the core.  There the product with a corner is a
+    cumulative sum of products of entries, so all corners together cost as much as one.
     """
     sums: dict[str, Tensor] = {}
     rounded = {name: _rounded(own, next(layers[name].parameters())) for name, own in trials.items()}
@@ -119,7 +119,7 @@ def _rounded(own: Trials, like: Tensor) -> Trials:
 
 
 def _products(layer: nn.Module, a: Tensor, g: Tensor, own: Trials) -> Iterator[Tensor]:
-    """<grad W, D> of images and changes, [n, K] for some images after the other."""
+    """<grad W, D> of images and changes, [n, K] for a few images at a time."""
     at = own.coordinates
     c, r = (
         torch.tensor([corner[side] for corner in own.corners], dtype=torch.long, device=a.device) for side in (0, 1)

@@ -1,7 +1,7 @@
 """An iteration on whole channels: every block loses channels between its two convolutions, which stay plain.
 
-The channels of the residual stream are shared by all blocks of a group, so they could only go together; they are left
-alone.  What a block carries between conv1 and conv2 is its own.
+The channels of the residual stream are shared by all blocks of a group and stay.  Those between conv1 and conv2 belong
+to one block.
 """
 
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ def channel_groups(
 
 
 def _refuse_rebuilt(network: ResNet, method: Method) -> None:
-    """Channels go from blocks of two plain convolutions only."""
+    """Refuse blocks that are not two plain convolutions: channels cannot be removed there."""
     if network.removed_blocks:
         raise UserError(
             f"criterion {method.criterion} removes channels from whole blocks, but blocks have left the network: prune "

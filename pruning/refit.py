@@ -1,10 +1,10 @@
-"""Kept cores refitted: what a layer can still compute is brought next to what it computed, by least squares.
+"""Refit of rebuilt layers: least squares towards the outputs of the unpruned network.
 
 A form of a layer (``pruning.tucker``, say) is the best one in K-FAC's model, which treats the taps of a patch as
-uncorrelated and every layer on its own.  Here the layers are gone through from the input on.  Each is given the patches
-that it really gets, from the layers before it as they are by now, and the outputs that the unpruned network had for the
-same images; so it makes up for correlated taps and for what the layers before it have lost.  Source: the
-reconstruction of He et al., arXiv:1707.06168, section 3.1, here with low ranks on both sides.
+uncorrelated and every layer on its own.  Here the layers are refitted from the input on.  Each is fitted from the
+patches that it really gets, from the refitted layers before it, to the outputs of the unpruned network for the same
+images; so it compensates for correlated taps and for the losses of the layers before it.  Source: the reconstruction of
+He et al., arXiv:1707.06168, section 3.1, here with low ranks on both sides.
 """
 
 import math
@@ -21,10 +21,10 @@ from pruning.factors import padded
 from utils import parallel
 from utils.modes import evaluation_mode
 
-# So many images determine a core: a quarter of 2,000 does nearly as well (ResNet-8 and 14, 16x16 pixels).
+# Enough images to determine a core: a quarter of 2,000 is nearly as good (ResNet-8 and 14, 16x16 pixels).
 IMAGES = 512
-BATCHES = 8  # at most: the smaller network runs on all of them at once, without what a training step keeps
-# Positions of each image that are looked at: at least so many, or as many as give so many rows for each unknown.
+BATCHES = 8  # at most: the smaller network runs on all of them at once, without storing features for gradients
+# Positions used of each image: at least this many, or as many as give this many rows per unknown.
 POSITIONS, ROWS = 64, 16
 ENOUGH = 4  # rows for each unknown, below which fewer are fitted
 MOST = 8192  # unknowns that are solved for
@@ -60,14 +60,14 @@ def row_sums(z: Tensor, y: Tensor) -> Tensor:
 
 
 def best_map(found: Moments, metric: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None]:
-    """K and U that bring U K z, with an intercept, next to y: the least E |M^1/2 (y - b - U K z)|^2.
+    """K and U that minimise E |M^1/2 (y - b - U K z)|^2, b being the intercept.
 
     Without a rank U is the identity, and K = C S^-1 whatever the metric, S and C being the covariances of z with itself
     and of y with z.  With one this is reduced-rank regression (Izenman 1975): U spans the leading directions of
     M^1/2 C S^-1 C^T M^1/2, taken back from the metric, and K = (U^T M U)^-1 U^T M C S^-1.
 
     Args:
-        metric: M [out, out], what an error of the outputs costs.
+        metric: M [out, out], cost of an error of the outputs.
         rank: columns of U.
 
     Returns:
@@ -88,7 +88,7 @@ def best_map(found: Moments, metric: Tensor, rank: int | None) -> tuple[Tensor, 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a layer of the unpruned network computed."""
+    """Outputs of a layer of the unpruned network."""
 
     rows: Tensor  # [N * positions, out], of some positions of each image
     positions: Tensor  # indices of those
@@ -107,10 +107,9 @@ def refit(
     Both networks run once.  When the smaller one comes to a layer, those before it are refitted already, so the layer's
     input is what it will be.
 
-    An error counts as what the batch norm behind makes of it, or by how much the loss depends on that output.  The norm
-    keeps its variance, so that it does to the new outputs what the fit is about, and its mean takes up the fit's
-    intercept: measured again, on images without augmentation, both would differ.  Without a norm the layer's bias
-    takes it up.
+    An error is weighed as the batch norm after the layer scales it, or by how much the loss depends on that output.
+    The norm keeps its variance, so that its scale is the one of the fit, and its mean takes up the fit's intercept:
+    measured again, on images without augmentation, both would differ.  Without a norm the layer's bias takes it up.
 
     Args:
         norms: layers of both networks that are refitted, in the order in which they run, with the batch norm behind
@@ -141,7 +140,7 @@ def refit(
 def _outputs(
     network: nn.Module, norms: Mapping[str, str | None], batches: Sequence[Tensor], passes: Passes
 ) -> dict[str, Wanted]:
-    """What the layers compute of all images, at the same positions of each."""
+    """The outputs of the layers for all images, at the same positions of each."""
     parts: dict[str, list[Tensor]] = {name: [] for name in norms}
     positions: dict[str, Tensor] = {}
     seen, images = [0], _of_all(sum(len(x) for x in batches))
@@ -173,7 +172,7 @@ def _outputs(
 def _sides(
     network: nn.Module, smaller: nn.Module, name: str, norm: str | None, importances: Mapping[str, Tensor]
 ) -> tuple[Tensor, nn.Module | None]:
-    """What an error of each output costs, [out], and the norm of the smaller network that takes up the intercept."""
+    """The cost of an error of each output, [out], and the norm of the smaller network that takes up the intercept."""
     if norm is None:
         return importances[name].double(), None
     whole, own = network.get_submodule(norm), smaller.get_submodule(norm)
@@ -207,14 +206,14 @@ def _refit_layer(layer: nn.Module, a: Tensor, wanted: Wanted, costs: Tensor, nor
 
 
 def _of_all(count: int) -> int:
-    """What all processes have, added up."""
+    """The sum over all processes."""
     return int(parallel.all_reduced(torch.tensor(float(count))))
 
 
 def _free_part(layer: nn.Module, rows: int) -> tuple[nn.Module | None, int | None]:
-    """What is refitted: a core with the rotation behind it, which has the rank given, or the last convolution alone.
+    """The part to refit: a core with the rotation after it, which has the rank given, or the last convolution alone.
 
-    None where the images are too few: then only the mean is.
+    None if the images are too few: then only the mean is refitted.
     """
     core = getattr(layer, "core", layer)
     low = isinstance(layer, LOW_RANK)
@@ -226,7 +225,7 @@ def _free_part(layer: nn.Module, rows: int) -> tuple[nn.Module | None, int | Non
 
 
 def patches(layer: nn.Module, a: Tensor, positions: Tensor | None, part: nn.Module | None) -> Tensor:
-    """What a part of a layer reads, a row for each image and position, for inputs a [N, in, H, W].
+    """The inputs of a part of a layer, one row per image and position, for the layer's inputs a [N, in, H, W].
 
     Args:
         positions: indices of the output positions; None: all.
@@ -239,7 +238,7 @@ def patches(layer: nn.Module, a: Tensor, positions: Tensor | None, part: nn.Modu
     if part is core:
         return _windows(core, a, positions)
     linear = isinstance(core, nn.Linear)
-    # Not through hooks: this may be called by one of this layer.
+    # Not through hooks: one of this layer's hooks calls this.
     z = core.forward(a[..., 0].transpose(1, 2)).transpose(1, 2) if linear else core.forward(a).flatten(2)
     if part is None:
         z = z if positions is None else z[:, :, positions]

@@ -1,4 +1,4 @@
-"""Selection: which directions or channels go, where they are dropped one by one."""
+"""Selection of the directions or channels to remove, if they are removed one by one."""
 
 import math
 from bisect import bisect_left
@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Group:
-    """The directions that one layer or block can lose, on one side or two; on each side the weakest go first."""
+    """The directions that one layer or block can lose, on one side or two; on each side the least salient go first."""
 
     saliencies: Tensor  # [n] of the directions of one side, or [n, m] of the pairs of directions of two sides
     counts: tuple[np.ndarray, ...]  # how many directions each side may keep, ascending, see ``counts_kept``
@@ -47,9 +47,9 @@ def least_kept(channels: int, prune_ratio_limit: float) -> int:
 
 
 def step_of(channels: int, round_to: int) -> int:
-    """The multiple for a side of so many channels: ``round_to``, halved until four steps or more lead through it.
+    """The rounding step for a side of so many channels: ``round_to``, halved until the side has four steps or more.
 
-    Small layers would otherwise have no ranks to choose from.
+    Otherwise small layers would have no choice of ranks.
     """
     while round_to > 1 and 4 * round_to > channels:
         round_to //= 2
@@ -74,9 +74,10 @@ def select(
 
     With the objective "saliency" all directions compete under one threshold, as in EigenDamage (arXiv:1905.05934),
     section 4, until the share of them is gone or the budgets are met; counts are raised to the next that is allowed.
-    Otherwise, of all combinations of counts within the budgets, the one that loses least saliency is taken: a first
-    direction alone often saves nothing, since its rotation has to be paid for, and what goes with a direction of one
-    side is not counted on the other.  A share is then one of the FLOPs or parameters, see ``pruning.goals.as_budget``.
+    Otherwise, of all combinations of counts within the budgets, the one that loses least saliency is taken: a single
+    direction often saves nothing, since its rotation costs FLOPs itself, and a pair of directions that is removed with
+    one side is not counted again on the other.  A share is then one of the FLOPs or parameters, see
+    ``pruning.goals.as_budget``.
 
     Args:
         groups: what can be dropped, by layer or block.
@@ -86,7 +87,7 @@ def select(
         indices, by group and side.  Equal saliencies go in the order of groups, sides and indices.
 
     Raises:
-        UserError: for a budget that the groups put out of reach.
+        UserError: if the groups cannot reach the budget.
     """
     if objective == "saliency":
         chosen = _one_threshold(groups, goal, fixed)

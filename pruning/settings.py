@@ -1,4 +1,4 @@
-"""The settings of stage 2, a typed key each, and those among them that say how an iteration prunes."""
+"""The settings of stage 2: ``Method`` has those of one iteration of pruning, ``PruneSettings`` all of them."""
 
 import reprlib
 from collections.abc import Mapping
@@ -95,7 +95,7 @@ class Method:
         forward: Forward = nn.Module.__call__,
         loss_fn: LossFn | None = None,
     ) -> Passes:
-        """What the Fisher is measured in, see ``pruning.capture.Passes``."""
+        """The passes that measure the Fisher, see ``pruning.capture.Passes``."""
         return Passes(batches, draws, self.fisher_type, self.fisher_draws, forward, loss_fn)
 
 

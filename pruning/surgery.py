@@ -41,7 +41,7 @@ def truncated(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out:
 def merged(weights: ConvWeights, reduced: ConvWeights) -> ConvWeights:
     """A layer with its core replaced by a reduced form of it, and rotations of one side multiplied into one.
 
-    So a layer never has more than three convolutions, however often it is pruned.
+    So a layer has at most three convolutions, however often it is pruned.
     """
     rotate_in, rotate_out = weights.rotate_in, weights.rotate_out
     if reduced.rotate_in is not None:
@@ -76,7 +76,7 @@ def rebuild(network: nn.Module, replaced: Mapping[str, ConvWeights], with_bias: 
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is: a layer may have two names."""
+    """Put ``new`` in every place of ``old``: a layer may have two names."""
     for module in list(network.modules()):
         for name, child in module._modules.items():
             if child is old:
@@ -84,7 +84,7 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def edits_of(network: nn.Module) -> list[dict[str, Any]]:
-    """What pruning has made of a network's layers, plain data: a dictionary a layer, see ``apply_edits``."""
+    """The forms of the layers that pruning has changed as plain data: one dictionary per layer, see ``apply_edits``."""
     return [
         {"name": name, "form": _form(layer), "ranks": layer.ranks, "bias": layer.bias is not None}
         for name, layer in low_rank_layers(network).items()
@@ -99,7 +99,7 @@ def apply_edits(network: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Mo
             and behind its core (None where there is no rotation), and whether it has a bias.
 
     Raises:
-        UserError: for a layer that the network does not have, or that cannot have this form.
+        UserError: if the network lacks a layer, or the layer cannot have this form.
     """
     for edit in edits:
         name = edit["name"]

@@ -1,4 +1,4 @@
-"""Which layers of a network can take another form: found by running it once, not by what it is made of."""
+"""The layers of a network that can take another form, found by running it once."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from models import LOW_RANK
 from models.convolution import SafeConv2d
 from pruning.capture import Forward, differentiable_inputs
 
-# What computes a layer's output: a class of one's own may do something else with its weight.
+# The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
 
 
@@ -34,7 +34,7 @@ class Survey:
 
 @dataclass
 class _Runs:
-    """What a forward pass shows."""
+    """The record of one forward pass."""
 
     nodes: dict[str, Any] = field(default_factory=dict)  # that made a layer's output, in the order of execution
     times: Counter = field(default_factory=Counter)  # that a module has run
@@ -43,9 +43,9 @@ class _Runs:
 
 
 def survey(network: nn.Module, x: Tensor, forward: Forward) -> Survey:
-    """Run ``network`` on the inputs ``x`` in evaluation mode and see what its layers do.
+    """Run ``network`` on the inputs ``x`` in evaluation mode and record how its layers are used.
 
-    What reads an output is found in the graph that autograd keeps, so functions count as well as modules.
+    The readers of an output are found in autograd's graph, so functions count as well as modules.
     """
     layers = dict(outermost(network))
     norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm) and m.running_var is not None}
@@ -70,7 +70,7 @@ def survey(network: nn.Module, x: Tensor, forward: Forward) -> Survey:
 
 
 def outermost(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Convolutions and linear layers by name; of what pruning has built, the whole."""
+    """Convolutions and linear layers by name; layers that pruning has built count as one."""
     inside: tuple[str, ...] = ()
     for name, module in network.named_modules():
         if name.startswith(inside) and inside:

@@ -21,7 +21,7 @@ def tucker(
     1/2 tr(G D A D^T) has its minimum at the Tucker decomposition of G^1/2 W A^1/2.  (That of W' itself would be that
     of W: a rotation does not change it.)  It is found by higher-order orthogonal iteration from the truncated
     directions, so in that
-    model it never falls behind them.  Source: HOOI, De Lathauwer et al. 2000; Tucker convolutions,
+    model it is never worse than them.  Source: HOOI, De Lathauwer et al. 2000; Tucker convolutions,
     arXiv:1511.06530.
 
     Arguments as in ``pruning.surgery.truncated``.
@@ -37,9 +37,9 @@ def tucker(
             part = scaled if U_in is None else torch.einsum("oihw,ic->ochw", scaled, U_in)
             U_out = _leading(part.flatten(1), U_out.shape[1])
         if U_in is None or U_out is None:
-            break  # with one side the leading subspace is the optimum
+            break  # with one side, the leading subspace is optimal
     core, rotate_in, rotate_out = scaled, None, None
-    # Back from the metric, with orthonormal rotations: those train best.
+    # Back from the metric, with orthonormal rotations, which train best.
     back_in, back_out = inverse_root(basis.Q_a, basis.d_a), inverse_root(basis.Q_g, basis.d_g)
     if U_in is None:
         core = torch.einsum("oihw,ij->ojhw", core, back_in)
@@ -58,13 +58,13 @@ def tucker(
 class Coordinates:
     """A kernel W[o, i, t] = sum over p, j of P[o, p] core[p, j, t] Q[i, j], the p and j that matter most coming first.
 
-    So every corner core[:r, :c] is a Tucker form of W, and what it loses are the other entries.
+    So every corner core[:r, :c] is a Tucker form of W, which loses the other entries.
     """
 
     P: Tensor  # [out, out]
     Q: Tensor  # [in, in]
     core: Tensor  # [out, in, kh, kw]
-    to_core: tuple[Tensor, Tensor]  # what takes a tensor of the metric into these coordinates, from both sides
+    to_core: tuple[Tensor, Tensor]  # maps from a tensor in the metric to these coordinates, for both sides
 
     def corner(self, c: int, r: int) -> Tensor:
         """The kernel [out, in, kh, kw] of a Tucker form."""
@@ -79,7 +79,7 @@ class Coordinates:
 def coordinates(kernel: Tensor, basis: Eigenbasis) -> Coordinates:
     """The truncated higher-order singular value decomposition of G^1/2 W A^1/2, for all ranks at once.
 
-    Near enough to ``tucker`` for a choice: each squared error is at most twice as large.  Source: HOSVD, De Lathauwer
+    Close enough to ``tucker`` for a choice: each squared error is at most twice as large.  Source: HOSVD, De Lathauwer
     et al. 2000.
     """
     scaled = in_metric(kernel, basis)

@@ -1,4 +1,4 @@
-"""Training that also follows the predictions of the network that it started from, or was before pruning."""
+"""Distillation from the network that training started from, or from the network before pruning."""
 
 import copy
 
@@ -18,7 +18,7 @@ TEMPERATURE = 4.0
 def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: float) -> Tensor:
     """(1 - weight) * cross-entropy + weight * T^2 * KL(teacher || network) at temperature T, means over the images.
 
-    Source: Hinton et al. (arXiv:1503.02531), section 2; T^2 keeps the gradients of both terms of one size.
+    Source: Hinton et al. (arXiv:1503.02531), section 2; T^2 keeps the gradients of both terms at the same size.
 
     Args:
         logits, teacher: [N, classes] of the network and of the one it follows.
@@ -37,9 +37,9 @@ def distillation_loss_fn(teacher: ResNet, weight: float, precision: torch.dtype 
     """``distillation_loss`` as the epochs of training take it (``training.supervised``, ``gating.reinforce``).
 
     Args:
-        teacher: a copy of it as it is now runs in evaluation mode, with every block on.
+        teacher: copied; the copy runs in evaluation mode, with every block run.
         weight: of the distillation in the loss.
-        precision: of the teacher's products, from ``utils.device.pick_precision``.
+        precision: of the teacher's convolutions and matrix products, from ``utils.device.pick_precision``.
     """
     followed = copy.deepcopy(teacher).eval()
     followed.gate = None

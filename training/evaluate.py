@@ -21,7 +21,7 @@ from utils.modes import evaluation_mode
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a network on N images."""
+    """The measurements of a network on N images."""
 
     loss: float  # mean cross-entropy
     accuracy: float  # 0 to 1
@@ -43,7 +43,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What a checkpoint says of its network."""
+        """The metrics that a checkpoint keeps."""
         return {"accuracy": self.accuracy, "computation": self.computation}
 
     @property
@@ -64,7 +64,7 @@ def evaluate(
 ) -> Evaluation:
     """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards.
 
-    Each of several processes runs it on its part of the images, and all get what was measured on all.
+    Each of several processes runs it on its part of the images, and all get the measurements on all images.
 
     Args:
         cost: of the network for one such image (``utils.flops.network_cost``).
@@ -117,7 +117,7 @@ class Evaluator:
 
 
 def check_finite(network: ResNet, val: Evaluation, title: str) -> None:
-    """Refuse to save a network that the last step of an epoch has ruined, which no training loss has shown yet.
+    """Refuse to save a network that diverged in the last step of an epoch, after the last training loss.
 
     Raises:
         UserError: if its loss or one of its weights is not finite.

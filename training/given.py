@@ -1,4 +1,4 @@
-"""A network that its user brings becomes the run of stage 1 that all other commands start from."""
+"""Registers a network of the user's own as the run of stage 1 that all other commands start from."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the
 
 
 def register_given(settings: Any, data: DataSet, device: torch.device, measure_speeds: MeasureSpeeds) -> None:
-    """Evaluate the network as it was given and leave it as a finished run of stage 1, once however often it is pruned.
+    """Evaluate the given network and save it as a finished run of stage 1, only once if it is pruned several times.
 
     Args:
         settings: of stage 2 (``pruning.settings.PruneSettings``): ``network`` is its function, ``checkpoint`` a file
             with its weights.
 
     Raises:
-        UserError: for a function, weights or an output that do not fit.
+        UserError: if function, weights or output do not fit.
     """
     network = given_network(settings, len(data.classes))
     splits = split_data(data, settings.val_fraction, settings.seed).to(device)

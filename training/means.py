@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 
 class Means:
-    """Sums of what is measured of images, added up on their device: a GPU is waited for at the end alone."""
+    """Sums of measurements over images, added up on their device, so that a GPU is waited for only at the end."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}

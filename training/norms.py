@@ -1,4 +1,4 @@
-"""Batch norms whose statistics are those of a whole batch that several processes share."""
+"""Batch norms with statistics of the whole batch, if several processes share it."""
 
 from collections.abc import Iterable
 
@@ -66,7 +66,7 @@ class _Normalised(Function):
     def backward(ctx, g: Tensor, *_):
         normalised, weight, scale, count = ctx.saved_tensors
         axes, shape = _axes(g)
-        # The parameters' gradients are this process's share: they are summed with all others.
+        # The parameters' gradients are this process's share: they are summed over the processes with all others.
         grad_bias, grad_weight = g.double().sum(axes), (g * normalised).double().sum(axes)
         means = (parallel.all_reduced(torch.stack([grad_bias, grad_weight])) / count).to(g)
         centred = g - means[0].view(shape) - normalised * means[1].view(shape)
@@ -76,7 +76,7 @@ class _Normalised(Function):
 class _NormalisedOnGpu(Function):
     """``_Normalised`` with the running statistics' update, in the kernels of PyTorch's ``SyncBatchNorm``.
 
-    Its own function makes a GPU wait three times to find processes that have no images.  There are none here.
+    PyTorch's function makes a GPU wait three times to find processes without images, which do not occur here.
     """
 
     @staticmethod
@@ -152,8 +152,8 @@ def reestimate_batch_norms(
     batch by their number.
 
     Args:
-        batches: those of this process, where several deal out the batches; the averages are over all of them.
-        gates: their norms as well, so that the switches move with what they see.
+        batches: of this process; the averages are over those of all processes.
+        gates: also those of the gates, which changes their decisions.
     """
     if parallel.world_size() == 1:
         _reestimate(network, batches, decide, gates)
@@ -197,7 +197,7 @@ def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decid
 
 
 def _average_over_processes(norm: _BatchNorm, images: int) -> int:
-    """Averages of each process's images to averages of all images, whose number is returned."""
+    """Turn averages over each process's images into averages over all images; returns the number of all images."""
     if parallel.world_size() == 1:
         return images
     own = torch.cat([norm.running_mean, norm.running_var]).double() * images

@@ -17,7 +17,7 @@ AnyOptimiser = TypeVar("AnyOptimiser", bound=Optimizer)
 def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD:
     """SGD with Nesterov's momentum (plain SGD where momentum is 0).
 
-    The gates are spared weight decay: it would pull them towards one answer for all images.
+    The gates have no weight decay: it would pull them towards the same decision for all images.
     """
     gates, others = split_parameters(network)
     groups = [{"params": others}, {"params": gates, "weight_decay": 0.0}]
@@ -29,8 +29,8 @@ def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD
 def reinforcement_optimisers(network: ResNet, momentum: float, weight_decay: float) -> tuple[SGD, Adam]:
     """SGD for the network and Adam for its gates; their rates are set step by step.
 
-    The gates learn from the policy gradient alone, whose size goes with alpha, rl_weight and a block's small share of
-    the FLOPs; Adam's steps do not depend on that size.
+    The gates learn from the policy gradient alone, which is proportional to alpha, rl_weight and a block's small share
+    of the FLOPs; Adam's steps do not depend on its size.
     """
     gates, others = split_parameters(network)
     fused = _on_gpu(network)

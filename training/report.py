@@ -1,4 +1,4 @@
-"""What a finished run measures of the network that it chose, and its row in the results."""
+"""The measurements of a finished run's chosen network, and its row in the results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Chosen:
 
     best: Checkpoint
     selected_on: str  # "validation", "test" or "last epoch"
-    within_budget: bool = True  # whether it kept the accuracy (or the computation) that the run was asked for
+    within_budget: bool = True  # whether it met the budget of accuracy or computation
     points: Sequence[dict[str, Any]] = ()  # gflops and accuracy of other networks of the run, for the picture
 
 
@@ -83,7 +83,7 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     }
     if not parallel.is_main_process():
         return record
-    save_records(result_dir, [record])  # first of all, so that nothing can keep a finished run from it
+    save_records(result_dir, [record])  # first, so that a later failure cannot lose it
     with results_locked(result_dir, run.say):
         records = read_records(result_dir)
         write_results(result_dir, records)
@@ -112,7 +112,7 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
 
 
 def subject(architecture: dict[str, Any]) -> dict[str, Any]:
-    """What a record says of a network; of a cascade what it says of the last member."""
+    """The record's fields of a network; for a cascade those of the last member."""
     if architecture["network"] == CASCADE:
         return subject(architecture["members"][-1])
     if is_own(architecture["network"]):

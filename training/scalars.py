@@ -1,6 +1,6 @@
 """The scalars of an epoch and of a network, by their TensorBoard tags, and the charts that show them together.
 
-``Overview`` is what a run is judged by: it has to sort before all other groups, see ``utils.runs.tensorboard``.
+``Overview`` has the main curves of a run: it has to sort before all other groups, see ``utils.runs.tensorboard``.
 """
 
 from torch import nn
@@ -40,10 +40,10 @@ def epoch_scalars(
 
     Args:
         train: means over the epoch's training.
-        val: evaluation with thresholded switches, on the images that choices look at.
+        val: evaluation with thresholded decisions, on the validation images (see ``Splits.val_name``).
         every_block: the same with every block run.
         parameters: of the network.
-        prune_ratio: share of stage 1's parameters that is gone.
+        prune_ratio: share of stage 1's parameters that is removed.
     """
     scalars = {
         "Overview/accuracy_train": train.accuracy,

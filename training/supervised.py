@@ -19,15 +19,15 @@ from utils import parallel
 from utils.data.batches import TrainingBatches
 from utils.device import fixed_shapes
 
-# For half of the images of a batch every switch is held open, so that the whole network, which static pruning works
-# on, is trained whatever the switches do.  On the other half decisions are drawn, not thresholded: switches that only
-# ever let pass leave a network that has never done without a block, and reinforcement then finds skipping hopeless.
+# Half of the images of a batch run every block, so that the whole network, which static pruning works on, is trained
+# whatever the switches do.  On the other half decisions are drawn, not thresholded: if every block always ran, the
+# network would never learn to do without one, and reinforcement would find that every skip costs too much.
 OPEN_SHARE = 0.5
-# So that there is something to learn from where a switch is sure to let pass, which all of them become, some of the
-# blocks that it would let pass are closed: the network learns to do without any one of them (compare stochastic depth,
-# arXiv:1603.09382), and skipping costs it little accuracy later.
+# All switches become sure that their blocks should run.  So this share of the blocks that would run is skipped at
+# random: the network learns to do without any one of them (compare stochastic depth, arXiv:1603.09382), and skipping
+# costs little accuracy later.
 EXPLORATION = 0.15
-CHECK_EVERY = 50  # steps between looks at the loss, each of which makes a GPU wait
+CHECK_EVERY = 50  # steps between checks of the loss, each of which makes a GPU wait
 
 LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # of images, logits in float32 and labels: a scalar, the mean
 
@@ -42,15 +42,15 @@ class EpochMeans:
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """What is trained with labels, and how."""
+    """The objects and options of supervised training."""
 
     network: ResNet
     optimiser: Optimizer
     draws: torch.Generator  # on the network's device, of decisions and of the images whose switches are held open
-    loss_fn: LossFn | None = None  # what is minimised and reported; the cross-entropy by default
+    loss_fn: LossFn | None = None  # minimised and reported; the cross-entropy by default
     forward: Forward | None = None  # from ``training.forward.training_forward``; plain by default
     # Makes a decision rule from numbers [N, 1 + K], uniform in [0, 1).  By default switches learn (``half_held_open``);
-    # under a rule of one's own no gradient goes through a decision, and the gates stay as they are.
+    # other rules carry no gradient through decisions, and the gates are not trained.
     rule: RuleMaker | None = None
     frozen_norms: bool = False  # batch norms use their running statistics and leave them as they are
 
@@ -98,15 +98,15 @@ def supervised_epoch(
 
 
 def as_used(drawn: Tensor) -> DecisionRule:
-    """The rule of evaluation, for training: what was drawn does not count."""
+    """The rule of evaluation, for training: the drawn numbers are ignored."""
     return thresholded
 
 
 def half_held_open(drawn: Tensor) -> DecisionRule:
-    """Stage 1's rule: some images pass with every switch held open, on the others decisions are drawn.
+    """Stage 1's rule: on some images every block runs, on the others decisions are drawn.
 
     Args:
-        drawn: [N, 1 + K], uniform in [0, 1): which images are held, and the decisions of K switches.
+        drawn: [N, 1 + K], uniform in [0, 1): which images run every block, and the decisions of K switches.
     """
     held = drawn[:, :1] < OPEN_SHARE
     # A block runs where its number is below its probability.

@@ -22,7 +22,7 @@ class Normalisation:
         return self.on(pixels.device)(pixels)
 
     def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """``apply`` for many batches on one device, with what it needs brought there once."""
+        """``apply`` for many batches on one device, with its tensors moved there once."""
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return lambda pixels: (pixels / 255 - mean) / std
 
@@ -39,7 +39,7 @@ def normalisation_of(histogram: Tensor) -> Normalisation:
     total = histogram.sum(dim=1)
     mean = histogram @ levels / total
     variance = histogram @ levels.square() / total - mean.square()
-    # A channel that never changes carries nothing: leave it at zero instead of dividing by zero.
+    # A constant channel becomes zero, instead of a division by zero.
     std = torch.where(variance > 1e-12, variance.clamp(min=0).sqrt(), torch.ones_like(variance))
     return Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
 
@@ -61,7 +61,7 @@ def crop_and_flip(pixels: Tensor, number: Tensor, top: Tensor, left: Tensor, mir
 
     Args:
         pixels: uint8 [N, 3, H, W].
-        number: int64 [N], 0 to N - 1: made once for all batches it is one launch fewer in each.
+        number: int64 [N], 0 to N - 1: made once, which saves a launch in each batch.
         top, left: int64 [N] in 0..8.
         mirrored: boolean [N].
     """

@@ -19,25 +19,25 @@ PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class Splits:
-    """The images of a stage: to train on, to choose epochs and budgets by, and to report on."""
+    """The images of a stage: for training, for model selection, and for the report."""
 
     train: Images
     val: Images
     test: Images
     val_is_test: bool = False  # where no image was set aside for validation
-    # What a checkpoint keeps to know these images again: fingerprints of all that were ever set aside, int64 [n], and a
-    # digest of each part.
+    # Identifies these images in a checkpoint: fingerprints of all that were ever set aside, int64 [n], and a digest of
+    # each part.
     identity: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what the user has to know of them
+    notes: tuple[str, ...] = ()  # notes for the user
 
     @property
     def val_name(self) -> str:
-        """What the images that choices look at are called."""
+        """The name of the images that select epochs and budgets."""
         return "test" if self.val_is_test else "validation"
 
     @property
     def place(self) -> str:
-        """Where the training images are, as a run says it."""
+        """The place of the training images, for the log."""
         place = f"images {self.train.place}"
         return place if parallel.world_size() == 1 else f"{place}, {parallel.world_size()} processes"
 
@@ -67,7 +67,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 def split_data(data: DataSet, val_fraction: float, seed: int) -> Splits:
     """Set validation images aside: the data's own, else a seeded, stratified share of the training images.
 
-    Copies of an image that is set aside are so, too.
+    Copies of a set-aside image are set aside, too.
 
     Raises:
         UserError: if fewer than two images are left to train on.
@@ -76,14 +76,14 @@ def split_data(data: DataSet, val_fraction: float, seed: int) -> Splits:
 
 
 def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = False) -> Splits:
-    """The split of an earlier run: what was set aside then is not trained on, whatever has become of its file since.
+    """The split of an earlier run: images that it set aside are never trained on, even if their files have moved.
 
-    Training images that are new are trained on.  New ones of a ``val/`` folder are left out: an earlier stage may have
-    been trained on them.
+    New training images are trained on.  New ones in a ``val/`` folder are left out: an earlier stage may have been
+    trained on them.
 
     Args:
-        known: what the run's checkpoint says of its data.
-        resumed: whether that very run goes on, for which no image may have changed.
+        known: the data's entry in the run's checkpoint.
+        resumed: whether that run itself is continued; then no image may have changed.
 
     Raises:
         UserError: if this is other data, or if fewer than two images are left to train on.
@@ -113,10 +113,10 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
 
 
 def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
-    """Why this is not the data that a checkpoint's network was made with, empty where nothing says so.
+    """Why this is not the data of a checkpoint's network; empty if it may be.
 
     Args:
-        known: what the checkpoint says of its data.
+        known: the data's entry in the checkpoint.
     """
     if "set_aside" not in known:
         return ""
@@ -135,14 +135,14 @@ def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
 
 
 def same_validation(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two checkpoints' networks have set the same images aside, by what the checkpoints say of their data."""
+    """Whether two checkpoints have set the same images aside, by their entries on the data."""
     if "set_aside" in one and "set_aside" in other:
         return torch.equal(one["set_aside"], other["set_aside"])
     return all(one[key] == other[key] for key in ("val_fraction", "split_seed"))
 
 
 def _missing(data: DataSet, set_aside: Tensor) -> int:
-    """How many of the images that were set aside, by their fingerprints, are not where validation images come from."""
+    """How many of the set-aside images (by fingerprint) are missing in the data."""
     return int((~torch.isin(set_aside, data.fingerprints["train" if data.val is None else "val"])).sum())
 
 
@@ -156,7 +156,7 @@ def _drawn(data: DataSet, val_fraction: float, seed: int, among: Tensor) -> Spli
 
 
 def _splits(data: DataSet, set_aside: Tensor) -> Splits:
-    """Keep the images of these fingerprints, int64 [n], from training, and choose by those that are there."""
+    """Keep images with these fingerprints, int64 [n], out of training; they are the validation images."""
     prints, held = data.fingerprints, "train" if data.val is None else "val"
     kept, aside = (~torch.isin(prints["train"], set_aside), torch.isin(prints[held], set_aside))
     val_is_test = len(set_aside) == 0
@@ -176,7 +176,7 @@ def _splits(data: DataSet, set_aside: Tensor) -> Splits:
 
 
 def _chosen(images: Images, members: Tensor) -> Images:
-    """Those for which ``members``, bool [N], is true, without a copy where it is for all."""
+    """The images with ``members``, bool [N], without a copy if these are all."""
     return images if members.all() else images[members.nonzero().squeeze(1)]
 
 
@@ -184,7 +184,7 @@ def batch_ends(images: int, batch_size: int) -> list[int]:
     """Where each training batch of an epoch ends; a single image that is left over joins the batch before it.
 
     In training mode a batch norm over vectors, such as the gates have, cannot work on one image.  Nor can a process on
-    none: with more than two processes, fewer images than processes that are left over join the batch before them, too.
+    none: with several processes, fewer left-over images than processes join the batch before them, too.
     """
     least = max(2, parallel.world_size())
     ends = [*range(batch_size, images, batch_size), images]
@@ -222,8 +222,8 @@ class TrainingBatches:
     Where several processes share the batches, each gets the images of its part (``utils.parallel.local_part``), and the
     labels of the whole batch.
 
-    Every random number comes from ``generator`` (a CPU generator), so that its state resumes the sequence.  All are
-    drawn when an epoch begins, and for whole batches, whatever part of them this process gets.
+    All random numbers come from ``generator`` (on the CPU), so that its state resumes the sequence.  They are drawn at
+    the start of an epoch, and for whole batches, whatever part of them this process gets.
     """
 
     images: Images
@@ -242,7 +242,7 @@ class TrainingBatches:
         groups = order.tensor_split(batch_ends(len(images), self.batch_size)[:-1])
         crops = [draw_crops(len(group), self.generator, self.flip) for group in groups]
         local = [part(group) for group in groups]
-        # What an epoch needs on a GPU goes there at once, since the GPU is waited for each time.
+        # Copied to a GPU at once for the epoch, since each copy waits for the GPU.
         labels = _labels(images)[order.to(images.device)].split([len(group) for group in groups])
         offsets, mirrored = torch.cat([part(crop) for crop in crops]).to(images.device).split([2, 1], dim=1)
         numbers = torch.arange(max(len(group) for group in local), device=images.device)
@@ -272,14 +272,14 @@ def _labels(images: Images) -> Tensor:
 def whole_batches_by_process(
     images: Images, batch_size: int, normalisation: Normalisation
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``plain_batches`` of which each process gets whole ones in turn: every ``world_size``-th."""
+    """``plain_batches``, of which each process gets every ``world_size``-th."""
     return plain_batches(images, batch_size, normalisation, parallel.world_size(), parallel.rank())
 
 
 def batch_parts_by_process(
     images: Images, batch_size: int, normalisation: Normalisation
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``plain_batches`` of which each process gets its part of every one, as in training, with the labels of all."""
+    """``plain_batches``, of each of which every process gets its part, as in training, with the labels of all."""
     groups = [parallel.local_part(group) for group in torch.arange(len(images)).split(batch_size)]
     batches = map(normalisation.on(images.device), images.batches(groups))
     yield from zip(batches, _labels(images).split(batch_size), strict=True)

@@ -15,8 +15,8 @@ Labelled = tuple[np.ndarray, np.ndarray]  # uint8 [N, 32, 32, 3], int64 [N]
 def read_cifar(root: Path, download: bool) -> tuple[tuple[str, ...], Labelled, Labelled]:
     """Class names, training images and test images of the CIFAR files under ``root``.
 
-    torchvision compares each file with its published checksum before it unpickles it: one that is damaged, or that
-    would run code, is refused unread.
+    torchvision compares each file with its published checksum before it unpickles it: damaged or malicious files are
+    refused.
 
     Args:
         download: fetch what is missing or damaged: of CIFAR-100, or of CIFAR-10 where ``root`` holds that or its name
@@ -25,7 +25,7 @@ def read_cifar(root: Path, download: bool) -> tuple[tuple[str, ...], Labelled, L
     Raises:
         UserError: if a file is missing, is not the published one, or cannot be read or downloaded.
     """
-    from torchvision import datasets  # here: it is slow to import, and image files do not need it
+    from torchvision import datasets  # imported here: it is slow, and image files do not need it
 
     name = _data_set(root)
     try:

@@ -1,8 +1,8 @@
 """Labelled images, found on disk and decoded once into memory.
 
 A data folder is either image files (``train/`` and ``test/``, one folder per class) or, where it has no ``train/``, the
-files that torchvision downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that are too many for
-the memory are decoded batch by batch instead; the batches are the same.
+files that torchvision downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that do not fit
+into memory are decoded batch by batch instead; the batches are the same.
 """
 
 from collections import Counter
@@ -38,9 +38,9 @@ class DataSet:
 
     @cached_property
     def fingerprints(self) -> dict[str, Tensor]:
-        """Those of the images of each part, int64 [N]; images that are not in memory are all decoded for it.
+        """The fingerprints of the images of each part, int64 [N]; images outside of memory are decoded for this.
 
-        Several processes share the work, so that all of them have to ask.
+        Several processes share the work, so all of them have to call this.
         """
         parts = {"train": self.train, "val": self.val, "test": self.test}
         return {part: fingerprints(images) for part, images in parts.items() if images is not None}
@@ -52,13 +52,13 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
     Args:
         folder: the data folder.
         image_type: one of ``IMAGE_TYPES``; ignored for CIFAR's own files.
-        size: height and width that every image is brought to.
+        size: height and width of the resized images.
         workers: threads that decode.
         download: fetch CIFAR-100 or CIFAR-10 (by the folder's name) through torchvision if the folder has no images.
 
-    Image files are decoded into memory.  Where all of them would take more than a third of the available memory
-    (``utils.data.memory``) they are only listed, and decoded whenever a batch needs them.  Files and folders that are
-    not read are named in one line each.
+    Image files are decoded into memory.  If all would take more than a third of the available memory
+    (``utils.data.memory``), they are only listed, and decoded when a batch needs them.  One line names the files that
+    are not read, and one the folders.
 
     Raises:
         UserError: for anything that is missing, empty, unreadable or inconsistent.
@@ -77,12 +77,12 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
 
 
 def _load(root: Path, image_type: str, size: int, workers: int, download: bool) -> tuple[DataSet, list[str]]:
-    """The data, and what is in the folder and was not read."""
+    """The data, and notes on what was not read."""
     name = folder_name(root.resolve())
     cifar = [folder for folder in CIFAR_FOLDERS.values() if (root / folder).is_dir()]
     parts, others = find_parts(root)
     if "train" not in parts and (cifar or (download and not parts)):
-        with parallel.main_process_first():  # the others find what it has downloaded
+        with parallel.main_process_first():  # the other processes find its download
             classes, train, test = read_cifar(root, download)
         train, test = (ImageSet(_resized(pixels, size), torch.from_numpy(labels)) for pixels, labels in (train, test))
         return DataSet(name, classes, train, None, test), []

@@ -1,4 +1,4 @@
-"""Which images a data set holds, told by their pixels: renamed or reordered files stay what they are, copies are one.
+"""Images identified by their pixels: renaming and reordering files changes nothing, and copies count as one.
 
 An image's fingerprint is a BLAKE2b digest of 8 bytes of its decoded pixels, at the size that the network sees.  By
 chance two of 1.2 million images share one with a probability of 4e-8.
@@ -27,7 +27,7 @@ def fingerprints(images: Images) -> Tensor:
 
 
 def digest(prints: Tensor) -> str:
-    """Of a set of images by their fingerprints, int64 [N], in whatever order; copies count."""
+    """Digest of a set of images by their fingerprints, int64 [N], in any order; copies count."""
     return hashlib.blake2b(prints.sort().values.numpy().tobytes(), digest_size=16).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Sets of labelled images: in the memory of the device that needs them, or fetched for it batch by batch.
+"""Sets of labelled images: in the memory of the device that uses them, or fetched batch by batch.
 
 Both kinds have the same interface: ``len``, ``labels``, subsets by index or slice, ``pixels`` and ``batches``.
 """
@@ -26,7 +26,7 @@ AHEAD = 3  # batches that are fetched while one is trained on
 def evenly_spaced(images: int, count: int) -> Tensor:
     """Indices [count] of some of ``images``: spread over all, since the first ones of a folder are all of one class.
 
-    Where there are fewer, some come twice.
+    If there are fewer, some occur twice.
     """
     return torch.linspace(0, images - 1, count).long()
 
@@ -62,7 +62,7 @@ class ImageSet:
             yield self.pixels[group]
 
     def to(self, device: torch.device) -> "Images":
-        """The images on ``device``, or fetched for it batch by batch where they do not fit into its free memory."""
+        """The images on ``device``, or fetched for it batch by batch if they do not fit into its free memory."""
         if self.device.type == device.type:
             return self
         if fits_on(device, self.pixels.numel()):
@@ -71,7 +71,7 @@ class ImageSet:
 
 
 class Source(Protocol):
-    """Where the pixels of a ``FetchedSet`` come from."""
+    """The origin of the pixels of a ``FetchedSet``."""
 
     @property
     def workers(self) -> int: ...
@@ -80,7 +80,7 @@ class Source(Protocol):
     def place(self) -> str: ...
 
     def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
-        """Begin to fetch the images of these indices; the function returned waits for them, uint8 [n, 3, H, W]."""
+        """Begin to fetch the images of these indices; returns a function that waits for them, uint8 [n, 3, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ImageFiles:
     """Images in files, where they do not fit into memory at all."""
 
     paths: Sequence[Path]  # of all images
-    size: int  # height and width that they are brought to
+    size: int  # height and width of the resized images
     workers: int
     place = "decoded batch by batch"
 
@@ -120,7 +120,7 @@ class ImageFiles:
 class FetchedSet:
     """N labelled images that threads fetch, a few batches ahead, for the device that needs them.
 
-    On their way to a GPU they pass through pinned memory, so that it does not wait for the copy.
+    They are copied to a GPU from pinned memory, so that it does not wait.
     """
 
     source: Source
@@ -140,7 +140,7 @@ class FetchedSet:
 
     @property
     def pixels(self) -> Tensor:
-        """uint8 [N, 3, H, W] on the device: of subsets that are known to be small."""
+        """uint8 [N, 3, H, W] on the device; only for small subsets."""
         return next(self.batches([torch.arange(len(self))]))
 
     def batches(self, groups: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -184,7 +184,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
             image.load()
             _turn_upright(image)
             return np.asarray(in_rgb(image, size))
-    except Exception as error:  # decoders raise whatever they stumble over
+    except Exception as error:  # decoders raise many kinds of errors
         found = str(error) or type(error).__name__
         raise UserError(
             f"image {path} cannot be read ({found}): give another path, or replace or remove the file"
@@ -192,7 +192,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    with suppress(Exception):  # damaged EXIF data say nothing of the orientation; the pixels may be whole
+    with suppress(Exception):  # damaged EXIF data have no orientation; the pixels may still be fine
         ImageOps.exif_transpose(image, in_place=True)
 
 
@@ -200,7 +200,7 @@ def in_rgb(image: Image.Image, size: int) -> Image.Image:
     """The image in 8-bit RGB, ``size`` pixels high and wide; what is transparent shows white.
 
     Raises:
-        ValueError: for 32 bits a pixel, integers or floats: files do not say which value is white.
+        ValueError: for 32 bits per pixel, integers or floats: files do not say which value is white.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS_AS_I):
         image = _eight_bits(image)
@@ -214,7 +214,7 @@ def in_rgb(image: Image.Image, size: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Of 16 bits a pixel the upper 8: ``convert`` would clip at 255 instead of scaling."""
+    """The upper 8 of 16 bits per pixel: ``convert`` would clip at 255 instead of scaling."""
     values = np.asarray(image).astype(np.uint32)
     pixels = (values >> 8).clip(0, 255).astype(np.uint8)
     pixels[values == image.info.get("transparency", -1)] = 255

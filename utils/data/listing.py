@@ -1,4 +1,4 @@
-"""What a data folder holds: its parts, their classes, the image files of each, and what is not read."""
+"""The content of a data folder: its parts, their classes, their image files, and what is not read."""
 
 import os
 import unicodedata
@@ -41,7 +41,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def notes_on(root: Path, others: list[str], left_out: Counter[str]) -> list[str]:
-    """A line on the folders of a data folder that are not read, and one on the files, where there are any."""
+    """A line on the folders that are not read, and one on the files, if there are any."""
     notes = []
     if others:
         notes.append(f"folders in {root} that are not read: {', '.join(others)}")
@@ -62,7 +62,7 @@ def find_classes(parts: dict[str, Path]) -> list[str]:
 
 
 def _class_folders(part: Path) -> dict[str, list[Path]]:
-    """The folders of each class; names that differ by how Unicode composes them (NFC, NFD) are one class's."""
+    """The folders of each class; names that differ only in their Unicode form (NFC, NFD) are one class."""
     folders: dict[str, list[Path]] = {}
     for path in sorted(filter(_is_folder, part.iterdir())):
         folders.setdefault(unicodedata.normalize("NFC", folder_name(path)), []).append(path)
@@ -72,7 +72,7 @@ def _class_folders(part: Path) -> dict[str, list[Path]]:
 
 
 def folder_name(path: Path) -> str:
-    """The name of a folder, which results, pictures and checkpoints will hold.
+    """The name of a folder, as it appears in results, pictures and checkpoints.
 
     Raises:
         UserError: if it is not UTF-8.
@@ -87,7 +87,7 @@ def folder_name(path: Path) -> str:
 def find_files(part: Path, classes: list[str], image_type: str, left_out: Counter[str]) -> tuple[list[Path], Tensor]:
     """The image files, class by class in the order of torchvision's ``ImageFolder``, and their labels, int64 [N].
 
-    ``ImageFolder`` itself would leave out in silence what it does not know and folders that it may not read.
+    ``ImageFolder`` itself would silently skip unknown files and unreadable folders.
 
     Args:
         left_out: counts the files of other kinds.

@@ -1,4 +1,4 @@
-"""How much memory there is for images."""
+"""The memory that is available for images."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ GPU_SHARE = 1 / 2  # of what is free; the rest is the training's
 
 
 def available_memory() -> float:
-    """Bytes of main memory that programs may still take, within a container's limit; infinite where nothing tells."""
+    """Bytes of main memory that are still available, within a container's limit; infinite if unknown."""
     return min(_free_on_machine(), _free_in_container())
 
 
@@ -21,7 +21,7 @@ def _free_on_machine() -> float:
         return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError, IndexError):
         pass
-    try:  # no Linux: all there is, for want of what is free
+    try:  # not Linux: the total, since the free memory is unknown
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):
         return float("inf")
@@ -40,7 +40,7 @@ def _free_in_container() -> float:
     ):
         try:
             free = int(limit.read_text()) - int(used.read_text())
-            # The kernel gives up cached files when programs need their memory.
+            # The kernel drops cached files when programs need the memory.
             counts = dict(line.split() for line in cache.read_text().splitlines())
             return float(free + int(counts.get("inactive_file", counts.get("total_inactive_file", 0))))
         except (OSError, ValueError):  # not there, or "max": no limit
