@@ -51,6 +51,11 @@ def shown(value: object) -> str:
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
+def code(place: Path) -> list[Path]:
+    """The Python files in a folder, or the file itself."""
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place] if place.suffix == ".py" else []
+
+
 def default_flag(f: Field) -> str:
     if f.default is MISSING:
         return "required"
@@ -150,6 +155,18 @@ def test_a_command_with_a_wrong_flag_is_found():
     assert "--epoch" in refusal("python", "main_sp.py", "--data_dir", "data", "--epoch", "3")
     assert "--outputs" in refusal("python", "-m", "deploy.export", "--outputs", "exported")
     assert refusal("bash", "scripts/no_such.sh") and refusal("python", "-m", "deploy.nothing")
+
+
+def test_the_messages_that_troubleshooting_explains_are_those_of_the_code():
+    sources = [path for folder in ROOT.iterdir() if folder.name not in ("tests", ".venv") for path in code(folder)]
+    text = re.sub(r'"\s*f?"', "", "".join(path.read_text() for path in sources))  # of strings over several lines
+    table = (ROOT / "docs" / "troubleshooting.md").read_text().split("## By message")[1].split("\n## ")[0]
+    messages = [
+        message for cell in re.findall(r"^\| (`.*?`) \|", table, re.M) for message in re.findall("`(.*?)`", cell)
+    ]
+    assert len(messages) > 10
+    for part in (part.strip() for message in messages for part in message.split("...") if part.strip(" :")):
+        assert part in text, part
 
 
 def test_the_results_of_the_readme_are_those_of_the_records():
