@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The three stages on scikit-learn's handwritten digits: a few minutes on two CPU cores.
+# The three stages and a cascade on scikit-learn's handwritten digits: a few minutes on two CPU cores.
 # Usage: bash scripts/demo.sh [folder for data and results, demo by default]
 source "$(dirname "$0")/environment.sh"
 use_environment requirements.txt scripts/requirements.txt
@@ -25,3 +25,7 @@ say "Stage 3: teach the switches to skip (main_rl_prune.py)"
 python main_rl_prune.py --network resnet --depth 14 --epochs 24 --lr 0.001 --bs 64 --num_workers 2 \
     --momentum 0.9 --weight_decay 0.0005 --img_type png --resize 16 \
     --result_dir "$results" --data_dir "$data" --alpha 1 --gamma 1 --rl_weight 0.1 --max_accuracy_drop 0.03
+
+say "A cascade of the networks that the stages left (main_cascade.py)"
+python main_cascade.py --depth 14 --num_workers 2 --resize 16 --result_dir "$results" --data_dir "$data" \
+    --max_accuracy_drop 0.01
