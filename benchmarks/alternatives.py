@@ -2,7 +2,7 @@
 
 From the statically pruned network that stage 3 started from, and at the mean FLOPs that stage 3's network executes:
 
-* ``pruned further``: static pruning goes on to these FLOPs;
+* ``pruned further``: static pruning continues to these FLOPs;
 * ``blocks removed``: whole blocks leave for all images, the least harmful one first, judged on the validation
   images, until the FLOPs are reached.  Blocks are large, so these FLOPs lie between those of two sets: both are
   fine-tuned, and what counts is the network of both between which a coin chooses for each image, with these very FLOPs;

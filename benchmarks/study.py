@@ -6,7 +6,7 @@
 What is read below RESULT_DIR: ``seed_*/results.json`` (the three stages), ``reference/seed_*/results.json`` (trained
 without switches), ``dense_switched/seed_*/results.json`` (switches on the unpruned network), ``alternatives_*.jsonl``,
 ``criteria.jsonl``, ``routing.json`` of stage 3's runs, and ``commands.tsv`` (what was run, and for how long).  What is
-not there yet leaves its rows out.
+missing leaves its rows out.
 ``--keep`` also copies the page of images that the first seed's stage 3 found cheap and expensive.
 """
 

@@ -68,7 +68,7 @@ class Report:
     def __str__(self) -> str:
         lines = [changes_table(self)]
         if self.flops[0] == self.flops[1]:
-            lines.append("nothing of this network can be saved: it is as it was")
+            lines.append("no cheaper form was found for any layer: the network is unchanged")
         (f, g), (p, q) = self.flops, self.parameters
         lines.append(f"FLOPs {f:,} -> {g:,} ({g / f:.1%}), parameters {p:,} -> {q:,} ({q / p:.1%})")
         return "\n".join(lines)

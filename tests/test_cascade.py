@@ -162,7 +162,7 @@ def test_the_best_under_a_target():
 @pytest.mark.parametrize("answer", ["last", "mean"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_exported_graph_answers_as_the_network_does(answer: str, count: int):
-    """Images handed on to nobody, to the second and to the third, in batches and alone."""
+    """Images not handed on, handed on to the second and to the third, in batches and alone."""
     pixels = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     cascade = Cascade(members()[:count], (0.0, 0.0)[: count - 1], answer).eval()
     with torch.no_grad():

@@ -91,7 +91,7 @@ def test_c_obs_prices_single_weights_with_those_of_the_channels_left(example):
 
 
 def test_channels_that_make_up_for_each_other_do_not_go_together(example):
-    """Two copies of a dear channel: each costs nothing alone, the second everything."""
+    """Two copies of an expensive channel: each costs nothing alone, the second everything."""
     weight, A, G = example
     mixing = torch.eye(IN + 1, IN, dtype=torch.float64)
     mixing[IN, 0] = 1

@@ -239,7 +239,7 @@ def test_names_that_are_not_utf8(tmp_path: Path):
     root = two_classes(tmp_path / name, "train", "test")
     write(tmp_path / "data" / "train" / "cat" / f"{name}.png", Image.new("RGB", (8, 8)))
     two_classes(tmp_path / "data", "train", "test")
-    assert len(load_data(str(tmp_path / "data"), "png", 8, 1).train) == 3, "those of files are nobody's concern"
+    assert len(load_data(str(tmp_path / "data"), "png", 8, 1).train) == 3, "names of files need not be UTF-8"
     (tmp_path / "data" / "train" / "cat").rename(tmp_path / "data" / "train" / name)
     for folder in (root, tmp_path / "data"):
         with pytest.raises(UserError, match=r"caf\\udce9' is not UTF-8: rename it"):

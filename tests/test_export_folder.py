@@ -43,7 +43,7 @@ def test_killed_export_leaves_the_old_or_the_new_files(tmp_path):
         (folder / "notes.txt").write_bytes(b"of the user")
         if not write_killed(folder, before):
             break
-        finish(folder)  # as whoever reads the folder does
+        finish(folder)  # as every reader of the folder does
         kept = files(folder)
         assert kept.pop("notes.txt") == b"of the user"
         assert kept in (OLD, NEW)

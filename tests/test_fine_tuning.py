@@ -1,4 +1,4 @@
-"""What recovers accuracy after surgery: batch norms measured anew, and distillation."""
+"""What recovers accuracy after surgery: batch norms measured again, and distillation."""
 
 import pytest
 import torch

@@ -79,7 +79,7 @@ def test_cost_is_what_runs_and_blocks_that_left_still_count(gate, fixed):
     assert (
         after.parameters == sum(p.numel() for p in smaller.parameters()) < before.parameters + (0 not in fixed.values())
     )
-    gates = before.flops - after.flops  # steps that nobody needs
+    gates = before.flops - after.flops  # steps that no switch needs
     assert 0 <= gates < 0.2 * before.flops
     assert after.blocks == tuple(0 if fixed.get(k) == 1 else flops for k, flops in enumerate(before.blocks))
     for image in NORMALISATION.apply(varied_images(8)).split(1):
@@ -182,7 +182,7 @@ def test_settled_network_is_kept_within_the_budget_only(floor):
     whole = evaluate(network, images, NORMALISATION, cost)
     assert measured.accuracy == 1.0
     own = network_cost(smaller, 16)
-    gates = cost.flops - own.flops  # of steps that nobody needs
+    gates = cost.flops - own.flops  # of steps that no switch needs
     assert measured.flops_executed == pytest.approx(whole.flops_executed - gates) and measured.flops_all == own.flops
     assert smaller.fixed_switches[0] == 0 and smaller.removed_blocks[0] == "blocks.1"
     assert fixed_blocks_text(smaller).startswith(("block 2 left out", "blocks 2, 3 left out"))

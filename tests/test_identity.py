@@ -69,7 +69,7 @@ def test_an_older_checkpoint_is_taken_and_says_that_it_cannot_be_checked():
 
 
 def test_what_was_set_aside_stays_so_whatever_the_order_and_whatever_is_new():
-    """A split by position and seed, as older versions made it anew in every stage, trains on some of them."""
+    """A split by position and seed, as older versions made it again in every stage, trains on some of them."""
     splits, aside = first_split()
     for train in (TRAIN[::-1], [*range(50, 90), *TRAIN], [*TRAIN[:20], 60, *TRAIN[20:]]):
         later = split_as_before(data_of(train, TEST), splits.identity)

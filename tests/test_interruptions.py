@@ -93,7 +93,7 @@ def test_outputs_on_a_full_disk():
 
 
 def test_a_terminal_that_goes_away():
-    """SIGHUP is ignored, and nobody holds the other end any more: writing fails with an input/output error."""
+    """SIGHUP is ignored, and the other end is closed: writing fails with an input/output error."""
     ours, theirs = os.openpty()
     code = "sys.stdin.read()\nprint('lost')\nprint('lost', file=sys.stderr)\nsys.exit(7)"
     code = f"import signal, sys\nfrom utils.interruptions import prepare\nprepare()\n{code}"

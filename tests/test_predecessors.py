@@ -127,7 +127,7 @@ def test_what_is_damaged_or_abandoned_is_in_nobodys_way(tmp_path: Path, content:
     assert source_of(taken) == "1"
     assert "2/best.pt cannot be read" in notes[-1] and "do not fit the architecture" in notes[-1]
     shutil.rmtree(stage_folder(tmp_path, "sp", "shapes", "resnet", 8) / "1")
-    assert source_of(trained_network(settings(tmp_path), DATA)[0]) == "4", "whether it has ended nobody knows"
+    assert source_of(trained_network(settings(tmp_path), DATA)[0]) == "4", "whether it has ended is unknown"
 
 
 def test_where_none_fits_the_newest_is_named_and_why(tmp_path: Path):

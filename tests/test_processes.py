@@ -150,7 +150,7 @@ def test_gpus_together_do_what_one_does(tmp_path: Path):
 
 
 def test_a_process_that_waits_in_vain_ends_when_it_is_told_to():
-    """Neither a GPU nor a process that is waited for lets a signal handler run: torchrun would kill without a word."""
+    """No signal handler runs during a wait for a GPU or a process: torchrun would kill silently."""
     _store, environments = meeting()
     started = [
         subprocess.Popen(

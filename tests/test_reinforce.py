@@ -72,7 +72,7 @@ def test_policy_finds_what_can_be_skipped(published):
     with torch.no_grad():
         output = network(images)
     assert (output.logits.argmax(dim=1) == labels).all()  # no accuracy is lost: hard images keep their block
-    skippable = torch.stack([torch.ones_like(hard), 1 - hard], dim=1)  # the first block helps nobody
+    skippable = torch.stack([torch.ones_like(hard), 1 - hard], dim=1)  # the first block never helps
     skipped = ((1 - output.decisions) * skippable).sum() / skippable.sum()
     assert skipped >= 0.95
 
@@ -291,7 +291,7 @@ def test_closing_trains_the_network_on_the_paths_in_use_and_leaves_the_switches(
 
 @pytest.mark.parametrize("gate", ["rnn", "ff1"])
 def test_closing_leaves_what_the_switches_compute_from_the_same_features(gate):
-    """Their norms as well, whether or not those of the network follow the images and are measured anew."""
+    """Their norms as well, whether or not those of the network follow the images and are measured again."""
     network = small_network(gate)
     features, other = torch.randn(16, 8, 8, 8).relu(), torch.randn(16, 3, 8, 8)
 

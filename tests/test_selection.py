@@ -77,12 +77,12 @@ def test_no_choice_within_a_budget_loses_less(seed, budget):
     """Directions of unequal cost; a threshold that does not look at the cost meets the budget, too."""
     generator = torch.Generator().manual_seed(seed)
     groups = {
-        "dear": group(torch.rand(4, generator=generator).double(), flops=7),
+        "expensive": group(torch.rand(4, generator=generator).double(), flops=7),
         "cheap": group(torch.rand(5, generator=generator).double(), flops=2),
     }
     for objective in ("flops", "parameters", "saliency"):
         kept = select(groups, Goal(flops=budget), (0, 0), objective)
-        assert 7 * len(kept["dear"][0]) + 2 * len(kept["cheap"][0]) <= budget
+        assert 7 * len(kept["expensive"][0]) + 2 * len(kept["cheap"][0]) <= budget
         best = exhaustive(groups, lambda counts: 7 * counts[0] + 2 * counts[1] <= budget)
         if objective == "saliency":
             assert dropped_sum(groups, kept) >= best - 1e-9

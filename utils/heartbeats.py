@@ -1,8 +1,8 @@
 """Whether the other processes of a run are still there, whatever this one is waiting for.
 
-Every process says so every few seconds, from a thread that goes on while the program computes, reads files or waits for
-a GPU.  One that has been silent for ``SILENCE`` is gone: killed where nothing closed its connections, or with its
-machine.  One that is merely busy is not silent, however long it takes.
+Every process sends a beat every few seconds, from a thread that also runs while the program computes, reads files or
+waits for a GPU.  One that has been silent for ``SILENCE`` is gone: killed where nothing closed its
+connections, or with its machine.  One that is merely busy is not silent, however long it takes.
 """
 
 import os

@@ -68,7 +68,7 @@ def local_world_size() -> int:
 def distributed(main: Callable[[], None]) -> Callable[[], None]:
     """``main`` as one of the processes that torchrun started, or alone where it did not.
 
-    The first process that fails tells why; the others, which fail because of it, end without a word.
+    The first process that fails prints why; the others, which fail because of it, end silently.
     """
 
     def run() -> None:

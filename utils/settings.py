@@ -162,7 +162,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def settings_parser(cls: type, description: str, resumes: bool = True) -> Parser:
-    """A parser with a flag for every setting of the class and, where a run may go on, ``--resume``."""
+    """A parser with a flag for every setting of the class and, if runs can be resumed, ``--resume``."""
     parser = Parser(description)
     for f in keys(cls):
         help = f.metadata["help"].replace("%", "%%")

@@ -1,4 +1,4 @@
-"""Checkpoints that describe themselves: architecture, weights, normalisation, classes, metrics and how to go on.
+"""Checkpoints that describe themselves: architecture, weights, normalisation, classes, metrics and how to continue.
 
 A checkpoint is a dictionary of plain types and tensors that ``torch.load(weights_only=True)`` accepts, so loading one
 never runs code.  Its keys are the fields of ``Checkpoint``.

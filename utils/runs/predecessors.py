@@ -94,13 +94,13 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
 def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
     """The networks that a cascade may be made of: those named, or those of the newest run of every stage that fits.
 
-    Of stage 2 every iteration counts.
+    All iterations of stage 2 count.
 
     Args:
         settings: of ``main_cascade.py``.
 
     Returns:
-        the files and checkpoints, and lines that say where they are from.
+        the files and checkpoints, and lines for the log on their origin.
 
     Raises:
         UserError: if there are fewer than two, or if one that was named does not fit.

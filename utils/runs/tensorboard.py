@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: its curves and their overview, its settings, its pictures and its results.
+"""A run in TensorBoard: its curves and their overview, its settings, its pictures and its results.
 
 TensorBoard opens on "Time Series", which sorts charts by their tags, unfolds the first two groups and folds up the
 others: ``Overview`` comes first, then ``Overview-results``, then all whose names sort behind.  "Custom Scalars" shows
@@ -25,14 +25,14 @@ from utils.files import append
 
 # In "Time Series" this group follows Overview; among metrics, which are sorted by character, "-" comes before "/".
 RESULTS_GROUP = "Overview-results"
-EVENTS = "events.out.tfevents"  # and seconds since 1970: how TensorBoard knows its files
+EVENTS = "events.out.tfevents"  # and seconds since 1970: the name by which TensorBoard finds its files
 Charts = Mapping[str, Mapping[str, Sequence[str]]]  # section, chart, and regular expressions for the tags it shows
 
 
 class TensorBoard:
     """The event file of a run.  Each event is written whole, or raises OSError and is missing.
 
-    ``SummaryWriter`` is of no use here: it writes in a thread, which a full disk ends for good, in a traceback.
+    ``SummaryWriter`` writes in a thread, which a full disk ends for good, with a traceback.
 
     Args:
         purge_after: what was shown of later steps before is forgotten; None for a new run.
@@ -40,9 +40,9 @@ class TensorBoard:
 
     def __init__(self, folder: Path, purge_after: int | None = None):
         *subject, run = folder.parts[-4:]  # stage, data set, network
-        self._name = f"{run} {'/'.join(subject)}"  # the part that differs first: little of it is shown
+        self._name = f"{run} {'/'.join(subject)}"  # the part that differs first: TensorBoard shortens long names
         self._last_step = purge_after or 0
-        # TensorBoard reads the files of a folder in the order of their names, whatever has become of the clock.
+        # TensorBoard reads the files of a folder in the order of their names, even if the clock was set back.
         earlier = [int(path.name.split(".")[3]) for path in folder.glob(f"{EVENTS}.*")]
         now = max([time.time(), *(seconds + 1 for seconds in earlier)])
         self._path = folder / f"{EVENTS}.{now:017.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -52,7 +52,7 @@ class TensorBoard:
         self._write(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 
     def describe(self, settings: Mapping[str, Any], charts: Charts) -> None:
-        """Once a run: what it was asked for, as text and as hyperparameters, and which curves share a chart.
+        """Once per run: its settings, as text and as hyperparameters, and which curves share a chart.
 
         A list of hyperparameters would let TensorBoard show those of one stage only.  Without a list it collects those
         of all runs, and offers the last value of every curve beside them.
@@ -90,7 +90,7 @@ class TensorBoard:
 
     @property
     def _end(self) -> int:
-        """The step of what belongs to the run as a whole: behind the last one, so that a resumed run purges it."""
+        """The step of items of the whole run: after the last one, so that a resumed run purges them."""
         return self._last_step + 1
 
 
@@ -102,7 +102,7 @@ def settings_table(settings: Mapping[str, Any]) -> str:
 
 
 def hyperparameters(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """The settings in the types that TensorBoard compares runs by; what is not set is left out."""
+    """The settings in the types that TensorBoard can compare; unset ones are left out."""
     return {
         name: value if isinstance(value, bool | int | float | str) else _text(value)
         for name, value in settings.items()
