@@ -43,7 +43,9 @@ def torchvision_network(name: str) -> nn.Module:
 def test_networks_of_torchvision_are_compressed_as_they_are(name):
     network = torchvision_network(name)
     before, whole = copy.deepcopy(network.state_dict()), network_cost(network, 64)
-    smaller = compress(network.train(), labelled(), flops=0.7)
+    # All forms for the small network; depthwise ones of hundreds of channels take their time.
+    decomposition = "best" if name == "squeezenet1_1" else "tucker"
+    smaller = compress(network.train(), labelled(), flops=0.7, decomposition=decomposition)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert network.training and all(module.training for module in smaller.modules())
     assert all(p.requires_grad for net in (network, smaller) for p in net.parameters())
