@@ -144,7 +144,7 @@ def test_a_depth_that_no_network_has_is_refused():
 
 @pytest.mark.parametrize(
     ("key", "value", "nearest"),
-    [("network", "resnt", "resnet"), ("img_type", "jpgg", "jpg"), ("fisher_type", "tru", "true")],
+    [("criterion", "eigendamge", "eigendamage"), ("img_type", "jpgg", "jpg"), ("fisher_type", "tru", "true")],
 )
 def test_an_unknown_choice_is_refused_with_the_nearest(key: str, value: str, nearest: str):
     with pytest.raises(UserError, match=f"^{key} is '{value}', but takes one of .*did you mean '{nearest}'"):

@@ -62,7 +62,7 @@ class Toy(nn.Module):
         logits = self.logits + self.gate.last_layers[0].bias.detach()
         executed = COST.executed((logits > 0).double())
         accuracy = self.accuracy((executed.mean() / COST.flops).item())
-        return Evaluation(0.0, accuracy, COST.flops, executed, (logits > 0).double(), torch.sigmoid(logits))
+        return Evaluation(0.0, accuracy, COST.flops, executed, (logits > 0).double(), None, torch.sigmoid(logits))
 
 
 def sought(budget, accuracy) -> tuple[Toy, Evaluation, Evaluation]:
