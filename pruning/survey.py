@@ -17,6 +17,9 @@ from pruning.capture import Forward, differentiable_inputs
 
 # The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
+# Channels on a side: factors of more take gigabytes, and their eigenvectors minutes (VGG's first linear layer has
+# 25,088 inputs).
+WIDEST = 3072
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def _unsuited(layer: nn.Module) -> str | None:
         return "not two-dimensional"
     if type(layer).forward not in _KNOWN:
         return "its own forward"
+    if max(layer.weight.shape[:2]) > WIDEST:
+        return "too wide"
     if isinstance(layer, nn.Linear):
         return None
     if layer.groups > 1:
