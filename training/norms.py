@@ -1,11 +1,9 @@
-"""Batch norms with statistics of the whole batch, if several processes share it."""
+"""Batch norms whose statistics are those of a whole batch that several processes share."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import ResNet, build_network
@@ -15,7 +13,11 @@ from utils.modes import evaluation_mode
 
 
 class SharedBatchNorm(_BatchNorm):
-    """A batch norm that in training mode normalises with mean and variance over the images of all processes."""
+    """A batch norm that in training mode normalises with mean and variance over the images of all processes.
+
+    Not ``torch.nn.SyncBatchNorm``, which refuses tensors on the CPU.  Gradients flow through its sums.
+    Source: batch norm (arXiv:1502.03167), section 3.
+    """
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass  # of vectors as of images
@@ -23,102 +25,20 @@ class SharedBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C] or [N, C, H, W]; N may differ between processes."""
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        if x.is_cuda and not torch.compiler.is_compiling():  # a compiler does not know the kernels, but writes its own
-            self._count()
-            running = (self.running_mean, self.running_var, self.momentum)
-            return _NormalisedOnGpu.apply(x, self.weight, self.bias, *running, self.eps)
+            return super().forward(x)
+        axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        y, mean, variance, count = _Normalised.apply(precise, self.weight, self.bias, self.eps)
+        count = parallel.all_reduced(precise.new_tensor([x.numel() / x.shape[1]]))
+        mean = parallel.Summed.apply(precise.sum(axes)) / count
+        centred = precise - mean.view(shape)
+        variance = parallel.Summed.apply(centred.square().sum(axes)) / count
+        scale = self.weight * (variance + self.eps).rsqrt()
         with torch.no_grad():
-            self._count()
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            unbiased = variance * count / (count - 1)
-            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
-        return y.to(x.dtype)
-
-    def _count(self) -> None:
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
-
-
-class _Normalised(Function):
-    """Batch norm over all processes, with the mean, variance and number of values that it found.
-
-    Source: batch norm (arXiv:1502.03167), section 3; every sum over the batch is one over the processes as well.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
-        axes, shape = _axes(x)
-        count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
-        total = parallel.all_reduced(torch.cat([x.double().sum(axes), count]))
-        mean, count = total[:-1] / total[-1], total[-1]
-        centred = x - mean.to(x).view(shape)
-        variance = parallel.all_reduced(centred.double().square().sum(axes)) / count
-        scale = (variance + eps).rsqrt().to(x)
-        normalised = centred * scale.view(shape)
-        ctx.save_for_backward(normalised, weight, scale, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return (normalised * weight.view(shape) + bias.view(shape)), mean, variance, count
-
-    @staticmethod
-    def backward(ctx, g: Tensor, *_):
-        normalised, weight, scale, count = ctx.saved_tensors
-        axes, shape = _axes(g)
-        # The parameters' gradients are this process's share: they are summed over the processes with all others.
-        grad_bias, grad_weight = g.double().sum(axes), (g * normalised).double().sum(axes)
-        means = (parallel.all_reduced(torch.stack([grad_bias, grad_weight])) / count).to(g)
-        centred = g - means[0].view(shape) - normalised * means[1].view(shape)
-        return centred * (weight * scale).view(shape), grad_weight.to(weight), grad_bias.to(weight), None
-
-
-class _NormalisedOnGpu(Function):
-    """``_Normalised`` with the running statistics' update, in the kernels of PyTorch's ``SyncBatchNorm``.
-
-    PyTorch's function makes a GPU wait three times to find processes without images, which do not occur here.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float,
-        eps: float,
-    ):  # fmt: skip
-        x, channels = _dense(x), x.shape[1]
-        mean, deviation = torch.batch_norm_stats(x, eps)  # deviation: its inverse, here and below
-        own = torch.cat([mean, deviation, mean.new_full((1,), x.numel() / channels)])
-        means, deviations, counts = parallel.all_gathered(own).split([channels, channels, 1], dim=1)
-        counts = counts.flatten()
-        mean, deviation = torch.batch_norm_gather_stats_with_counts(
-            x, means, deviations, running_mean, running_var, momentum, eps, counts
-        )
-        ctx.save_for_backward(x, weight, mean, deviation, counts.int())
-        return torch.batch_norm_elemt(x, weight, bias, mean, deviation, eps)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        x, weight, mean, deviation, counts = ctx.saved_tensors
-        g = _dense(g)
-        *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-            g, x, mean, deviation, weight, True, True, True
-        )
-        sums = parallel.all_reduced(torch.stack(sums)).unbind()
-        return (
-            torch.batch_norm_backward_elemt(g, x, mean, deviation, weight, *sums, counts),
-            grad_weight,
-            grad_bias,
-            *[None] * 4,
-        )
-
-
-def _dense(x: Tensor) -> Tensor:
-    """In one of the two layouts that the kernels take."""
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _axes(x: Tensor) -> tuple[list[int], list[int]]:
-    """The axes that a channel is summed over, and the shape of a value for each channel."""
-    return [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
 def with_shared_norms(network: nn.Module) -> nn.Module:
@@ -148,12 +68,12 @@ def reestimate_batch_norms(
 ) -> None:
     """Replace all running statistics by their averages over ``batches``, under the decisions of ``decide``.
 
-    Skipped blocks are not run, so a block's norms see only the images for which it runs, as in evaluation, and weigh a
-    batch by their number.
+    Skipped blocks are not run, so a block's norms see the images that its switch lets pass, as in evaluation, and weigh
+    a batch by how many these are.
 
     Args:
-        batches: of this process; the averages are over those of all processes.
-        gates: also those of the gates, which changes their decisions.
+        batches: those of this process, where several deal out the batches; the averages are over all of them.
+        gates: their norms as well, so that the switches move with what they see.
     """
     if parallel.world_size() == 1:
         _reestimate(network, batches, decide, gates)
@@ -186,7 +106,7 @@ def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decid
                 if len(x) > 1:  # one image has no variance
                     network(x, decide=decide, skip=True)
             for norm, buffers in zip(norms, before, strict=True):
-                if _average_over_processes(norm, images[norm]) == 0:  # a block that no image runs keeps its statistics
+                if _average_over_processes(norm, images[norm]) == 0:  # a block that no image takes keeps what it had
                     for buffer, own in zip(norm.buffers(), buffers, strict=True):
                         buffer.copy_(own)
     finally:
@@ -197,7 +117,7 @@ def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decid
 
 
 def _average_over_processes(norm: _BatchNorm, images: int) -> int:
-    """Turn averages over each process's images into averages over all images; returns the number of all images."""
+    """Averages of each process's images to averages of all images, whose number is returned."""
     if parallel.world_size() == 1:
         return images
     own = torch.cat([norm.running_mean, norm.running_var]).double() * images

@@ -2,45 +2,27 @@
 
 Every process holds the whole network and takes its part of every batch.  What one process would sum over a batch is
 summed over the processes, and random numbers are drawn for whole batches by each of them, so that N processes do what
-one does.  Here a single process has rank 0 of 1 and every function below leaves its argument as it is.
+one does, up to rounding.  A single process has rank 0 of 1, and every function below leaves its argument as it is.
 
-Tensors on GPUs travel through NCCL, those on the CPU through gloo.
+Tensors on GPUs travel through NCCL, those on the CPU through gloo.  Where a process dies, torchrun ends the others.
 """
 
 import io
 import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
 
-from utils.errors import UserError, report_error
-from utils.heartbeats import heartbeats
+from utils.errors import UserError
 
-# A process that dies is noticed at once by its closed connections or by torchrun, else by ``utils.heartbeats``.  This
-# bounds how long processes wait for one that is there but busy: with reading images, say, or with measuring networks.
+# How long processes wait for one that is busy: with reading images, say, or with measuring networks.
 PATIENCE = timedelta(hours=2)
-LAST_WORDS = 10.0  # seconds that a process that is told to end may take for it; torchrun kills it after 30
-ANSWER = 5.0  # seconds that the first process to fail is asked for
-
-
-class ProcessLostError(UserError):
-    """A process has ended, and the others cannot continue without it."""
-
-    def __init__(self, what: str = "a process of this run has ended"):
-        super().__init__(
-            f"{what}, so process {rank()} of {world_size()} ends too; what was saved is kept: the same command with "
-            f"--resume continues from there"
-        )
 
 
 def world_size() -> int:
@@ -66,22 +48,14 @@ def local_world_size() -> int:
 
 
 def distributed(main: Callable[[], None]) -> Callable[[], None]:
-    """``main`` as one of the processes that torchrun started, or alone where it did not.
-
-    The first process that fails prints why; the others, which fail because of it, end silently.
-    """
+    """``main`` as one of the processes that torchrun started, or alone where it did not."""
 
     def run() -> None:
         if os.environ.get("WORLD_SIZE", "").strip() in ("", "1"):
             main()
             return
         _join()
-        with heartbeats(rank(), world_size(), lambda lost: _end(ProcessLostError(lost))):
-            try:
-                main()
-            except (UserError, KeyboardInterrupt) as error:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
-                _end(error)
+        main()
         dist.destroy_process_group()
 
     return run
@@ -89,7 +63,9 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
 
 def _join() -> None:
     if "LOCAL_RANK" not in os.environ:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but LOCAL_RANK is not set: use torchrun")
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but nothing tells which process this is: use torchrun"
+        )
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus:
         if local >= gpus:
@@ -99,57 +75,18 @@ def _join() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot reach each other ({error}): start them with torchrun") from error
-    signal.signal(signal.SIGTERM, _told_to_end)  # which torchrun sends to the others when one has died
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # of several processes one tells
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing)
-    threading.Thread(target=_end_after, args=(reading,), daemon=True).start()
-
-
-def _told_to_end(*_: Any) -> None:
-    raise ProcessLostError
-
-
-def _end_after(signals: int) -> None:
-    """End the process some time after a signal: code that waits for a GPU or a process does not handle signals.
-
-    Args:
-        signals: file that each signal's number is written to.
-    """
-    while os.read(signals, 1)[0] != signal.SIGTERM:
-        pass
-    time.sleep(LAST_WORDS)
-    _end(ProcessLostError())
-
-
-def _end(error: BaseException) -> NoReturn:
-    """At once: PyTorch's own way out may wait for processes that are gone."""
-    code = report_error(error) if _first_to_fail() else 1
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _first_to_fail() -> bool:
-    """Whether no other process has failed before this one; true if torchrun is gone, which knows it."""
-    answers: list[int] = []
-
-    def ask() -> None:
-        with suppress(RuntimeError):
-            answers.append(dist.distributed_c10d._get_default_store().add("failed", 1))
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(ANSWER)
-    return answers in ([], [1])
 
 
 @contextmanager
 def _lost_if_it_fails() -> Iterator[None]:
+    """A collective fails where another process has ended: that is said in a sentence."""
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLostError from error
+        raise UserError(
+            f"another process of this run has ended, so process {rank()} of {world_size()} ends too; what was saved is "
+            f"kept: the same command with --resume continues from there"
+        ) from error
 
 
 def local_part(values: Tensor) -> Tensor:
@@ -173,21 +110,23 @@ def all_reduced(values: Tensor) -> Tensor:
     return total
 
 
-def all_gathered(values: Tensor) -> Tensor:
-    """The values [n] of each process on a GPU, [processes, n]."""
-    if world_size() == 1:
-        return values[None]
-    every = values.new_empty(world_size(), len(values))
-    with _lost_if_it_fails():
-        dist.all_gather_into_tensor(every, values)
-    return every
+class Summed(Function):
+    """``all_reduced``, through which a gradient flows: the sum of the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        return all_reduced(values)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return all_reduced(g)
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all processes, each of its own part of the batch's mean loss.
 
-    An unused parameter, in a block that every image skipped, gets a gradient of zero, so that momentum and weight decay
-    act on it as on a GPU, where every block is computed and multiplied by its decisions.
+    A parameter that was not used, in a block that every image skipped, gets a gradient of zero: momentum and weight
+    decay move it as they do on a GPU, where every block is computed and multiplied.
     """
     parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
@@ -195,20 +134,13 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
             p.grad = torch.zeros_like(p)
     if world_size() == 1:
         return
-    flat = parameters[0].new_empty(sum(p.numel() for p in parameters))
-    torch._foreach_copy_(_pieces(flat, parameters), [p.grad for p in parameters])
-    for p, gradient in zip(parameters, _pieces(all_reduced(flat), parameters), strict=True):
-        p.grad = gradient
-
-
-def _pieces(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """One vector as tensors of the parameters' shapes and layouts: what is copied there takes one launch in all."""
-    offsets = accumulate((p.numel() for p in parameters), initial=0)
-    return [flat.as_strided(p.shape, p.stride(), offset) for p, offset in zip(parameters, offsets, strict=False)]
+    total = all_reduced(torch.cat([p.grad.flatten() for p in parameters]))
+    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        p.grad = gradient.view_as(p)
 
 
 def broadcast_weights(network: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first, so that rounding cannot make them differ."""
+    """Give every process the parameters and buffers of the first, whatever rounding has made of its own."""
     if world_size() == 1:
         return
     with torch.no_grad(), _lost_if_it_fails():
