@@ -26,7 +26,7 @@ from unittest import mock
 from weakref import WeakValueDictionary
 
 import torch
-from simulated_kernels import KERNELS, lstm_cell
+from simulated_kernels import lstm_cell
 from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -128,8 +128,6 @@ def dispatch(func, args, kwargs):
     name = func.overloadpacket.__name__
     if func.namespace == "c10d":
         return _collective(func, args, kwargs)
-    if func.namespace == "aten" and name in KERNELS:
-        return _on_values(KERNELS[name], args, kwargs)
     if func is aten.copy_.default and not (isinstance(args[0], SimulatedTensor) and isinstance(args[1], type(args[0]))):
         return _copy_(*args, **kwargs)
     leaves = tree_leaves((args, kwargs))
@@ -333,13 +331,7 @@ def _collective(func, args, kwargs):
             raise RuntimeError(f"No backend type associated with device type cpu ({func})")
         if isinstance(t, Tensor) and not t.is_contiguous():
             raise ValueError("Tensors must be contiguous")
-    name = func.overloadpacket.__name__
     inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda t: t.inner, (args, kwargs))
-    if name == "_allgather_base_":  # which gloo does not have
-        target, source = inner_args[:2]
-        rows = list(target.view(-1, source.numel()).unbind())
-        _, work = torch.ops.c10d.allgather_.default([rows], [source.view(-1)], *inner_args[2:], **inner_kwargs)
-        return args[0], work
     out = func(*inner_args, **inner_kwargs)
     return (args[0], out[1]) if isinstance(out, tuple) and len(out) == 2 else out
 
