@@ -171,7 +171,7 @@ def compiled() -> dict:
         *(part[parallel.local_slice(12)] for part in (torch.randn(12, 3, 8, 8), torch.arange(12) % 3)),
     )
     compiler, found = torch.compile, {}
-    torch.compile = functools.partial(compiler, backend="aot_eager")
+    torch.compile = functools.partial(compiler, backend="aot_eager", fullgraph=True)
     for name in ("plain", "compiled"):
         own = copy.deepcopy(net)
         forward = training_forward(own, compiled=name == "compiled")

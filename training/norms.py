@@ -28,14 +28,13 @@ class SharedBatchNorm(_BatchNorm):
             return super().forward(x)
         axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = parallel.all_reduced(precise.new_tensor([x.numel() / x.shape[1]]))
+        count = parallel.all_reduced(precise.new_full((1,), x.numel() / x.shape[1]))
         mean = parallel.Summed.apply(precise.sum(axes)) / count
         centred = precise - mean.view(shape)
         variance = parallel.Summed.apply(centred.square().sum(axes)) / count
         scale = self.weight * (variance + self.eps).rsqrt()
         with torch.no_grad():
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
+            self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
