@@ -1,12 +1,10 @@
 """What several processes do together, and one alone: ``python processes.py TASK OUTPUT ARGUMENT...``, RANK etc. given.
 
 Tasks: ``all`` trains and measures small networks and saves everything that comes of it, runs the three stages, and ends
-with a mistake that one process finds; ``gpus`` compiles, and trains on simulated GPUs; ``lose`` runs stage 1, in which
+with a mistake that one process finds; ``gpus`` trains on simulated GPUs; ``lose`` runs stage 1, in which
 one process is killed after the third epoch.
 """
 
-import copy
-import functools
 import importlib
 import os
 import signal
@@ -14,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -35,10 +32,9 @@ from pruning.surgery import merged, rebuild  # noqa: E402
 from pruning.survey import survey  # noqa: E402
 from pruning.tucker import tucker  # noqa: E402
 from training.evaluate import evaluate  # noqa: E402
-from training.forward import training_forward  # noqa: E402
 from training.norms import placed, reestimate_batch_norms  # noqa: E402
 from training.optimisers import sgd  # noqa: E402
-from training.supervised import Supervision, half_held_open, supervised_epoch  # noqa: E402
+from training.supervised import Supervision, supervised_epoch  # noqa: E402
 from utils import parallel  # noqa: E402
 from utils.data.augment import Normalisation  # noqa: E402
 from utils.data.batches import (  # noqa: E402
@@ -152,7 +148,7 @@ def on_gpus() -> dict:
         device = pick_device()
         found = {
             "supervised": supervised(12, device),
-            "follow": reinforced("rnn", 12, device, published=True, frozen_norms=False),
+            "follow": reinforced("rnn", 12, device, frozen_norms=False),
             "frozen": reinforced("ff1", 12, device),
         }  # fmt: skip
         trace.clear()
@@ -162,23 +158,6 @@ def on_gpus() -> dict:
         for result in found.values():
             result["weights"] = {key: weight.cpu() for key, weight in result["weights"].items()}
         return {**found, "waits": waits}
-
-
-def compiled() -> dict:
-    """Loss and gradients of a plain step and of a compiled one, with the norms' sums over processes in it."""
-    net, x, y = (
-        network(),
-        *(part[parallel.local_slice(12)] for part in (torch.randn(12, 3, 8, 8), torch.arange(12) % 3)),
-    )
-    compiler, found = torch.compile, {}
-    torch.compile = functools.partial(compiler, backend="aot_eager", fullgraph=True)
-    for name in ("plain", "compiled"):
-        own = copy.deepcopy(net)
-        forward = training_forward(own, compiled=name == "compiled")
-        loss = F.cross_entropy(forward(x, half_held_open, torch.full((len(x), 3), 0.6), False).logits, y)
-        found[name] = {"loss": loss.detach(), "gradients": list(torch.autograd.grad(loss, list(own.parameters())))}
-    torch.compile = compiler
-    return found
 
 
 def run_stage(stage: str, given: list[str]) -> None:
@@ -219,7 +198,7 @@ def main() -> None:
         lose(given)
         return
     if task == "gpus":
-        torch.save({"compiled": compiled(), **on_gpus()}, f"{output}/gpus.{parallel.rank()}")
+        torch.save(on_gpus(), f"{output}/gpus.{parallel.rank()}")
         return
     torch.save(all_figures(), f"{output}/measured.{parallel.rank()}")
     chain(Path(given[0]), Path(output) / "two")

@@ -1,4 +1,4 @@
-"""The forward pass of training: compiled or not, in float32 or with convolutions and matrix products in bf16."""
+"""The training forward pass: as it is or compiled, in float32 or with products in bf16."""
 
 from collections.abc import Callable
 from functools import cache
@@ -21,13 +21,16 @@ Forward = Callable[[Tensor, RuleMaker, Tensor, bool], RoutedOutput]
 def training_forward(network: nn.Module, precision: torch.dtype = torch.float32, compiled: bool = False) -> Forward:
     """The forward pass of ``network`` for training, with decisions made from random numbers drawn before.
 
-    A compiler can trace tensors in a decision rule, but no random generator.  The network itself does not change: its
-    modules and weights keep their names, and evaluation, which skips blocks, runs it uncompiled.
+    A compiler can follow tensors into a decision rule, but no random generator.  The network itself is left as it is:
+    its modules and the keys of its weights keep their names, and evaluation, where blocks are skipped, runs it as ever.
 
     Args:
         precision: of products, from ``utils.device.pick_precision``.
-        compiled: compile it on its first run, for each batch size; on a GPU as CUDA graphs, unless several processes
-            wait for each other within it.  Code compiled for other networks is dropped.
+        compiled: compile it when it first runs, for each size of batch; on a GPU as CUDA graphs.  What was compiled for
+            other networks is forgotten.
+
+    Raises:
+        UserError: where several processes train, whose shared norms torch 2.11 compiles to wrong gradients.
     """
 
     def forward(images: Tensor, rule: RuleMaker, drawn: Tensor, skip: bool) -> RoutedOutput:
@@ -36,15 +39,17 @@ def training_forward(network: nn.Module, precision: torch.dtype = torch.float32,
 
     if not compiled:
         return forward
+    if parallel.world_size() > 1:
+        raise UserError(f"compile works in one process and {parallel.world_size()} share this run: leave it out")
     _check_compiler(next(network.parameters()).device)
-    torch.compiler.reset()  # stage 2 compiles a new network in each iteration, and the compiler limits their number
-    graphs = next(network.parameters()).is_cuda and parallel.world_size() == 1
-    return torch.compile(forward, dynamic=False, mode="reduce-overhead" if graphs else None)
+    torch.compiler.reset()  # stage 2 compiles a new network each iteration, and a compiler gives up after some
+    on_gpu = next(network.parameters()).is_cuda
+    return torch.compile(forward, dynamic=False, mode="reduce-overhead" if on_gpu else None)
 
 
 @cache
 def _check_compiler(device: torch.device) -> None:
-    """Compile a trivial function: without a C++ compiler, or Triton on a GPU, PyTorch's own error fills a screen.
+    """Compile next to nothing, for what PyTorch says without a C++ compiler, or Triton on a GPU, fills a screen.
 
     Raises:
         UserError: if nothing can be compiled here.
