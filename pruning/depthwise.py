@@ -63,14 +63,19 @@ def separable_terms(tensor: Tensor, Q_a: Tensor, terms: int, sweeps: int = MOST_
         Q_a: [B, in, in], eigenvectors of A.
         terms: at most as many for each input direction as there are taps or outputs.
     """
-    batch = torch.arange(len(tensor), device=tensor.device)[:, None]
+    device, tensor, Q_a = (
+        tensor.device,
+        tensor.cpu(),
+        Q_a.cpu(),
+    )  # sweeps over small float64 matrices keep a GPU waiting
+    batch = torch.arange(len(tensor))[:, None]
     along = torch.einsum("boit,bik->bkot", tensor, Q_a)
     left, values, right = torch.linalg.svd(along, full_matrices=False)
     largest = values.flatten(1).argsort(dim=1, descending=True)[:, :terms]
     k, i = largest // values.shape[2], largest % values.shape[2]
     U = (left[batch, k, :, i] * values[batch, k, i, None]).transpose(1, 2)
     V, D = Q_a.transpose(1, 2)[batch, k].transpose(1, 2), right[batch, k, i].transpose(1, 2)
-    return _converged(tensor, U, V, D, sweeps)
+    return tuple(factor.to(device) for factor in _converged(tensor, U, V, D, sweeps))
 
 
 def sweeps_of(shape: Sequence[int], terms: int, quickly: bool) -> int:
