@@ -63,7 +63,7 @@ def test_the_search_finds_the_frontier_of_all_thresholds(answer):
     given, labels = predictions()
     found = [c for c in candidates(given, labels) if c.answer == answer or len(c.members) == 1]
     points = [(c.accuracy, c.flops) for c in found]
-    steps = torch.linspace(0.2, 1.0, 33).tolist()
+    steps = torch.linspace(0.2, 1.0, 13).tolist()
     for size in (2, 3):
         for members in itertools.combinations(range(3), size):
             for thresholds in itertools.product(steps, repeat=size - 1):
