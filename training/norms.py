@@ -67,7 +67,7 @@ def reestimate_batch_norms(
 ) -> None:
     """Replace all running statistics by their averages over ``batches``, under the decisions of ``decide``.
 
-    Skipped blocks are not run, so a block's norms see the images that its switch lets pass, as in evaluation, and weigh
+    Skipped blocks are not run, so a block's norms see the images for which the block runs, as in evaluation, and weigh
     a batch by how many these are.
 
     Args:
