@@ -36,9 +36,9 @@ class Passes:
     """
 
     batches: Batches
-    draws: torch.Generator | None = None  # of the labels of the "true" Fisher, on the network's device
-    fisher_type: str = "true"  # labels drawn from the network's own prediction, or "empirical": those of the data
-    fisher_draws: int = 1  # labels drawn for each image; the batch then runs forward once and backward so many times
+    draws: torch.Generator | None = None  # of the random signs of the "true" Fisher, on the network's device
+    fisher_type: str = "true"  # of the network's own prediction, see ``score_directions``, or "empirical": of the labels
+    fisher_draws: int = 1  # gradients of each image; the batch then runs forward once and backward so many times
     forward: Forward = nn.Module.__call__  # from network and inputs to logits [N, classes], or to what loss_fn takes
     loss_fn: LossFn | None = None  # from outputs and labels to each image's loss [N]; None: classification
     say: Callable[[str], None] = _silent  # called with the seconds of each phase
@@ -62,17 +62,17 @@ class Passes:
 
     @property
     def repeats(self) -> int:
-        """Draws of labels for each image."""
+        """Gradients of each image."""
         return self.fisher_draws if self.drawn else 1
 
     @property
     def drawn(self) -> bool:
-        """Whether labels are drawn from the network's own prediction."""
+        """Whether gradients are drawn by the network's own prediction."""
         return self.fisher_type == "true" and self.loss_fn is None
 
 
 def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes: Passes, visit: Visit) -> int:
-    """Call ``visit(name, layer, a, g)`` for every layer, batch and draw of labels.
+    """Call ``visit(name, layer, a, g)`` for every layer, batch and draw of gradients.
 
     ``a`` [N, in, H, W] is the layer's input; ``g`` [N, out, H', W'] the gradient of each image's own loss at the
     layer's output: losses are summed over the batch, so there is no 1/N to undo.  Of a linear layer the tokens of an
@@ -120,7 +120,7 @@ def differentiable_inputs(network: nn.Module) -> Iterator[None]:
 
 
 def _losses(outputs: Any, given: Any, passes: Passes) -> tuple[int, list[Tensor]]:
-    """The images in this batch, over all processes, and this process's summed loss for each draw of labels."""
+    """The images in this batch, over all processes, and this process's sum to differentiate for each draw."""
     if passes.loss_fn is not None:
         losses = passes.loss_fn(outputs, parallel.local_part(given) if isinstance(given, Tensor) else given)
         if losses.dim() != 1:
@@ -130,11 +130,10 @@ def _losses(outputs: Any, given: Any, passes: Passes) -> tuple[int, list[Tensor]
         return len(given), [losses.sum()]
     logits = class_scores(outputs)
     if passes.drawn:
-        drawn = parallel.local_part(_drawn_labels(logits.detach(), len(given), passes.repeats, passes.draws))
-    else:
-        drawn = parallel.local_part(given)[:, None]
-    sums = [F.cross_entropy(logits, labels, reduction="sum") for labels in drawn.t()]
-    return len(given), sums
+        signs = _signs((len(given), logits.shape[1], passes.repeats), logits, passes.draws)
+        directions = score_directions(logits.detach(), parallel.local_part(signs))
+        return len(given), [(logits * v).sum() for v in directions.unbind(2)]
+    return len(given), [F.cross_entropy(logits, parallel.local_part(given), reduction="sum")]
 
 
 def class_scores(outputs: Any) -> Tensor:
@@ -152,14 +151,30 @@ def class_scores(outputs: Any) -> Tensor:
     )
 
 
-def _drawn_labels(logits: Tensor, images: int, repeats: int, draws: torch.Generator | None) -> Tensor:
-    """Labels [images, repeats] of a whole batch; only those of this process's part are valid.
+def score_directions(logits: Tensor, signs: Tensor) -> Tensor:
+    """Random gradients at the scores whose second moment is the Fisher's there, diag(p) - p p^T.
 
-    A process thus draws the labels that a single process would draw for these images.
+    They are v = sqrt(p) s - p (sqrt(p) . s) for independent random signs s.  A label drawn from p gives the gradient
+    p - e_label, of the same second moment; but of a network that is sure of nearly every image, nearly every gradient
+    is then close to zero and a few large ones decide, so that thousands of images are needed for what a hundred show
+    here.  Sources: the factor of the Gauss-Newton matrix in Dangel et al., arXiv:1912.10985, section 2; random signs
+    for its trace, Hutchinson 1990.
+
+    Args:
+        logits: [N, classes].
+        signs: [N, classes, K], -1 and 1.
+
+    Returns:
+        [N, classes, K].
     """
-    p = logits.new_ones(images, logits.shape[1])
-    parallel.local_part(p).copy_(logits.softmax(dim=1))
-    return torch.multinomial(p, repeats, replacement=True, generator=draws)
+    p = logits.softmax(dim=1)[:, :, None]
+    scaled = p.sqrt() * signs
+    return scaled - p * scaled.sum(dim=1, keepdim=True)
+
+
+def _signs(shape: tuple[int, int, int], like: Tensor, draws: torch.Generator | None) -> Tensor:
+    """Random signs for a whole batch: a process thus draws for its images what a single process would draw for them."""
+    return 2 * torch.randint(0, 2, shape, generator=draws, device=like.device).to(like) - 1
 
 
 def _show(name: str, visit: Visit, seen: list[int]):

@@ -47,7 +47,7 @@ def compress(
             possible one.
         loss_fn: from outputs and labels to each image's loss [N], for tasks that are not classification.
         logits: picks the scores [N, classes] from what the network returns.
-        settings: fields of ``pruning.settings.Method``, ``seed`` of the labels that are drawn, and ``say``, called with
+        settings: fields of ``pruning.settings.Method``, ``seed`` of the random gradients, and ``say``, called with
             lines of progress.
 
     Raises:

@@ -1,7 +1,7 @@
 """The predicted rise of the loss by changed layers, to second order, with the Fisher itself instead of its factors.
 
 For the change D of a layer's kernel it is 1/2 E[<grad W, D>^2], the quadratic form of the Fisher itself: exact to
-second order if the loss is measured against the network's own prediction; only the labels are sampled.
+second order if the loss is measured against the network's own prediction; only the gradients at the scores are sampled.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import all_on, build_network
-from pruning.capture import Passes, visit_gradients
+from pruning.capture import Passes, score_directions, visit_gradients
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors, collect_factors, input_factor, output_factor, rotated_gradient_squares
 from pruning.layers import prunable_layers
@@ -175,6 +175,37 @@ def test_the_drawn_fisher_converges_to_the_exact_one_as_one_over_the_root_of_the
     few, many = error(4), error(256)
     assert 8 / 1.6 < few / many < 8 * 1.6  # 64 times the draws: one eighth of the error
     assert many < 0.1 * exact.norm()
+
+
+def test_random_directions_have_the_second_moment_of_the_fisher():
+    """Over all signs, one by one, in float64."""
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)), dtype=torch.float64).t()
+    v = score_directions(logits, signs.expand(3, 4, 16))
+    p = logits.softmax(1)
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    torch.testing.assert_close(v @ v.transpose(1, 2) / 16, fisher, rtol=0, atol=1e-14)
+
+
+def test_of_a_sure_network_few_random_directions_show_what_takes_many_drawn_labels():
+    """1,000 images, of which each is 99.9 % sure: the trace of the Fisher at the scores, its relative deviation.
+
+    A drawn label's squared gradient is 2 (1 - p)^2 or 2 p^2, so the deviation of the mean is (p / (1 - p) / 1000)^1/2,
+    that is 1.
+    """
+    p = torch.tensor([0.999, 0.001], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    exact = 2 * p.prod()
+
+    def deviation(squares):  # [repeats, images]
+        return ((squares.mean(1) / exact - 1) ** 2).mean().sqrt().item()
+
+    signs = (2 * torch.randint(0, 2, (200_000, 2, 1), generator=generator) - 1).double()
+    v = score_directions(p.log().expand(200_000, 2), signs)
+    labels = torch.multinomial(p, 200_000, replacement=True, generator=generator)
+    drawn = p - F.one_hot(labels, 2)
+    assert deviation(v.square().sum((1, 2)).view(200, 1000)) < 0.01
+    assert 0.8 < deviation(drawn.square().sum(1).view(200, 1000)) < 1.2
 
 
 def test_factors_do_not_depend_on_how_the_images_are_batched():
