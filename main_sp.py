@@ -18,7 +18,7 @@ from models import GATES, all_on, build_network
 from training.evaluate import Evaluator, check_finite
 from training.forward import training_forward
 from training.norms import placed
-from training.optimisers import rates_of_epoch, sgd
+from training.optimisers import OPTIMISERS, rates_of_epoch
 from training.report import Chosen, report
 from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
 from training.supervised import Supervision, supervised_epoch
@@ -50,6 +50,11 @@ class Settings(TrainingSettings):
     gate: str = setting(
         "rnn", "kind of switch: rnn (one LSTM for all), ff1, ff2 (small convolutional networks) or none", choices=GATES
     )
+    optimiser: str = setting(
+        "muon",
+        "orthogonal steps for filters (muon), or the same kind of step for all weights (sgd), with lr and momentum",
+        choices=tuple(OPTIMISERS),
+    )
     val_fraction: float = setting(
         0.1, "share of the training images set aside as validation images; 0: none", low=0, below=1
     )
@@ -73,7 +78,7 @@ def main() -> None:
     )
     network = placed(network, device)
     cost = network_cost(network, settings.resize)
-    optimiser = sgd(network, settings.lr, settings.momentum, settings.weight_decay)
+    optimiser = OPTIMISERS[settings.optimiser](network, settings.lr, settings.momentum, settings.weight_decay)
 
     with open_run(parent, settings, last, resume, EPOCH_CHARTS) as run:
         splits = splits.to(device)
@@ -100,7 +105,8 @@ def main() -> None:
             rate = rates_of_epoch(epoch, settings.epochs, settings.lr, schedule=settings.schedule)
             title = f"epoch {epoch:3d}/{settings.epochs}"
             train = supervised_epoch(training, batches, rate, title)
-            val, every_block = evaluated(network), evaluated(network, all_on)
+            val = evaluated(network)
+            every_block = evaluated(network, all_on) if network.switches else val
             check_finite(network, val, title)
             scalars = epoch_scalars(train, val, every_block, cost.parameters, 0.0, rate(0.0))
             run.record(epoch, scalars, **(layer_scalars(network, cost) if epoch == 1 else {}))

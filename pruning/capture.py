@@ -37,7 +37,9 @@ class Passes:
 
     batches: Batches
     draws: torch.Generator | None = None  # of the random signs of the "true" Fisher, on the network's device
-    fisher_type: str = "true"  # of the network's own prediction, see ``score_directions``, or "empirical": of the labels
+    fisher_type: str = (
+        "true"  # of the network's own prediction, see ``score_directions``, or "empirical": of the labels
+    )
     fisher_draws: int = 1  # gradients of each image; the batch then runs forward once and backward so many times
     forward: Forward = nn.Module.__call__  # from network and inputs to logits [N, classes], or to what loss_fn takes
     loss_fn: LossFn | None = None  # from outputs and labels to each image's loss [N]; None: classification

@@ -64,7 +64,11 @@ class Method:
     normalize: bool = setting(
         False, "rank single directions or channels by their share of the layer's saliency, not by the saliency"
     )
-    fisher_type: str = setting("true", "gradients of the network's own prediction (true), or of the data's labels (empirical)", choices=FISHER_TYPES)
+    fisher_type: str = setting(
+        "true",
+        "gradients of the network's own prediction (true), or of the data's labels (empirical)",
+        choices=FISHER_TYPES,
+    )
     fisher_draws: int = setting(1, "random gradients of each image for the true Fisher", low=1, high=10**4)
     correct_eigenvalues: bool = setting(
         True, "with truncate, measure the curvature in the eigenbasis (EK-FAC), with one more pass"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from models import ResNet
+from training.muon import Muon, filter_group
 
 MILESTONES = (0.5, 0.75)
 
@@ -26,6 +27,19 @@ def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD
     return _portable(SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_on_gpu(network)))
 
 
+def muon(network: ResNet, lr: float, momentum: float, weight_decay: float) -> Muon:
+    """Orthogonal steps for the filters, and ``sgd`` for everything else."""
+    gates, others = split_parameters(network)
+    groups = [
+        filter_group([p for p in others if p.dim() == 4]),
+        {"params": [p for p in others if p.dim() != 4]},
+        {"params": gates, "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    nesterov = momentum > 0
+    return _portable(Muon(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_on_gpu(network)))
+
+
 def reinforcement_optimisers(network: ResNet, momentum: float, weight_decay: float) -> tuple[SGD, Adam]:
     """SGD for the network and Adam for its gates; their rates are set step by step.
 
@@ -36,6 +50,9 @@ def reinforcement_optimisers(network: ResNet, momentum: float, weight_decay: flo
     fused = _on_gpu(network)
     optimiser = SGD(others, 0.0, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
     return _portable(optimiser), _portable(Adam(gates, 0.0, fused=fused))
+
+
+OPTIMISERS = {"muon": muon, "sgd": sgd}  # of stage 1
 
 
 def _on_gpu(network: ResNet) -> bool | None:

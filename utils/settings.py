@@ -103,7 +103,9 @@ class RunSettings:
     img_type: str = setting("any", "image files to read", choices=tuple(IMAGE_TYPES))
     resize: int = setting(32, "height and width of the resized images", low=8, high=MOST_PIXELS)
     num_workers: int = setting(16, "threads that decode images", low=0, high=1024)
-    seed: int = setting(0, "seed of weights, order, augmentation, random gradients and decisions", low=0, high=MOST_SEED)
+    seed: int = setting(
+        0, "seed of weights, order, augmentation, random gradients and decisions", low=0, high=MOST_SEED
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
