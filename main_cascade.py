@@ -43,7 +43,9 @@ PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}  # of a cascade: its m
 class Settings(RunSettings):
     """The flags of the cascade."""
 
-    network: str = setting("resnet", NETWORK_HELP, check=check_network)
+    network: tuple[str, ...] = setting(
+        ("resnet",), f"{NETWORK_HELP}; several for a cascade of them", check=check_network
+    )
     networks: tuple[str, ...] = setting((), "checkpoints to choose from; none: the networks that the stages left")
     max_accuracy_drop: float = setting(
         0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
@@ -57,11 +59,11 @@ def main() -> None:
     settings = parse_flags(Settings, "Choose a cascade of the networks that the stages left.", resumes=False)[0]
     device = pick_device()
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
-    if is_own(settings.network):
-        allow(settings.network)
+    for name in filter(is_own, settings.network):
+        allow(name)
     networks, notes = cascade_networks(settings, data)
     splits = validation(data, networks).to(device)
-    parent = stage_folder(settings.result_dir, "cascade", data.name, settings.network, settings.depth)
+    parent = stage_folder(settings.result_dir, "cascade", data.name, settings.network[0], settings.depth)
     with open_run(parent, settings, None, False, {}) as run:
         run.say(
             f"{run.path} on {device_text(device, torch.float32)}: {len(networks)} networks, {len(splits.val):,} "

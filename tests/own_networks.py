@@ -22,6 +22,10 @@ def small() -> Small:
     return Small()
 
 
+def again() -> Small:
+    return Small()
+
+
 def four_classes() -> Small:
     return Small(4)
 

@@ -1,5 +1,6 @@
 """A network of the user's own through the commands: pruned, in a cascade, exported, and what can go wrong."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -71,10 +72,16 @@ def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):
 def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(own, "_allowed", [])
     place = ["--resize", "8", "--num_workers", "1", "--data_dir", str(shapes), "--result_dir", str(pruned[0])]
-    function = ["--network", f"{SOURCE}:small"]
+    function = ["--network", f"{SOURCE}:small", f"{SOURCE}:again"]
+    monkeypatch.setattr(sys, "argv", ["main_prune.py", *settings(shapes, pruned[0], "again", max_iter=1)])
+    main_prune.main()
+    monkeypatch.setattr(own, "_allowed", [])
     monkeypatch.setattr(sys, "argv", ["main_cascade.py", *place, *function, "--max_accuracy_drop", "0.9"])
     main_cascade.main()
-    assert "| w/ Static Pruning and Cascade |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| w/ Static Pruning and Cascade |" in said
+    for stage, name in itertools.product(("sp", "pruned"), ("small", "again")):
+        assert f"{stage}/shapes/{name}/" in said.split("networks of ")[1].split("\n")[0]
     (best,) = pruned[0].glob("cascade/shapes/small/*/best.pt")
     monkeypatch.setattr(own, "_allowed", [])
     given = ["--checkpoint", str(best), "--output", str(tmp_path)]

@@ -172,7 +172,8 @@ def settings_parser(cls: type, description: str, resumes: bool = True) -> Parser
             parser.add_argument(f"--{f.name}", action="store_true", help=help)
             continue
         if get_origin(f.type) is tuple:
-            parser.add_argument(f"--{f.name}", nargs="+", type=str, default=f.default, help=help, metavar="PATH")
+            kind = _flag_type(str, f.name, f.metadata)
+            parser.add_argument(f"--{f.name}", nargs="+", type=kind, default=f.default, help=help, metavar="NAME")
             continue
         given = {"required": True} if f.default is MISSING else {"default": f.default}
         kind = _flag_type(_kind(f), f.name, f.metadata)

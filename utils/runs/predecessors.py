@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
 def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
     """The networks that a cascade may be made of: those named, or those of the newest run of every stage that fits.
 
+    With several networks in the settings, of each.
+
     All iterations of stage 2 count.
 
     Args:
@@ -114,8 +117,10 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
                 raise UserError(f"{path} does not fit: {error}") from None
     else:
         found = []
-        for stage, name in (("sp", BEST), ("pruned", "iteration_*.pt"), ("rl_pruned", BEST)):
-            fitting, _ = _saved(settings, stage, data, name)
+        for network, (stage, name) in product(
+            settings.network, (("sp", BEST), ("pruned", "iteration_*.pt"), ("rl_pruned", BEST))
+        ):
+            fitting, _ = _saved(replace(settings, network=network), stage, data, name)
             found += [item for item in fitting if item[0].parent == fitting[-1][0].parent]
     if len(found) < 2:
         raise UserError(
