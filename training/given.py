@@ -118,8 +118,10 @@ def _load(network: torch.nn.Module, path: Path, source: str) -> None:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"checkpoint {path} holds no state_dict: save the network's state_dict()")
-    weights = {name.removeprefix("module."): value for name, value in content.items()}
     own = network.state_dict()
+    # Batch norms of PyTorch before 0.4.1 counted no batches.
+    uncounted = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    weights = uncounted | {name.removeprefix("module."): value for name, value in content.items()}
     wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     wrong += [name for name in weights if name not in own]
     if wrong:
