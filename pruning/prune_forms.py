@@ -26,7 +26,7 @@ from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS, rebuild
 from pruning.survey import Survey, is_pointwise
 from utils.flops import NetworkCost
 
-IMAGES = 2000  # that the rise of the loss is predicted on: a network that fits them has few labels drawn otherwise
+IMAGES = 1000  # that the rise of the loss is predicted on
 ENTRIES = 2**28  # of kernels and their changes that are held in memory for prediction
 
 

@@ -143,7 +143,7 @@ class PruneSettings(Method, StageSettings):
     target_parameters: float = setting(
         0.0, "parameters after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0
     )
-    fisher_images: int = setting(10000, "training images for the Fisher (all, if there are fewer)", low=1, high=10**9)
+    fisher_images: int = setting(3000, "training images for the Fisher (all, if there are fewer)", low=1, high=10**9)
     reestimate_batch_norm: bool = setting(
         True, "measure the batch norms' statistics again after surgery, on the images of the Fisher (without refit)"
     )
