@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# What do switches save on top of static pruning, at one point of accuracy?  From nothing to tables and pictures.
-# Usage: bash scripts/study.sh small|medium|full RESULT_DIR [SEEDS]
-#   small    ResNet-20, width 32, 16x16 pixels, three seeds: the comparisons
-#   medium   the same network at 32x32, one seed, pruned in one step: the headline
-#   full     ResNet-32, width 64, the published epochs, one seed: for a GPU
-# DATA_DIR and IMG_TYPE say where the images are (data/cifar10, jpg), PRECISION how to train (auto; bf16 pays on CPUs
+# What does deciding image by image add to static pruning?  From nothing to tables and pictures.
+# Usage: bash scripts/study.sh yardstick|cifar100|small|full RESULT_DIR [SEEDS]
+#   yardstick  ResNet-20, 32, 44 and 56 that others trained on CIFAR-10, pruned, alone and in cascades;
+#              WEIGHTS_DIR (data/networks) holds resnet20*.th and so on of akamaster/pytorch_resnet_cifar10
+#   cifar100   ResNet-32, width 32, with and without switches: every row of the results table
+#   small      ResNet-20, width 32, 16x16 pixels, three seeds: the alternatives to switches
+#   full       ResNet-32, width 64, the published epochs, one seed: for a GPU
+# DATA_DIR and IMG_TYPE say where the images are (data/cifar10, png), PRECISION how to train (auto; bf16 pays on CPUs
 # that multiply it).  Stopped at any moment, within a run too, the same command goes on; SECONDS_A_PIECE stops a run by
 # itself after so long, for machines that are lent in pieces.
 # Uses the python on the PATH, one process at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { sed -n 3,10p "$0"; exit 2; }
-size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-jpg} precision=${PRECISION:-auto}
-at=()  # where the switches end: the fewest FLOPs within one point
-flops=0.12 fisher=10000 rate=0.02
+[ $# -ge 2 ] || { sed -n 3,12p "$0"; exit 2; }
+size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-png} precision=${PRECISION:-auto}
+at=()  # where the switches end: the fewest FLOPs within one percentage point
+width=32 pixels=32 flops=0.12 rate=0.02 seeds=${3:-1}
 case $size in
-small)  depth=20 width=32 pixels=16 first=20 iterations=4 tuning=2 last_tuning=4 third=6 seeds=${3:-3}
-        at=(--target_computation 0.8) ;;  # so that all alternatives are compared at as many executed FLOPs
-medium) depth=20 width=32 pixels=32 first=20 iterations=1 tuning=4 last_tuning=4 third=6 seeds=${3:-1}
-        flops=0.22 fisher=3000 rate=0.01 ;;
-full)   depth=32 width=64 pixels=32 first=200 iterations=8 tuning=20 last_tuning=40 third=100 seeds=${3:-1} ;;
-*)      echo "error: study $size is unknown: use small, medium or full" >&2; exit 2 ;;
+yardstick) depth=56 ;;
+cifar100)  depth=32 first=12 iterations=3 tuning=3 last_tuning=3 third=4 rate=0.01 ;;
+small)     depth=20 pixels=16 first=20 iterations=4 tuning=2 last_tuning=4 third=6 seeds=${3:-3}
+           at=(--target_computation 0.8) ;;  # so that all alternatives are compared at as many executed FLOPs
+full)      depth=32 width=64 first=200 iterations=8 tuning=20 last_tuning=40 third=100 ;;
+*)         echo "error: study $size is unknown: use yardstick, cifar100, small or full" >&2; exit 2 ;;
 esac
 network="$(basename "$(realpath "$data")")/resnet$depth"
-common=(--depth "$depth" --resize "$pixels" --img_type "$type" --data_dir "$data" --num_workers 4
-    --precision "$precision")
+common=(--depth "$depth" --resize "$pixels" --img_type "$type" --data_dir "$data" --num_workers 4)
 mkdir -p "$results"
 
 run() {  # run COMMAND...: in pieces where SECONDS_A_PIECE asks for it; what it took is kept for the tables
@@ -42,38 +43,68 @@ chosen() { compgen -G "$1/$2/$network/*/record.json" | sort | tail -n 1 | sed 's
 first() {  # first FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
     has "$folder" sp || run python main_sp.py "${common[@]}" --width "$width" --epochs "$first" --lr 0.1 --bs 128 \
-        --seed "$seed" --result_dir "$folder" "$@" --resume
+        --precision "$precision" --seed "$seed" --result_dir "$folder" "$@" --resume
 }
-second() {  # second FOLDER SEED: the cheapest within one point
-    has "$1" pruned || run python main_prune.py --config_path config.json --set "depth=$depth" --set "width=$width" \
-        --set "resize=$pixels" --set "img_type=$type" --set "data_dir=$data" --set num_workers=4 --set "seed=$2" \
-        --set "result_dir=$1" --set "precision=$precision" --set "target_flops=$flops" --set "max_iter=$iterations" \
-        --set "fisher_images=$fisher" --set "epochs_start=$tuning" --set "epochs_end=$last_tuning" --resume
+prune() {  # prune FOLDER MORE...
+    local folder=$1 key; shift
+    local settings=("img_type=$type" "data_dir=$data" num_workers=4 "result_dir=$folder" "precision=$precision" "$@")
+    has "$folder" pruned || run python main_prune.py --config_path config.json "${settings[@]/#/--set=}" --resume
+}
+second() {  # second FOLDER SEED: the cheapest within one percentage point
+    prune "$1" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" "target_flops=$flops" "max_iter=$iterations" \
+        "epochs_start=$tuning" "epochs_end=$last_tuning"
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
     has "$folder" rl_pruned || run python main_rl_prune.py "${common[@]}" --epochs "$third" --lr "$rate" --bs 128 \
-        --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
+        --precision "$precision" --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
+}
+cascade() {  # cascade FOLDER
+    has "$1" cascade || run python main_cascade.py "${common[@]}" --result_dir "$1"
 }
 
+if [ "$size" = yardstick ]; then
+    functions=()
+    for depth in 20 32 44 56; do
+        network="$(basename "$(realpath "$data")")/resnet$depth"
+        functions+=("examples/cifar_resnet.py:resnet$depth")
+        # Halved once and again; all training images were seen in training, so the last epoch counts.
+        target=0.25 iterations=2
+        [ "$depth" != 56 ] || target=0.0625 iterations=4
+        prune "$results" "network=${functions[-1]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
+            'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0 max_accuracy_drop=0.3 \
+            "target_flops=$target" "max_iter=$iterations" epochs_start=2 epochs_end=2
+    done
+    run python -m benchmarks.yardstick "$results" --data_dir "$data" --img_type "$type" --network "${functions[@]}" \
+        --out "$results"
+    exit
+fi
+if [ "$size" = cifar100 ]; then
+    for ((seed = 0; seed < seeds; seed++)); do
+        first "$results/plain/seed_$seed" "$seed" --gate none
+        second "$results/plain/seed_$seed" "$seed"
+        cascade "$results/plain/seed_$seed"
+        first "$results/switched/seed_$seed" "$seed"
+        second "$results/switched/seed_$seed" "$seed"
+        third "$results/switched/seed_$seed" "$seed"
+        cascade "$results/switched/seed_$seed"
+    done
+    exit
+fi
 for ((seed = 0; seed < seeds; seed++)); do
     chain=$results/seed_$seed
     first "$chain" "$seed"
     second "$chain" "$seed"
     third "$chain" "$seed" "${at[@]}"
-    if [ "$size" != medium ]; then
-        first "$results/reference/seed_$seed" "$seed" --gate none
-        second "$results/reference/seed_$seed" "$seed"
-        third "$results/dense_switched/seed_$seed" "$seed" --checkpoint "$(chosen "$chain" sp)"
-    fi
+    first "$results/reference/seed_$seed" "$seed" --gate none
+    second "$results/reference/seed_$seed" "$seed"
+    third "$results/dense_switched/seed_$seed" "$seed" --checkpoint "$(chosen "$chain" sp)"
     run python -m benchmarks.alternatives --dense "$(chosen "$chain" sp)" --static "$(chosen "$chain" pruned)" \
         --dynamic "$(chosen "$chain" rl_pruned)" --data_dir "$data" --img_type "$type" \
         --precision "$precision" --epochs "$third" --lr "$rate" --seed "$seed" --out "$results/alternatives_$seed"
 done
-if [ "$size" != medium ]; then
-    run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \
-        --data_dir "$data" --img_type "$type" --precision "$precision" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" \
-        --epochs 2 --train_images 20000 --out "$results/criteria" \
-        --variants eigendamage "best forms, refitted" "Torch-Pruning, Hessian, global" random
-fi
+run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \
+    --data_dir "$data" --img_type "$type" --precision "$precision" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" \
+    --epochs 2 --train_images 20000 --out "$results/criteria" \
+    --variants eigendamage "best forms, refitted" "Torch-Pruning, Hessian, global" random
 run python -m benchmarks.study "$results"

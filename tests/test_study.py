@@ -135,7 +135,7 @@ def test_static_pruning_with_and_without_switches():
 def test_the_study_names_what_it_does_not_know(tmp_path: Path):
     done = subprocess.run(["bash", ROOT / "scripts" / "study.sh", "tiny", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: study tiny is unknown: use small, medium or full\n"
+    assert done.stderr == "error: study tiny is unknown: use yardstick, cifar100, small or full\n"
 
 
 FAKE = r"""#!/usr/bin/env bash
