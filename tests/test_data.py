@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -146,6 +147,18 @@ def test_a_grey_value_of_16_bits_may_be_transparent(tmp_path: Path):
     path = tmp_path / "image.png"
     image.save(path, transparency=0x1234)
     assert read_image(path, 8)[0, ::4, 0].tolist() == [255, 0x12]
+
+
+def test_12_bits_a_pixel_are_refused(tmp_path: Path):
+    """Pillow shows them as 16 bits of which the upper four are zero."""
+    values = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 96}  # tags of a TIFF, by number
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    path = tmp_path / "image.tif"
+    path.write_bytes(
+        b"II*\0" + struct.pack("<I", 8 + 96) + bytes(96) + struct.pack("<H", len(values)) + entries + bytes(4)
+    )
+    with pytest.raises(UserError, match="it has 12 bits per pixel: 8 or 16 are needed"):
+        read_image(path, 8)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

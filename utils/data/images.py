@@ -19,6 +19,7 @@ from torch import Tensor
 from utils.data.memory import fits_on
 from utils.errors import UserError
 
+BITS_PER_SAMPLE = 258  # tag of a TIFF
 SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit images Pillow may give 32 bits a pixel
 AHEAD = 3  # batches that are fetched while one is trained on
 
@@ -202,6 +203,9 @@ def in_rgb(image: Image.Image, size: int) -> Image.Image:
     Raises:
         ValueError: for 32 bits per pixel, integers or floats: files do not say which value is white.
     """
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
+    if image.mode.startswith("I;16") and bits[0] not in (1, 8, 16):
+        raise ValueError(f"it has {bits[0]} bits per pixel: 8 or 16 are needed")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS_AS_I):
         image = _eight_bits(image)
     if image.mode in ("I", "F"):
