@@ -185,12 +185,16 @@ def test_a_checkpoint_that_is_not_finite_is_refused(stage, chain, shapes, tmp_pa
         run(stage, arguments(stage, shapes, tmp_path / "results", str(tmp_path / "nan.pt")), monkeypatch)
 
 
-def test_an_interrupted_run_is_resumed_by_the_version_that_started_it(chain, shapes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", ["another version", "another shape"])
+def test_an_interrupted_run_is_resumed_by_the_version_that_started_it(damaged, chain, shapes, tmp_path, monkeypatch):
     results = tmp_path / "results"
     shutil.copytree(chain, results)
     path = run_folder(results, "sp") / LAST
     content = torch.load(path, weights_only=True)
-    content["training"] = {"something": {}}
+    if damaged == "another version":
+        content["training"] = {"something": {}}
+    else:
+        content["training"]["optimiser"]["state"][0]["momentum_buffer"] = torch.zeros(1, 2)
     torch.save(content, path)
     with pytest.raises(UserError, match=r"cannot be resumed .* it was saved by another version"):
         run("sp", [*arguments("sp", shapes, results), "--resume"], monkeypatch)

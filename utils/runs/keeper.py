@@ -4,10 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
+from torch import Tensor
+from torch.optim import Optimizer
+
 from models import ResNet
 from utils.errors import UserError
 from utils.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.run import BEST, LAST, Run
+
+
+def _check_shapes(optimiser: Optimizer) -> None:
+    """Refuse a state of other weights, which would end the first step in a traceback."""
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {list(value.shape)} for a weight {list(parameter.shape)}")
 
 
 class Stateful(Protocol):
@@ -80,6 +91,8 @@ class Keeper:
             self.progress.load_state_dict(last.progress)
             for name, item in self.stateful.items():
                 item.load_state_dict(last.training[name])
+                if isinstance(item, Optimizer):
+                    _check_shapes(item)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(
                 f"{self._last_path} cannot be resumed ({type(error).__name__}: {error}): it was saved by another "
