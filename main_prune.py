@@ -150,10 +150,11 @@ def main() -> None:
 
 def first_network(settings: PruneSettings, data: DataSet, device: torch.device) -> tuple[Checkpoint, list[str]]:
     """Stage 1's network, or the user's own, and lines for the log about the choice."""
-    if not is_own(settings.network):
-        return trained_network(settings, data)
-    register_given(settings, data, device, measured_speeds)
-    return trained_network(replace(settings, checkpoint=""), data)
+    if is_own(settings.network):
+        register_given(settings, data, device, measured_speeds)
+        settings = replace(settings, checkpoint="")
+    # The first process chooses for all: others may see another state of the folder.
+    return parallel.broadcast_object(trained_network(settings, data))
 
 
 def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Checkpoint:
