@@ -4,6 +4,11 @@ Writes network.onnx, labels.json, and with --int8 network_int8.onnx.  Both graph
 [N, 3, H, W] in RGB, and compute each switched block only on the images for which it runs.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.interruptions import prepare
+
+    prepare(goes_on=None)
+
 import argparse
 import json
 from pathlib import Path

@@ -3,6 +3,11 @@
 Prints class, probability, FLOPs spent and blocks skipped for each image.  Exit code 1 if an image could not be read.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.interruptions import prepare
+
+    prepare(goes_on=None)
+
 import argparse
 import sys
 from collections.abc import Callable
