@@ -198,7 +198,9 @@ def static_pruning(trained: dict[str, dict[str, list[Record]]]) -> list[str]:
     every = [record["points"] for stages in trained.values() for record in stages["pruned"]]
     iterations = range(min(len(points) for points in every))
     flops = [statistics.mean(points[i]["gflops"] for points in every) for i in iterations]
+    where = every[0][0].get("measured_on", "test") if iterations else "test"  # what earlier versions measured on
     lines = ["", "## Static pruning of networks with and without switches, iteration by iteration", ""]
+    lines += [f"Unpruned networks on the test images, iterations on the {where} images.", ""]
     lines += ["| stage 1 | seeds | unpruned | " + " | ".join(f"{value:.4f} GFLOPs" for value in flops) + " |"]
     lines += ["|---|---|---|" + "---|" * len(iterations)]
     for name, stages in trained.items():

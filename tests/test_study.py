@@ -123,7 +123,7 @@ def test_static_pruning_with_and_without_switches():
         return {"sp": [{"accuracy_every_block": whole}] * 2, "pruned": [{"points": tried}] * 2}
 
     with_, without = stages(0.8, 0.75, 0.7), stages(0.81, 0.8)
-    assert study.static_pruning({"with switches": with_, "without": without})[3:] == [
+    assert study.static_pruning({"with switches": with_, "without": without})[5:] == [
         "| stage 1 | seeds | unpruned | 0.0100 GFLOPs |",
         "|---|---|---|---|",
         "| with switches | 2 | 80.00 ± 0.00 % | 75.00 ± 0.00 % |",
