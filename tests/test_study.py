@@ -142,27 +142,47 @@ FAKE = r"""#!/usr/bin/env bash
 # Each command takes two calls, the first of which is stopped; a run that reports leaves record.json.
 echo "$*" >> "$CALLS"
 shown=$(echo "$*" | md5sum | cut -c 1-32)
-[ -e "$CALLS.$shown" ] || { touch "$CALLS.$shown"; sleep 30; exit 1; }
+[ -z "${SECONDS_A_PIECE:-}" ] || [ -e "$CALLS.$shown" ] || { touch "$CALLS.$shown"; sleep 30; exit 1; }
+[[ "$*" =~ (resnet|depth[=\ ])([0-9]+) ]] && depth=${BASH_REMATCH[2]}
 [[ "$*" =~ result_dir[=\ ]([^ ]+) ]] || exit 0
-case $1 in main_sp.py) stage=sp ;; main_prune.py) stage=pruned ;; *) stage=rl_pruned ;; esac
-run="${BASH_REMATCH[1]}/$stage/pictures/resnet32/1"
+case $1 in
+main_sp.py) stage=sp ;; main_prune.py) stage=pruned ;; main_cascade.py) stage=cascade ;; *) stage=rl_pruned ;;
+esac
+run="${BASH_REMATCH[1]}/$stage/pictures/resnet$depth/1"
 mkdir -p "$run" && touch "$run/record.json" "$run/best.pt"
 """
 
 
-def test_the_full_study_goes_on_piece_by_piece(tmp_path: Path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "pictures").mkdir()
-    fake, calls = tmp_path / "bin" / "python", tmp_path / "calls"
+def commands_of(size: str, folder: Path, **settings: str) -> list[str]:
+    """What ``study.sh`` calls python with, until it has succeeded."""
+    (folder / "bin").mkdir()
+    (folder / "pictures").mkdir()
+    fake, calls = folder / "bin" / "python", folder / "calls"
     fake.write_text(FAKE)
     fake.chmod(0o755)
-    settings = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(calls), "SECONDS_A_PIECE": "1"}
-    settings |= {"DATA_DIR": str(tmp_path / "pictures"), "PRECISION": "bf16"}
-    command = ["bash", str(ROOT / "scripts" / "study.sh"), "full", str(tmp_path / "results")]
+    settings |= {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(calls), "PRECISION": "bf16"}
+    settings |= {"DATA_DIR": str(folder / "pictures")}
+    command = ["bash", str(ROOT / "scripts" / "study.sh"), size, str(folder / "results")]
     for _ in range(40):
         if subprocess.run(command, env=os.environ | settings, capture_output=True).returncode == 0:
             break
-    made = calls.read_text().splitlines()
+    return calls.read_text().splitlines()
+
+
+def test_the_studies_of_real_data(tmp_path: Path):
+    (tmp_path / "yardstick").mkdir()
+    (tmp_path / "cifar100").mkdir()
+    made = commands_of("yardstick", tmp_path / "yardstick")
+    assert [line.split()[0] for line in made] == ["main_prune.py"] * 4 + ["-m"]
+    assert all(f"cifar_resnet.py:resnet{depth} " in line for depth, line in zip((20, 32, 44, 56), made, strict=False))
+    made = commands_of("cifar100", tmp_path / "cifar100")
+    stages = ["main_sp.py", "main_prune.py", "main_cascade.py"]
+    assert [line.split()[0] for line in made] == [*stages, *stages[:2], "main_rl_prune.py", stages[2]]
+    assert "--gate none" in made[0] and "--gate none" not in made[3]
+
+
+def test_the_full_study_goes_on_piece_by_piece(tmp_path: Path):
+    made = commands_of("full", tmp_path, SECONDS_A_PIECE="1")
     names = [line.removeprefix("-m ").split()[0] for line in made]
     stages = ["main_sp.py", "main_prune.py", "main_rl_prune.py"]
     stages += ["main_sp.py", "main_prune.py", "main_rl_prune.py"]  # without switches; with them, unpruned
