@@ -79,8 +79,16 @@ def test_a_network_without_gates(shapes: Path, tmp_path: Path):
             run_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *more])
 
 
-@pytest.mark.parametrize(("first", "second"), [("gpu", "cpu"), ("cpu", "gpu"), ("gpu", "gpu")])
-@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize(
+    ("stage", "first", "second"),
+    [
+        ("sp", "gpu", "gpu"),
+        ("sp", "cpu", "gpu"),
+        ("pruned", "gpu", "cpu"),
+        ("rl_pruned", "gpu", "cpu"),
+        ("rl_pruned", "cpu", "gpu"),
+    ],
+)
 def test_a_run_goes_on_on_any_kind_of_device(
     stage: str, first: str, second: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
