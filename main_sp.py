@@ -36,7 +36,7 @@ from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import run_command
 from utils.flops import NetworkCost, network_cost
-from utils.runs.checkpoint import Checkpoint, check_data, describe
+from utils.runs.checkpoint import Checkpoint, check_data, data_entry, describe
 from utils.runs.keeper import Keeper, Progress
 from utils.runs.run import LastRun, find_last_run, open_run, stage_folder
 from utils.settings import MOST_CHANNELS, TrainingSettings, parse_flags, setting
@@ -138,14 +138,7 @@ def first_checkpoint(
         weights={},
         normalisation=describe(normalisation),
         classes=list(data.classes),
-        data={
-            "name": data.name,
-            "image_size": settings.resize,
-            "flip": not settings.no_flip,
-            "val_fraction": settings.val_fraction,
-            "split_seed": settings.seed,
-            **splits.identity,
-        },
+        data=data_entry(settings, data.name, splits.identity),
         metrics={"accuracy": 0.0, "computation": 1.0},
         original={"accuracy": 0.0, "parameters": cost.parameters, "flops": cost.flops},
         seed=settings.seed,

@@ -44,13 +44,6 @@ def form_costs(forms: Sequence[Form]) -> np.ndarray:
     return np.array([(form.flops, form.parameters) for form in forms])
 
 
-def budget_of(
-    goal: Goal, now: tuple[int, int], forms: Mapping[str, Sequence[Form]], fixed: tuple[int, int], objective: str
-) -> Goal:
-    """``pruning.goals.as_budget`` with what the forms allow."""
-    return as_budget(goal, now, smallest(forms, fixed), objective)
-
-
 def smallest(forms: Mapping[str, Sequence[Form]], fixed: tuple[int, int]) -> tuple[int, int]:
     """The fewest FLOPs and the fewest parameters, each by itself, that the forms allow."""
     return least_of([form_costs(own) for own in forms.values()], fixed)

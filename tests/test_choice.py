@@ -7,10 +7,10 @@ import pytest
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-from pruning.choice import budget_of, choose_forms, smallest
+from pruning.choice import choose_forms, smallest
 from pruning.combinations import Ways, least_regretted, undominated
 from pruning.forms import TUCKER, Form
-from pruning.goals import Goal
+from pruning.goals import Goal, as_budget
 from utils.errors import UserError
 
 
@@ -130,10 +130,10 @@ def test_a_share_goes_of_what_the_objective_counts_and_no_more_than_there_is():
     forms, rises = made_up(0)
     fixed, goal = (100, 50), Goal(prune_ratio=0.4)
     now, least = used(forms, dict.fromkeys(forms, 0), fixed), smallest(forms, fixed)
-    assert budget_of(goal, now, forms, fixed, "flops") == Goal(flops=0.6 * now[0])
-    assert budget_of(goal, now, forms, fixed, "parameters") == Goal(parameters=0.6 * now[1])
-    assert budget_of(Goal(prune_ratio=0.99), now, forms, fixed, "flops") == Goal(flops=least[0])
-    assert budget_of(Goal(flops=7.0), now, forms, fixed, "flops") == Goal(flops=7.0)
+    assert as_budget(goal, now, least, "flops") == Goal(flops=0.6 * now[0])
+    assert as_budget(goal, now, least, "parameters") == Goal(parameters=0.6 * now[1])
+    assert as_budget(Goal(prune_ratio=0.99), now, least, "flops") == Goal(flops=least[0])
+    assert as_budget(Goal(flops=7.0), now, least, "flops") == Goal(flops=7.0)
     chosen = choose_forms(forms, rises, goal, fixed, "parameters")
     assert used(forms, chosen, fixed)[1] <= 0.6 * now[1]
     assert lost(rises, chosen) == pytest.approx(

@@ -16,7 +16,7 @@ from utils.data.batches import split_data, training_normalisation
 from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.runs.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import Checkpoint, data_entry, describe, load_checkpoint, save_checkpoint
 from utils.runs.run import BEST, Run, stage_folder
 from utils.settings import as_dictionary
 
@@ -46,14 +46,7 @@ def register_given(settings: Any, data: DataSet, device: torch.device, measure_s
         weights=network.state_dict(),
         normalisation=describe(normalisation),
         classes=list(data.classes),
-        data={
-            "name": data.name,
-            "image_size": settings.resize,
-            "flip": not settings.no_flip,
-            "val_fraction": settings.val_fraction,
-            "split_seed": settings.seed,
-            **splits.identity,
-        },
+        data=data_entry(settings, data.name, splits.identity),
         metrics={},
         original={},
         seed=settings.seed,

@@ -148,6 +148,24 @@ def describe(normalisation: Normalisation) -> dict[str, list[float]]:
     return {name: list(value) for name, value in asdict(normalisation).items()}
 
 
+def data_entry(settings: Any, name: str, identity: dict[str, Any]) -> dict[str, Any]:
+    """``Checkpoint.data`` of a new run.
+
+    Args:
+        settings: with ``resize``, ``no_flip``, ``val_fraction`` and ``seed``.
+        name: of the data set.
+        identity: of its images, see ``utils.data.batches.Splits``.
+    """
+    return {
+        "name": name,
+        "image_size": settings.resize,
+        "flip": not settings.no_flip,
+        "val_fraction": settings.val_fraction,
+        "split_seed": settings.seed,
+        **identity,
+    }
+
+
 def check_data(checkpoint: Checkpoint, data: DataSet, image_size: int) -> None:
     """Refuse data that a checkpoint's network was not trained on.
 
