@@ -21,9 +21,10 @@ def test_a_network_of_others_is_the_same_as_ours(tmp_path):
 
 
 def singles():
-    given = {"function": "small", "given": True, "share": 1.0, "parameters": 10}
+    given = {"function": "small", "given": True, "share": 1.0, "parameters": 10, "milliseconds": {"1": 1.0}}
     return [{**given, "name": "small", "accuracy": 0.6, "gflops": 1.0},
-            {**given, "name": "large", "function": "large", "accuracy": 0.8, "gflops": 3.0}]  # fmt: skip
+            {**given, "name": "large", "function": "large", "accuracy": 0.8, "gflops": 3.0,
+             "milliseconds": {"1": 2.0}}]  # fmt: skip
 
 
 @pytest.mark.parametrize("answer", ["last", "mean"])
@@ -50,12 +51,17 @@ def test_what_is_chosen_on_one_half_is_measured_on_the_other(answer):
 
 
 def test_tables_and_picture():
-    row = {"accuracy": 0.79, "gflops": 1.5, "chosen": 2 * [{"members": ["small", "large"], "answer": "mean"}]}
+    row = {
+        "accuracy": 0.79,
+        "gflops": 1.5,
+        "milliseconds": {"1": 1.25},
+        "chosen": 2 * [{"members": ["small", "large"], "answer": "mean"}],
+    }
     found = {"reference": "large", "networks": singles(), "budgets": [{"drop": 0.01, **row}],
              "curve": [{"share": 0.5, **row}]}  # fmt: skip
     text = "\n".join(tables(found))
-    assert "| small | 60.00% | 1.000 | 3.0x | 10 |" in text
-    assert "| 1.0 | 79.00% | 1.500 | 2.0x | small, large |" in text
+    assert "| small | 60.00% | 1.000 | 3.0x | 2.0x | 10 |" in text
+    assert "| 1.0 | 79.00% | 1.500 | 2.0x | 1.6x | small, large |" in text
     assert "| 50.0% | 79.00% | 1.500 | small, large |" in text
     labels = [line.get_label() for line in draw(found).axes[0].lines]
     assert "cascades of these" in labels and "published" in labels
