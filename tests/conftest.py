@@ -1,5 +1,6 @@
 """Small data folders, written once a session."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from commands import SCRIPTS, arguments, run
 from PIL import Image
 
+# A shell that starts the tests in the background has SIGINT ignored, and the commands that they start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
 
 

@@ -51,7 +51,8 @@ def check_limits(network, smaller, limit):
                 assert module.core.out_channels >= least_kept(min(whole.in_channels, whole.out_channels), limit)
                 continue
             assert module.core.in_channels >= least_kept(whole.in_channels, limit)
-            if name not in smaller.architecture["depthwise"]:  # there the one rank is that of the input
+            # There the one rank is that of the input; with one channel a depthwise core is a plain one.
+            if name not in smaller.architecture["depthwise"] and module.core.in_channels > 1:
                 assert module.core.out_channels >= least_kept(whole.out_channels, limit)
     for block, inner in smaller.architecture["inner"].items():
         assert inner >= least_kept(network.get_submodule(block).conv2.out_channels, limit)

@@ -35,7 +35,7 @@ def flops_of(network, size=64) -> int:
 def torchvision_network(name: str) -> nn.Module:
     torch.manual_seed(0)
     build = getattr(torchvision.models, name)
-    given = {"init_weights": False} if name == "googlenet" else {}
+    given = {"init_weights": False} if name in ("googlenet", "vgg11") else {}
     return build(weights=None, num_classes=10, **given)
 
 

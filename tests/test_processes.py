@@ -113,7 +113,7 @@ def test_the_three_stages(two, shapes: Path, tmp_path: Path, monkeypatch: pytest
             assert_close(a["progress"], b["progress"], f"{stage}.{name}")
             if name == LAST:
                 # Momentum is of the size of gradients, a hundred times that of the steps that the weights have taken.
-                assert_close(a["training"], b["training"], f"{stage}.{name}", rtol=0.05, atol=1e-2)
+                assert_close(a["training"], b["training"], f"{stage}.{name}", rtol=0.05, atol=5e-2)
 
 
 def test_a_process_that_dies_ends_the_run_which_can_be_resumed(chain: Path, shapes: Path, tmp_path: Path):
