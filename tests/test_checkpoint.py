@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models import ResNet, build_network, sampled
+from scripts import keep
 from utils.data.augment import Normalisation
 from utils.errors import UserError
 from utils.runs import checkpoint as module
@@ -268,3 +269,16 @@ def test_a_normalisation_is_described_in_plain_types():
     normalisation = Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert describe(normalisation) == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     assert asdict(normalisation) == {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+
+
+def test_a_kept_checkpoint_has_half_the_size_and_the_same_network_within_bf16(tmp_path: Path, monkeypatch):
+    before = checkpoint_of(trained_network("none", RANKS))
+    save(tmp_path / "best.pt", before)
+    monkeypatch.setattr("sys.argv", ["keep.py", str(tmp_path / "best.pt"), str(tmp_path / "kept.pt")])
+    keep.main()
+    content = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert {w.dtype for w in content["weights"].values() if w.is_floating_point()} == {torch.bfloat16}
+    kept = load_checkpoint(tmp_path / "kept.pt")
+    assert kept.training == {} and kept.metrics == before.metrics
+    for name, weight in kept.network().state_dict().items():
+        torch.testing.assert_close(weight, before.weights[name], rtol=2**-8, atol=0)

@@ -19,7 +19,7 @@ from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flops import NetworkCost
-from utils.runs.contents import check_archive, check_contents
+from utils.runs.contents import check_archive, check_contents, in_full
 
 FORMAT = "switched-resnet-checkpoint-1"
 
@@ -129,6 +129,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         check_contents(vars(checkpoint))
     except ValueError as error:
         raise UserError(f"checkpoint {path} cannot be used, {error}: use another one or make it again") from error
+    checkpoint.weights = {name: weight.to(in_full(weight.dtype)) for name, weight in checkpoint.weights.items()}
     return checkpoint
 
 

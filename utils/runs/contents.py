@@ -203,9 +203,14 @@ def _check_weights(weights: Mapping[str, Any], architecture: Mapping[str, Any]) 
         name = min(map(str, weights.keys() ^ expected.keys()))
         raise ValueError(f"weights do not fit the architecture: {name!r} is in one of them only")
     for name, weight in weights.items():
-        found, wanted = ((tuple(w.shape), w.dtype) for w in (weight, expected[name]))
+        found, wanted = ((tuple(w.shape), in_full(w.dtype)) for w in (weight, expected[name]))
         if found != wanted:
             raise ValueError(f"weights do not fit the architecture: {name!r} is {found} where {wanted} belongs")
+
+
+def in_full(dtype: torch.dtype) -> torch.dtype:
+    """The type that weights of a file have in the network: bf16, which halves a file, becomes float32."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _needs_code(architecture: Mapping[str, Any]) -> bool:
