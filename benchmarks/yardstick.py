@@ -83,7 +83,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     for source in args.network:
         allow(source)
     device = pick_device()
-    data = load_data(args.data_dir, args.img_type, 32, num_workers=2)
+    data = load_data(args.data_dir, args.img_type, 32, workers=2)
     test, cache = data.test.to(device), args.results / "yardstick_predictions.pt"
     known = torch.load(cache) if cache.exists() else {}
     paths = list(chain.from_iterable(networks(args.results, data.name, source) for source in args.network))
