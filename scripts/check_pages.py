@@ -17,8 +17,6 @@ import main_prune
 import main_rl_prune
 import main_sp
 from utils.errors import UserError
-from utils.flops import network_cost
-from utils.runs.checkpoint import load_checkpoint
 from utils.settings import settings_parser
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +32,14 @@ FLAGS = {
     "main_rl_prune.py": main_rl_prune.Settings,
     "main_cascade.py": main_cascade.Settings,
 }
-# The rows of README's results table: what the record calls the network, and its checkpoint.
-RECORD = ROOT / "docs" / "results" / "inference" / "settled.json"
+# The rows of README's results table: where the record of the yardstick has them.
+RECORD = ROOT / "docs" / "results" / "yardstick" / "yardstick.json"
 ROWS = {
-    "w/o Pruning": ("dense", "dense.pt"),
-    "w/ Static Pruning only": ("static", "static.pt"),
-    "w/ Static and Dynamic Pruning": ("static with switches", "settled.pt"),
+    "ResNet-56 as others trained it": ("networks", "name", "resnet56"),
+    "pruned to one half, no further training": ("networks", "name", "resnet56 at 50%"),
+    "pruned to one quarter, two epochs": ("networks", "name", "resnet56 at 25%"),
+    "cascade of pruned networks, no loss allowed": ("budgets", "drop", 0.0),
+    "cascade, one percentage point allowed": ("budgets", "drop", 0.01),
 }
 
 
@@ -121,18 +121,19 @@ def _unknown_flags(module: Path, given: tuple[str, ...]) -> str | None:
 
 
 def figures() -> dict[str, tuple[str, ...]]:
-    """What README's results table has to say of each row, from the records and checkpoints that are kept."""
+    """What README's results table has to say of each row, from the record that is kept."""
     record, wanted = json.loads(RECORD.read_text()), {}
-    rows = {row["network"]: row for row in record["rows"] if (row["runtime"], row["batch"]) == ("ONNX Runtime", 1)}
-    for method, (name, file) in ROWS.items():
-        checkpoint, row = load_checkpoint(ROOT / "docs" / "checkpoints" / file), rows[name]
-        cost = network_cost(checkpoint.network(), checkpoint.data["image_size"])
-        accuracy = record["accuracies"][f"ONNX Runtime: {name}"]
-        wanted[method] = (
-            f"{accuracy:.2%}",
-            f"{row['flops'] / 1e9:.3g}",
-            f"{checkpoint.compression(cost):.1%}",
-            f"{row['speedup']:.2f}x",
+    rows = {row["name"]: row for row in record["networks"]}
+    whole = rows[record["reference"]]
+    for label, (kind, key, value) in ROWS.items():
+        row = next(row for row in record[kind] if row[key] == value)
+        names = [value] if kind == "networks" else row["chosen"][0]["members"]
+        wanted[label] = (
+            f"{row['accuracy']:.2%}",
+            f"{row['gflops']:.3f}",
+            f"{whole['gflops'] / row['gflops']:.1f}x",
+            f"{whole['milliseconds']['1'] / row['milliseconds']['1']:.1f}x",
+            f"{sum(rows[name]['parameters'] for name in names):,}",
         )
     return wanted
 
@@ -140,7 +141,7 @@ def figures() -> dict[str, tuple[str, ...]]:
 def wrong_figures() -> list[str]:
     """The rows of README's results table that differ from the records."""
     shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.read_text().splitlines()]
-    found = {cells[0]: tuple(cells[1:5]) for cells in shown if cells and cells[0] in ROWS}
+    found = {cells[0]: tuple(cells[1:6]) for cells in shown if cells and cells[0] in ROWS}
     return [
         f"{method}: {found.get(method)} instead of {wanted}"
         for method, wanted in figures().items()
