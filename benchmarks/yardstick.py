@@ -63,14 +63,20 @@ def main() -> None:
     parser.add_argument("--data_dir", help="data folder")
     parser.add_argument("--img_type", type=image_type, default="png", help="image files to read")
     parser.add_argument("--network", nargs="+", default=[], help="functions that make the networks")
+    parser.add_argument("--times", action="store_true", help="only measure the times of the record again")
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     record = args.out / "yardstick.json"
-    if args.results:
-        record.write_text(json.dumps(measured(args), indent=1))
-    elif not record.exists():
+    if not record.exists() and (args.times or not args.results):
         raise UserError(f"{record} does not exist: give RESULT_DIR, --data_dir and --network to make it")
+    if args.results:
+        for source in args.network:
+            allow(source)
+        data = load_data(args.data_dir, args.img_type, 32, workers=2)
+        test = data.test.to(pick_device())
+        found = json.loads(record.read_text()) if args.times else measured(args, data.name, test)
+        record.write_text(json.dumps(with_times(found, args.results, test), indent=1))
     found = json.loads(record.read_text())
     text = "\n".join(tables(found))
     (args.out / "yardstick.md").write_text(text)
@@ -78,22 +84,18 @@ def main() -> None:
     print(text)
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
+def measured(args: argparse.Namespace, data: str, test: Images) -> dict[str, Any]:
     """The record: single networks, cascades by budget and by share of the FLOPs, what their decisions know."""
-    for source in args.network:
-        allow(source)
-    device = pick_device()
-    data = load_data(args.data_dir, args.img_type, 32, workers=2)
-    test, cache = data.test.to(device), args.results / "yardstick_predictions.pt"
+    cache = args.results / "yardstick_predictions.pt"
     known = torch.load(cache) if cache.exists() else {}
-    paths = list(chain.from_iterable(networks(args.results, data.name, source) for source in args.network))
     singles: list[Row] = []
-    for path in paths:
+    for path in chain.from_iterable(networks(args.results, data, source) for source in args.network):
         key = f"{path.relative_to(args.results)} {path.stat().st_mtime_ns}"
         if key not in known:
             known[key] = predictions_of(path, test)
             torch.save(known, cache)
-        singles.append({**known[key][0], "predictions": Predictions(*known[key][1])})
+        place = str(path.relative_to(args.results))
+        singles.append({**known[key][0], "path": place, "predictions": Predictions(*known[key][1])})
         print(f"{singles[-1]['name']}: {singles[-1]['accuracy']:.2%} at {singles[-1]['gflops']:.4g} GFLOPs", flush=True)
     if len(singles) < 2:
         raise UserError(f"{args.results} holds {len(singles)} networks of {args.network}: run main_prune.py first")
@@ -114,24 +116,29 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         chosen = [best_under(found, share * whole) for found in searched]
         return crossed(chosen, predictions, labels, halves, singles)
 
-    budgets = [{"drop": drop, **row} for drop in DROPS if (row := of_budget(drop))]
-    timed = {row["name"]: load_checkpoint(path).network() for row, path in zip(singles, paths, strict=True)}
-    normalisation = load_checkpoint(paths[reference]).normaliser()
-    for row in budgets:
-        one = row["chosen"][0]
-        members = [Member(timed[name], list(normalisation.mean), list(normalisation.std)) for name in one["members"]]
-        timed[row["drop"]] = (
-            members[0].network if len(members) == 1 else Cascade(members, one["thresholds"], one["answer"])
-        )
-    for row, milliseconds in zip([*singles, *budgets], times(timed, normalisation, test), strict=True):
-        row["milliseconds"] = milliseconds
     return {
         "reference": singles[reference]["name"],
         "networks": singles,
-        "budgets": budgets,
+        "budgets": [{"drop": drop, **row} for drop in DROPS if (row := of_budget(drop))],
         "curve": [{"share": share, **row} for share in SHARES if (row := of_share(share))],
-        "machine": machine(),
     }
+
+
+def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, Any]:
+    """The record with the times of its networks and of the cascades by budget, as chosen on the first half."""
+    checkpoints = {row["name"]: load_checkpoint(results / row["path"]) for row in found["networks"]}
+    timed: dict[Any, Any] = {name: checkpoint.network() for name, checkpoint in checkpoints.items()}
+    normalisation = checkpoints[found["reference"]].normaliser()
+    for row in found["budgets"]:
+        one = row["chosen"][0]
+        members = [Member(timed[name], list(normalisation.mean), list(normalisation.std)) for name in one["members"]]
+        timed[row["drop"]] = (
+            members[0].network if len(members) == 1 else Cascade(members, tuple(one["thresholds"]), one["answer"])
+        )
+    rows = [*found["networks"], *found["budgets"]]
+    for row, milliseconds in zip(rows, times(timed, normalisation, test), strict=True):
+        row["milliseconds"] = milliseconds
+    return {**found, "machine": machine()}
 
 
 def times(networks: dict[Any, Any], normalisation: Normalisation, test: Images) -> list[dict[str, float]]:
