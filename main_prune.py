@@ -247,7 +247,9 @@ def fine_tune(
         train = supervised_epoch(training, batches, rate, title)
         val = evaluate(network, splits.val, stage.normalisation, cost, precision=stage.precision)
         check_finite(network, val, title)
-        every_block = evaluate(network, splits.val, stage.normalisation, cost, all_on, precision=stage.precision)
+        every_block = val
+        if network.switches:
+            every_block = evaluate(network, splits.val, stage.normalisation, cost, all_on, precision=stage.precision)
         progress.step, progress.epoch = progress.step + 1, epoch
         compression = stage.start.compression(cost)
         scalars = epoch_scalars(train, val, every_block, cost.parameters, compression, rate(0.0))

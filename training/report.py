@@ -58,6 +58,7 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     network = placed(best.network(), test.device)
     cost = network_cost(network, best.data["image_size"])
     measured = evaluate(network, test, best.normaliser(), cost)
+    every = evaluate(network, test, best.normaliser(), cost, all_on) if network.switches else measured
     counted = measured.flops_executed if best.stage in DYNAMIC else measured.flops_all
     record = {
         "method": METHODS[best.stage],
@@ -65,7 +66,7 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
         "dataset": best.data["name"],
         **subject(best.architecture),
         "accuracy": measured.accuracy,
-        "accuracy_every_block": evaluate(network, test, best.normaliser(), cost, all_on).accuracy,
+        "accuracy_every_block": every.accuracy,
         "gflops": counted / 1e9,
         "gflops_all": measured.flops_all / 1e9,
         "gflops_executed": measured.flops_executed / 1e9,
