@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.common import append_line, beside, machine, read_lines
 from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
-from models import ResNet, build_network
+from models import ResNet, all_on, build_network
 from training.distillation import distillation_loss_fn
 from training.evaluate import Evaluator
 from training.forward import training_forward
@@ -62,7 +62,7 @@ def main() -> None:
         batches = list(plain_batches(some, 128, NORMALISATION))
         how = Competitor(args.importance, everywhere=True)
         smaller = placed(torch_pruned(trained, how, share * whole, 32, batches), device)
-        reestimate_batch_norms(smaller, batches)
+        reestimate_batch_norms(smaller, batches, all_on)
         before, cost = measured(smaller).accuracy, network_cost(smaller, 32)
         optimiser = sgd(smaller, args.lr, 0.9, 5e-4)
         training = Supervision(
