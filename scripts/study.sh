@@ -14,11 +14,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n 3,12p "$0"; exit 2; }
 size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-png} precision=${PRECISION:-auto}
+more=()  # further settings of stage 2
 at=()  # where the switches end: the fewest FLOPs within one percentage point
 width=32 pixels=32 flops=0.12 rate=0.02 seeds=${3:-1}
 case $size in
 yardstick) depth=56 ;;
-cifar100)  depth=32 first=12 iterations=3 tuning=3 last_tuning=3 third=4 rate=0.01 ;;
+cifar100)  depth=32 first=12 iterations=2 tuning=0 last_tuning=1 third=4 rate=0.01 flops=0.25
+           more=(lr=0.01 fisher_images=2000 max_accuracy_drop=0.05) ;;  # all iterations, for the cascade
 small)     depth=20 pixels=16 first=20 iterations=4 tuning=2 last_tuning=4 third=6 seeds=${3:-3}
            at=(--target_computation 0.8) ;;  # so that all alternatives are compared at as many executed FLOPs
 full)      depth=32 width=64 first=200 iterations=8 tuning=20 last_tuning=40 third=100 ;;
@@ -52,7 +54,7 @@ prune() {  # prune FOLDER MORE...
 }
 second() {  # second FOLDER SEED: the cheapest within one percentage point
     prune "$1" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" "target_flops=$flops" "max_iter=$iterations" \
-        "epochs_start=$tuning" "epochs_end=$last_tuning"
+        "epochs_start=$tuning" "epochs_end=$last_tuning" "${more[@]}"
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
