@@ -125,17 +125,18 @@ def measured(args: argparse.Namespace, data: str, test: Images) -> dict[str, Any
 
 
 def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, Any]:
-    """The record with the times of its networks and of the cascades by budget, as chosen on the first half."""
+    """The record with the times of its networks and of its cascades, as chosen on the first half."""
     checkpoints = {row["name"]: load_checkpoint(results / row["path"]) for row in found["networks"]}
     timed: dict[Any, Any] = {name: checkpoint.network() for name, checkpoint in checkpoints.items()}
     normalisation = checkpoints[found["reference"]].normaliser()
-    for row in found["budgets"]:
+    cascades = [*found["budgets"], *found["curve"]]
+    for number, row in enumerate(cascades):
         one = row["chosen"][0]
         members = [Member(timed[name], list(normalisation.mean), list(normalisation.std)) for name in one["members"]]
-        timed[row["drop"]] = (
+        timed[number] = (
             members[0].network if len(members) == 1 else Cascade(members, tuple(one["thresholds"]), one["answer"])
         )
-    rows = [*found["networks"], *found["budgets"]]
+    rows = [*found["networks"], *cascades]
     for row, milliseconds in zip(rows, times(timed, normalisation, test), strict=True):
         row["milliseconds"] = milliseconds
     return {**found, "machine": machine()}
@@ -240,9 +241,9 @@ def tables(found: dict[str, Any]) -> list[str]:
     lines += ["", f"| cascade: lost at most | accuracy | GFLOPs | fewer FLOPs | {sizes} | members |"]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [f"| {100 * row['drop']:.1f} | {compared(row)} | {members(row)} |" for row in found["budgets"]]
-    lines += ["", "| cascade: FLOPs at most | accuracy | GFLOPs | members |", "|---|---|---|---|"]
-    for row in found["curve"]:
-        lines.append(f"| {row['share']:.1%} | {row['accuracy']:.2%} | {row['gflops']:.3f} | {members(row)} |")
+    lines += ["", f"| cascade: FLOPs at most | accuracy | GFLOPs | fewer FLOPs | {sizes} | members |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    lines += [f"| {row['share']:.1%} | {compared(row)} | {members(row)} |" for row in found["curve"]]
     return [*lines, ""]
 
 

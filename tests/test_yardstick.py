@@ -62,6 +62,6 @@ def test_tables_and_picture():
     text = "\n".join(tables(found))
     assert "| small | 60.00% | 1.000 | 3.0x | 2.0x | 10 |" in text
     assert "| 1.0 | 79.00% | 1.500 | 2.0x | 1.6x | small, large |" in text
-    assert "| 50.0% | 79.00% | 1.500 | small, large |" in text
+    assert "| 50.0% | 79.00% | 1.500 | 2.0x | 1.6x | small, large |" in text
     labels = [line.get_label() for line in draw(found).axes[0].lines]
     assert "cascades of these" in labels and "published" in labels
