@@ -45,12 +45,14 @@ SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.125, 0.1)  # of its
 TIMED_IMAGES, TIMED_SECONDS = 128, 60.0
 # Published for ResNet-56 on CIFAR-10: accuracy, times fewer FLOPs, accuracy before.
 PUBLISHED = {
-    "DepGraph (2301.12900)": ((93.77, 2.13, 93.53), (93.64, 2.57, 93.53)),
+    "DepGraph": ((93.77, 2.13, 93.53), (93.64, 2.57, 93.53)),
     "PPSM": ((93.22, 4.1, 93.44),),
     "CHIP": ((92.43, 3.9, 93.26),),
     "TPP": ((92.35, 3.6, 93.78), (89.63, 11.4, 93.78)),
     "L1, 120 epochs": ((93.74, 2.0, 93.78),),
 }
+
+LABELS = {"DepGraph": (-34, -13), "L1, 120 epochs": (6, -2), "CHIP": (-22, -3)}  # places beside the points
 
 Row = dict[str, Any]
 
@@ -274,16 +276,18 @@ def draw(found: dict[str, Any]) -> Figure:
         for i, (accuracy, times, _) in enumerate(points):
             at = (reference["gflops"] / times, accuracy)
             axis.plot(*at, marker="x", color="#7f7f7f", linestyle="none", label="published" if name == "PPSM" else None)
-            axis.annotate(
-                name if i == 0 else "", at, fontsize=6, color="#555555", xytext=(3, -8), textcoords="offset points"
-            )
+            if i == 0:
+                axis.annotate(name, at, LABELS.get(name, (4, -8)), textcoords="offset points", fontsize=6)
     axis.set_xscale("log")
     ticks = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25]
     axis.set_xticks(ticks, minor=False)
     axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set(
-        xlabel="executed GFLOPs per image (log scale)", ylabel="accuracy on CIFAR-10's test images, %", ylim=(88, 95)
+        xlabel="executed GFLOPs per image (log scale)",
+        ylabel="accuracy on CIFAR-10's test images, %",
+        xlim=(0.015, 0.3),
+        ylim=(89, 95),
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="lower right")
