@@ -306,7 +306,7 @@ def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         if axis.has_data():
             axis.legend(fontsize=7)
-    against_flops.set_ylabel("accuracy on the test images")
+    against_flops.set_ylabel("accuracy")
     return figure
 
 
