@@ -46,17 +46,17 @@ class Settings(RunSettings):
     network: tuple[str, ...] = setting(
         ("resnet",), f"{NETWORK_HELP}; several for a cascade of them", check=check_network
     )
-    networks: tuple[str, ...] = setting((), "checkpoints to choose from; none: the networks that the stages left")
+    networks: tuple[str, ...] = setting((), "checkpoints to choose from; none: all networks of the newest runs")
     max_accuracy_drop: float = setting(
         0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
     )
     target_flops: float = setting(
-        0.0, "share of stage 1's FLOPs to stay under, instead of the accuracy budget; 0: none", low=0, high=1
+        0.0, "largest share of stage 1's FLOPs, used instead of the accuracy budget; 0: none", low=0, high=1
     )
 
 
 def main() -> None:
-    settings = parse_flags(Settings, "Choose a cascade of the networks that the stages left.", resumes=False)[0]
+    settings = parse_flags(Settings, "Choose a cascade from the networks of earlier runs.", resumes=False)[0]
     device = pick_device()
     data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
     for name in filter(is_own, settings.network):
@@ -97,13 +97,13 @@ def validation(data: DataSet, networks: Found) -> Splits:
     for path, checkpoint in others:
         if not same_validation(first.data, checkpoint.data):
             raise UserError(
-                f"{path} and {first_path} have set different validation images aside, so that one was trained on what "
-                f"the other is chosen by: name --networks that were made with the same split"
+                f"{path} and {first_path} have set different validation images aside, so one of them was trained on "
+                f"validation images of the other: name --networks that were made with the same split"
             )
     splits = split_as_before(data, first.data)
     if splits.val_is_test:
         raise UserError(
-            "the networks have set no validation images aside, and nothing is chosen on test images: train stage 1 "
+            "the networks have no validation images, and test images are not used for a choice: train stage 1 "
             "with --val_fraction 0.1"
         )
     return splits

@@ -60,9 +60,9 @@ class Settings(TrainingSettings):
     epochs: int = with_default(TrainingSettings, "epochs", 100)
     lr: float = with_default(TrainingSettings, "lr", 0.001)
     bs: int = with_default(TrainingSettings, "bs", 256)
-    checkpoint: str = path_setting("", "network to start from; empty: the smallest of stage 2 within the budget")
+    checkpoint: str = path_setting("", "checkpoint to start from; empty: the smallest of stage 2 within the budget")
     alpha: float = setting(
-        0.1, "reward for skipping every block, in nats of cross-entropy; where steering starts", low=0
+        0.1, "initial reward for skipping every block, in nats of cross-entropy; then adjusted", low=0
     )
     recipe: str = setting(
         "default",
@@ -70,17 +70,15 @@ class Settings(TrainingSettings):
         "no baseline, no distillation",
         choices=RECIPES,
     )
-    gamma: float = setting(1.0, "discount of what follows a decision", low=0, high=1)
+    gamma: float = setting(1.0, "discount factor of later rewards", low=0, high=1)
     closing: float = setting(
         0.33, "share of the epochs, at the end, in which the gates are frozen and only the network trains",
         low=0, high=1,
     )  # fmt: skip
     gate_lr: float = setting(0.01, "initial learning rate of the gates (Adam)", low=0)
-    rl_weight: float = setting(
-        0.1, "weight of the policy loss; it and the cross-entropy are means over the batch", low=0
-    )
+    rl_weight: float = setting(0.1, "weight of the policy loss; both losses are means over the batch", low=0)
     distill: float = setting(
-        0.5, "weight of distillation from the network that stage 3 started from, every block run", low=0, high=1
+        0.5, "weight of distillation from the network that stage 3 started from, with every block run", low=0, high=1
     )
     batch_norm: str = setting(
         "frozen",
@@ -91,11 +89,11 @@ class Settings(TrainingSettings):
         0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
     )
     target_computation: float | None = setting(
-        None, "steer to this share of executed FLOPs instead of to the accuracy", low=0, high=1
+        None, "aim at this share of executed FLOPs instead of at the accuracy budget", low=0, high=1
     )
     settle: float = setting(
         0.5,
-        "a switch may be fixed at the end if it decides the same for at least this share of the images",
+        "a switch may be fixed at the end if it decides the same for at least this share of validation images",
         low=0.5,
         high=1,
     )

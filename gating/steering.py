@@ -37,7 +37,7 @@ class Budget:
         target = self.target_computation
         if target is not None and target < 1 - cost.skippable:
             raise UserError(
-                f"--target_computation {target} is out of reach: with every switch closed {1 - cost.skippable:.3f} of "
+                f"--target_computation {target} is out of reach: with every switch off, {1 - cost.skippable:.3f} of "
                 f"the FLOPs are left; raise it"
             )
 

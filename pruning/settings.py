@@ -41,25 +41,25 @@ class Method:
     )
     decomposition: str = setting(
         "best",
-        "form that eigendamage gives a layer: 1x1 - core - 1x1 in the subspaces that lose least (tucker), a depthwise "
+        "forms that eigendamage can give a layer: 1x1 - core - 1x1 with the smallest loss (tucker), a depthwise "
         "separable layer (depthwise), the better of both (best), or single directions one by one, as published "
         "(truncate)",
         choices=DECOMPOSITIONS,
     )
     objective: str = setting(
         "flops",
-        "without a target, prune_ratio is a share of the FLOPs or of the parameters; saliency, with truncate and "
-        "channels: of directions or channels, which then compete under one threshold, as published, also with a target",
+        "what prune_ratio is a share of: FLOPs or parameters; saliency (only with truncate or channels): directions or "
+        "channels, ranked under one threshold as published, also with a target",
         choices=OBJECTIVES,
     )
     round_to: int = setting(
         16,
-        "kept ranks and channels are raised to multiples of this; of less where a layer has few channels",
+        "kept ranks and channels are rounded up to multiples of this; to smaller ones if a layer has few channels",
         low=1,
         high=MOST_CHANNELS,
     )
     prune_ratio_limit: float = setting(
-        0.9, "largest share of its directions that a side of a layer may lose in total", low=0, below=1
+        0.9, "largest share of a layer's input or output directions that may be removed in total", low=0, below=1
     )
     normalize: bool = setting(
         False, "rank single directions or channels by their share of the layer's saliency, not by the saliency"
@@ -123,38 +123,43 @@ class PruneSettings(Method, StageSettings):
     )
     no_flip: bool = setting(False, "for a network of your own: do not mirror images in fine-tuning")
     batch_size: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
-    lr: float = setting(0.02, "learning rate at the start of each fine-tuning", low=0)
+    lr: float = setting(0.02, "initial learning rate of each fine-tuning", low=0)
     scheduler_params: dict = setting(
         {"name": "cosine"}, 'schedule of each fine-tuning: {"name": "cosine"}, or "step" with milestones and gamma'
     )
-    epochs_start: int = setting(10, "epochs of fine-tuning while nothing is removed yet", low=0, high=MOST_EPOCHS)
+    epochs_start: int = setting(10, "epochs of fine-tuning when little has been removed", low=0, high=MOST_EPOCHS)
     epochs_end: int = setting(
-        40, "epochs of fine-tuning when everything is removed; interpolated by compression", low=0, high=MOST_EPOCHS
+        40, "epochs of fine-tuning when nearly everything has been removed", low=0, high=MOST_EPOCHS
     )
     prune_ratio: float = setting(
         0.3,
-        "without a target: share of the FLOPs that one iteration takes away, or of what objective names",
+        "without a target: share of the FLOPs (or of what objective names) that one iteration removes",
         low=0,
         below=1,
     )
     target_flops: float = setting(
-        0.0, "FLOPs after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0
+        0.0, "FLOPs after the last iteration: up to 1, a share of stage 1's; above 1, their number; 0: no target", low=0
     )
     target_parameters: float = setting(
-        0.0, "parameters after the last iteration, a share of stage 1's up to 1, else their number; 0: no target", low=0
+        0.0,
+        "parameters after the last iteration: up to 1, a share of stage 1's; above 1, their number; 0: no target",
+        low=0,
     )
     fisher_images: int = setting(3000, "training images for the Fisher (all, if there are fewer)", low=1, high=10**9)
     reestimate_batch_norm: bool = setting(
         True, "measure the batch norms' statistics again after surgery, on the images of the Fisher (without refit)"
     )
     distill: float = setting(
-        0.5, "weight of distillation from stage 1's network in fine-tuning; the rest is the labels'", low=0, high=1
+        0.5,
+        "weight of distillation from stage 1's network in fine-tuning; the labels have the remaining weight",
+        low=0,
+        high=1,
     )
     max_iter: int = setting(8, "iterations of prune, fine-tune, measure", low=1, high=10**4)
     max_accuracy_drop: float = setting(
         0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
     )
-    log_interval: int = setting(1, "fine-tuning epochs between lines of the log", low=1, high=MOST_EPOCHS)
+    log_interval: int = setting(1, "epochs of fine-tuning between two lines of the log", low=1, high=MOST_EPOCHS)
     exp_name: str = setting("", "name added to the folder of the run")
 
     def __post_init__(self) -> None:

@@ -161,7 +161,7 @@ def test_targets_out_of_reach_are_refused_before_anything_is_measured(chain, sha
     with pytest.raises(UserError, match=r"target_flops asks for .* FLOPs, but .* can leave no fewer than"):
         run("pruned", [*given, "--set=target_flops=0.01"], monkeypatch)
     given = arguments("rl_pruned", shapes, tmp_path, str(run_folder(chain, "pruned") / BEST))
-    with pytest.raises(UserError, match=r"--target_computation 0\.01 is out of reach: with every switch closed"):
+    with pytest.raises(UserError, match=r"--target_computation 0\.01 is out of reach: with every switch off"):
         run("rl_pruned", [*given, "--target_computation", "0.01"], monkeypatch)
     assert not list(tmp_path.iterdir())
 

@@ -104,7 +104,7 @@ class RunSettings:
     resize: int = setting(32, "height and width of the resized images", low=8, high=MOST_PIXELS)
     num_workers: int = setting(16, "threads that decode images", low=0, high=1024)
     seed: int = setting(
-        0, "seed of weights, order, augmentation, random gradients and decisions", low=0, high=MOST_SEED
+        0, "seed of the initial weights, order of images, augmentation and drawn decisions", low=0, high=MOST_SEED
     )
 
 
@@ -112,7 +112,7 @@ class RunSettings:
 class StageSettings(RunSettings):
     """What all three stages take."""
 
-    momentum: float = setting(0.9, "momentum of SGD, Nesterov's form", low=0, below=1)
+    momentum: float = setting(0.9, "Nesterov momentum of SGD", low=0, below=1)
     weight_decay: float = setting(0.0005, "L2 penalty on all weights except the gates'", low=0)
     precision: str = setting(
         "auto",
@@ -128,10 +128,10 @@ class TrainingSettings(StageSettings):
     """What stages 1 and 3 take, with the defaults of stage 1."""
 
     epochs: int = setting(200, "passes over the training images", low=1, high=MOST_EPOCHS)
-    lr: float = setting(0.1, "learning rate at the start", low=0)
+    lr: float = setting(0.1, "initial learning rate", low=0)
     schedule: str = setting("cosine", "cosine to 0, or step: x0.1 at 50 % and 75 % of the epochs", choices=SCHEDULES)
     bs: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
-    download: bool = setting(False, "fetch CIFAR-100 (CIFAR-10 by the folder's name) if missing")
+    download: bool = setting(False, "download CIFAR-100 (CIFAR-10 if the folder's name says so) if missing")
 
 
 def keys(cls: type) -> list[Field]:
