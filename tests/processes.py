@@ -174,8 +174,10 @@ SHORT = {
 
 
 def chain(data: Path, results: Path) -> None:
+    """The three stages; orthogonal steps would magnify rounding from one step to the next, plain ones do not."""
     for stage in SCRIPTS:
-        run_stage(stage, [*arguments(stage, data, results), *SHORT[stage]])
+        plain = ["--optimiser", "sgd"] if stage == "sp" else []
+        run_stage(stage, [*arguments(stage, data, results), *SHORT[stage], *plain])
 
 
 def lose(given: list[str]) -> None:

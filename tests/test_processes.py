@@ -107,13 +107,14 @@ def test_the_three_stages(two, shapes: Path, tmp_path: Path, monkeypatch: pytest
         for name in (BEST, LAST):
             a, b = (torch.load(path / name, weights_only=True) for path in (folder, alone))
             assert a["architecture"] == b["architecture"], f"{stage}: the same ranks"
-            # The gates' Adam makes steps of one size of gradients of any size, rounding included.
-            tolerance = {"rtol": 2e-3, "atol": 2e-3} if stage == "rl_pruned" else {}
+            # Decompositions and least squares magnify rounding, and so does the gates' Adam, whose steps are of one size
+            # for gradients of any size.
+            tolerance = {} if stage == "sp" else {"rtol": 2e-3, "atol": 3e-3}
             assert_close(a["weights"], b["weights"], f"{stage}.{name}", **tolerance)
             assert_close(a["progress"], b["progress"], f"{stage}.{name}")
             if name == LAST:
                 # Momentum is of the size of gradients, a hundred times that of the steps that the weights have taken.
-                assert_close(a["training"], b["training"], f"{stage}.{name}", rtol=0.05, atol=5e-2)
+                assert_close(a["training"], b["training"], f"{stage}.{name}", rtol=0.05, atol=3e-2)
 
 
 def test_a_process_that_dies_ends_the_run_which_can_be_resumed(chain: Path, shapes: Path, tmp_path: Path):
