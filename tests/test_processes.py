@@ -107,8 +107,8 @@ def test_the_three_stages(two, shapes: Path, tmp_path: Path, monkeypatch: pytest
         for name in (BEST, LAST):
             a, b = (torch.load(path / name, weights_only=True) for path in (folder, alone))
             assert a["architecture"] == b["architecture"], f"{stage}: the same ranks"
-            # Decompositions and least squares magnify rounding, and so does the gates' Adam, whose steps are of one size
-            # for gradients of any size.
+            # Decompositions and least squares magnify rounding, and so does the gates' Adam, whose steps are of one
+            # size for gradients of any size.
             tolerance = {} if stage == "sp" else {"rtol": 2e-3, "atol": 3e-3}
             assert_close(a["weights"], b["weights"], f"{stage}.{name}", **tolerance)
             assert_close(a["progress"], b["progress"], f"{stage}.{name}")
