@@ -1,0 +1,163 @@
+"""``compress`` on every classification network of torchvision that has at most 100 million parameters.
+
+    python -m benchmarks.torchvision_models --out torchvision_models
+
+Weights are random.  Each network is compressed to a share of its FLOPs on two batches, exported, and checked: against
+the budget, the shape of its outputs, and ONNX Runtime.  The memory it takes is compared with that of a training step.
+Each measurement has a process of its own.  Finished ones are kept in OUT.jsonl, so that the same command goes on; the
+table is written to OUT.md.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.common import append_line, read_lines
+from deploy.general import general_model
+from pruning import compress
+from utils.data.augment import Normalisation
+from utils.errors import UserError, run_command
+from utils.flops import network_cost
+
+MOST_PARAMETERS = 100e6
+CLASSES = 10
+BATCHES = 2
+BATCH = 8
+WITHIN = 0.02  # of the budget
+SLOW_TO_INITIALISE = ("googlenet", "inception_v3")  # minutes of truncated normal numbers
+NORMALISATION = Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="torchvision's networks through compress.", allow_abbrev=False)
+    parser.add_argument("--flops", type=float, default=0.7, help="share of the FLOPs to compress to")
+    parser.add_argument("--only", nargs="+", help="names of networks (default: all)")
+    parser.add_argument("--out", default="torchvision_models", help="path of the results, without suffix")
+    args = parser.parse_args()
+    path = Path(args.out).with_suffix(".jsonl")
+    for name in args.only or small_enough():
+        if any(row["network"] == name for row in read_lines(path)):
+            continue
+        row = in_own_process(compressed, name, args.flops)
+        row |= {"network": name, "step_bytes": in_own_process(training_step, name, args.flops)["bytes"]}
+        append_line(path, row)
+        print(line(row), flush=True)
+    rows = read_lines(path)
+    Path(args.out).with_suffix(".md").write_text(table(rows, args.flops))
+
+
+def small_enough() -> list[str]:
+    """The names of the networks, those with the fewest parameters first."""
+    names = torchvision.models.list_models(torchvision.models)
+    counts = {name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"] for name in names}
+    return sorted((name for name in names if counts[name] <= MOST_PARAMETERS), key=counts.__getitem__)
+
+
+def in_own_process(measure: Callable[[str, float], dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """What ``measure(*given)`` returns; its ``bytes`` are the memory that its process needed at most."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result = measure(*given)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sender.send(result | {"bytes": 1024 * (peak - before)})
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise UserError(f"the process that measured {given[0]} ended: see above") from None
+    finally:
+        process.join()
+
+
+def network_of(name: str) -> nn.Module:
+    """The network with random weights and ``CLASSES`` outputs."""
+    torch.manual_seed(0)
+    given = {"init_weights": False} if name in SLOW_TO_INITIALISE else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **given)
+
+
+def image_size(name: str) -> int:
+    """Height and width: those of vision transformers and of Inception are fixed by their weights or their strides."""
+    return 224 if name.startswith(("vit_", "maxvit")) else 96 if name == "inception_v3" else 64
+
+
+def images(name: str) -> list[tuple[Tensor, Tensor]]:
+    x = torch.randn(BATCHES * BATCH, 3, image_size(name), image_size(name), generator=torch.Generator().manual_seed(0))
+    return [(part, torch.arange(BATCH) % CLASSES) for part in x.split(BATCH)]
+
+
+def scores(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def compressed(name: str, share: float) -> dict[str, Any]:
+    """What became of the network."""
+    network, size = network_of(name), image_size(name)
+    before = network_cost(network.eval(), size)
+    start = time.perf_counter()
+    smaller = compress(network, lambda: images(name), flops=share, decomposition="tucker").eval()
+    row: dict[str, Any] = {"seconds": time.perf_counter() - start, "size": size, "flops": before.flops}
+    after = network_cost(smaller, size)
+    row |= {"smaller_flops": after.flops, "parameters": before.parameters, "smaller_parameters": after.parameters}
+    with torch.no_grad():
+        outputs = scores(smaller(images(name)[0][0]))
+    if outputs.shape != (BATCH, CLASSES) or not outputs.isfinite().all():
+        raise UserError(f"{name} compressed returns {list(outputs.shape)}, or scores that are not finite")
+    try:
+        row["deviation"] = general_model(copy.deepcopy(smaller), NORMALISATION, size, size)[1]
+    except UserError as error:
+        row["not_exported"] = str(error)
+    return row
+
+
+def training_step(name: str, _: float) -> dict[str, Any]:
+    """A step of SGD with momentum on one batch, as memory is compared with it."""
+    network = network_of(name).train()
+    x, labels = images(name)[0]
+    optimiser = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
+    F.cross_entropy(scores(network(x)), labels).backward()
+    optimiser.step()
+    return {}
+
+
+def line(row: dict[str, Any]) -> str:
+    exported = f"{row['deviation']:.0e}" if "deviation" in row else "no"
+    return (
+        f"| {row['network']} | {row['size']} | {row['flops'] / 1e9:.3f} | {row['smaller_flops'] / row['flops']:.1%} "
+        f"| {row['smaller_parameters'] / row['parameters']:.1%} | {exported} "
+        f"| {row['bytes'] / max(1, row['step_bytes']):.1f} | {row['seconds']:.0f} |"
+    )
+
+
+def table(rows: list[dict[str, Any]], share: float) -> str:
+    """Every network, and how many landed within the budget and were exported."""
+    near = sum(abs(row["smaller_flops"] / row["flops"] / share - 1) <= WITHIN for row in rows)
+    exported = sum("deviation" in row for row in rows)
+    head = [
+        f"{len(rows)} networks to {share:.0%} of their FLOPs: {near} within {WITHIN:.0%} of the budget, "
+        f"{exported} exported.",
+        "",
+        "| network | pixels | GFLOPs | FLOPs left | parameters left | ONNX deviates | memory / step | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *map(line, rows), ""])
+
+
+if __name__ == "__main__":
+    run_command(main)
