@@ -30,6 +30,7 @@ from utils.data.images import Images
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.settings import image_type, number
+from utils.sizes import Size, height_width
 
 CHECKED_IMAGES = 256
 
@@ -101,11 +102,11 @@ def accuracy(model: onnx.ModelProto, images: Images, batch_size: int = 256) -> f
     return float((np.concatenate(answers) == images.labels.numpy()).mean())
 
 
-def random_pixels(count: int, size: int) -> Tensor:
-    """uint8 images [count, 3, size, size]: noise of many strengths, to reach many decisions."""
+def random_pixels(count: int, size: Size) -> Tensor:
+    """uint8 images [count, 3, H, W]: noise of many strengths, to reach many decisions."""
     generator = torch.Generator().manual_seed(0)
     colour, strength = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
-    noise = torch.randn(count, 3, size, size, generator=generator)
+    noise = torch.randn(count, 3, *height_width(size), generator=generator)
     return (255 * (colour + strength * noise)).clamp(0, 255).to(torch.uint8)
 
 

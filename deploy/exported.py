@@ -10,6 +10,7 @@ from deploy.general import general_model
 from deploy.graphs import onnx_model
 from models import Cascade, OwnNetwork, ResNet
 from utils.data.augment import Normalisation
+from utils.sizes import Size, height_width
 
 Finish = Callable[[onnx.ModelProto], onnx.ModelProto]
 
@@ -17,7 +18,7 @@ Finish = Callable[[onnx.ModelProto], onnx.ModelProto]
 def exported_model(
     network: ResNet | OwnNetwork | Cascade,
     normalisation: Normalisation,
-    image_size: int,
+    image_size: Size,
     switches: bool = True,
     finish: Finish | None = None,
 ) -> onnx.ModelProto:
@@ -32,7 +33,7 @@ def exported_model(
         graphs = [exported_model(*member, image_size, switches, finish) for member in members(network)]
         return cascade_model(graphs, network.thresholds, network.answer)
     if isinstance(network, OwnNetwork):
-        model, _ = general_model(network.network, normalisation, image_size, image_size)
+        model, _ = general_model(network.network, normalisation, *height_width(image_size))
         return model if finish is None else finish(model)
     folded = deployable(network, normalisation)
     model = onnx_model(folded if switches else without_switches(folded), image_size)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from deploy.trace import TRACED_BATCH, Graph, named
 from models import ResNet
 from models.resnet import BasicBlock
+from utils.sizes import Size, height_width
 
 SWITCH, BLOCK = "switch_", "block_"  # starts of the names of a gate's and a block's nodes, its number behind
 OPSET, IR_VERSION = 18, 9  # read by ONNX Runtime 1.14 (2023) and later
@@ -17,7 +18,7 @@ IMAGES, LOGITS, PROBABILITIES, DECISIONS = "images", "logits", "probabilities", 
 
 
 @torch.no_grad()
-def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
+def onnx_model(network: ResNet, image_size: Size) -> onnx.ModelProto:
     """The graph: uint8 images [N, 3, H, W] to logits [N, classes] and, with K switches, what they decided, [N, K].
 
     Each switched block is computed only on the images whose decision is 1.
@@ -26,7 +27,7 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
         network: takes uint8 images, see ``deploy.folding.taking_pixels``.
     """
     graph = Graph(IMAGES)
-    pixels = torch.zeros(TRACED_BATCH, 3, image_size, image_size, dtype=torch.uint8)
+    pixels = torch.zeros(TRACED_BATCH, 3, *height_width(image_size), dtype=torch.uint8)
     x, example = graph.traced(lambda x: F.relu(network.stem(x)), (IMAGES, pixels))
     constants = {on: _constant_column(graph, on) for on in set(network.fixed_switches.values())}
     probabilities, state = [], None
@@ -65,7 +66,7 @@ def onnx_model(network: ResNet, image_size: int) -> onnx.ModelProto:
     body = helper.make_graph(
         graph.nodes,
         "switched_resnet",
-        [helper.make_tensor_value_info(IMAGES, TensorProto.UINT8, ["N", 3, image_size, image_size])],
+        [helper.make_tensor_value_info(IMAGES, TensorProto.UINT8, ["N", 3, *height_width(image_size)])],
         [helper.make_tensor_value_info(o, TensorProto.FLOAT, ["N", n]) for o, (_, n) in outputs.items()],
         graph.initializers,
     )

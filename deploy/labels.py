@@ -13,6 +13,7 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
+from utils.sizes import Size, parse_size
 
 NETWORK_HELP = "functions of networks of your own that the checkpoint may call, as main_prune.py was given them"
 FORMAT = "switched-resnet-onnx-1"
@@ -25,7 +26,7 @@ class Labels:
     """What a prediction needs of labels.json."""
 
     classes: list[str]
-    image_size: int
+    image_size: Size
     flops: float  # of one image with every block run
     flops_of_switched_blocks: list[float]
     fixed_blocks: list[int] = field(default_factory=list)  # whose switch no longer decides, counted from 1
@@ -62,7 +63,7 @@ def describe(checkpoint: Checkpoint, network: ResNet | Cascade) -> dict[str, Any
     }
 
 
-def _flops_run(network: ResNet | OwnNetwork, normalisation: Normalisation, image_size: int) -> int:
+def _flops_run(network: ResNet | OwnNetwork, normalisation: Normalisation, image_size: Size) -> int:
     """FLOPs of an image with every remaining block run."""
     if isinstance(network, OwnNetwork):
         return network_cost(network, image_size).flops
@@ -83,6 +84,7 @@ def read_labels(folder: Path) -> Labels:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
+        parse_size(content["image_size"])
         return Labels(**{key: content[key] for key in Labels.__dataclass_fields__ if key in content})
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give the folder that python -m deploy.export wrote") from None

@@ -23,6 +23,7 @@ from models import Cascade, OwnNetwork, allow
 from utils.data.images import read_image
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import load_checkpoint
+from utils.sizes import height_width
 
 # uint8 [1, 3, H, W] to logits [classes] and decisions [K]; K is 0 for a network without switches.
 Classifier = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -93,7 +94,7 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
     session = open_session(path)
     takes, gives = session.get_inputs()[0], session.get_outputs()[0]
     if (takes.name, takes.shape[1:], gives.name, gives.shape[1:]) != (
-        "images", [3, labels.image_size, labels.image_size], "logits", [len(labels.classes)],
+        "images", [3, *height_width(labels.image_size)], "logits", [len(labels.classes)],
     ):  # fmt: skip
         raise UserError(f"{path} does not fit the labels.json beside it: export the network again")
 

@@ -23,6 +23,7 @@ from pruning.settings import EIGENBASIS_CRITERIA, Method
 from pruning.survey import Survey, survey
 from utils.errors import UserError
 from utils.flops import NetworkCost, cost_on, network_cost
+from utils.sizes import Size, height_width
 
 
 def compress(
@@ -101,7 +102,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
 
 
 def check_goal(
-    network: nn.Module, image_size: int, goal: Goal, method: Method, forward: Forward = nn.Module.__call__
+    network: nn.Module, image_size: Size, goal: Goal, method: Method, forward: Forward = nn.Module.__call__
 ) -> None:
     """Refuse budgets that ``network`` cannot be brought to, before anything is measured.
 
@@ -109,7 +110,7 @@ def check_goal(
         UserError: says what can be reached, and which setting prevents more.
     """
     cost, parameter = network_cost(network, image_size), next(network.parameters())
-    found = survey(network, parameter.new_zeros(2, 3, image_size, image_size), forward)
+    found = survey(network, parameter.new_zeros(2, 3, *height_width(image_size)), forward)
     short = shortfall(goal, *_reachable(network, found, cost, method))
     if short is None:
         return

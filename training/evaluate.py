@@ -17,6 +17,7 @@ from utils.device import mixed_precision
 from utils.errors import UserError
 from utils.flops import NetworkCost, network_cost
 from utils.modes import evaluation_mode
+from utils.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Evaluator:
 
     images: Images
     normalisation: Normalisation
-    image_size: int  # height and width of the images
+    image_size: Size
     precision: torch.dtype = torch.float32  # of products, from ``utils.device.pick_precision``
 
     def __call__(self, network: ResNet, decide: DecisionRule = thresholded) -> Evaluation:

@@ -19,6 +19,7 @@ from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint, data_entry, describe, load_checkpoint, save_checkpoint
 from utils.runs.run import BEST, Run, stage_folder
 from utils.settings import as_dictionary
+from utils.sizes import height_width, shown_size
 
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the weights
 
@@ -79,13 +80,13 @@ def given_network(settings: Any, classes: int) -> OwnNetwork:
     size = settings.resize
     try:
         with torch.no_grad():
-            outputs = network(torch.zeros(2, 3, size, size)).logits
+            outputs = network(torch.zeros(2, 3, *height_width(size))).logits
     except ValueError as error:
         raise UserError(f"{settings.network}: {error}") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{settings.network} cannot take images of {size}x{size} pixels ({reason}): change resize"
+            f"{settings.network} cannot take images of {shown_size(size)} pixels ({reason}): change resize"
         ) from error
     if outputs.shape[1] != classes:
         raise UserError(

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import Cascade, OwnNetwork, ResNet, all_on, build_network
 from utils.modes import evaluation_mode
+from utils.sizes import Size, height_width
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,18 @@ class NetworkCost:
         return self.flops - saved
 
 
-def network_cost(network: nn.Module, image_size: int | tuple[int, int]) -> NetworkCost:
+def network_cost(network: nn.Module, image_size: Size) -> NetworkCost:
     """Measure the cost of ``network`` for images of three channels and ``image_size`` pixels, on a blank image.
 
     Blocks that fixed switches have removed count with their FLOPs, but not with their parameters: so the computation
     stays comparable whether switches are fixed or not.
 
     Args:
-        image_size: of a square, or height and width.
+        image_size: see ``utils.sizes``.
     """
     if isinstance(network, Cascade):
         return _cascade_cost([network_cost(member, image_size) for member in network.members])
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = height_width(image_size)
     parameter = next(network.parameters())
     blank = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
     if isinstance(network, ResNet):

@@ -14,13 +14,13 @@ from models import NETWORKS, check_depth, is_own
 from utils.data.listing import IMAGE_TYPES
 from utils.device import PRECISIONS
 from utils.errors import UserError
+from utils.sizes import Size, parse_size
 
 SCHEDULES = ("cosine", "step")  # of learning rates, see ``training.optimisers``
 
 # Settings that may change when a run is resumed: its outcome stays the same, except for rounding.
 NOT_COMPARED = ("download", "num_workers", "data_dir", "result_dir", "compile")
 
-MOST_PIXELS = 2048  # a side of an image: beyond it the features of one image fill gigabytes
 MOST_IMAGES = 2**24  # in a batch; all there are, if there are fewer
 MOST_CHANNELS = 2**10
 MOST_EPOCHS = 10**6
@@ -53,6 +53,7 @@ def setting(
     below: float | None = None,
     choices: Sequence[str] | None = None,
     check: Callable[[Any], None] | None = None,
+    parse: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A field of a settings class.
 
@@ -62,8 +63,9 @@ def setting(
         low, high, below: its range, low <= value <= high and value < below.
         choices: the values that it takes.
         check: raises ValueError for an invalid value.
+        parse: makes the value from what is on the command line or in the file; raises ValueError.
     """
-    rule = {"help": help, "low": low, "high": high, "below": below, "choices": choices, "check": check}
+    rule = {"help": help, "low": low, "high": high, "below": below, "choices": choices, "check": check, "parse": parse}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=rule)
     return field(default=default, metadata=rule)
@@ -101,7 +103,7 @@ class RunSettings:
     data_dir: str = path_setting(MISSING, "folder with train/ and test/, or with the CIFAR files of torchvision")
     result_dir: str = path_setting("results", "folder that all stages write to")
     img_type: str = setting("any", "image files to read", choices=tuple(IMAGE_TYPES))
-    resize: int = setting(32, "height and width of the resized images", low=8, high=MOST_PIXELS)
+    resize: Size = setting(32, "size of the resized images, as 32, or height and width as 224x160", parse=parse_size)
     num_workers: int = setting(16, "threads that decode images", low=0, high=1024)
     seed: int = setting(
         0, "seed of the initial weights, order of images, augmentation and drawn decisions", low=0, high=MOST_SEED
@@ -196,6 +198,8 @@ def parse_flags(cls: type[Settings], description: str, resumes: bool = True) -> 
 
 def _metavar(f: Field) -> str:
     choices = f.metadata["choices"]
+    if f.metadata["parse"]:
+        return "SIZE"
     return "{" + ",".join(choices) + "}" if choices else _kind(f).__name__.upper()
 
 
@@ -207,7 +211,7 @@ def _kind(f: Field) -> type:
 def _flag_type(kind: type, name: str, rule: Mapping[str, Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
+            value = text if rule["parse"] else kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
         try:
@@ -236,6 +240,8 @@ def checked_value(name: str, value: Any, rule: Mapping[str, Any]) -> Any:
     """
     if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
         raise ValueError(f"{name} is {value!r}: it takes text in UTF-8 without zero bytes")
+    if rule["parse"]:
+        return rule["parse"](value)
     if rule["choices"] and isinstance(value, str):
         lowered = value.lower()
         if lowered not in rule["choices"]:
@@ -323,7 +329,8 @@ def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Setting
             raise UserError(f"unknown key {key!r} in the settings: did you mean {near[0]!r}?")
         kind = known[key].type
         accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        parsed = known[key].metadata["parse"] is not None
+        if not parsed and (not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)):
             raise UserError(
                 f"{key} is {reprlib.repr(value)}, a {type(value).__name__}: it takes a value of type {kind.__name__}"
             )

@@ -5,6 +5,7 @@ files that torchvision downloads (``cifar-100-python`` or ``cifar-10-batches-py`
 into memory are decoded batch by batch instead; the batches are the same.
 """
 
+import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from utils.data.identity import fingerprints
 from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, read_image
 from utils.data.listing import find_classes, find_files, find_parts, folder_name, notes_on
 from utils.errors import UserError
+from utils.sizes import Size, height_width
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class DataSet:
         return {part: fingerprints(images) for part, images in parts.items() if images is not None}
 
 
-def load_data(folder: str, image_type: str, size: int, workers: int, download: bool = False) -> DataSet:
+def load_data(folder: str, image_type: str, size: Size, workers: int, download: bool = False) -> DataSet:
     """Read a data set.
 
     Args:
         folder: the data folder.
         image_type: one of ``IMAGE_TYPES``; ignored for CIFAR's own files.
-        size: height and width of the resized images.
+        size: of the resized images, see ``utils.sizes``.
         workers: threads that decode.
         download: fetch CIFAR-100 or CIFAR-10 (by the folder's name) through torchvision if the folder has no images.
 
@@ -76,7 +78,7 @@ def load_data(folder: str, image_type: str, size: int, workers: int, download: b
     return data
 
 
-def _load(root: Path, image_type: str, size: int, workers: int, download: bool) -> tuple[DataSet, list[str]]:
+def _load(root: Path, image_type: str, size: Size, workers: int, download: bool) -> tuple[DataSet, list[str]]:
     """The data, and notes on what was not read."""
     name = folder_name(root.resolve())
     cifar = [folder for folder in CIFAR_FOLDERS.values() if (root / folder).is_dir()]
@@ -102,7 +104,7 @@ def _load(root: Path, image_type: str, size: int, workers: int, download: bool) 
     classes = find_classes(parts)
     left_out: Counter[str] = Counter()
     found = {part: find_files(path, classes, image_type, left_out) for part, path in parts.items()}
-    needed = sum(len(files) for files, _ in found.values()) * 3 * size * size
+    needed = sum(len(files) for files, _ in found.values()) * 3 * math.prod(height_width(size))
     limit = memory.HOST_SHARE * memory.available_memory() / parallel.local_world_size()
     if needed > limit:
         sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
@@ -113,12 +115,12 @@ def _load(root: Path, image_type: str, size: int, workers: int, download: bool) 
     return data, fetched + notes_on(root, others, left_out)
 
 
-def _streamed(files: list[Path], labels: Tensor, size: int, workers: int) -> FetchedSet:
+def _streamed(files: list[Path], labels: Tensor, size: Size, workers: int) -> FetchedSet:
     return FetchedSet(ImageFiles(files, size, workers), torch.arange(len(files)), labels, torch.device("cpu"))
 
 
-def _decoded(folder: Path, files: list[Path], labels: Tensor, size: int, workers: int) -> ImageSet:
-    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
+def _decoded(folder: Path, files: list[Path], labels: Tensor, size: Size, workers: int) -> ImageSet:
+    pixels = np.empty((len(files), 3, *height_width(size)), dtype=np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         decoded = pool.map(lambda path: read_image(path, size), files)
         try:
@@ -138,7 +140,7 @@ def _decoded(folder: Path, files: list[Path], labels: Tensor, size: int, workers
     return ImageSet(torch.from_numpy(pixels), labels)
 
 
-def _resized(pixels: np.ndarray, size: int) -> Tensor:
-    if pixels.shape[1] != size:
+def _resized(pixels: np.ndarray, size: Size) -> Tensor:
+    if pixels.shape[1:3] != height_width(size):
         pixels = np.stack([np.asarray(in_rgb(Image.fromarray(image), size)) for image in pixels])
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))

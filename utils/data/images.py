@@ -18,6 +18,7 @@ from torch import Tensor
 
 from utils.data.memory import fits_on
 from utils.errors import UserError
+from utils.sizes import Size, height_width
 
 BITS_PER_SAMPLE = 258  # tag of a TIFF
 SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit images Pillow may give 32 bits a pixel
@@ -101,7 +102,7 @@ class ImageFiles:
     """Images in files, where they do not fit into memory at all."""
 
     paths: Sequence[Path]  # of all images
-    size: int  # height and width of the resized images
+    size: Size  # of the resized images
     workers: int
     place = "decoded batch by batch"
 
@@ -109,7 +110,7 @@ class ImageFiles:
         waiting = [pool.submit(read_image, self.paths[i], self.size) for i in members.tolist()]
 
         def arrived() -> Tensor:
-            pixels = np.empty((len(waiting), 3, self.size, self.size), dtype=np.uint8)
+            pixels = np.empty((len(waiting), 3, *height_width(self.size)), dtype=np.uint8)
             for i, future in enumerate(waiting):
                 pixels[i] = future.result().transpose(2, 0, 1)
             return torch.from_numpy(pixels)
@@ -174,8 +175,8 @@ class FetchedSet:
 Images = ImageSet | FetchedSet
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The image as uint8 [size, size, 3] in RGB, upright as its EXIF orientation says, transparency over white.
+def read_image(path: Path, size: Size) -> np.ndarray:
+    """The image as uint8 [H, W, 3] of this size in RGB, upright as its EXIF orientation says, transparency over white.
 
     Raises:
         UserError: if the file cannot be decoded to its end, or has pixels whose white is not known.
@@ -197,8 +198,8 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def in_rgb(image: Image.Image, size: int) -> Image.Image:
-    """The image in 8-bit RGB, ``size`` pixels high and wide; what is transparent shows white.
+def in_rgb(image: Image.Image, size: Size) -> Image.Image:
+    """The image in 8-bit RGB and of this size; what is transparent shows white.
 
     Raises:
         ValueError: for 32 bits per pixel, integers or floats: files do not say which value is white.
@@ -214,7 +215,8 @@ def in_rgb(image: Image.Image, size: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+    height, width = height_width(size)
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

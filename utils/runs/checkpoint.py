@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flops import NetworkCost
 from utils.runs.contents import check_archive, check_contents, in_full
+from utils.sizes import Size
 
 FORMAT = "switched-resnet-checkpoint-1"
 
@@ -167,7 +168,7 @@ def data_entry(settings: Any, name: str, identity: dict[str, Any]) -> dict[str, 
     }
 
 
-def check_data(checkpoint: Checkpoint, data: DataSet, image_size: int) -> None:
+def check_data(checkpoint: Checkpoint, data: DataSet, image_size: Size) -> None:
     """Refuse data that a checkpoint's network was not trained on.
 
     Raises:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from models import CASCADE, Cascade, ResNet, build_network, is_own
-from utils.settings import MOST_PIXELS, MOST_SEED
+from utils.settings import MOST_SEED
+from utils.sizes import MOST_PIXELS, parse_size
 
 LARGEST = sys.float_info.max
 
@@ -69,6 +70,7 @@ FINGERPRINTS: Rule = (
     "a tensor of 64-bit integers",
 )
 SHARE = real(0, 1)
+RECTANGLE: Rule = (lambda v: type(v) is str and _is_rectangle(v), "a height and a width as in '224x160'")
 
 NORMALISATION = {"mean": list_of(real(), count=3), "std": list_of(real(above=0), count=3)}
 RESNET = {
@@ -91,7 +93,7 @@ RULES = {
     "classes": list_of(TEXT),
     "data": {
         "name": TEXT,
-        "image_size": whole(1, MOST_PIXELS),
+        "image_size": either(whole(1, MOST_PIXELS), RECTANGLE),
         "flip": YES_OR_NO,
         "val_fraction": SHARE,
         "split_seed": whole(0, MOST_SEED),
@@ -175,6 +177,13 @@ def _check_values(prefix: str, content: Any, rules: Mapping[str, Any]) -> None:
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+def _is_rectangle(text: str) -> bool:
+    try:
+        return parse_size(text) == text
+    except ValueError:
+        return False
 
 
 def _own(tensor: Tensor) -> bool:

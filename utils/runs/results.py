@@ -9,6 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from utils.errors import UserError
 from utils.files import atomic_write, write_json
 from utils.runs.records import DYNAMIC, RESULTS, Record, chains, timed_together
+from utils.sizes import shown_size
 
 BATCH = 128  # images of a batch that throughput is measured with
 
@@ -41,7 +42,7 @@ def _title(record: Record) -> str:
     parts = [str(dataset), f"{network}{depth}", *([f"width {width}"] if width else [])]
     parts += [f"{name} {record[key]}" for name, key in (("gate", "gate"), ("seed", "seed")) if key in record]
     if "image_size" in record:
-        parts.append("{0}x{0} pixels".format(record["image_size"]))
+        parts.append(f"{shown_size(record['image_size'])} pixels")
     return ", ".join(parts)
 
 
