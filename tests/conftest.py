@@ -9,8 +9,10 @@ import torch
 from commands import SCRIPTS, arguments, run
 from PIL import Image
 
-# A shell that starts the tests in the background has SIGINT ignored, and the commands that they start would inherit it.
+# A shell that starts the tests in the background has SIGINT ignored, nohup SIGHUP; the commands that they start would
+# inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
 
 
