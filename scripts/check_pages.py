@@ -36,8 +36,8 @@ FLAGS = {
 RECORD = ROOT / "docs" / "results" / "yardstick" / "yardstick.json"
 ROWS = {
     "ResNet-56 as others trained it": ("networks", "name", "resnet56"),
-    "pruned to one half, no further training": ("networks", "name", "resnet56 at 50%"),
-    "pruned to one quarter, two epochs": ("networks", "name", "resnet56 at 25%"),
+    "pruned to one half, one epoch": ("networks", "name", "resnet56 at 50%"),
+    "pruned to one quarter, two epochs in all": ("networks", "name", "resnet56 at 25%"),
     "cascade of pruned networks, a quarter of the FLOPs": ("curve", "share", 0.25),
     "cascade of pruned networks, an eighth": ("curve", "share", 0.125),
 }

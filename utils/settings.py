@@ -329,8 +329,8 @@ def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Setting
             raise UserError(f"unknown key {key!r} in the settings: did you mean {near[0]!r}?")
         kind = known[key].type
         accepted = (int, float) if kind is float else kind
-        parsed = known[key].metadata["parse"] is not None
-        if not parsed and (not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)):
+        fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        if not fits and not known[key].metadata["parse"]:
             raise UserError(
                 f"{key} is {reprlib.repr(value)}, a {type(value).__name__}: it takes a value of type {kind.__name__}"
             )
