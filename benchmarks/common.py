@@ -1,7 +1,6 @@
 """Shared by the benchmarks: the trained network and its data, the machine, and files that let runs resume."""
 
 import argparse
-import copy
 import json
 import platform
 from dataclasses import dataclass
@@ -10,24 +9,14 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from deploy.folding import deployable
-from deploy.graphs import onnx_model
-from deploy.session import ExportedNetwork
-from deploy.timing import fastest
-from models import ResNet, thresholded
-from models.decisions import DecisionRule
-from training.evaluate import Evaluation, evaluate
+from models import ResNet
 from training.norms import placed
 from utils.data.augment import Normalisation
 from utils.data.batches import Splits, split_as_before
 from utils.data.folder import load_data
-from utils.data.images import Images, evenly_spaced
 from utils.device import pick_device
-from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.settings import image_type
-
-TIMED = (1, 32)  # images at once
 
 
 @dataclass(frozen=True)
@@ -49,10 +38,6 @@ class Trained:
     def network(self) -> ResNet:
         """A fresh copy."""
         return placed(self.checkpoint.network(), self.device)
-
-    def evaluated(self, network: ResNet, images: Images, decide: DecisionRule = thresholded) -> Evaluation:
-        """Evaluation of a network of this kind on ``images``."""
-        return evaluate(network, images, self.normalisation, network_cost(network, self.image_size), decide)
 
 
 def add_trained_arguments(parser: argparse.ArgumentParser, checkpoint: str = "best.pt of stage 1") -> None:
@@ -79,21 +64,6 @@ def load_trained(args: argparse.Namespace) -> Trained:
     check_data(checkpoint, data, size)
     splits = split_as_before(data, checkpoint.data)
     return Trained(checkpoint, splits.to(device), device)
-
-
-def milliseconds(trained: Trained, network: ResNet) -> dict[str, float]:
-    """Times of the exported network on one thread by batch size: one image (mean over several) and a batch."""
-    deployed = deployable(copy.deepcopy(network).cpu(), trained.normalisation)
-    model = onnx_model(deployed, trained.image_size)
-    exported = ExportedNetwork(model, threads=1)
-    val = trained.splits.val
-    pixels = val[evenly_spaced(len(val), max(TIMED))].pixels.cpu().numpy()
-    times = {}
-    for size in TIMED:
-        parts = [pixels[i : i + size] for i in range(0, len(pixels), size)]
-        fastest_of = [fastest(lambda part=part: exported(part), 1.0 / len(parts)) for part in parts]
-        times[str(size)] = 1e3 * sum(fastest_of) / len(parts)
-    return times
 
 
 def machine() -> dict[str, str | int]:

@@ -1,321 +1,299 @@
-"""Tables and pictures of a study (``scripts/study.sh``), rebuilt from its runs' small records alone.
+"""The study: networks that the stages left, alone and in cascades, accuracy against executed FLOPs and against time.
 
-    python -m benchmarks.study RESULT_DIR                    # writes study.md, study.png and passing_by_class.png there
-    python -m benchmarks.study RESULT_DIR --keep FOLDER      # copies the records that they are made from
+Members and thresholds of cascades are chosen on the validation images and measured on the test images.  Networks that
+others trained have seen all training images: for them the choice is made on one half of the test images and measured
+on the other, and the reverse, and the mean counts.  Single networks choose nothing: all test images.
 
-What is read below RESULT_DIR: ``seed_*/results.json`` (the three stages), ``reference/seed_*/results.json`` (trained
-without switches), ``dense_switched/seed_*/results.json`` (switches on the unpruned network), ``alternatives_*.jsonl``,
-``criteria.jsonl``, ``routing.json`` of stage 3's runs, and ``commands.tsv`` (what was run, and for how long).  What is
-missing leaves its rows out.
-``--keep`` also copies the page of images that the first seed's stage 3 found cheap and expensive.
+    python -m benchmarks.study RESULT_DIR --data_dir DATA --out FOLDER
+    python -m benchmarks.study --out FOLDER      # tables and picture again, from the record in FOLDER
+
+Takes the newest network of stage 1 below RESULT_DIR, every iteration of stage 2 and the network of stage 3; with
+several functions in --network, those of each.  Writes ``study.json``, ``study.md`` and ``study.png`` to FOLDER.
 """
 
 import argparse
 import json
-import shutil
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
+from torch import Tensor
 
-from benchmarks.common import read_lines
-from gating.pictures import draw_passing
+from benchmarks.common import machine
+from benchmarks.inference import TIMED_IMAGES, milliseconds
+from deploy.exported import exported_model
+from deploy.session import ExportedNetwork
+from gating.cascade_report import what_is_known
+from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, outcome
+from models import Cascade, Member, allow, is_own
+from training.evaluate import Evaluator
+from training.norms import placed
+from utils.data.batches import Splits, split_as_before
+from utils.data.folder import load_data
+from utils.data.images import Images, evenly_spaced
+from utils.device import pick_device
 from utils.errors import UserError, run_command
-from utils.runs.records import METHODS
+from utils.runs.checkpoint import load_checkpoint
+from utils.runs.run import stage_folder
+from utils.settings import image_type, number
 
-ROUTING = "seed_*/rl_pruned/*/*/*/routing.json"
-RECORDS = (
-    *("seed_*/results.json", "*/seed_*/results.json", "alternatives_*.jsonl", "criteria.jsonl"),
-    *("seed_*/*/*/*/*/metrics.jsonl", "*/seed_*/*/*/*/*/metrics.jsonl", "seed_*/*/*/*/*/arguments.json"),
-    ROUTING,
-    "commands.tsv",
-)
-IMAGES = "seed_0/rl_pruned/*/*/*/easy_and_hard*.png"
-ALTERNATIVES = {
-    "start": "static, where the others start",
-    "pruned further": "(a) pruned further",
-    "blocks removed": "(b) blocks removed for all images",
-    "switches": "(c) switches",
-    "random switches": "(d) switches at random, same rates",
-    "switches fixed": "(e) switches fixed where that pays",
-    "Torch-Pruning": "Torch-Pruning, at static's FLOPs",
-}
-STATIC_ALONE = {  # variants of ``benchmarks.criteria``: what they are called, and how they are drawn
-    "best forms, refitted": ("the default", "#1f77b4"),
-    "Torch-Pruning, Hessian, global": ("Torch-Pruning, Hessian", "#9467bd"),
-    "eigendamage": ("EigenDamage as published", "#8c564b"),
-    "random": ("random channels", "#7f7f7f"),
+DROPS = (-0.005, 0.0, 0.005, 0.01, 0.02)  # of accuracy against the best single network, as cascades are asked for
+SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.125, 0.1)  # of its FLOPs, the curve of the picture
+TIMED_SECONDS = 60.0  # for each batch size
+YARDSTICK = "resnet56"
+# Published for this network on CIFAR-10: accuracy, times fewer FLOPs, accuracy before.
+PUBLISHED = {
+    "DepGraph": ((93.77, 2.13, 93.53), (93.64, 2.57, 93.53)),
+    "PPSM": ((93.22, 4.1, 93.44),),
+    "CHIP": ((92.43, 3.9, 93.26),),
+    "TPP": ((92.35, 3.6, 93.78), (89.63, 11.4, 93.78)),
+    "L1, 120 epochs": ((93.74, 2.0, 93.78),),
 }
 
-Record = dict[str, Any]
+TICKS = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.4, 0.6, 1, 2]  # GFLOPs
+LABELS = {"DepGraph": (-34, -13), "L1, 120 epochs": (6, -2), "CHIP": (-22, -3)}  # places beside the points
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Round:
+    """Images that choices look at, and images that these are measured on."""
+
+    chosen_on: list[Predictions]  # of every network
+    chosen_labels: Tensor
+    measured_on: list[Predictions]
+    measured_labels: Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tables and pictures of a study.", allow_abbrev=False)
-    parser.add_argument("results", type=Path, help="folder of the study, or of its records")
-    parser.add_argument("--keep", type=Path, help="folder to copy the small records to")
+    parser = argparse.ArgumentParser(description="Networks of the stages, alone and in cascades.", allow_abbrev=False)
+    add = parser.add_argument
+    add("results", type=Path, nargs="?", help="folder that the stages wrote to")
+    add("--data_dir", help="data folder")
+    add("--img_type", type=image_type, default="png", help="image files to read")
+    add("--network", nargs="+", default=["resnet"], help="resnet, or functions that make networks of others")
+    add("--depth", type=number(int, 8), default=32, help="depth of resnet")
+    add("--resize", type=number(int, 8), default=32, help="size of the images")
+    add("--times", action="store_true", help="only measure the times of the record again")
+    add("--out", type=Path, required=True, help="folder of the record")
     args = parser.parse_args()
-    stages = rows_by_stage(args.results, "")
-    if not stages["sp"]:
-        raise UserError(f"{args.results} holds no seed_*/results.json: run scripts/study.sh with this folder first")
-    if args.keep:
-        keep(args.results, args.keep)
-    text = "\n".join(tables(args.results, stages) + commands(args.results))
-    (args.results / "study.md").write_text(text)
-    draw(args.results, stages).savefig(args.results / "study.png", dpi=120)
-    routes = [json.loads(path.read_text())["passing_by_class"] for path in sorted(args.results.glob(ROUTING))]
-    if routes:
-        mean = torch.tensor([list(route.values()) for route in routes]).mean(dim=0)
-        draw_passing(mean, list(routes[0])).savefig(args.results / "passing_by_class.png", dpi=120)
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = args.out / "study.json"
+    if not record.exists() and (args.times or not args.results):
+        raise UserError(f"{record} does not exist: give RESULT_DIR and --data_dir to make it")
+    if args.results:
+        for source in filter(is_own, args.network):
+            allow(source)
+        data = load_data(args.data_dir, args.img_type, args.resize, workers=2)
+        paths = [*chain.from_iterable(networks(args, data.name, source) for source in args.network)]
+        if len(paths) < 2:
+            raise UserError(f"{args.results} holds {len(paths)} networks of {args.network}: run main_prune.py first")
+        splits = split_as_before(data, load_checkpoint(paths[0]).data).to(pick_device())
+        found = json.loads(record.read_text()) if args.times else measured(args.results, paths, splits)
+        record.write_text(json.dumps(with_times(found, args.results, splits.test), indent=1))
+    found = json.loads(record.read_text())
+    text = "\n".join(tables(found))
+    (args.out / "study.md").write_text(text)
+    draw(found).savefig(args.out / "study.png", dpi=120)
     print(text)
 
 
-def keep(source: Path, target: Path) -> None:
-    """Copy the records that tables and pictures are made from, and the epochs' metrics; paths lead from the study."""
-    for pattern in RECORDS:
-        for path in source.glob(pattern):
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(without_paths(path.read_text(), source))
-    for path in source.glob(IMAGES):
-        shutil.copyfile(path, target / path.name)
-
-
-def without_paths(text: str, results: Path) -> str:
-    """``text`` with the study's folder called RESULTS, and without the path of this program."""
-    for path in dict.fromkeys((str(results.resolve()), str(results))):
-        text = text.replace(f"{path}/", "RESULTS/").replace(f'"{path}"', '"RESULTS"')
-    return text.replace(f"{Path.cwd()}/", "")
-
-
-def commands(results: Path) -> list[str]:
-    """The commands and their total times, as lines of Markdown."""
-    path, taken = results / "commands.tsv", {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        seconds, command = line.split("\t")
-        taken[command.strip()] = taken.get(command.strip(), 0) + int(seconds)
-    lines = [f"    {without_paths(command, results)}  # {seconds / 3600:.1f} h" for command, seconds in taken.items()]
-    return ["## Commands, with what they took", "", *lines, ""] if lines else []
-
-
-def rows_by_stage(results: Path, part: str) -> dict[str, list[Record]]:
-    """The last record of every stage and seed below ``results/part``."""
-    found: dict[str, list[Record]] = {stage: [] for stage in METHODS}
-    for path in sorted((results / part).glob("seed_*/results.json")):
-        for stage, record in {record["stage"]: record for record in json.loads(path.read_text())}.items():
-            found[stage].append(record)
+def networks(args: argparse.Namespace, data: str, source: str) -> list[Path]:
+    """The newest network of stage 1, the iterations of the newest run of stage 2, the newest network of stage 3."""
+    found = []
+    for stage, name in (("sp", "best.pt"), ("pruned", "iteration_*.pt"), ("rl_pruned", "best.pt")):
+        paths = sorted(stage_folder(args.results, stage, data, source, args.depth).glob(f"*/{name}"))
+        found += [path for path in paths if path.parent == paths[-1].parent]
     return found
 
 
-def alternatives(results: Path) -> dict[str, list[Record]]:
-    """The measurements of ``benchmarks.alternatives`` by method, one a seed."""
-    lines = [line for path in sorted(results.glob("alternatives_*.jsonl")) for line in read_lines(path)]
-    return {method: [line for line in lines if line["method"] == method] for method in ALTERNATIVES}
+def measured(results: Path, paths: Sequence[Path], splits: Splits) -> dict[str, Any]:
+    """The record: single networks, cascades by budget and by share of the FLOPs, what their decisions know."""
+    singles, on_test, on_val = [], [], []
+    for path in paths:
+        row, predictions = predictions_of(path, splits.test)
+        singles.append({**row, "path": str(path.relative_to(results))})
+        on_test.append(predictions)
+        if not splits.val_is_test:
+            own, predictions = predictions_of(path, splits.val)
+            singles[-1]["validation"] = own["accuracy"]
+            on_val.append(predictions)
+        print(f"{row['name']}: {row['accuracy']:.2%} at {row['gflops']:.4g} GFLOPs", flush=True)
+    labels = splits.test.labels.cpu()
+    rounds = (
+        halves(on_test, labels) if splits.val_is_test else [Round(on_val, splits.val.labels.cpu(), on_test, labels)]
+    )
+    searched = [candidates(round_.chosen_on, round_.chosen_labels) for round_ in rounds]
+    reference = max(range(len(singles)), key=lambda i: (singles[i]["given"], singles[i]["accuracy"]))
+    whole = singles[reference]["gflops"] * 1e9
 
-
-def static_alone(results: Path) -> dict[str, dict[float, list[Record]]]:
-    """The measurements of ``benchmarks.criteria`` on test images by variant and share of the FLOPs, one a seed."""
-    found: dict[str, dict[float, list[Record]]] = {}
-    path = results / "criteria.jsonl"
-    for line in read_lines(path) if path.exists() else []:
-        found.setdefault(line["variant"], {}).setdefault(line["share"], []).append(line)
-    return {variant: dict(sorted(found[variant].items(), reverse=True)) for variant in STATIC_ALONE if variant in found}
-
-
-def spread(values: Iterable[float], digits: int = 2, factor: float = 1.0, unit: str = "") -> str:
-    """Mean and, of more than one value, standard deviation."""
-    values = [factor * value for value in values if value is not None]
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):,.{digits}f}"
-    return (f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean) + unit
-
-
-def tables(results: Path, stages: dict[str, list[Record]]) -> list[str]:
-    """The study's tables in Markdown, line by line."""
-    lines = ["## The three stages", ""]
-    lines += ["| network | seeds | accuracy | GFLOPs executed | parameters | computation | latency | images a second |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    rows = [(METHODS[stage], records) for stage, records in stages.items()]
-    reference = rows_by_stage(results, "reference")
-    rows.append(("trained without switches", reference["sp"]))
-    rows.append(("trained without switches, pruned statically", reference["pruned"]))
-    rows.append(("switches on the unpruned network", rows_by_stage(results, "dense_switched")["rl_pruned"]))
-    lines += [stage_row(name, records) for name, records in rows if records]
-    found = alternatives(results)
-    if any(found.values()):
-        lines += [
-            "",
-            "## At as many executed FLOPs",
-            "",
-            "| method | seeds | accuracy | percentage points ahead of (c) | GFLOPs executed | parameters "
-            "| 1 image | 32 images |",
+    def of_budget(drop: float) -> Row | None:
+        chosen = [
+            cheapest_within(found, round_.chosen_on, round_.chosen_labels, reference, drop)
+            for found, round_ in zip(searched, rounds, strict=True)
         ]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        for method, name in ALTERNATIVES.items():
-            if measured := found[method]:
-                times = [spread((m.get("milliseconds", {}).get(n) for m in measured), unit=" ms") for n in ("1", "32")]
-                lines.append(
-                    f"| {name} | {len(measured)} | {spread((m['accuracy'] for m in measured), factor=100)} % "
-                    f"| {spread(ahead(measured, found['switches']), factor=100)} "
-                    f"| {spread((m['gflops'] for m in measured), 4)} "
-                    f"| {spread((m.get('parameters') for m in measured), 0)} | {' | '.join(times)} |"
-                )
-        bits = [m["bits"] for m in found["switches"]]
-        routes = spread(m["bits_of_routes"] for m in found["switches"])
-        lines += [
-            "",
-            f"The decision pattern has {routes} bits of entropy; single switches add up to {spread(bits)} bits.",
-        ]
-    lines += static_pruning({"with switches": stages, "without": reference})
-    if alone := static_alone(results):
-        shares = list(next(iter(alone.values())))
-        lines += ["", "## Static pruning alone, at once and with the same short fine-tuning", ""]
-        lines += ["| method | seeds | " + " | ".join(f"{share:.0%} of the FLOPs" for share in shares) + " |"]
-        lines += ["|---|---|" + "---|" * len(shares)]
-        for variant, by_share in alone.items():
-            cells = [f"{spread((m['test'] for m in by_share.get(share, [])), factor=100)} %" for share in shares]
-            seeds = max(len(measured) for measured in by_share.values())
-            lines.append(f"| {STATIC_ALONE[variant][0]} | {seeds} | {' | '.join(cells)} |")
-    lines += ["", made_with(results)]
+        return mean_of(chosen, rounds, singles)
+
+    def of_share(share: float) -> Row | None:
+        return mean_of([best_under(found, share * whole) for found in searched], rounds, singles)
+
+    return {
+        "reference": singles[reference]["name"],
+        "networks": singles,
+        "budgets": [{"drop": drop, **row} for drop in DROPS if (row := of_budget(drop))],
+        "curve": [{"share": share, **row} for share in SHARES if (row := of_share(share))],
+    }
+
+
+def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, Any]:
+    """The record with milliseconds per image on one thread; of cascades, those that the first choice was."""
+    checkpoints = {row["name"]: load_checkpoint(results / row["path"]) for row in found["networks"]}
+    timed: dict[str, Any] = {name: checkpoint.network() for name, checkpoint in checkpoints.items()}
+    for number_, row in enumerate([*found["budgets"], *found["curve"]]):
+        one = row["chosen"][0]
+        own = [(timed[name], checkpoints[name].normaliser()) for name in one["members"]]
+        members_ = [Member(network, list(norm.mean), list(norm.std)) for network, norm in own]
+        single = len(members_) == 1
+        timed[str(number_)] = own[0][0] if single else Cascade(members_, tuple(one["thresholds"]), one["answer"])
+    normalisation, size = checkpoints[found["reference"]].normaliser(), test.pixels.shape[2:]
+    size = size[0] if size[0] == size[1] else "x".join(map(str, size))
+    exported = {
+        name: ExportedNetwork(exported_model(network.eval(), normalisation, size), threads=1)
+        for name, network in timed.items()
+    }
+    taken = milliseconds(exported, test[evenly_spaced(len(test), TIMED_IMAGES)].pixels, TIMED_SECONDS)
+    rows = [*found["networks"], *found["budgets"], *found["curve"]]
+    for row, own in zip(rows, taken.values(), strict=True):
+        row["milliseconds"] = own
+    return {**found, "machine": machine()}
+
+
+def predictions_of(path: Path, images: Images) -> tuple[Row, Predictions]:
+    """A network's row, and what it answers for the images."""
+    checkpoint = load_checkpoint(path)
+    network = placed(checkpoint.network(), images.device)
+    found = Evaluator(images, checkpoint.normaliser(), checkpoint.data["image_size"])(network)
+    architecture = checkpoint.architecture
+    family = architecture["network"].rpartition(":")[2] + str(architecture.get("depth", ""))
+    share = found.flops_executed / checkpoint.original["flops"]
+    switched = " with switches" if checkpoint.stage == "rl_pruned" else ""
+    row = {
+        "name": family if checkpoint.stage == "sp" else f"{family}{switched} at {share:.0%}",
+        "family": family + switched,
+        "given": checkpoint.stage == "sp",
+        "accuracy": found.accuracy,
+        "gflops": found.flops_executed / 1e9,
+        "share": share,
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
+    return row, Predictions(found.logits.softmax(dim=1), found.executed)
+
+
+def halves(predictions: Sequence[Predictions], labels: Tensor) -> list[Round]:
+    """Each of two halves, drawn once and for all, chooses for the other."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    one, other = order[: len(labels) // 2], order[len(labels) // 2 :]
+    return [
+        Round([part(p, a) for p in predictions], labels[a], [part(p, b) for p in predictions], labels[b])
+        for a, b in ((one, other), (other, one))
+    ]
+
+
+def part(predictions: Predictions, images: Tensor) -> Predictions:
+    """Of some of the images."""
+    return Predictions(predictions.probabilities[images], predictions.executed[images])
+
+
+def mean_of(chosen: Sequence[Candidate | None], rounds: Sequence[Round], singles: Sequence[Row]) -> Row | None:
+    """Means over the rounds of what was chosen in each; None where a round has no candidate."""
+    if None in chosen:
+        return None
+    done = [outcome(r.measured_on, c, r.measured_labels) for c, r in zip(chosen, rounds, strict=True)]
+    accuracies = [one.correct.double().mean().item() for one in done]
+    first, candidate = rounds[0], chosen[0]
+    return {
+        "accuracy": sum(accuracies) / len(rounds),
+        "gflops": sum(one.executed.mean().item() for one in done) / len(rounds) / 1e9,
+        "chosen": [
+            {"members": [singles[i]["name"] for i in c.members], "thresholds": c.thresholds, "answer": c.answer}
+            for c in chosen
+        ],
+        "accuracies": accuracies,
+        "knows": what_is_known(done[0], [first.measured_on[i] for i in candidate.members], first.measured_labels),
+    }
+
+
+def tables(found: dict[str, Any]) -> list[str]:
+    """Markdown: the single networks, the cascades by budget, and by share of the FLOPs."""
+    reference = next(row for row in found["networks"] if row["name"] == found["reference"])
+
+    def compared(row: Row) -> str:
+        faster = [reference["milliseconds"][size] / row["milliseconds"][size] for size in reference["milliseconds"]]
+        ratios = " | ".join(f"{ratio:.1f}x" for ratio in (reference["gflops"] / row["gflops"], *faster))
+        return f"{row['accuracy']:.2%} | {row['gflops']:.3f} | {ratios}"
+
+    sizes = " | ".join(f"faster, batch {size}" for size in reference["milliseconds"])
+    dashes = "|---" * (5 + len(reference["milliseconds"])) + "|"
+    lines = [f"| network | accuracy | GFLOPs | fewer FLOPs | {sizes} | parameters |", dashes]
+    lines += [f"| {row['name']} | {compared(row)} | {row['parameters']:,} |" for row in found["networks"]]
+    lines += ["", f"| cascade: lost at most | accuracy | GFLOPs | fewer FLOPs | {sizes} | members |", dashes]
+    lines += [f"| {100 * row['drop']:.1f} | {compared(row)} | {members(row)} |" for row in found["budgets"]]
+    lines += ["", f"| cascade: FLOPs at most | accuracy | GFLOPs | fewer FLOPs | {sizes} | members |", dashes]
+    lines += [f"| {row['share']:.1%} | {compared(row)} | {members(row)} |" for row in found["curve"]]
     return [*lines, ""]
 
 
-def static_pruning(trained: dict[str, dict[str, list[Record]]]) -> list[str]:
-    """Accuracy of networks trained in several ways, unpruned and after each iteration of stage 2, in Markdown.
-
-    Args:
-        trained: records by stage, by what the table calls their networks.
-    """
-    trained = {name: stages for name, stages in trained.items() if stages["pruned"]}
-    if len(trained) < 2:
-        return []
-    every = [record["points"] for stages in trained.values() for record in stages["pruned"]]
-    iterations = range(min(len(points) for points in every))
-    flops = [statistics.mean(points[i]["gflops"] for points in every) for i in iterations]
-    where = every[0][0].get("measured_on", "test") if iterations else "test"  # what earlier versions measured on
-    lines = ["", "## Static pruning of networks with and without switches, iteration by iteration", ""]
-    lines += [f"Unpruned networks on the test images, iterations on the {where} images.", ""]
-    lines += ["| stage 1 | seeds | unpruned | " + " | ".join(f"{value:.4f} GFLOPs" for value in flops) + " |"]
-    lines += ["|---|---|---|" + "---|" * len(iterations)]
-    for name, stages in trained.items():
-        points = [[record["points"][i]["accuracy"] for record in stages["pruned"]] for i in iterations]
-        own = [[record["accuracy_every_block"] for record in stages["sp"]], *points]
-        cells = [f"{spread(accuracies, factor=100)} %" for accuracies in own]
-        lines.append(f"| {name} | {len(stages['pruned'])} | {' | '.join(cells)} |")
-    return lines
+def members(row: Row) -> str:
+    """The members that were chosen on the two halves."""
+    return "; ".join(dict.fromkeys(", ".join(one["members"]) for one in row["chosen"]))
 
 
-def ahead(measured: Sequence[Record], others: Sequence[Record]) -> list[float]:
-    """Differences in accuracy, seed by seed, since seeds start from networks of different sizes."""
-    theirs = {m["seed"]: m["accuracy"] for m in others if m not in measured}
-    return [m["accuracy"] - theirs[m["seed"]] for m in measured if m["seed"] in theirs]
-
-
-def made_with(results: Path) -> str:
-    """The machines and settings that the records name, in a sentence."""
-    machines = {json.dumps(m["machine"], sort_keys=True) for own in alternatives(results).values() for m in own}
-    stages = []
-    for path in sorted(results.glob("seed_0/*/*/*/*/arguments.json")):
-        given = json.loads(path.read_text())
-        kept = ("epochs", "epochs_start", "epochs_end", "max_iter", "target_flops", "lr", "precision")
-        said = ", ".join(f"{key} {given[key]}" for key in kept if key in given)
-        stages.append(f"{path.relative_to(results).parts[1]}: {said}")
-    machines = [", ".join(f"{key} {value}" for key, value in json.loads(m).items()) for m in sorted(machines)]
-    return f"Accuracies are those of the test images. Settings: {'; '.join(stages)}. Machine: {' / '.join(machines)}."
-
-
-def stage_row(name: str, records: Sequence[Record]) -> str:
-    every_block = records[0]["stage"] != "rl_pruned"
-    accuracy = "accuracy_every_block" if every_block else "accuracy"
-    return (
-        f"| {name} | {len(records)} | {spread((r[accuracy] for r in records), factor=100)} % "
-        f"| {spread((r['gflops'] for r in records), 4)} | {spread((r['parameters'] for r in records), 0)} "
-        f"| {'100.0' if every_block else spread((r['computation'] for r in records), 1, 100)} % "
-        f"| {spread((r.get('latency_ms') for r in records), 2, unit=' ms')} "
-        f"| {spread((r.get('throughput') for r in records), 0)} |"
+def draw(found: dict[str, Any]) -> Figure:
+    """Accuracy against executed GFLOPs on a log scale, with the published points."""
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axis = figure.subplots()
+    best, reference = {}, next(row for row in found["networks"] if row["name"] == found["reference"])
+    for row in found["networks"]:
+        best.setdefault(row["family"], []).append(row)
+    for family, rows in best.items():
+        rows = sorted(rows, key=lambda row: row["gflops"])
+        axis.plot(
+            [row["gflops"] for row in rows], [100 * row["accuracy"] for row in rows], marker="o", markersize=4,
+            linewidth=1, label=family if "switches" in family else f"{family}, pruned statically", alpha=0.8,
+        )  # fmt: skip
+    curve = sorted(found["curve"], key=lambda row: row["gflops"])
+    axis.plot(
+        [row["gflops"] for row in curve], [100 * row["accuracy"] for row in curve], color="black", marker="D",
+        markersize=4, label="cascades of these",
+    )  # fmt: skip
+    for name, points in PUBLISHED.items() if found["reference"] == YARDSTICK else ():
+        for i, (accuracy, times, _) in enumerate(points):
+            at = (reference["gflops"] / times, accuracy)
+            axis.plot(*at, marker="x", color="#7f7f7f", linestyle="none", label="published" if name == "PPSM" else None)
+            if i == 0:
+                axis.annotate(name, at, LABELS.get(name, (4, -8)), textcoords="offset points", fontsize=6)
+    axis.set_xscale("log")
+    axis.set_xticks(TICKS, minor=False)
+    axis.set_xticks([], minor=True)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    drawn = [*found["networks"], *curve]
+    least, most = (bound(row["gflops"] for row in drawn) for bound in (min, max))
+    best_accuracy = 100 * max(row["accuracy"] for row in drawn)
+    axis.set(
+        xlabel="executed GFLOPs per image (log scale)",
+        ylabel="accuracy on the test images, %",
+        xlim=(0.8 * least, 1.2 * most),
+        ylim=(best_accuracy - 5, best_accuracy + 0.6),
     )
-
-
-def draw(results: Path, stages: dict[str, list[Record]]) -> Figure:
-    """Accuracy against executed GFLOPs and against measured latency, means with the seeds' deviations as bars.
-
-    Latency is a multiple of what the static network of the same seed took in the same run.
-    """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    against_flops, against_latency = figure.subplots(1, 2, sharey=True)
-    for stage, colour, marker in (("sp", "#333333", "o"), ("pruned", "#1f77b4", "s"), ("rl_pruned", "#d62728", "^")):
-        records = stages[stage]
-        if not records:
-            continue
-        key = "accuracy" if stage == "rl_pruned" else "accuracy_every_block"
-        style = {"color": colour, "marker": marker, "label": METHODS[stage], "zorder": 3}
-        bars(against_flops, [r["gflops"] for r in records], [r[key] for r in records], **style)
-        static = {r["seed"]: r.get("latency_ms") for r in stages["pruned"]}
-        timed = [r for r in records if r.get("latency_ms") and static.get(r["seed"])]
-        if timed:
-            times = [r["latency_ms"] / static[r["seed"]] for r in timed]
-            bars(against_latency, times, [r[key] for r in timed], **style)
-        for record in records:
-            points = sorted((p["gflops"], p["accuracy"]) for p in record["points"])
-            if points:
-                against_flops.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1)
-    styles = {
-        "switches": ("#d62728", "o"),
-        "pruned further": ("#17becf", "v"),
-        "blocks removed": ("#2ca02c", "D"),
-        "random switches": ("#ff7f0e", "x"),
-        "Torch-Pruning": ("#9467bd", "P"),
-    }
-    found = alternatives(results)
-    for method, (colour, marker) in styles.items():
-        if measured := found[method]:
-            x, y = ([m[key] for m in measured] for key in ("gflops", "accuracy"))
-            bars(against_flops, x, y, color=colour, marker=marker, label=method)
-            static = {m["seed"]: m.get("milliseconds") for m in found["start"]}
-            timed = [m for m in measured if m.get("milliseconds") and static.get(m["seed"])]
-            if timed:
-                times = [m["milliseconds"]["1"] / static[m["seed"]]["1"] for m in timed]
-                bars(against_latency, times, [m["accuracy"] for m in timed], color=colour, marker=marker, label=method)
-    plain = rows_by_stage(results, "reference")
-    for number, (unpruned, pruned) in enumerate(zip(plain["sp"], plain["pruned"], strict=False)):
-        points = [(unpruned["gflops"], unpruned["accuracy_every_block"])]
-        points += [(p["gflops"], p["accuracy"]) for p in pruned["points"]]
-        label = {} if number else {"label": "trained without switches, pruned"}
-        against_flops.plot(*zip(*sorted(points), strict=True), color="#2a6f2a", linewidth=1, linestyle=":", **label)
-    whole = statistics.mean(r["gflops"] for r in stages["sp"])
-    for variant, by_share in static_alone(results).items():
-        name, colour = STATIC_ALONE[variant]
-        x = [whole * statistics.mean(m["flops"] for m in measured) for measured in by_share.values()]
-        y = [[m["test"] for m in measured] for measured in by_share.values()]
-        deviations = [statistics.stdev(own) if len(own) > 1 else 0 for own in y]
-        style = {"color": colour, "linestyle": "--", "linewidth": 1, "capsize": 2, "label": f"at once: {name}"}
-        against_flops.errorbar(x, [statistics.mean(own) for own in y], deviations, **style)
-    for axis, label in (
-        (against_flops, "GFLOPs executed for one image"),
-        (against_latency, "time for one image, as a multiple of the static network's"),
-    ):
-        axis.set(xlabel=label)
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-        if axis.has_data():
-            axis.legend(fontsize=7)
-    against_flops.set_ylabel("accuracy")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="lower right")
     return figure
-
-
-def bars(axis: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    """The mean of some points, with a bar for the deviation in each direction where there are several."""
-    deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in (x, y)]
-    axis.errorbar(
-        statistics.mean(x), statistics.mean(y), xerr=deviations[0], yerr=deviations[1], linestyle="", capsize=2, **style
-    )
 
 
 if __name__ == "__main__":

@@ -24,20 +24,6 @@ class Timing:
     items: int
 
 
-def fastest(run: Callable[[], object], seconds: float = 1.0, least: int = 5) -> float:
-    """Seconds of the fastest of several runs, after one that is not counted.
-
-    The fastest, since other programs on the machine can only add to a time.
-    """
-    run()
-    times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 def alternated(
     competitors: Mapping[Name, Run], items: int, seconds: float, least: int = 5, most: int = 200
 ) -> dict[Name, Timing]:

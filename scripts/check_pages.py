@@ -33,7 +33,7 @@ FLAGS = {
     "main_cascade.py": main_cascade.Settings,
 }
 # The rows of README's results table: where the record of the yardstick has them.
-RECORD = ROOT / "docs" / "results" / "yardstick" / "yardstick.json"
+RECORD = ROOT / "docs" / "results" / "yardstick" / "study.json"
 ROWS = {
     "ResNet-56 as others trained it": ("networks", "name", "resnet56"),
     "pruned to one half, one epoch": ("networks", "name", "resnet56 at 50%"),

@@ -3,9 +3,9 @@
 # Usage: bash scripts/study.sh yardstick|cifar100|small|full RESULT_DIR [SEEDS]
 #   yardstick  ResNet-20, 32, 44 and 56 that others trained on CIFAR-10, pruned, alone and in cascades;
 #              WEIGHTS_DIR (data/networks) holds resnet20*.th and so on of akamaster/pytorch_resnet_cifar10
-#   cifar100   ResNet-32, width 32, with and without switches: every row of the results table
-#   small      ResNet-20, width 32, 16x16 pixels, three seeds: the alternatives to switches
-#   full       ResNet-32, width 64, the published epochs, one seed: for a GPU
+#   cifar100   ResNet-32, width 32: all stages, with and without switches
+#   small      the same for ResNet-20, width 16, 24x24 pixels, three seeds
+#   full       the same for ResNet-32, width 64, the published epochs: for a GPU
 # DATA_DIR and IMG_TYPE say where the images are (data/cifar10, png), PRECISION how to train (auto; bf16 pays on CPUs
 # that multiply it).  Stopped at any moment, within a run too, the same command goes on; SECONDS_A_PIECE stops a run by
 # itself after so long, for machines that are lent in pieces.
@@ -14,16 +14,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n 3,12p "$0"; exit 2; }
 size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-png} precision=${PRECISION:-auto}
-more=()  # further settings of stage 2
-at=()  # where the switches end: the fewest FLOPs within one percentage point
-width=32 pixels=32 flops=0.12 rate=0.02 seeds=${3:-1}
+width=32 pixels=32 seeds=${3:-1}
+# Stage 2 makes three networks, to a tenth of the FLOPs, with more epochs for smaller ones.
+epochs=8 rate=0.02
 case $size in
 yardstick) depth=56 ;;
-cifar100)  depth=32 first=12 iterations=2 tuning=0 last_tuning=1 third=4 rate=0.01 flops=0.25
-           more=(lr=0.01 fisher_images=2000 max_accuracy_drop=0.05) ;;  # all iterations, for the cascade
-small)     depth=20 pixels=16 first=20 iterations=4 tuning=2 last_tuning=4 third=6 seeds=${3:-3}
-           at=(--target_computation 0.8) ;;  # so that all alternatives are compared at as many executed FLOPs
-full)      depth=32 width=64 first=200 iterations=8 tuning=20 last_tuning=40 third=100 ;;
+cifar100)  depth=32 first=12 third=4 ;;
+small)     depth=20 width=16 pixels=24 first=8 third=3 epochs=4 seeds=${3:-3} ;;
+full)      depth=32 width=64 first=200 third=100 epochs=60 ;;
 *)         echo "error: study $size is unknown: use yardstick, cifar100, small or full" >&2; exit 2 ;;
 esac
 network="$(basename "$(realpath "$data")")/resnet$depth"
@@ -40,7 +38,6 @@ run() {  # run COMMAND...: in pieces where SECONDS_A_PIECE asks for it; what it 
     return "$code"
 }
 has() { compgen -G "$1/$2/$network/*/record.json" > /dev/null; }  # has FOLDER STAGE: a run of it has reported
-chosen() { compgen -G "$1/$2/$network/*/record.json" | sort | tail -n 1 | sed 's|record.json$|best.pt|'; }  # the newest
 
 first() {  # first FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
@@ -52,13 +49,13 @@ prune() {  # prune FOLDER MORE...
     local settings=("img_type=$type" "data_dir=$data" num_workers=4 "result_dir=$folder" "precision=$precision" "$@")
     has "$folder" pruned || run python main_prune.py --config_path config.json "${settings[@]/#/--set=}" --resume
 }
-second() {  # second FOLDER SEED: the cheapest within one percentage point
-    prune "$1" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" "target_flops=$flops" "max_iter=$iterations" \
-        "epochs_start=$tuning" "epochs_end=$last_tuning" "${more[@]}"
+second() {  # second FOLDER SEED
+    prune "$1" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" target_flops=0.1 max_iter=3 epochs_start=0 \
+        "epochs_end=$epochs" "lr=$rate" max_accuracy_drop=0.05 fisher_images=2000
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
-    has "$folder" rl_pruned || run python main_rl_prune.py "${common[@]}" --epochs "$third" --lr "$rate" --bs 128 \
+    has "$folder" rl_pruned || run python main_rl_prune.py "${common[@]}" --epochs "$third" --lr 0.01 --bs 128 \
         --precision "$precision" --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
 }
 cascade() {  # cascade FOLDER
@@ -70,44 +67,26 @@ if [ "$size" = yardstick ]; then
     for depth in 20 32 44 56; do
         network="$(basename "$(realpath "$data")")/resnet$depth"
         functions+=("examples/cifar_resnet.py:resnet$depth")
-        # The middle of the family halved and not trained further, its ends halved twice with a little fine-tuning.
-        target=0.25 iterations=2 epochs=3
-        case $depth in 32|44) target=0.5 iterations=1 epochs=0 ;; 56) epochs=1 ;; esac
+        # The middle of the family halved and not trained further, its ends halved twice and fine-tuned.
+        target=0.25 iterations=2 epochs=3 rate=0.005
+        case $depth in 32|44) target=0.5 iterations=1 epochs=0 ;; 56) epochs=5 rate=0.01 ;; esac
         prune "$results" "network=${functions[-1]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
             'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0 max_accuracy_drop=0.3 \
-            "target_flops=$target" "max_iter=$iterations" "epochs_start=$epochs" "epochs_end=$epochs" lr=0.005 \
+            "target_flops=$target" "max_iter=$iterations" "epochs_start=$epochs" "epochs_end=$epochs" "lr=$rate" \
             fisher_images=2000
     done
-    run python -m benchmarks.yardstick "$results" --data_dir "$data" --img_type "$type" --network "${functions[@]}" \
+    run python -m benchmarks.study "$results" --data_dir "$data" --img_type "$type" --network "${functions[@]}" \
         --out "$results"
     exit
 fi
-if [ "$size" = cifar100 ]; then
-    for ((seed = 0; seed < seeds; seed++)); do
-        first "$results/plain/seed_$seed" "$seed" --gate none
-        second "$results/plain/seed_$seed" "$seed"
-        cascade "$results/plain/seed_$seed"
-        first "$results/switched/seed_$seed" "$seed"
-        second "$results/switched/seed_$seed" "$seed"
-        third "$results/switched/seed_$seed" "$seed"
-        cascade "$results/switched/seed_$seed"
-    done
-    exit
-fi
 for ((seed = 0; seed < seeds; seed++)); do
-    chain=$results/seed_$seed
-    first "$chain" "$seed"
-    second "$chain" "$seed"
-    third "$chain" "$seed" "${at[@]}"
-    first "$results/reference/seed_$seed" "$seed" --gate none
-    second "$results/reference/seed_$seed" "$seed"
-    third "$results/dense_switched/seed_$seed" "$seed" --checkpoint "$(chosen "$chain" sp)"
-    run python -m benchmarks.alternatives --dense "$(chosen "$chain" sp)" --static "$(chosen "$chain" pruned)" \
-        --dynamic "$(chosen "$chain" rl_pruned)" --data_dir "$data" --img_type "$type" \
-        --precision "$precision" --epochs "$third" --lr "$rate" --seed "$seed" --out "$results/alternatives_$seed"
+    for gate in none rnn; do
+        chain=$results/gate_$gate/seed_$seed
+        first "$chain" "$seed" --gate "$gate"
+        second "$chain" "$seed"
+        [ "$gate" = none ] || third "$chain" "$seed"
+        cascade "$chain"
+        [ -e "$chain/study/study.json" ] || run python -m benchmarks.study "$chain" --data_dir "$data" --img_type "$type" --depth "$depth" \
+            --resize "$pixels" --out "$chain/study"
+    done
 done
-run python -m benchmarks.criteria --checkpoint "$(chosen "$results/seed_0" sp)" \
-    --data_dir "$data" --img_type "$type" --precision "$precision" --shares 0.5 0.35 0.25 0.15 --seeds "$seeds" \
-    --epochs 2 --train_images 20000 --out "$results/criteria" \
-    --variants eigendamage "best forms, refitted" "Torch-Pruning, Hessian, global" random
-run python -m benchmarks.study "$results"

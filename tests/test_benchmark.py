@@ -1,28 +1,19 @@
-"""The inference benchmark at a tiny size: every competitor is there and brought to the FLOPs it should have."""
+"""The inference benchmark and Torch-Pruning's networks at a tiny size."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from test_export import checkpoint_file
+from commands import run_folder
 from torch.nn import functional as F
 
 from benchmarks import inference
 from benchmarks.competitor import IMPORTANCES, Competitor, _gradients, torch_pruned
-from benchmarks.networks import with_random_weights
-from gating.fixing import with_fixed_switches
-from models import all_on, build_network
+from models import build_network
 from utils.data.images import evenly_spaced
 from utils.flops import network_cost
-
-
-def test_rounded_channels_are_multiples_and_cost_what_was_asked_for():
-    subject = with_random_weights(depth=8, width=32, image_size=8, kept=0.4, skipped=0.3)
-    target = network_cost(subject.static, 8).flops
-    pruned = torch_pruned(subject.dense, Competitor("magnitude", everywhere=False, round_to=8), target, 8, [])
-    assert network_cost(pruned, 8).flops == pytest.approx(target, rel=0.1)
-    assert all(m.out_channels % 8 == 0 for m in pruned.modules() if isinstance(m, torch.nn.Conv2d))
-    assert pruned(torch.zeros(2, 3, 8, 8)).logits.shape == (2, 100)
+from utils.runs.run import BEST
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
@@ -52,69 +43,34 @@ def test_hessian_importance_reads_squared_gradients_of_single_images():
     torch.testing.assert_close(found[names.index("blocks.0.conv1.weight")], expected)
 
 
-@pytest.mark.parametrize("skipped", [0.3, 0.6])
-def test_random_switches_close_as_often_as_asked_each_for_some_images(skipped):
-    subject = with_random_weights(depth=20, width=8, image_size=8, kept=0.4, skipped=skipped)
-    with torch.no_grad():
-        closed = 1 - subject.dynamic(subject.normalisation.apply(subject.pixels)).decisions.mean(dim=0)
-    assert closed.mean().item() == pytest.approx(skipped, abs=0.1)
-    assert ((closed > 0.02) & (closed < 0.98)).float().mean() > 0.5
-
-
-def test_command_measures_every_competitor(tmp_path, monkeypatch, capsys):
-    output = tmp_path / "inference.json"
-    settings = {"ranks": 0.4, "depth": 8, "width": 8, "resize": 8, "seconds": 0, "threads": 1, "output": output}
-    monkeypatch.setattr("sys.argv", ["inference", *(f"--{name}={value}" for name, value in settings.items())])
-    monkeypatch.setattr(inference, "SINGLE_IMAGES", 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_command_measures_networks_with_and_without_switches_in_turns(
+    chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    files = [str(run_folder(chain, stage) / BEST) for stage in ("sp", "pruned", "rl_pruned")]
+    given = [*files, "--data_dir", str(shapes), "--int8", "--seconds", "0", "--output", str(tmp_path / "times.json")]
+    monkeypatch.setattr("sys.argv", ["inference", *given])
+    monkeypatch.setattr(inference, "BATCHES", (1, 4))
+    monkeypatch.setattr(inference, "TIMED_IMAGES", 4)
     inference.main()
-    content = json.loads(output.read_text())
-    # Four networks in four runtimes, and the switched one against itself in two, at three batch sizes.
-    assert len(content["rows"]) == (4 * 4 + 2) * 3
-    printed = capsys.readouterr().out.splitlines()
-    assert len([text for text in printed if text.startswith("| cpu")]) == 54
-    summary = [text for text in printed if text.startswith(("| PyTorch", "| ONNX Runtime"))]
-    assert len(summary) == 4 * 4 and all(text.count("/s (") == 2 and text.count(" ms (") == 1 for text in summary)
-    for row in content["rows"]:
-        assert row["kept"] == pytest.approx(row["speedup"] / row["flop_ratio"])
-        timing = row["timing"]
-        assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"] and timing["rounds"] >= 5
-    assert torch.__version__.startswith(content["machine"]["versions"]["torch"])
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert [(row["precision"], row["network"]) for row in rows] == [
+        (precision, name) for precision in ("float32", "int8") for name in files
+    ]
+    records = json.loads((chain / "results.json").read_text())
+    for row, record in zip(rows, records, strict=False):
+        assert row["accuracy"] == pytest.approx(record["accuracy"], abs=1e-9)
+        assert min(row["milliseconds"].values()) > 0 and list(row["milliseconds"]) == ["1", "4"]
+    for row, record in zip(rows[:2], records, strict=False):
+        assert row["gflops"] == pytest.approx(record["gflops"], rel=1e-9)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 6
 
 
-def test_trained_networks_are_compared_with_their_accuracies_without_stage_three(tmp_path, monkeypatch, capsys, shapes):
-    torch.manual_seed(0)
-    files = {
-        name: checkpoint_file(tmp_path / f"{name}.pt", build_network("resnet", depth=8, num_classes=3, width=8, **form),
-                              ["left", "middle", "right"], stage, 8)
-        for name, stage, form in (
-            ("dense", "sp", {}), ("static", "pruned", {"ranks": {"blocks.2.conv2": (8, 8)}}),
-        )
-    }  # fmt: skip
-    settings = {**files, "data_dir": shapes, "seconds": 0, "threads": 1, "output": tmp_path / "inference.json"}
-    monkeypatch.setattr("sys.argv", ["inference", *(f"--{name}={value}" for name, value in settings.items())])
-    monkeypatch.setattr(inference, "SINGLE_IMAGES", 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    inference.main()
-    content = json.loads((tmp_path / "inference.json").read_text())
-    assert len(content["rows"]) == 3 * 4 * 3  # networks, runtimes, batch sizes
-    accuracies = content["accuracies"]
-    for network in ("dense", "static"):
-        # Four runtimes of one network on 30 images: the float ones agree.
-        found = [accuracies[f"{runtime}: {network}"] for runtime in ("PyTorch", "PyTorch, folded", "ONNX Runtime")]
-        assert found == [pytest.approx(found[0], abs=1 / 30)] * 3 and f"ONNX Runtime, int8: {network}" in accuracies
-    rows = [text for text in capsys.readouterr().out.splitlines() if text.startswith(("| PyTorch", "| ONNX Runtime"))]
-    assert len(rows) == 4 * 3 and sum("| – |" in text for text in rows) == 4, "Torch-Pruning's is not fine-tuned"
-
-
-def test_every_block_is_what_is_left_of_the_network():
-    """Against which a switched network's speed is judged: blocks that have left are run by neither."""
-    subject = with_random_weights(depth=14, width=8, image_size=8, kept=0.5, skipped=0.3)
-    fixed = with_fixed_switches(subject.dynamic, {0: 0, 1: 1})
-    items = inference.items_of(subject.pixels, 32)
-    cost = network_cost(fixed, 8)
-    assert inference.executed_flops(fixed, subject, items, all_on) == pytest.approx(cost.flops - cost.blocks[0])
-    assert inference.executed_flops(fixed, subject, items) < cost.flops - cost.blocks[0]
+def test_the_table_says_how_much_of_the_saving_is_kept():
+    rows = [
+        inference.Row("float32", "a", 0.9, 0.4, {"1": 8.0}),
+        inference.Row("float32", "b", 0.8, 0.1, {"1": 2.5}),
+    ]
+    assert inference.table(rows).splitlines()[-1] == "| float32 | b | 80.00% | 0.1000 | 4.00x | 2.5 ms, 3.20x (0.80) |"
 
 
 def test_timed_images_are_spread_over_all():

@@ -131,7 +131,7 @@ def test_the_readme_s_commands_for_a_laptop_export_and_predict(
     assert capsys.readouterr().out.splitlines()[-1].startswith("image.png: ")
     names = {"images": np.zeros((3, 3, 32, 32), np.uint8)}
     exec(re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)[1], names)
-    assert names["outputs"]["logits"].shape == (3, 10)
+    assert names["outputs"]["logits"].shape == (3, 100)
 
 
 def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(

@@ -1,135 +1,79 @@
-"""The study's measurements at a tiny size, and its tables by hand."""
+"""The study: networks of others as ours, cascades chosen on some images and measured on others, and the script."""
 
-import json
 import os
-import shutil
-import statistics
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from commands import FINE_TUNING, ROOT, run_folder
+from commands import ROOT
 
-from benchmarks import alternatives, study
-from benchmarks.alternatives import Same
-from gating.fixing import BEFORE_FIXING
-from models import all_on
-from utils.flops import network_cost
-from utils.runs.checkpoint import load_checkpoint
-from utils.runs.run import BEST
+from benchmarks.rival import imported
+from benchmarks.study import Round, draw, halves, mean_of, tables
+from examples.cifar_resnet import CifarResNet
+from gating.cascade_search import Candidate, Predictions
 
 
-@pytest.fixture(scope="module")
-def studied(chain: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study's folder with two seeds (of the same runs) and the alternatives of one."""
-    results = tmp_path_factory.mktemp("study")
-    for seed in range(2):
-        shutil.copytree(chain, results / f"seed_{seed}")
-    given = ["alternatives", "--static", str(run_folder(chain, "pruned") / BEST)]
-    given += ["--dynamic", str(run_folder(chain, "rl_pruned") / BEST), "--data_dir", str(shapes)]
-    given += ["--dense", str(run_folder(chain, "sp") / BEST)]
-    given += ["--epochs", "1", "--batch_size", "32", "--out", str(results / "alternatives_0")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", given)
-        alternatives.main()
-        before = (results / "alternatives_0.jsonl").read_text()
-        alternatives.main()
-    assert (results / "alternatives_0.jsonl").read_text() == before, "what is measured is not measured again"
-    return results
+def test_a_network_of_others_is_the_same_as_ours(tmp_path):
+    network = CifarResNet(2).eval()
+    for name, value in network.named_buffers():
+        if name.endswith("running_mean"):
+            value.normal_()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "net.th")
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(imported(tmp_path / "net.th", 14, 10)(x).logits, network(x), rtol=0, atol=1e-5)
 
 
-def test_alternatives_execute_what_the_switches_execute_or_less(studied: Path, chain: Path):
-    lines = [json.loads(line) for line in (studied / "alternatives_0.jsonl").read_text().splitlines()]
-    by_method = {line["method"]: line for line in lines}
-    measured = ["start", "switches", "random switches", "switches fixed", "pruned further", "blocks removed"]
-    measured.append("Torch-Pruning")
-    assert list(by_method) == measured and set(measured) == set(study.ALTERNATIVES)
-    static = load_checkpoint(run_folder(chain, "pruned") / BEST)
-    dynamic = load_checkpoint(run_folder(chain, "rl_pruned") / BEFORE_FIXING)
-    cost = network_cost(static.network(), 8)
-    assert by_method["start"]["gflops"] == pytest.approx(cost.flops / 1e9, rel=1e-12)
-    target = dynamic.metrics["computation"] * network_cost(dynamic.network(), 8).flops / 1e9
-    assert by_method["pruned further"]["gflops"] <= target * (1 + 1e-9)
-    more, fewer = points = by_method["blocks removed"]["points"]
-    for point in points:
-        executed = cost.executed(torch.tensor(point["kept"])[None]).item() / 1e9
-        assert point["gflops"] == pytest.approx(executed, rel=1e-12)
-    assert more["gflops"] >= target * (1 - 1e-9), "the target lies between two sets of blocks"
-    # Skipping every block may still take more than the switches, whose network may have left blocks out.
-    assert by_method["blocks removed"]["gflops"] == pytest.approx(max(target, fewer["gflops"]), rel=1e-9)
-    low, high = sorted(point["accuracy"] for point in points)
-    assert low - 1e-9 <= by_method["blocks removed"]["accuracy"] <= high + 1e-9
-    assert by_method["Torch-Pruning"]["gflops"] <= 1.02 * cost.flops / 1e9
-    assert by_method["Torch-Pruning"]["epochs"] == static.progress["iteration"] * FINE_TUNING["epochs"]
-    assert by_method["switches"]["bits_of_routes"] <= by_method["switches"]["bits"] + 1e-6
-    record = json.loads((chain / "results.json").read_text())[2]
-    assert by_method["switches fixed"]["accuracy"] == pytest.approx(record["accuracy"], abs=1e-12)
-    assert by_method["switches fixed"]["gflops"] == pytest.approx(record["gflops"], rel=1e-9)
-    # Fixing makes parameters leave, and each switch that is fixed may cost one percent of the FLOPs.
-    assert by_method["switches fixed"]["parameters"] < by_method["switches"]["parameters"]
-    assert by_method["switches fixed"]["gflops"] <= 1.02 * by_method["switches"]["gflops"]
+def singles():
+    given = {"family": "small", "given": True, "share": 1.0, "parameters": 10, "milliseconds": {"1": 1.0}}
+    return [{**given, "name": "small", "accuracy": 0.6, "gflops": 1.0},
+            {**given, "name": "large", "family": "large", "accuracy": 0.8, "gflops": 3.0,
+             "milliseconds": {"1": 2.0}}]  # fmt: skip
 
 
-def test_the_rule_that_is_the_same_for_all_images_removes_blocks(chain: Path):
-    network = load_checkpoint(run_folder(chain, "sp") / BEST).network()
-    x, rule = torch.randn(5, 3, 8, 8), Same(torch.tensor([1.0, 0.0]))
-    for _ in range(2):
-        assert network(x, decide=rule).decisions.tolist() == [[1.0, 0.0]] * 5
-    assert torch.equal(network(x, decide=Same(torch.ones(2))).logits, network(x, decide=all_on).logits)
+@pytest.mark.parametrize("answer", ["last", "mean"])
+def test_what_is_chosen_on_one_half_is_measured_on_the_other(answer):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (60,), generator=generator)
+    p = [torch.randn(60, 3, generator=generator).softmax(1) for _ in range(2)]
+    predictions = [Predictions(one, torch.full((60,), cost).double()) for one, cost in zip(p, (1e9, 3e9), strict=True)]
+    rounds = halves(predictions, labels)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    chosen = [Candidate((0, 1), (threshold,), answer, 0.5, 1.0) for threshold in (0.5, 0.7)]
+    right, spent = [], []
+    for half, threshold in ((order[30:], 0.5), (order[:30], 0.7)):
+        for i in half.tolist():
+            answered, cost = p[0][i], 1.0
+            if answered.max() < threshold:
+                answered, cost = p[1][i] if answer == "last" else p[0][i] + p[1][i], 4.0
+            right.append(answered.argmax() == labels[i])
+            spent.append(cost)
+    found = mean_of(chosen, rounds, singles())
+    assert found["accuracy"] == pytest.approx(sum(right).item() / 60, abs=1e-12)
+    assert found["gflops"] == pytest.approx(sum(spent) / 60, abs=1e-12)
+    assert found["chosen"][0]["members"] == ["small", "large"]
+    assert mean_of([chosen[0], None], rounds, singles()) is None
+    on_validation = mean_of(chosen[:1], [Round(predictions, labels, predictions, labels)], singles())
+    assert on_validation["accuracies"] == [on_validation["accuracy"]]
 
 
-def test_tables_hold_means_and_deviations(studied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    path = studied / "seed_1" / "results.json"
-    records = json.loads(path.read_text())
-    records[0]["accuracy_every_block"] = 0.5
-    path.write_text(json.dumps(records))
-    measured = [
-        {"variant": "random", "share": 0.5, "seed": n, "flops": 0.49, "test": t} for n, t in ((0, 0.5), (1, 0.6))
-    ]
-    (studied / "criteria.jsonl").write_text("".join(json.dumps(m) + "\n" for m in measured))
-    took = [f"{seconds}\tpython main_sp.py --result_dir {studied}/seed_0 \n" for seconds in (1800, 3600)]
-    (studied / "commands.tsv").write_text("".join(took))
-    monkeypatch.setattr("sys.argv", ["study", str(studied), "--keep", str(tmp_path / "kept")])
-    study.main()
-    table = capsys.readouterr().out
-    first = json.loads((studied / "seed_0" / "results.json").read_text())[0]["accuracy_every_block"]
-    mean, deviation = 100 * statistics.mean([first, 0.5]), 100 * statistics.stdev([first, 0.5])
-    assert f"| w/o Pruning | 2 | {mean:.2f} ± {deviation:.2f} % |" in table
-    assert (
-        "| (b) blocks removed for all images | 1 |" in table and "| (d) switches at random, same rates | 1 |" in table
-    )
-    assert "| random channels | 2 | 55.00 ± 7.07 % |" in table
-    assert "    python main_sp.py --result_dir RESULTS/seed_0  # 1.5 h" in table, "pieces of a command add up"
-    monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "kept")])
-    study.main()
-    assert capsys.readouterr().out == table, "the records that were kept are enough"
-    kept = [path for path in (tmp_path / "kept").rglob("*") if path.suffix in (".json", ".jsonl", ".tsv", ".md")]
-    assert not any(str(studied) in path.read_text() for path in kept), "no path of this machine is kept"
-    assert (tmp_path / "kept" / "passing_by_class.png").stat().st_size > 0
-    assert not list((tmp_path / "kept").rglob("*.pt")) and (tmp_path / "kept" / "study.png").stat().st_size > 0
-
-
-def test_methods_are_compared_seed_by_seed():
-    switches = [{"seed": 0, "accuracy": 0.5}, {"seed": 1, "accuracy": 0.75}]
-    others = [{"seed": 1, "accuracy": 0.875}, {"seed": 0, "accuracy": 0.25}, {"seed": 2, "accuracy": 0.9}]
-    assert study.ahead(others, switches) == [0.125, -0.25]
-    assert study.ahead(switches, switches) == []
-
-
-def test_static_pruning_with_and_without_switches():
-    def stages(whole: float, *points: float) -> dict:
-        tried = [{"gflops": 0.01 / (i + 1), "accuracy": accuracy} for i, accuracy in enumerate(points)]
-        return {"sp": [{"accuracy_every_block": whole}] * 2, "pruned": [{"points": tried}] * 2}
-
-    with_, without = stages(0.8, 0.75, 0.7), stages(0.81, 0.8)
-    assert study.static_pruning({"with switches": with_, "without": without})[5:] == [
-        "| stage 1 | seeds | unpruned | 0.0100 GFLOPs |",
-        "|---|---|---|---|",
-        "| with switches | 2 | 80.00 ± 0.00 % | 75.00 ± 0.00 % |",
-        "| without | 2 | 81.00 ± 0.00 % | 80.00 ± 0.00 % |",
-    ]
-    assert study.static_pruning({"with switches": with_, "without": {"sp": [], "pruned": []}}) == []
+def test_tables_and_picture():
+    row = {
+        "accuracy": 0.79,
+        "gflops": 1.5,
+        "milliseconds": {"1": 1.25},
+        "chosen": 2 * [{"members": ["small", "large"], "answer": "mean"}],
+    }
+    found = {"reference": "large", "networks": singles(), "budgets": [{"drop": 0.01, **row}],
+             "curve": [{"share": 0.5, **row}]}  # fmt: skip
+    text = "\n".join(tables(found))
+    assert "| small | 60.00% | 1.000 | 3.0x | 2.0x | 10 |" in text
+    assert "| 1.0 | 79.00% | 1.500 | 2.0x | 1.6x | small, large |" in text
+    assert "| 50.0% | 79.00% | 1.500 | 2.0x | 1.6x | small, large |" in text
+    found = {**found, "reference": "resnet56", "networks": [singles()[0], {**singles()[1], "name": "resnet56"}]}
+    labels = [line.get_label() for line in draw(found).axes[0].lines]
+    assert "cascades of these" in labels and "published" in labels
 
 
 def test_the_study_names_what_it_does_not_know(tmp_path: Path):
@@ -144,6 +88,7 @@ echo "$*" >> "$CALLS"
 shown=$(echo "$*" | md5sum | cut -c 1-32)
 [ -z "${SECONDS_A_PIECE:-}" ] || [ -e "$CALLS.$shown" ] || { touch "$CALLS.$shown"; sleep 30; exit 1; }
 [[ "$*" =~ (resnet|depth[=\ ])([0-9]+) ]] && depth=${BASH_REMATCH[2]}
+[[ "$*" =~ --out\ ([^ ]+) ]] && mkdir -p "${BASH_REMATCH[1]}" && touch "${BASH_REMATCH[1]}/study.json" && exit 0
 [[ "$*" =~ result_dir[=\ ]([^ ]+) ]] || exit 0
 case $1 in
 main_sp.py) stage=sp ;; main_prune.py) stage=pruned ;; main_cascade.py) stage=cascade ;; *) stage=rl_pruned ;;
@@ -169,26 +114,19 @@ def commands_of(size: str, folder: Path, **settings: str) -> list[str]:
     return calls.read_text().splitlines()
 
 
-def test_the_studies_of_real_data(tmp_path: Path):
-    (tmp_path / "yardstick").mkdir()
-    (tmp_path / "cifar100").mkdir()
-    made = commands_of("yardstick", tmp_path / "yardstick")
+def test_the_yardstick_prunes_four_networks(tmp_path: Path):
+    made = commands_of("yardstick", tmp_path)
     assert [line.split()[0] for line in made] == ["main_prune.py"] * 4 + ["-m"]
     assert all(f"cifar_resnet.py:resnet{depth} " in line for depth, line in zip((20, 32, 44, 56), made, strict=False))
-    made = commands_of("cifar100", tmp_path / "cifar100")
-    stages = ["main_sp.py", "main_prune.py", "main_cascade.py"]
-    assert [line.split()[0] for line in made] == [*stages, *stages[:2], "main_rl_prune.py", stages[2]]
-    assert "--gate none" in made[0] and "--gate none" not in made[3]
 
 
-def test_the_full_study_goes_on_piece_by_piece(tmp_path: Path):
-    made = commands_of("full", tmp_path, SECONDS_A_PIECE="1")
+def test_every_stage_with_and_without_switches_piece_by_piece(tmp_path: Path):
+    made = commands_of("cifar100", tmp_path, SECONDS_A_PIECE="1")
     names = [line.removeprefix("-m ").split()[0] for line in made]
-    stages = ["main_sp.py", "main_prune.py", "main_rl_prune.py"]
-    stages += ["main_sp.py", "main_prune.py", "main_rl_prune.py"]  # without switches; with them, unpruned
     called = [name for name, before in zip(names, [None, *names], strict=False) if name != before]
-    assert [name for name in called if name in stages] == stages
-    assert names[-1] == "benchmarks.study" and all(made.count(line) > 1 for line in made), "each was stopped once"
-    assert all("bf16" in line for line in made if "benchmarks.study" not in line)
+    without = ["main_sp.py", "main_prune.py", "main_cascade.py", "benchmarks.study"]
+    assert called == [*without, *without[:2], "main_rl_prune.py", *without[2:]]
+    assert all(made.count(line) > 1 for line in made), "each was stopped once"
+    assert "--gate none" in made[0] and all("bf16" in line for line in made if "main_sp" in line or "prune" in line)
     taken = [line.split("\t") for line in (tmp_path / "results" / "commands.tsv").read_text().splitlines()]
     assert [line.replace("'", "").removeprefix("python ").strip() for _, line in taken] == made

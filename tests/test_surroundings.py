@@ -15,7 +15,7 @@ from utils import files, parallel
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-IMPORTS = "import main_sp, main_prune, main_rl_prune, deploy.export, deploy.predict, benchmarks.criteria"
+IMPORTS = "import main_sp, main_prune, main_rl_prune, deploy.export, deploy.predict, benchmarks.study"
 
 
 def test_a_notebooks_backend_does_not_end_a_command():
