@@ -58,7 +58,7 @@ class Settings(RunSettings):
 def main() -> None:
     settings = parse_flags(Settings, "Choose a cascade from the networks of earlier runs.", resumes=False)[0]
     device = pick_device()
-    data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
+    data = load_data(**settings.data())
     for name in filter(is_own, settings.network):
         allow(name)
     networks, notes = parallel.broadcast_object(cascade_networks(settings, data))

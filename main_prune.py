@@ -94,7 +94,7 @@ def main() -> None:
     settings, resume = parse_arguments()
     device = pick_device()
     precision = pick_precision(settings.precision, device)
-    data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers)
+    data = load_data(**settings.data())
     if is_own(settings.network):
         allow(settings.network)
     parent = stage_folder(settings.result_dir, "pruned", data.name, settings.network, settings.depth)

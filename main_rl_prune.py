@@ -146,7 +146,7 @@ def main() -> None:
     settings, resume = parse_flags(Settings, "Stage 3: teach the switches to skip blocks.")
     device = pick_device()
     precision = pick_precision(settings.precision, device)
-    data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers, settings.download)
+    data = load_data(**settings.data(), download=settings.download)
     parent = stage_folder(settings.result_dir, "rl_pruned", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
     start, notes = (last.checkpoint, []) if last else parallel.broadcast_object(pruned_network(settings, data))

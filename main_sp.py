@@ -67,7 +67,7 @@ def main() -> None:
     precision = pick_precision(settings.precision, device)
     torch.manual_seed(settings.seed)
     randomness = Randomness(settings.seed, device)
-    data = load_data(settings.data_dir, settings.img_type, settings.resize, settings.num_workers, settings.download)
+    data = load_data(**settings.data(), download=settings.download)
     parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
     splits = split_for(settings, data, last)

@@ -84,6 +84,19 @@ def test_pixels_labels_and_classes_are_those_of_the_files(tmp_path: Path, publis
         assert images.pixels.dtype == torch.uint8 and images.labels.dtype == torch.int64
 
 
+def test_validation_images_of_a_folder(tmp_path: Path, published: None):
+    write(tmp_path, CIFAR10)
+    for name in CLASSES[CIFAR10]:
+        (tmp_path / "aside" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "aside" / name / "0.png")
+    val = load_data(str(tmp_path), "png", 32, 1, val_dir=str(tmp_path / "aside")).val
+    assert val.labels.tolist() == list(range(len(CLASSES[CIFAR10]))) and (val.pixels == 9).all()
+    first = CLASSES[CIFAR10][0]
+    (tmp_path / "aside" / first).rename(tmp_path / "aside" / "other")
+    with pytest.raises(UserError, match=rf"classes differ between .*: {first}, other in one only"):
+        load_data(str(tmp_path), "png", 32, 1, val_dir=str(tmp_path / "aside"))
+
+
 def test_images_are_brought_to_the_size_asked_for(tmp_path: Path, published: None):
     write(tmp_path, CIFAR10)
     image = Image.fromarray(pixels_of("data_batch_1")[3].transpose(1, 2, 0))

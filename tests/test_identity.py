@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.data.batches import Splits, split_as_before, split_data, stratified_split
+from utils.data.batches import Splits, split_as_before, split_data
 from utils.data.folder import DataSet, load_data
-from utils.data.identity import digest, fingerprints, first_copies
+from utils.data.identity import digest, fingerprints, first_copies, stratified_split
 from utils.data.images import ImageSet
 from utils.errors import UserError
 

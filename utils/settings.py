@@ -19,7 +19,7 @@ from utils.sizes import Size, parse_size
 SCHEDULES = ("cosine", "step")  # of learning rates, see ``training.optimisers``
 
 # Settings that may change when a run is resumed: its outcome stays the same, except for rounding.
-NOT_COMPARED = ("download", "num_workers", "data_dir", "result_dir", "compile")
+NOT_COMPARED = ("download", "num_workers", "data_dir", "val_dir", "result_dir", "compile")
 
 MOST_IMAGES = 2**24  # in a batch; all there are, if there are fewer
 MOST_CHANNELS = 2**10
@@ -101,6 +101,7 @@ class RunSettings:
     network: str = setting("resnet", "kind of network", choices=NETWORKS)
     depth: int = setting(32, "depth of the network, 6n+2", check=check_depth)
     data_dir: str = path_setting(MISSING, "folder with train/ and test/, or with the CIFAR files of torchvision")
+    val_dir: str = path_setting("", "folder of validation images, instead of val/ in data_dir")
     result_dir: str = path_setting("results", "folder that all stages write to")
     img_type: str = setting("any", "image files to read", choices=tuple(IMAGE_TYPES))
     resize: Size = setting(32, "size of the resized images, as 32, or height and width as 224x160", parse=parse_size)
@@ -108,6 +109,16 @@ class RunSettings:
     seed: int = setting(
         0, "seed of the initial weights, order of images, augmentation and drawn decisions", low=0, high=MOST_SEED
     )
+
+    def data(self) -> dict[str, Any]:
+        """Arguments of ``utils.data.folder.load_data``."""
+        return {
+            "folder": self.data_dir,
+            "image_type": self.img_type,
+            "size": self.resize,
+            "workers": self.num_workers,
+            "val_dir": self.val_dir,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

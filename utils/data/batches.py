@@ -10,7 +10,7 @@ from torch import Tensor
 from utils import parallel
 from utils.data.augment import Normalisation, colour_histogram, crop_and_flip, draw_crops, normalisation_of
 from utils.data.folder import DataSet
-from utils.data.identity import digest, first_copies
+from utils.data.identity import digest, first_copies, stratified_split
 from utils.data.images import Images
 from utils.errors import UserError
 
@@ -43,25 +43,6 @@ class Splits:
 
     def to(self, device: torch.device) -> "Splits":
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
-
-
-def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the kept and of the set-aside images, the same share of every class, at least one kept of each.
-
-    Args:
-        labels: int64 [N].
-        fraction: share to set aside, in [0, 1).
-        seed: the same seed gives the same split.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    kept, aside = [], []
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
-        count = min(round(fraction * len(members)), len(members) - 1)
-        aside.append(members[:count])
-        kept.append(members[count:])
-    return torch.cat(kept).sort().values, torch.cat(aside).sort().values
 
 
 def split_data(data: DataSet, val_fraction: float, seed: int) -> Splits:
@@ -129,7 +110,7 @@ def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
     if 2 * missing > count:
         return (
             f"data {data.name} lacks {missing} of the {count} images that the checkpoint's run set aside for "
-            f"validation: use the same data, or start with stage 1 again"
+            f"validation: use the same data and val_dir, or start with stage 1 again"
         )
     return ""
 

@@ -1,8 +1,9 @@
 """Labelled images, found on disk and decoded once into memory.
 
 A data folder is either image files (``train/`` and ``test/``, one folder per class) or, where it has no ``train/``, the
-files that torchvision downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Image files that do not fit
-into memory are decoded batch by batch instead; the batches are the same.
+files that torchvision downloads (``cifar-100-python`` or ``cifar-10-batches-py``).  Where it has ``train/`` alone, a
+tenth of it is the test set.  Image files that do not fit into memory are decoded batch by batch instead; the batches
+are the same.
 """
 
 import math
@@ -21,11 +22,13 @@ from tqdm import tqdm
 from utils import parallel
 from utils.data import memory
 from utils.data.cifar import CIFAR_FOLDERS, read_cifar
-from utils.data.identity import fingerprints
+from utils.data.identity import fingerprints, first_copies, stratified_split
 from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, read_image
-from utils.data.listing import find_classes, find_files, find_parts, folder_name, notes_on
+from utils.data.listing import check_classes, find_classes, find_files, find_parts, folder_name, notes_on
 from utils.errors import UserError
 from utils.sizes import Size, height_width
+
+TEST_SHARE = 0.1  # of the training images, where a folder has no others
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class DataSet:
         return {part: fingerprints(images) for part, images in parts.items() if images is not None}
 
 
-def load_data(folder: str, image_type: str, size: Size, workers: int, download: bool = False) -> DataSet:
+def load_data(
+    folder: str, image_type: str, size: Size, workers: int, download: bool = False, val_dir: str = ""
+) -> DataSet:
     """Read a data set.
 
     Args:
@@ -57,6 +62,7 @@ def load_data(folder: str, image_type: str, size: Size, workers: int, download: 
         size: of the resized images, see ``utils.sizes``.
         workers: threads that decode.
         download: fetch CIFAR-100 or CIFAR-10 (by the folder's name) through torchvision if the folder has no images.
+        val_dir: folder of validation images, one folder per class, instead of those in the data folder; empty: none.
 
     Image files are decoded into memory.  If all would take more than a third of the available memory
     (``utils.data.memory``), they are only listed, and decoded when a batch needs them.  One line names the files that
@@ -67,7 +73,7 @@ def load_data(folder: str, image_type: str, size: Size, workers: int, download: 
     """
     root = Path(folder).expanduser()
     try:
-        data, notes = _load(root, image_type, size, workers, download)
+        data, notes = _load(root, image_type, size, workers, download, Path(val_dir).expanduser() if val_dir else None)
     except OSError as error:
         raise UserError(
             f"data folder {root} cannot be read ({error}): give yourself access or choose another"
@@ -78,8 +84,12 @@ def load_data(folder: str, image_type: str, size: Size, workers: int, download: 
     return data
 
 
-def _load(root: Path, image_type: str, size: Size, workers: int, download: bool) -> tuple[DataSet, list[str]]:
+def _load(
+    root: Path, image_type: str, size: Size, workers: int, download: bool, val: Path | None
+) -> tuple[DataSet, list[str]]:
     """The data, and notes on what was not read."""
+    if val is not None and not val.is_dir():
+        raise UserError(f"val_dir {val} is no folder: name one with a folder of images for each class, or none")
     name = folder_name(root.resolve())
     cifar = [folder for folder in CIFAR_FOLDERS.values() if (root / folder).is_dir()]
     parts, others = find_parts(root)
@@ -87,20 +97,27 @@ def _load(root: Path, image_type: str, size: Size, workers: int, download: bool)
         with parallel.main_process_first():  # the other processes find its download
             classes, train, test = read_cifar(root, download)
         train, test = (ImageSet(_resized(pixels, size), torch.from_numpy(labels)) for pixels, labels in (train, test))
-        return DataSet(name, classes, train, None, test), []
+        aside, left_out = None, Counter()
+        if val is not None:
+            check_classes(val, list(classes), root)
+            aside = _decoded(val, *find_files(val, list(classes), image_type, left_out), size, workers)
+        return DataSet(name, classes, train, aside, test), notes_on(val, [], left_out)
     if not root.is_dir():
         raise UserError(
             f"data folder {root} does not exist: name one with --data_dir (in stage 2 --set data_dir=FOLDER), or let "
             f"stage 1 fetch CIFAR with --download"
         )
-    if "train" not in parts or len(parts) == 1:
+    if "train" not in parts:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
         raise UserError(
             f"data folder {root} holds {found}, but needs train/ and test/ with one folder per class, or one of "
             f"{', '.join(CIFAR_FOLDERS.values())} (--download fetches those)"
         )
-    if "test" not in parts:
+    if "test" not in parts and "val" in parts:
         parts["test"] = parts.pop("val")
+    if val is not None:
+        others += [parts["val"].name] if "val" in parts else []
+        parts["val"] = val
     classes = find_classes(parts)
     left_out: Counter[str] = Counter()
     found = {part: find_files(path, classes, image_type, left_out) for part, path in parts.items()}
@@ -110,9 +127,26 @@ def _load(root: Path, image_type: str, size: Size, workers: int, download: bool)
         sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
     else:
         sets = {part: _decoded(parts[part], *listed, size, workers) for part, listed in found.items()}
+    notes = [f"data folder {root} has images of its own: --download fetches nothing"] if download else []
+    if "test" not in sets:
+        sets["train"], sets["test"] = _held_out(root, sets["train"])
+        notes.append(f"{root} has no test/: {len(sets['test'])} of its training images are held out as test images")
     data = DataSet(name, tuple(classes), sets["train"], sets.get("val"), sets["test"])
-    fetched = [f"data folder {root} has images of its own: --download fetches nothing"] if download else []
-    return data, fetched + notes_on(root, others, left_out)
+    return data, notes + notes_on(root, others, left_out)
+
+
+def _held_out(root: Path, images: Images) -> tuple[Images, Images]:
+    """Training and test images of a folder that has training images only: the same ones in every run.
+
+    Copies of a test image are test images, too.
+    """
+    prints = fingerprints(images)
+    candidates = first_copies(prints).nonzero().squeeze(1)
+    _, aside = stratified_split(images.labels[candidates], TEST_SHARE, seed=0)
+    if not len(aside):
+        raise UserError(f"data folder {root} has train/ alone, with fewer than ten images a class: add test/")
+    held = torch.isin(prints, prints[candidates[aside]])
+    return images[(~held).nonzero().squeeze(1)], images[held.nonzero().squeeze(1)]
 
 
 def _streamed(files: list[Path], labels: Tensor, size: Size, workers: int) -> FetchedSet:

@@ -1,4 +1,4 @@
-"""Images identified by their pixels: renaming and reordering files changes nothing, and copies count as one.
+"""Images identified by their pixels, and shares of them: renaming files changes nothing, and copies count as one.
 
 An image's fingerprint is a BLAKE2b digest of 8 bytes of its decoded pixels, at the size that the network sees.  By
 chance two of 1.2 million images share one with a probability of 4e-8.
@@ -37,3 +37,22 @@ def first_copies(prints: Tensor) -> Tensor:
     positions = torch.arange(len(prints))
     first = torch.full((int(inverse.max()) + 1,), len(prints)).scatter_reduce(0, inverse, positions, "amin")
     return first[inverse] == positions
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the kept and of the set-aside images, the same share of every class, at least one kept of each.
+
+    Args:
+        labels: int64 [N].
+        fraction: share to set aside, in [0, 1).
+        seed: the same seed gives the same split.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept, aside = [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        count = min(round(fraction * len(members)), len(members) - 1)
+        aside.append(members[:count])
+        kept.append(members[count:])
+    return torch.cat(kept).sort().values, torch.cat(aside).sort().values

@@ -53,12 +53,21 @@ def notes_on(root: Path, others: list[str], left_out: Counter[str]) -> list[str]
 
 def find_classes(parts: dict[str, Path]) -> list[str]:
     """The class names, which all parts have in common."""
-    names = {part: sorted(_class_folders(path)) for part, path in parts.items()}
-    for part, path in parts.items():
-        if names[part] != names["train"]:
-            odd = sorted(set(names["train"]) ^ set(names[part]))
-            raise UserError(f"classes differ between {parts['train']} and {path}: {', '.join(odd[:5])} in one only")
-    return names["train"]
+    train = sorted(_class_folders(parts["train"]))
+    for path in parts.values():
+        check_classes(path, train, parts["train"])
+    return train
+
+
+def check_classes(part: Path, classes: list[str], place: Path) -> None:
+    """Refuse a part whose classes are not those of ``place``.
+
+    Raises:
+        UserError: names some that are in one of them only.
+    """
+    odd = sorted(set(classes) ^ set(_class_folders(part)))
+    if odd:
+        raise UserError(f"classes differ between {place} and {part}: {', '.join(odd[:5])} in one only")
 
 
 def _class_folders(part: Path) -> dict[str, list[Path]]:
