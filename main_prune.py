@@ -20,7 +20,7 @@ from pruning.compress import check_goal, prune_once
 from pruning.goals import Goal, part_of_the_way
 from pruning.settings import PruneSettings
 from training.distillation import distillation_loss_fn
-from training.evaluate import check_finite, evaluate
+from training.evaluate import Evaluation, Evaluator, check_finite
 from training.forward import training_forward
 from training.given import register_given
 from training.norms import placed, reestimate_batch_norms
@@ -84,6 +84,7 @@ class Stage:
     randomness: Randomness
     start: Checkpoint  # stage 1's network, or where an interrupted run continues
     loss_fn: LossFn | None  # of fine-tuning, where it follows stage 1's network
+    evaluated: Evaluator  # on the images that choices look at
 
     @property
     def normalisation(self) -> Normalisation:
@@ -115,7 +116,8 @@ def main() -> None:
         loss_fn = None
         if settings.distill:
             loss_fn = distillation_loss_fn(placed(unpruned.network(), device), settings.distill, precision)
-        stage = Stage(run, splits, settings, device, precision, randomness, start, loss_fn)
+        evaluated = Evaluator(splits.val, start.normaliser(), settings.resize, precision)
+        stage = Stage(run, splits, settings, device, precision, randomness, start, loss_fn, evaluated)
         run.say(f"{splits.val_name} accuracy of stage 1 {start.original['accuracy']:.2%}")
         network, progress = placed(start.network(), device), PruningProgress()
         keeper = Keeper(run, start, network, progress, {"random": randomness})
@@ -197,20 +199,22 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     pruned = prune_once(network, passes, cost=cost, goal=next_goal(stage, progress, cost), method=settings)
     # All processes take the first one's choice: rounding could make theirs differ.
     pruned = parallel.broadcast_object(pruned)
+    # Gates are never pruned, which needs no line.
+    alone = {name: why for name, why in pruned.left_alone.items() if not name.startswith("gate.")}
     if pruned.nothing_changed:
         return None
     smaller = placed(pruned.network, stage.device)
-    smaller_cost = network_cost(smaller, settings.resize)
-    before = evaluate(network, splits.val, normalisation, cost, all_on, precision=stage.precision)
-    cut = evaluate(smaller, splits.val, normalisation, smaller_cost, all_on, precision=stage.precision)
+    cut = ready = stage.evaluated(smaller, all_on)
+    rise = cut.loss - stage.evaluated(network, all_on).loss
     if settings.reestimate_batch_norm and not settings.refit:
         reestimate_batch_norms(smaller, whole_batches_by_process(fisher, settings.batch_size, normalisation), all_on)
-    compression = stage.start.compression(smaller_cost)
+        ready = stage.evaluated(smaller, all_on)
+    compression = stage.start.compression(network_cost(smaller, settings.resize))
     progress.step += 1
     progress.iteration += 1
     progress.epoch, progress.best = 0, None
     progress.epochs = round(settings.epochs_start + (settings.epochs_end - settings.epochs_start) * compression)
-    record_pruning(stage, progress, pruned, cut.loss - before.loss, smaller, smaller_cost)
+    record_pruning(stage, progress, replace(pruned, network=smaller, left_alone=alone), rise, ready)
     return smaller
 
 
@@ -237,7 +241,7 @@ def fine_tune(
     if last:
         keeper.resume(last)
     else:
-        val = evaluate(network, splits.val, stage.normalisation, cost, precision=stage.precision)
+        val = stage.evaluated(network)
         keeper.offer([0 if splits.val_is_test else val.accuracy], val.metrics)
         keeper.save_last()
 
@@ -245,11 +249,11 @@ def fine_tune(
         title = f"iteration {progress.iteration}  epoch {epoch:3d}/{progress.epochs}"
         rate = rates_of_epoch(epoch, progress.epochs, settings.lr, **settings.schedule())
         train = supervised_epoch(training, batches, rate, title)
-        val = evaluate(network, splits.val, stage.normalisation, cost, precision=stage.precision)
+        val = stage.evaluated(network)
         check_finite(network, val, title)
         every_block = val
         if network.switches:
-            every_block = evaluate(network, splits.val, stage.normalisation, cost, all_on, precision=stage.precision)
+            every_block = stage.evaluated(network, all_on)
         progress.step, progress.epoch = progress.step + 1, epoch
         compression = stage.start.compression(cost)
         scalars = epoch_scalars(train, val, every_block, cost.parameters, compression, rate(0.0))
@@ -264,12 +268,14 @@ def fine_tune(
     return placed(best.network(), stage.device), best.metrics["accuracy"]
 
 
-def record_pruning(
-    stage: Stage, progress: PruningProgress, pruned: Pruned, rise: float, after: ResNet, cost: NetworkCost
-) -> None:
-    """Log and record what an iteration removed, and the predicted and the measured rise of the loss by surgery."""
+def record_pruning(stage: Stage, progress: PruningProgress, pruned: Pruned, rise: float, ready: Evaluation) -> None:
+    """Log and record what an iteration removed, and the predicted and the measured rise of the loss by surgery.
+
+    Args:
+        ready: the pruned network before fine-tuning.
+    """
     run, step, iteration, original = stage.run, progress.step, progress.iteration, stage.start.original
-    ready = evaluate(after, stage.splits.val, stage.normalisation, cost, all_on, precision=stage.precision)
+    cost = network_cost(pruned.network, stage.settings.resize)
     compression = stage.start.compression(cost)
     run.say(f"\niteration {iteration}\n{changes_table(pruned)}")
     predicted = f"{'predicted without refit' if stage.settings.refit else 'predicted'} {pruned.predicted_rise:.4f}"
@@ -287,7 +293,7 @@ def record_pruning(
         "Pruning/accuracy_before_fine_tuning": ready.accuracy,
     }
     notes = {f"Layers/predicted_rise/{c.name}": c.predicted_rise for c in pruned.changes}
-    run.record(step, scalars, iteration=iteration, **layer_scalars(after, cost), **notes)
+    run.record(step, scalars, iteration=iteration, **layer_scalars(pruned.network, cost), **notes)
     if pruned.bases:
         run.picture("eigenvalues", eigenvalues_picture(pruned.bases), step, iteration)
 
@@ -318,9 +324,7 @@ def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> 
 
 def point(checkpoint: Checkpoint, stage: Stage) -> dict[str, float | str]:
     """GFLOPs of one iteration and its accuracy on the images that choices look at, every block run: for the picture."""
-    network = placed(checkpoint.network(), stage.device)
-    cost = network_cost(network, stage.settings.resize)
-    measured = evaluate(network, stage.splits.val, stage.normalisation, cost, all_on)
+    measured = replace(stage.evaluated, precision=torch.float32)(placed(checkpoint.network(), stage.device), all_on)
     return {
         "iteration": checkpoint.progress["iteration"],
         "gflops": measured.flops_all / 1e9,

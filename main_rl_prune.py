@@ -298,8 +298,7 @@ def finish(stage: Stage, test: Images) -> None:
     run.say(f"chosen: epoch {best.progress['step']}, {met}")
     if (run.path / BEFORE_FIXING).exists():  # from a run that was interrupted after fixing
         best = load_checkpoint(run.path / BEFORE_FIXING)
-    cost, device = network_cost(best.network(), settings.resize), stage.setup.device
-    record_routing(run, best, test, cost, stage.budget.floor, device)
+    record_routing(run, best, test, stage.budget.floor, stage.setup.device)
     if within_budget and not settings.published:
         best = with_fixed(stage, best)
     chosen = Chosen(best, stage.val_name, within_budget)

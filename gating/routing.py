@@ -10,26 +10,23 @@ from gating.pictures import (
     easy_and_hard_pictures,
     passing_by_class,
 )
-from training.evaluate import evaluate
+from training.evaluate import Evaluator
 from training.norms import placed
 from utils import parallel
 from utils.data.images import Images
 from utils.files import write_json
-from utils.flops import NetworkCost
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.run import Run
 
 
-def record_routing(
-    run: Run, best: Checkpoint, test: Images, cost: NetworkCost, floor: float, device: torch.device
-) -> None:
+def record_routing(run: Run, best: Checkpoint, test: Images, floor: float, device: torch.device) -> None:
     """Draw and write the decisions of the best network.
 
     Args:
         floor: accuracy that the budget asks for.
     """
     classes = best.classes
-    measured = evaluate(placed(best.network(), device), test, best.normaliser(), cost)
+    measured = Evaluator(test, best.normaliser(), best.data["image_size"])(placed(best.network(), device))
     if not parallel.is_main_process():
         return
     labels = test.labels.cpu()

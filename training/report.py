@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from models import CASCADE, all_on, is_own
-from training.evaluate import evaluate
+from training.evaluate import Evaluator
 from training.norms import placed
 from utils import parallel
 from utils.data.images import Images
@@ -57,8 +57,9 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     result_dir = Path(result_dir).expanduser()
     network = placed(best.network(), test.device)
     cost = network_cost(network, best.data["image_size"])
-    measured = evaluate(network, test, best.normaliser(), cost)
-    every = evaluate(network, test, best.normaliser(), cost, all_on) if network.switches else measured
+    evaluated = Evaluator(test, best.normaliser(), best.data["image_size"])
+    measured = evaluated(network)
+    every = evaluated(network, all_on) if network.switches else measured
     counted = measured.flops_executed if best.stage in DYNAMIC else measured.flops_all
     record = {
         "method": METHODS[best.stage],
