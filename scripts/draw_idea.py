@@ -1,4 +1,4 @@
-"""Draw docs/idea.png, the README's picture: a block with its switch, a convolution rebuilt, the three stages.
+"""Draw docs/idea.png, the README's picture: a block with its switch, the forms of a layer, stages and cascade.
 
 Usage: python scripts/draw_idea.py [file, docs/idea.png by default]
 """
@@ -6,17 +6,25 @@ Usage: python scripts/draw_idea.py [file, docs/idea.png by default]
 import sys
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 WIDTH, HEIGHT = 1000, 565  # units of the drawing; 100 of them are an inch
 INK, GREY, PALE = "#22303c", "#8593a0", "#eef1f4"
 STATIC, STATIC_PALE = "#1f77b4", "#d6e6f3"  # as in the pictures of results
 DYNAMIC, DYNAMIC_PALE = "#d62728", "#fbe3e3"
 
-CELLS, KEPT = 16, 6  # directions drawn of a layer, and those that stay: 64 and 24 channels, four to a cell
+CASCADE, CASCADE_PALE = "#2ca02c", "#dcf0dc"
+# Forms of a 3x3 convolution of 64 channels: what it is called, its share of the FLOPs, and how long the bar of the
+# predicted loss is drawn.
+FORMS = (
+    ("3×3, 64 channels: unchanged", 1.0, 0.0),
+    ("1×1, 3×3, 1×1: 32 channels", (2 * 64 * 32 + 9 * 32 * 32) / (9 * 64 * 64), 0.3),
+    ("1×1, 3×3, 1×1: 16 channels", (2 * 64 * 16 + 9 * 16 * 16) / (9 * 64 * 64), 1.0),
+    ("1×1, 3×3 depthwise, 1×1", (2 * 64 * 64 + 9 * 64) / (9 * 64 * 64), 0.14),
+)
+CHOSEN = 3
 
 
 def text(axis: Axes, x: float, y: float, words: str, size: float = 10, **style: object) -> None:
@@ -83,134 +91,81 @@ def draw_block(axis: Axes) -> None:
     text(axis, 230, carried - 16, "shortcut: on all images", 9.5, color=GREY)
 
 
-def weights() -> tuple[np.ndarray, np.ndarray]:
-    """Sizes of a made-up layer's weights [CELLS, CELLS] between channels, and between directions of the eigenbasis."""
-    generator = np.random.default_rng(3)
-    decay = np.exp(-np.arange(CELLS) / 3.0)
-    rotated = generator.standard_normal((CELLS, CELLS)) * np.sqrt(np.outer(decay, decay)) + 0.05
-    bases = [np.linalg.qr(generator.standard_normal((CELLS, CELLS)))[0] for _ in range(2)]
-    return np.abs(bases[0] @ rotated @ bases[1].T), np.abs(rotated)
-
-
-def draw_matrix(axis: Axes, values: np.ndarray, left: float, bottom: float, side: float) -> None:
-    extent = (left, left + side, bottom, bottom + side)
-    axis.imshow(values**0.6, extent=extent, cmap="Blues", vmin=0, vmax=1.15 * values.max() ** 0.6, zorder=2)
-    axis.add_patch(Rectangle((left, bottom), side, side, fill=False, edgecolor=STATIC, linewidth=1.5, zorder=4))
-
-
-def draw_convolution(axis: Axes) -> None:
-    """A weight, the same in the eigenbasis with the directions that go, and two forms of what is left."""
-    heading(axis, 520, 582, "A convolution in a cheaper form")
-    side, bottom = 112, 407
-    channels, directions = weights()
-    first, second, third = 520, 682, 858
-    draw_matrix(axis, channels, first, bottom, side)
-    draw_matrix(axis, directions, second, bottom, side)
-    kept = side * KEPT / CELLS
-    gone = {"facecolor": "white", "alpha": 0.72, "zorder": 3}
-    axis.add_patch(Rectangle((second, bottom), side, side - kept, **gone))
-    axis.add_patch(Rectangle((second + kept, bottom + side - kept), side - kept, kept, **gone))
-    axis.add_patch(
-        Rectangle((second, bottom + side - kept), kept, kept, fill=False, edgecolor=INK, linewidth=1.8, zorder=5)
-    )
-    text(axis, second + (side + kept) / 2 - 18, bottom + (side - kept) / 2, "matters\nlittle", 10, zorder=6)
-    middle = bottom + side / 2
-    line(axis, (first + side + 6, middle), (second - 6, middle), arrow=True)
-    text(axis, (first + side + second) / 2, middle + 14, "rotate", 9.5)
-    line(axis, (second + side + 6, middle), (third - 8, middle), arrow=True)
-    text(axis, (second + side + third) / 2, middle + 14, "rebuild", 9.5)
-    draw_form(axis, third, middle + 32, 1)
-    text(axis, third + 66, middle, "or", 9.5, color=GREY)
-    draw_form(axis, third, middle - 32, 5)
-    text(axis, first + side / 2, bottom + side + 14, "64 → 64 channels", 9.5)
-    text(axis, second + side / 2, bottom + side + 14, "64 → 64 directions", 9.5)
-    text(axis, third + 66, bottom + side + 14, "64 → 24 → 24 → 64", 9.5)
-    text(axis, first + side / 2, bottom - 16, "3×3 weights", 9.5, color=GREY)
-    text(axis, third + 66, bottom - 16, "3×3 of each channel", 9.5, color=GREY)
-    text(axis, second + side / 2, bottom - 16, "weighed by curvature", 9.5, color=GREY)
+def draw_forms(axis: Axes) -> None:
+    """The candidates of one layer with their FLOPs and the predicted rise of the loss; one is taken."""
+    heading(axis, 520, 582, "A layer in the best of its forms")
+    names, flops, loss, scale = 526, 752, 880, 96
+    text(axis, flops, 538, "FLOPs", 9.5, ha="left", color=GREY)
+    text(axis, loss, 538, "predicted loss", 9.5, ha="left", color=GREY)
+    for i, (name, share, rise) in enumerate(FORMS):
+        y = 508 - 34 * i
+        if i == CHOSEN:
+            box(axis, names - 8, y - 15, 478, 30, face="white", edge=STATIC)
+        text(axis, names, y, name, 9.5, ha="left", weight="bold" if i == CHOSEN else "normal")
+        for left, value, colour in ((flops, share, STATIC), (loss, rise, DYNAMIC)):
+            axis.add_patch(Rectangle((left, y - 7), scale * value, 14, facecolor=colour, alpha=0.55, linewidth=0))
     text(
-        axis, 520, 346, "In the eigenbasis of the loss's curvature a few directions matter.\n"
-        "Every layer takes the form that loses least for its FLOPs.", 10, ha="left",
+        axis, 520, 351, "The loss of every form is predicted from second derivatives.\n"
+        "Each layer takes one form: least loss in all, within the FLOPs.", 10, ha="left",
     )  # fmt: skip
 
 
-def draw_form(axis: Axes, left: float, middle: float, kernels: int) -> None:
-    """1x1, core, 1x1, as high as they have channels; the core of one kernel for all channels, or one for each."""
-    high, low = 25, 13
-    for start, a, b in ((left, high, low), (left + 92, low, high)):
-        corners = [(start, middle - a), (start, middle + a), (start + 40, middle + b), (start + 40, middle - b)]
-        axis.add_patch(Polygon(corners, facecolor=PALE, edgecolor=GREY, linewidth=1.5, joinstyle="round"))
-        text(axis, start + 20, middle, "1×1", 9.5)
-    height = 2 * low / kernels
-    for i in range(kernels):
-        axis.add_patch(
-            Rectangle(
-                (left + 45, middle - low + i * height), 42, height, facecolor=STATIC_PALE, edgecolor=STATIC,
-                linewidth=1.5 if kernels == 1 else 1.0,
-            )
-        )  # fmt: skip
-    if kernels == 1:
-        text(axis, left + 66, middle, "3×3", 9.5)
-
-
-def draw_network(axis: Axes, left: float, middle: float, height: float, runs: str, *, switches: bool) -> None:
+def draw_network(
+    axis: Axes, left: float, middle: float, height: float, runs: str, colours: tuple[str, str], switches: bool = True
+) -> None:
     """A chain of blocks, ``runs`` with a 1 for each that runs and a 0 for each that is skipped."""
-    colour, face = (INK, PALE) if height > 40 else (STATIC, STATIC_PALE)
     step, width = 33, 22
-    line(axis, (left, middle), (left + step * len(runs) + 18, middle), colour=GREY, arrow=True)
+    line(axis, (left, middle), (left + step * len(runs) + 16, middle), colour=GREY, arrow=True)
     for i, run in enumerate(runs):
-        x = left + 10 + step * i
-        if run == "1":
-            axis.add_patch(
-                Rectangle(
-                    (x, middle - height / 2), width, height, facecolor=face, edgecolor=colour, linewidth=1.5, zorder=2
-                )
-            )
-        else:
-            outline = {"edgecolor": DYNAMIC, "linewidth": 1.2, "linestyle": (0, (2, 2)), "zorder": 2}
-            axis.add_patch(Rectangle((x, middle - height / 2), width, height, fill=False, **outline))
+        x, on = left + 10 + step * i, run == "1"
+        style = {"facecolor": colours[1], "edgecolor": colours[0], "linewidth": 1.5}
+        if not on:
+            style = {"fill": False, "edgecolor": DYNAMIC, "linewidth": 1.2, "linestyle": (0, (2, 2))}
+        axis.add_patch(Rectangle((x, middle - height / 2), width, height, zorder=2, **style))
         if switches and i > 0:
-            on = run == "1"
-            axis.add_patch(
-                Circle(
-                    (x - 5.5, middle), 3.6, facecolor=DYNAMIC if on else "white", edgecolor=DYNAMIC, linewidth=1.3,
-                    zorder=4,
-                )
-            )  # fmt: skip
+            face = DYNAMIC if on else "white"
+            axis.add_patch(Circle((x - 5.5, middle), 3.6, facecolor=face, edgecolor=DYNAMIC, linewidth=1.3, zorder=4))
 
 
 def draw_stages(axis: Axes) -> None:
-    lefts, top = (10, 352, 694), 278
-    titles = ("Train network and switches", "Prune statically", "Teach the switches to skip")
-    scripts = ("main_sp.py", "main_prune.py", "main_rl_prune.py")
-    says = (
-        "Supervised. On half of the images every\nblock runs, on the others switches decide.",
-        "Measure, rebuild, fine-tune, repeat,\nwhile the accuracy stays within the budget.",
-        "By REINFORCE: rewarded for FLOPs saved.\nThose that do not pay are fixed at the end.",
+    """The three stages, and the cascade."""
+    step, top, static = 250, 278, (STATIC, STATIC_PALE)
+    columns = (
+        ("1", "Train", "main_sp.py", "With or without switches\nin front of the blocks.", INK),
+        ("2", "Prune statically", "main_prune.py", "Measure, rebuild, fine-tune,\nwithin the accuracy budget.", STATIC),
+        ("3", "Teach the switches", "main_rl_prune.py", "REINFORCE: rewarded for\nFLOPs that are saved.", DYNAMIC),
+        ("or", "Build a cascade", "main_cascade.py", "The small network answers\nwhat it is sure of.", CASCADE),
     )
-    colours = (INK, STATIC, DYNAMIC)
     line(axis, (10, 308), (990, 308), colour="#d5dbe1")
-    for i, (left, title, script, words, colour) in enumerate(zip(lefts, titles, scripts, says, colours, strict=True)):
+    for i, (number, title, script, words, colour) in enumerate(columns):
+        left = 10 + step * i
         axis.add_patch(Circle((left + 13, top - 3), 13, color=colour))
-        text(axis, left + 13, top - 4, str(i + 1), 12, color="white", weight="bold")
+        text(axis, left + 13, top - 4, number, 12 if len(number) == 1 else 9.5, color="white", weight="bold")
         text(axis, left + 36, top + 6, title, 12, ha="left", weight="bold")
         text(axis, left + 36, top - 14, script, 9.5, ha="left", family="monospace", color=GREY)
         text(axis, left, 66, words, 10, ha="left")
         if i < 2:
-            x = lefts[i + 1] - 30
-            axis.plot((x, x + 10, x), (185, 165, 145), color="#b9c3cc", linewidth=4, solid_joinstyle="round")
-    draw_network(axis, lefts[0], 165, 104, "11111111", switches=True)
-    draw_network(axis, lefts[1], 165, 34, "11111111", switches=True)
-    for middle, name, runs in ((202, "an easy image", "11001000"), (126, "a hard image", "11111011")):
-        draw_network(axis, lefts[2], middle, 34, runs, switches=True)
-        text(axis, lefts[2] + 10, middle + 27, name, 9.5, ha="left", color=GREY)
+            x = left + step - 22
+            axis.plot((x, x + 8, x), (183, 165, 147), color="#b9c3cc", linewidth=4, solid_joinstyle="round")
+    draw_network(axis, 10, 165, 104, "111111", (INK, PALE))
+    draw_network(axis, 10 + step, 165, 34, "111111", static)
+    for middle, name, runs in ((196, "an easy image", "110010"), (122, "a hard image", "111011")):
+        draw_network(axis, 10 + 2 * step, middle, 34, runs, static)
+        text(axis, 20 + 2 * step, middle + 26, name, 9.5, ha="left", color=GREY)
+    left = 10 + 3 * step
+    draw_network(axis, left, 204, 20, "111", (CASCADE, CASCADE_PALE), switches=False)
+    text(axis, left + 120, 204, "sure: the answer", 9.5, ha="left")
+    line(axis, (left + 60, 192), (left + 60, 152), colour=CASCADE, arrow=True, dashed=True)
+    text(axis, left + 70, 175, "not sure: hand it on", 9.5, ha="left", color=CASCADE)
+    draw_network(axis, left, 126, 44, "11111", static, switches=False)
+    text(axis, left + 186, 126, "answer", 9.5, ha="left")
 
 
 def main(path: Path) -> None:
     figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), facecolor="white")
     axis = figure.add_axes((0, 0, 1, 1))
     draw_block(axis)
-    draw_convolution(axis)
+    draw_forms(axis)
     draw_stages(axis)
     axis.set(xlim=(0, WIDTH), ylim=(600 - HEIGHT, 600), aspect="equal")
     axis.axis("off")
