@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from deploy.general import general_model
 from deploy.session import open_session, run_session
+from models import LowRankConv2d, LowRankLinear
+from pruning import compress
 from utils.errors import UserError
 
 
@@ -55,6 +57,19 @@ def test_adaptive_pooling_of_any_sizes(inputs, outputs):
             return F.adaptive_avg_pool2d(x, outputs).flatten(1)
 
     agrees(Pooled(), *inputs)
+
+
+def test_a_compressed_network_whose_classifier_has_two_factors():
+    network = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 64),
+    )  # fmt: skip
+    with torch.no_grad():  # a classifier of rank 4
+        network[-1].weight.copy_(torch.randn(64, 4) @ torch.randn(4, 128))
+    batches = [(torch.randn(16, 3, 8, 8), torch.randint(64, (16,)))]
+    smaller = compress(network.eval(), lambda: batches, parameters=0.5, round_to=4)
+    assert isinstance(smaller[-1], LowRankLinear) and isinstance(smaller[3], LowRankConv2d)
+    agrees(smaller, 8, 8)
 
 
 def test_the_network_is_left_in_its_modes():

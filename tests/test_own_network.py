@@ -70,6 +70,17 @@ def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):
     assert record["gflops"] < checkpoint.original["flops"] / 1e9 and record["latency_ms"] > 0
 
 
+def test_its_int8_version_comes_with_its_accuracy(pruned, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(own, "_allowed", [])
+    (best,) = pruned[0].glob("pruned/shapes/small/*/best.pt")
+    given = ["--checkpoint", str(best), "--network", f"{SOURCE}:small", "--data_dir", str(shapes), "--int8"]
+    monkeypatch.setattr(sys, "argv", ["export.py", *given, "--output", str(tmp_path)])
+    export.main()
+    measured = json.loads((tmp_path / "labels.json").read_text())["files"]["network_int8.onnx"]
+    assert abs(measured["int8_accuracy"] - measured["float_accuracy"]) < 0.2 and measured["test_images"] == 30
+    assert "network_int8.onnx: accuracy" in capsys.readouterr().out
+
+
 def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(own, "_allowed", [])
     place = ["--resize", "8", "--num_workers", "1", "--data_dir", str(shapes), "--result_dir", str(pruned[0])]
