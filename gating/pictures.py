@@ -42,7 +42,7 @@ def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str],
     Args:
         executed: [N], FLOPs.
     """
-    chosen = list(zip(classes, cheapest_and_dearest(executed, images.labels.cpu(), len(classes), count), strict=True))
+    chosen = list(zip(classes, extremes_by_class(executed, images.labels.cpu(), len(classes), count), strict=True))
     for first in range(0, len(classes), CLASSES_A_PAGE):
         page = chosen[first : first + CLASSES_A_PAGE]
         size = (1.05 * (2 * count + 1), 1.25 * len(page))
@@ -97,7 +97,7 @@ def passing_by_class(decisions: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.stack([decisions[labels == label].mean(dim=0) for label in range(classes)])
 
 
-def cheapest_and_dearest(executed: Tensor, labels: Tensor, classes: int, count: int) -> list[tuple[Tensor, Tensor]]:
+def extremes_by_class(executed: Tensor, labels: Tensor, classes: int, count: int) -> list[tuple[Tensor, Tensor]]:
     """For each class the indices of its ``count`` cheapest and ``count`` most expensive images, the extremes first.
 
     Args:
