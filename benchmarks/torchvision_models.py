@@ -64,15 +64,14 @@ def small_enough() -> list[str]:
 
 
 def in_own_process(measure: Callable[[str, float], dict[str, Any]], *given: Any) -> dict[str, Any]:
-    """What ``measure(*given)`` returns; its ``bytes`` are the memory that its process needed at most."""
+    """What ``measure(*given)`` returns; ``peak_bytes`` in it become ``bytes``, the memory that was added at most."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def child() -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_bytes()
         result = measure(*given)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        sender.send(result | {"bytes": 1024 * (peak - before)})
+        sender.send(result | {"bytes": result.pop("peak_bytes") - before})
 
     process = context.Process(target=child)
     process.start()
@@ -83,6 +82,11 @@ def in_own_process(measure: Callable[[str, float], dict[str, Any]], *given: Any)
         raise UserError(f"the process that measured {given[0]} ended: see above") from None
     finally:
         process.join()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has taken so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def network_of(name: str) -> nn.Module:
@@ -112,7 +116,8 @@ def compressed(name: str, share: float) -> dict[str, Any]:
     before = network_cost(network.eval(), size)
     start = time.perf_counter()
     smaller = compress(network, lambda: images(name), flops=share, decomposition="tucker").eval()
-    row: dict[str, Any] = {"seconds": time.perf_counter() - start, "size": size, "flops": before.flops}
+    row: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+    row |= {"size": size, "flops": before.flops}
     after = network_cost(smaller, size)
     row |= {"smaller_flops": after.flops, "parameters": before.parameters, "smaller_parameters": after.parameters}
     with torch.no_grad():
@@ -133,7 +138,7 @@ def training_step(name: str, _: float) -> dict[str, Any]:
     optimiser = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
     F.cross_entropy(scores(network(x)), labels).backward()
     optimiser.step()
-    return {}
+    return {"peak_bytes": peak_bytes()}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from pruning.survey import Survey, is_pointwise
 from utils.flops import NetworkCost
 
 IMAGES = 1000  # that the rise of the loss is predicted on
-ENTRIES = 2**28  # of kernels and their changes that are held in memory for prediction
+ENTRIES = 2**24  # of kernels and their changes that are held in memory for prediction
 
 
 def prune_to_forms(
@@ -43,8 +43,9 @@ def prune_to_forms(
     layers = {name: network.get_submodule(name) for name in able}
     with passes.phase("factors"):
         factors = collect_factors(network, layers, passes) if layers else {}
-    with passes.phase("forms"):
-        kernels = {name: _kernel(layers[name], own) for name, own in factors.items()}
+    importances = {name: own.importance for name, own in factors.items()}
+    with passes.phase("forms"):  # each layer's factors go as soon as its eigenbasis is there
+        kernels = {name: _kernel(layers[name], factors.pop(name)) for name in list(factors)}
     few, rises = passes.first(IMAGES), {name: torch.zeros(1) for name in forms}
     for group in _groups(able, kernels):
         with passes.phase(f"forms of {len(group)} layers"):
@@ -54,6 +55,7 @@ def prune_to_forms(
         if method.regularization:
             for name, own in tried.items():
                 rises[name] = rises[name].cpu() + 0.5 * method.regularization * own.squared_changes()
+        del tried  # before the next group's are made
     rises = {name: [0.0, *rises[name].tolist()] if name in able else [0.0] for name in forms}
     with passes.phase("choice"):
         chosen = choose_forms(forms, rises, goal, fixed, method.objective)
@@ -77,7 +79,7 @@ def prune_to_forms(
         {name: kernel.basis for name, kernel in kernels.items()},
         table,
         predicted.together,
-        {name: own.importance for name, own in factors.items()},
+        importances,
         alone,
     )
 
