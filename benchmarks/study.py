@@ -231,22 +231,32 @@ def mean_of(chosen: Sequence[Candidate | None], rounds: Sequence[Round], singles
 
 def tables(found: dict[str, Any]) -> list[str]:
     """Markdown: the single networks, the cascades by budget, and by share of the FLOPs."""
-    reference = next(row for row in found["networks"] if row["name"] == found["reference"])
+    sizes = reference_of(found)["milliseconds"]
+    columns = " | ".join(["accuracy", "GFLOPs", "fewer FLOPs", *(f"faster, batch {size}" for size in sizes)])
+    firsts = {"networks": "network", "budgets": "cascade: lost at most", "curve": "cascade: FLOPs at most"}
+    lines = []
+    for kind, first in firsts.items():
+        last = "parameters" if kind == "networks" else "members"
+        lines += [f"| {first} | {columns} | {last} |", "|---" * (5 + len(sizes)) + "|", *rows(found, kind), ""]
+    return lines
 
-    def compared(row: Row) -> str:
-        faster = [reference["milliseconds"][size] / row["milliseconds"][size] for size in reference["milliseconds"]]
+
+def rows(found: dict[str, Any], kind: str) -> list[str]:
+    """The rows of one of the tables: networks, budgets or curve."""
+    reference, lines = reference_of(found), []
+    for row in found[kind]:
+        faster = [reference["milliseconds"][size] / taken for size, taken in row["milliseconds"].items()]
         ratios = " | ".join(f"{ratio:.1f}x" for ratio in (reference["gflops"] / row["gflops"], *faster))
-        return f"{row['accuracy']:.2%} | {row['gflops']:.3f} | {ratios}"
+        first, last = row.get("name"), f"{row['parameters']:,}" if kind == "networks" else members(row)
+        if kind != "networks":
+            first = f"{100 * row['drop']:.1f}" if kind == "budgets" else f"{row['share']:.1%}"
+        lines.append(f"| {first} | {row['accuracy']:.2%} | {row['gflops']:.3f} | {ratios} | {last} |")
+    return lines
 
-    sizes = " | ".join(f"faster, batch {size}" for size in reference["milliseconds"])
-    dashes = "|---" * (5 + len(reference["milliseconds"])) + "|"
-    lines = [f"| network | accuracy | GFLOPs | fewer FLOPs | {sizes} | parameters |", dashes]
-    lines += [f"| {row['name']} | {compared(row)} | {row['parameters']:,} |" for row in found["networks"]]
-    lines += ["", f"| cascade: lost at most | accuracy | GFLOPs | fewer FLOPs | {sizes} | members |", dashes]
-    lines += [f"| {100 * row['drop']:.1f} | {compared(row)} | {members(row)} |" for row in found["budgets"]]
-    lines += ["", f"| cascade: FLOPs at most | accuracy | GFLOPs | fewer FLOPs | {sizes} | members |", dashes]
-    lines += [f"| {row['share']:.1%} | {compared(row)} | {members(row)} |" for row in found["curve"]]
-    return [*lines, ""]
+
+def reference_of(found: dict[str, Any]) -> Row:
+    """The network that all others are compared with."""
+    return next(row for row in found["networks"] if row["name"] == found["reference"])
 
 
 def members(row: Row) -> str:
@@ -258,7 +268,7 @@ def draw(found: dict[str, Any]) -> Figure:
     """Accuracy against executed GFLOPs on a log scale, with the published points."""
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axis = figure.subplots()
-    best, reference = {}, next(row for row in found["networks"] if row["name"] == found["reference"])
+    best, reference = {}, reference_of(found)
     for row in found["networks"]:
         best.setdefault(row["family"], []).append(row)
     for family, rows in best.items():

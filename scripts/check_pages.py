@@ -1,4 +1,4 @@
-"""Check README and pages: links, that every page can be reached, commands, and the results table.
+"""Check README and pages: links, that every page can be reached, commands, and figures against the records.
 
 python -m scripts.check_pages    # one line per fault; exit code 1 if there is one
 """
@@ -16,6 +16,7 @@ import main_cascade
 import main_prune
 import main_rl_prune
 import main_sp
+from benchmarks.study import rows
 from utils.errors import UserError
 from utils.settings import settings_parser
 
@@ -33,7 +34,8 @@ FLAGS = {
     "main_cascade.py": main_cascade.Settings,
 }
 # The rows of README's results table: where the record of the yardstick has them.
-RECORD = ROOT / "docs" / "results" / "yardstick" / "study.json"
+RESULTS, STUDY = ROOT / "docs" / "results", ROOT / "docs" / "study.md"
+RECORD = RESULTS / "yardstick" / "study.json"
 ROWS = {
     "ResNet-56 as others trained it": ("networks", "name", "resnet56"),
     "pruned to one half, one epoch": ("networks", "name", "resnet56 at 50%"),
@@ -149,11 +151,19 @@ def wrong_figures() -> list[str]:
     ]
 
 
+def missing_rows() -> list[str]:
+    """Rows of the records' tables that the page of the study does not have as they are."""
+    page = set(STUDY.read_text().splitlines())
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("study.json"))]
+    return [row for found in records for kind in ("networks", "curve") for row in rows(found, kind) if row not in page]
+
+
 def main() -> None:
     faults = [f"{page.name}: link {link}" for page in PAGES for link in broken_links(page)]
     faults += [f"{page.name}: no link leads here from README" for page in unreachable()]
     faults += [f"{page.name}: {shlex.join(c)}: {why}" for page in PAGES for c in commands(page) if (why := refusal(*c))]
     faults += [f"README.md: {row}" for row in wrong_figures()]
+    faults += [f"study.md lacks {row}" for row in missing_rows()]
     print("\n".join(faults) or "links, pages, commands and figures are in order")
     sys.exit(bool(faults))
 

@@ -19,7 +19,17 @@ import main_rl_prune
 import main_sp
 from pruning.settings import PruneSettings
 from scripts import draw_idea
-from scripts.check_pages import FLAGS, PAGES, README, broken_links, commands, refusal, unreachable, wrong_figures
+from scripts.check_pages import (
+    FLAGS,
+    PAGES,
+    README,
+    broken_links,
+    commands,
+    missing_rows,
+    refusal,
+    unreachable,
+    wrong_figures,
+)
 from utils.settings import TrainingSettings, keys
 
 ROOT = Path(__file__).parents[1]
@@ -169,8 +179,8 @@ def test_the_messages_that_troubleshooting_explains_are_those_of_the_code():
         assert part in text, part
 
 
-def test_the_results_of_the_readme_are_those_of_the_records():
-    assert wrong_figures() == []
+def test_the_figures_of_readme_and_study_are_those_of_the_records():
+    assert wrong_figures() == [] and missing_rows() == []
 
 
 def test_a_network_is_loaded_as_the_page_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
