@@ -98,7 +98,7 @@ def network_of(name: str) -> nn.Module:
 
 def image_size(name: str) -> int:
     """Height and width: those of vision transformers and of Inception are fixed by their weights or their strides."""
-    return 224 if name.startswith(("vit_", "maxvit")) else 96 if name == "inception_v3" else 64
+    return 224 if name.startswith(("vit_", "maxvit")) else 128 if name == "inception_v3" else 64
 
 
 def images(name: str) -> list[tuple[Tensor, Tensor]]:
