@@ -44,6 +44,9 @@ def test_a_cascade_of_what_the_stages_left(chain, shapes, tmp_path, monkeypatch,
     record = json.loads((folder / "record.json").read_text())
     best = load_checkpoint(folder / "best.pt")
     network = best.network()
+    routing = json.loads((folder / "routing.json").read_text())
+    assert record["accuracy"] == pytest.approx(routing["accuracy"], abs=1e-9)
+    assert f"| w/ Static Pruning and Cascade | {record['accuracy']:.2%} |" in said
     assert record["stage"] == best.stage == "cascade" and len(network.members) in (2, 3)
     assert record["gflops_executed"] == pytest.approx(record["computation"] * record["gflops_all"])
     assert record["parameters"] == sum(p.numel() for p in network.parameters())

@@ -204,6 +204,11 @@ def test_two_networks_of_one_network_are_two_chains():
     assert table_rows(results.results_table([start, *later])) == [["90.00%", "83.00%"], ["90.00%", "82.00%"]]
 
 
+@pytest.mark.parametrize(("stage", "shown"), [("sp", 0.7), ("pruned", 0.7), ("rl_pruned", 0.6), ("cascade", 0.6)])
+def test_a_row_has_the_accuracy_of_the_flops_that_it_shows(stage, shown):
+    assert results.shown_accuracy({"stage": stage, "accuracy": 0.6, "accuracy_every_block": 0.7}) == shown
+
+
 def test_footnotes_of_many_tables():
     """Each is written once; those that name a source have a mark of their own for each."""
     made = two_chains(selected_on="test")

@@ -102,7 +102,7 @@ def _other_source(before: Record | None, record: Record) -> bool:
 
 def shown_accuracy(record: Record) -> float:
     """The accuracy of the network whose FLOPs the row shows; older records have only the switches' accuracy."""
-    switched = record["stage"] == "rl_pruned" or "accuracy_every_block" not in record
+    switched = record["stage"] in DYNAMIC or "accuracy_every_block" not in record
     return record["accuracy"] if switched else record["accuracy_every_block"]
 
 
