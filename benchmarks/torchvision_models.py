@@ -93,12 +93,14 @@ def network_of(name: str) -> nn.Module:
     """The network with random weights and ``CLASSES`` outputs."""
     torch.manual_seed(0)
     given = {"init_weights": False} if name in SLOW_TO_INITIALISE else {}
+    if name == "inception_v3":  # its auxiliary head needs images of 299 pixels
+        given["aux_logits"] = False
     return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **given)
 
 
 def image_size(name: str) -> int:
     """Height and width: those of vision transformers and of Inception are fixed by their weights or their strides."""
-    return 224 if name.startswith(("vit_", "maxvit")) else 128 if name == "inception_v3" else 64
+    return 224 if name.startswith(("vit_", "maxvit")) else 96 if name == "inception_v3" else 64
 
 
 def images(name: str) -> list[tuple[Tensor, Tensor]]:
