@@ -18,6 +18,7 @@ import main_rl_prune
 import main_sp
 from benchmarks.study import rows
 from utils.errors import UserError
+from utils.runs.results import cells
 from utils.settings import settings_parser
 
 ROOT = Path(__file__).parents[1]
@@ -153,9 +154,13 @@ def wrong_figures() -> list[str]:
 
 def missing_rows() -> list[str]:
     """Rows of the records' tables that the page of the study does not have as they are."""
-    page = set(STUDY.read_text().splitlines())
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("study.json"))]
-    return [row for found in records for kind in ("networks", "curve") for row in rows(found, kind) if row not in page]
+    page = STUDY.read_text()
+    studies, chains = (
+        [json.loads(path.read_text()) for path in sorted(RESULTS.rglob(name))] for name in ("study.json", "record.json")
+    )
+    wanted = [row for found in studies for kind in ("networks", "curve") for row in rows(found, kind)]
+    wanted += [f"| {' | '.join([record['method'], *cells(record)])} |" for record in chains]
+    return [row for row in wanted if row not in page]
 
 
 def main() -> None:

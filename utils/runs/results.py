@@ -59,12 +59,8 @@ def results_table(records: list[Record]) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for before, r in zip([None, *chain], chain, strict=False):
-            computation = r["computation"] if r["stage"] in DYNAMIC else 1.0
-            lines.append(
-                f"| {r['method']}{_marks(before, r, footnotes)} | {shown_accuracy(r):.2%} "
-                f"| {_three_digits(r['gflops'])} | {r['compression']:.1%} | {r['parameters']:,} | {computation:.1%} "
-                f"| {_or_dash(r, 'latency_ms', '{:.2f} ms')} | {_or_dash(r, 'throughput', '{:,.0f}/s')} |"
-            )
+            speeds = (_or_dash(r, "latency_ms", "{:.2f} ms"), _or_dash(r, "throughput", "{:,.0f}/s"))
+            lines.append(f"| {' | '.join([r['method'] + _marks(before, r, footnotes), *cells(r), *speeds])} |")
         lines += ["", "Runs: " + ", ".join(f"`{Path(r['checkpoint']).parent}`" for r in chain)]
         sections.append("\n".join(lines) + "\n")
     if any(r.get("latency_ms") is None for chain in found for r in chain):
@@ -77,6 +73,18 @@ def results_table(records: list[Record]) -> str:
     )
     sections += [f"[^{mark}]: {text}\n" for text, mark in footnotes.items()]
     return "\n".join(sections)
+
+
+def cells(record: Record) -> list[str]:
+    """A record's accuracy, FLOPS, compression, parameters and computation as the table shows them."""
+    computation = record["computation"] if record["stage"] in DYNAMIC else 1.0
+    return [
+        f"{shown_accuracy(record):.2%}",
+        _three_digits(record["gflops"]),
+        f"{record['compression']:.1%}",
+        f"{record['parameters']:,}",
+        f"{computation:.1%}",
+    ]
 
 
 def _marks(before: Record | None, record: Record, footnotes: dict[str, str]) -> str:
