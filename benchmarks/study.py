@@ -4,10 +4,10 @@ Members and thresholds of cascades are chosen on the validation images and measu
 others trained have seen all training images: for them the choice is made on one half of the test images and measured
 on the other, and the reverse, and the mean counts.  Single networks choose nothing: all test images.
 
-    python -m benchmarks.study RESULT_DIR --data_dir DATA --out FOLDER
+    python -m benchmarks.study RESULT_DIR... --data_dir DATA --out FOLDER
     python -m benchmarks.study --out FOLDER      # tables and picture again, from the record in FOLDER
 
-Takes the newest network of stage 1 below RESULT_DIR, every iteration of stage 2 and the network of stage 3; with
+Takes the newest network of stage 1 below each RESULT_DIR, every iteration of stage 2 and the network of stage 3; with
 several functions in --network, those of each.  Writes ``study.json``, ``study.md`` and ``study.png`` to FOLDER.
 """
 
@@ -15,7 +15,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Round:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Networks of the stages, alone and in cascades.", allow_abbrev=False)
     add = parser.add_argument
-    add("results", type=Path, nargs="?", help="folder that the stages wrote to")
+    add("results", type=Path, nargs="*", help="folders that the stages wrote to, all below the first")
     add("--data_dir", help="data folder")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--network", nargs="+", default=["resnet"], help="resnet, or functions that make networks of others")
@@ -93,10 +93,10 @@ def main() -> None:
         data = load_data(args.data_dir, args.img_type, args.resize, workers=2)
         paths = [*chain.from_iterable(networks(args, data.name, source) for source in args.network)]
         if len(paths) < 2:
-            raise UserError(f"{args.results} holds {len(paths)} networks of {args.network}: run main_prune.py first")
-        splits = split_as_before(data, load_checkpoint(paths[0]).data).to(pick_device())
-        found = json.loads(record.read_text()) if args.times else measured(args.results, paths, splits)
-        record.write_text(json.dumps(with_times(found, args.results, splits.test), indent=1))
+            raise UserError(f"{args.results[0]} holds {len(paths)} networks of {args.network}: run main_prune.py first")
+        splits, root = split_as_before(data, load_checkpoint(paths[0]).data).to(pick_device()), args.results[0]
+        found = json.loads(record.read_text()) if args.times else measured(root, paths, splits)
+        record.write_text(json.dumps(with_times(found, root, splits.test), indent=1))
     found = json.loads(record.read_text())
     text = "\n".join(tables(found))
     (args.out / "study.md").write_text(text)
@@ -107,8 +107,9 @@ def main() -> None:
 def networks(args: argparse.Namespace, data: str, source: str) -> list[Path]:
     """The newest network of stage 1, the iterations of the newest run of stage 2, the newest network of stage 3."""
     found = []
-    for stage, name in (("sp", "best.pt"), ("pruned", "iteration_*.pt"), ("rl_pruned", "best.pt")):
-        paths = sorted(stage_folder(args.results, stage, data, source, args.depth).glob(f"*/{name}"))
+    kinds = (("sp", "best.pt"), ("pruned", "iteration_*.pt"), ("rl_pruned", "best.pt"))
+    for results, (stage, name) in product(args.results, kinds):
+        paths = sorted(stage_folder(results, stage, data, source, args.depth).glob(f"*/{name}"))
         found += [path for path in paths if path.parent == paths[-1].parent]
     return found
 

@@ -15,7 +15,6 @@ cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n 3,12p "$0"; exit 2; }
 size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-png} precision=${PRECISION:-auto}
 width=32 pixels=32 seeds=${3:-1}
-# Stage 2 makes three networks, to a tenth of the FLOPs, with more epochs for smaller ones.
 epochs=8 rate=0.02
 case $size in
 yardstick) depth=56 ;;
@@ -49,9 +48,17 @@ prune() {  # prune FOLDER MORE...
     local settings=("img_type=$type" "data_dir=$data" num_workers=4 "result_dir=$folder" "precision=$precision" "$@")
     has "$folder" pruned || run python main_prune.py --config_path config.json "${settings[@]/#/--set=}" --resume
 }
-second() {  # second FOLDER SEED
-    prune "$1" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" target_flops=0.1 max_iter=3 epochs_start=0 \
-        "epochs_end=$epochs" "lr=$rate" max_accuracy_drop=0.05 fisher_images=2000
+second() {  # second FOLDER SEED: to 46 and 22 % of the FLOPs, with more epochs for the smaller one
+    prune "$1" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" target_flops=0.2154 max_iter=2 \
+        epochs_start=0 "epochs_end=$epochs" "lr=$rate" fisher_images=2000
+}
+smaller() {  # smaller FOLDER SEED: from there to a tenth, for the cascade
+    prune "$1/smaller" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" target_flops=0.1 max_iter=1 \
+        "epochs_start=$((epochs / 2 - 1))" "epochs_end=$((epochs / 2 - 1))" "lr=$rate" fisher_images=2000 \
+        max_accuracy_drop=0.05 "checkpoint=$(newest "$1/pruned" iteration_02.pt)"
+}
+newest() {  # newest FOLDER FILE
+    compgen -G "$1/$network/*/$2" | sort | tail -n 1
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
@@ -59,7 +66,10 @@ third() {  # third FOLDER SEED MORE...
         --precision "$precision" --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
 }
 cascade() {  # cascade FOLDER
-    has "$1" cascade || run python main_cascade.py "${common[@]}" --result_dir "$1"
+    local stage networks
+    mapfile -t networks < <(for stage in sp/best pruned/iteration_ rl_pruned/best smaller/pruned/iteration_; do
+        compgen -G "$1/${stage%/*}/$network/*/${stage##*/}*.pt"; done)
+    has "$1" cascade || run python main_cascade.py "${common[@]}" --result_dir "$1" --networks "${networks[@]}"
 }
 
 if [ "$size" = yardstick ]; then
@@ -84,9 +94,10 @@ for ((seed = 0; seed < seeds; seed++)); do
         chain=$results/gate_$gate/seed_$seed
         first "$chain" "$seed" --gate "$gate"
         second "$chain" "$seed"
+        smaller "$chain" "$seed"
         [ "$gate" = none ] || third "$chain" "$seed"
         cascade "$chain"
-        [ -e "$chain/study/study.json" ] || run python -m benchmarks.study "$chain" --data_dir "$data" --img_type "$type" --depth "$depth" \
-            --resize "$pixels" --out "$chain/study"
+        [ -e "$chain/study/study.json" ] || run python -m benchmarks.study "$chain" "$chain/smaller" \
+            --data_dir "$data" --img_type "$type" --depth "$depth" --resize "$pixels" --out "$chain/study"
     done
 done
