@@ -245,7 +245,9 @@ def tables(found: dict[str, Any]) -> list[str]:
 def rows(found: dict[str, Any], kind: str) -> list[str]:
     """The rows of one of the tables: networks, budgets or curve."""
     reference, lines = reference_of(found), []
-    for row in found[kind]:
+    for row, following in zip(found[kind], [*found[kind][1:], {}], strict=True):
+        if kind == "curve" and row["chosen"] == following.get("chosen"):
+            continue  # fewer FLOPs are enough for the same cascade
         faster = [reference["milliseconds"][size] / taken for size, taken in row["milliseconds"].items()]
         ratios = " | ".join(f"{ratio:.1f}x" for ratio in (reference["gflops"] / row["gflops"], *faster))
         first, last = row.get("name"), f"{row['parameters']:,}" if kind == "networks" else members(row)

@@ -34,15 +34,18 @@ FLAGS = {
     "main_rl_prune.py": main_rl_prune.Settings,
     "main_cascade.py": main_cascade.Settings,
 }
-# The rows of README's results table: where the record of the yardstick has them.
 RESULTS, STUDY = ROOT / "docs" / "results", ROOT / "docs" / "study.md"
-RECORD = RESULTS / "yardstick" / "study.json"
+# The rows of README's results table: where the records of the study have them.
+CIFAR_10, CIFAR_100 = RESULTS / "yardstick" / "study.json", RESULTS / "cifar100" / "study.json"
 ROWS = {
-    "ResNet-56 as others trained it": ("networks", "name", "resnet56"),
-    "pruned to one half, one epoch": ("networks", "name", "resnet56 at 50%"),
-    "pruned to one quarter, two epochs in all": ("networks", "name", "resnet56 at 25%"),
-    "cascade of pruned networks, a quarter of the FLOPs": ("curve", "share", 0.25),
-    "cascade of pruned networks, an eighth": ("curve", "share", 0.125),
+    "ResNet-56 as others trained it": (CIFAR_10, "networks", "name", "resnet56"),
+    "pruned to one half, one epoch": (CIFAR_10, "networks", "name", "resnet56 at 50%"),
+    "pruned to one quarter, two epochs in all": (CIFAR_10, "networks", "name", "resnet56 at 25%"),
+    "cascade of pruned networks, a quarter of the FLOPs": (CIFAR_10, "curve", "share", 0.25),
+    "cascade of pruned networks, an eighth": (CIFAR_10, "curve", "share", 0.125),
+    "ResNet-32, width 32, trained for 12 epochs": (CIFAR_100, "networks", "name", "resnet32"),
+    "pruned to 46 %, four epochs": (CIFAR_100, "networks", "name", "resnet32 at 46%"),
+    "pruned to 22 %, ten epochs in all": (CIFAR_100, "networks", "name", "resnet32 at 22%"),
 }
 
 
@@ -124,19 +127,20 @@ def _unknown_flags(module: Path, given: tuple[str, ...]) -> str | None:
 
 
 def figures() -> dict[str, tuple[str, ...]]:
-    """What README's results table has to say of each row, from the record that is kept."""
-    record, wanted = json.loads(RECORD.read_text()), {}
-    rows = {row["name"]: row for row in record["networks"]}
-    whole = rows[record["reference"]]
-    for label, (kind, key, value) in ROWS.items():
-        row = next(row for row in record[kind] if row[key] == value)
+    """What README's results table has to say of each row, from the records that are kept."""
+    wanted = {}
+    for label, (record, kind, key, value) in ROWS.items():
+        found = json.loads(record.read_text())
+        networks = {row["name"]: row for row in found["networks"]}
+        row = next(row for row in found[kind] if row[key] == value)
         names = [value] if kind == "networks" else row["chosen"][0]["members"]
+        whole = networks[found["reference"]]
         wanted[label] = (
             f"{row['accuracy']:.2%}",
             f"{row['gflops']:.3f}",
             f"{whole['gflops'] / row['gflops']:.1f}x",
             f"{whole['milliseconds']['1'] / row['milliseconds']['1']:.1f}x",
-            f"{sum(rows[name]['parameters'] for name in names):,}",
+            f"{sum(networks[name]['parameters'] for name in names):,}",
         )
     return wanted
 

@@ -78,11 +78,11 @@ if [ "$size" = yardstick ]; then
         network="$(basename "$(realpath "$data")")/resnet$depth"
         functions+=("examples/cifar_resnet.py:resnet$depth")
         # The middle of the family halved and not trained further, its ends halved twice and fine-tuned.
-        target=0.25 iterations=2 epochs=3 rate=0.005
-        case $depth in 32|44) target=0.5 iterations=1 epochs=0 ;; 56) epochs=5 rate=0.01 ;; esac
+        target=0.25 iterations=2 least=3 most=3 rate=0.005
+        case $depth in 32|44) target=0.5 iterations=1 least=0 most=0 ;; 56) least=0 most=5 rate=0.01 ;; esac
         prune "$results" "network=${functions[-1]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
             'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0 max_accuracy_drop=0.3 \
-            "target_flops=$target" "max_iter=$iterations" "epochs_start=$epochs" "epochs_end=$epochs" "lr=$rate" \
+            "target_flops=$target" "max_iter=$iterations" "epochs_start=$least" "epochs_end=$most" "lr=$rate" \
             fisher_images=2000
     done
     run python -m benchmarks.study "$results" --data_dir "$data" --img_type "$type" --network "${functions[@]}" \
