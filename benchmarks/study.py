@@ -130,14 +130,14 @@ def measured(results: Path, paths: Sequence[Path], splits: Splits) -> dict[str, 
     rounds = (
         halves(on_test, labels) if splits.val_is_test else [Round(on_val, splits.val.labels.cpu(), on_test, labels)]
     )
-    searched = [candidates(round_.chosen_on, round_.chosen_labels) for round_ in rounds]
+    searched = [candidates(one_round.chosen_on, one_round.chosen_labels) for one_round in rounds]
     reference = max(range(len(singles)), key=lambda i: (singles[i]["given"], singles[i]["accuracy"]))
     whole = singles[reference]["gflops"] * 1e9
 
     def of_budget(drop: float) -> Row | None:
         chosen = [
-            cheapest_within(found, round_.chosen_on, round_.chosen_labels, reference, drop)
-            for found, round_ in zip(searched, rounds, strict=True)
+            cheapest_within(found, one_round.chosen_on, one_round.chosen_labels, reference, drop)
+            for found, one_round in zip(searched, rounds, strict=True)
         ]
         return mean_of(chosen, rounds, singles)
 
@@ -156,21 +156,23 @@ def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, 
     """The record with milliseconds per image on one thread; of cascades, those that the first choice was."""
     checkpoints = {row["name"]: load_checkpoint(results / row["path"]) for row in found["networks"]}
     timed: dict[str, Any] = {name: checkpoint.network() for name, checkpoint in checkpoints.items()}
-    for number_, row in enumerate([*found["budgets"], *found["curve"]]):
+    cascades = [*found["budgets"], *found["curve"]]
+    for position, row in enumerate(cascades):
         one = row["chosen"][0]
         own = [(timed[name], checkpoints[name].normaliser()) for name in one["members"]]
-        members_ = [Member(network, list(norm.mean), list(norm.std)) for network, norm in own]
-        single = len(members_) == 1
-        timed[str(number_)] = own[0][0] if single else Cascade(members_, tuple(one["thresholds"]), one["answer"])
-    normalisation, size = checkpoints[found["reference"]].normaliser(), test.pixels.shape[2:]
-    size = size[0] if size[0] == size[1] else "x".join(map(str, size))
+        chosen = [Member(network, list(norm.mean), list(norm.std)) for network, norm in own]
+        timed[str(position)] = (
+            own[0][0] if len(own) == 1 else Cascade(chosen, tuple(one["thresholds"]), one["answer"])
+        )
+    reference = checkpoints[found["reference"]]
     exported = {
-        name: ExportedNetwork(exported_model(network.eval(), normalisation, size), threads=1)
+        name: ExportedNetwork(
+            exported_model(network.eval(), reference.normaliser(), reference.data["image_size"]), threads=1
+        )
         for name, network in timed.items()
     }
     taken = milliseconds(exported, test[evenly_spaced(len(test), TIMED_IMAGES)].pixels, TIMED_SECONDS)
-    rows = [*found["networks"], *found["budgets"], *found["curve"]]
-    for row, own in zip(rows, taken.values(), strict=True):
+    for row, own in zip([*found["networks"], *cascades], taken.values(), strict=True):
         row["milliseconds"] = own
     return {**found, "machine": machine()}
 
