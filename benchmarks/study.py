@@ -161,9 +161,7 @@ def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, 
         one = row["chosen"][0]
         own = [(timed[name], checkpoints[name].normaliser()) for name in one["members"]]
         chosen = [Member(network, list(norm.mean), list(norm.std)) for network, norm in own]
-        timed[str(position)] = (
-            own[0][0] if len(own) == 1 else Cascade(chosen, tuple(one["thresholds"]), one["answer"])
-        )
+        timed[str(position)] = own[0][0] if len(own) == 1 else Cascade(chosen, tuple(one["thresholds"]), one["answer"])
     reference = checkpoints[found["reference"]]
     exported = {
         name: ExportedNetwork(
