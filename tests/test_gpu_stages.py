@@ -1,6 +1,5 @@
 """The three stages on a simulated GPU, as a user runs them: every tensor where CUDA would have it."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from commands import SCRIPTS, arguments, metrics, run_folder
 from processes import run_stage
 from simulated_gpu import simulated
 
-from benchmarks import alternatives
 from deploy import speeds
 from utils.data import memory
 from utils.runs.run import Run
@@ -57,20 +55,6 @@ def test_a_chain(place: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.M
             best = torch.load(folder / "best.pt", weights_only=True)
             assert all(type(weight) is torch.Tensor for weight in best["weights"].values()), "anyone can load it"
     assert (tmp_path / "results.md").read_text().count("| w/") == 3
-
-
-def test_what_a_study_measures(chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """From networks that are on the GPU: exported and timed on the CPU, compared where they are."""
-    static, dynamic = (run_folder(chain, stage) / "best.pt" for stage in ("pruned", "rl_pruned"))
-    data = ["--data_dir", shapes, "--num_workers", 0]
-    given = ["--static", static, "--dynamic", dynamic, *data, "--epochs", 1, "--batch_size", 32]
-    with simulated():
-        monkeypatch.setattr(sys, "argv", [str(word) for word in ["", *given, "--out", tmp_path / "alternatives"]])
-        alternatives.main()
-    lines = [json.loads(line) for line in (tmp_path / "alternatives.jsonl").read_text().splitlines()]
-    assert [line["method"] for line in lines if "milliseconds" in line] == [
-        "start", "switches", "switches fixed", "pruned further",
-    ]  # fmt: skip
 
 
 def test_a_network_without_gates(shapes: Path, tmp_path: Path):
