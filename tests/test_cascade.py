@@ -1,8 +1,10 @@
 """A cascade and the search for one, against loops over images and thresholds."""
 
 import itertools
+from collections import Counter
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -179,3 +181,25 @@ def test_the_exported_graph_answers_as_the_network_does(answer: str, count: int)
         torch.testing.assert_close(torch.from_numpy(outputs["logits"]), expected.logits[rows], rtol=1e-4, atol=1e-5)
         switches = torch.from_numpy(outputs["decisions"])
         assert torch.equal(switches, expected.decisions[rows, : count - 1])
+
+
+def test_a_member_in_a_branch_runs_the_operators_that_it_runs_alone(tmp_path):
+    """ONNX Runtime fuses convolutions only where it sees their weights and the names of their sizes."""
+    network = build_network("resnet", depth=8, num_classes=CLASSES, width=8, gate="none").eval()
+    norm = Normalisation((0.5,) * 3, (0.25,) * 3)
+    member = Member(network, list(norm.mean), list(norm.std))
+
+    def operators(model: onnx.ModelProto) -> tuple[Counter, Counter]:
+        """Of the optimised graph, and of the branch in it."""
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(tmp_path / "optimised.onnx").graph
+        branches = [a.g for node in graph.node for a in node.attribute if a.name == "then_branch"]
+        return tuple(Counter(n.op_type for g in graphs for n in g.node) for graphs in ([graph], branches))
+
+    alone, _ = operators(exported_model(network, norm, 16))
+    _, branch = operators(exported_model(Cascade([member, member], (0.6,), "mean"), norm, 16))
+    assert branch["Conv"] + branch["FusedConv"] == alone["Conv"] + alone["FusedConv"] > 0
+    around = Counter({"GatherND": 2, "ScatterND": 2, "Softmax": 1, "Add": 1, "Mul": 1, "Div": 1})
+    assert not branch - alone - around
