@@ -1,9 +1,10 @@
 """``compress`` on every classification network of torchvision that has at most 100 million parameters.
 
     python -m benchmarks.torchvision_models --out torchvision_models
+    python -m benchmarks.torchvision_models --only resnet18 vgg16 --pixels 224 --images 500 --batch 32 --out at_224
 
-Weights are random.  Each network is compressed to a share of its FLOPs on two batches, exported, and checked: against
-the budget, the shape of its outputs, and ONNX Runtime.  The memory it takes is compared with that of a training step.
+Weights are random.  Each network is compressed to a share of its FLOPs, exported, and checked: against the budget, the
+shape of its outputs, and ONNX Runtime.  The memory it takes is compared with that of a training step.
 Each measurement has a process of its own.  Finished ones are kept in OUT.jsonl, so that the same command goes on; the
 table is written to OUT.md.
 """
@@ -31,8 +32,6 @@ from utils.flops import network_cost
 
 MOST_PARAMETERS = 100e6
 CLASSES = 10
-BATCHES = 2
-BATCH = 8
 WITHIN = 0.02  # of the budget
 SLOW_TO_INITIALISE = ("googlenet", "inception_v3")  # minutes of truncated normal numbers
 NORMALISATION = Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -42,14 +41,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="torchvision's networks through compress.", allow_abbrev=False)
     parser.add_argument("--flops", type=float, default=0.7, help="share of the FLOPs to compress to")
     parser.add_argument("--only", nargs="+", help="names of networks (default: all)")
+    parser.add_argument("--pixels", type=int, help="height and width of images (default: 64, more where needed)")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch, also of the training step")
+    parser.add_argument("--decomposition", default="tucker", help="forms to build, as in config.json")
     parser.add_argument("--out", default="torchvision_models", help="path of the results, without suffix")
     args = parser.parse_args()
     path = Path(args.out).with_suffix(".jsonl")
     for name in args.only or small_enough():
         if any(row["network"] == name for row in read_lines(path)):
             continue
-        row = in_own_process(compressed, name, args.flops)
-        row |= {"network": name, "step_bytes": in_own_process(training_step, name, args.flops)["bytes"]}
+        row = in_own_process(compressed, name, args)
+        row |= {"network": name, "step_bytes": in_own_process(training_step, name, args)["bytes"]}
         append_line(path, row)
         print(line(row), flush=True)
     rows = read_lines(path)
@@ -63,7 +66,7 @@ def small_enough() -> list[str]:
     return sorted((name for name in names if counts[name] <= MOST_PARAMETERS), key=counts.__getitem__)
 
 
-def in_own_process(measure: Callable[[str, float], dict[str, Any]], *given: Any) -> dict[str, Any]:
+def in_own_process(measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     """What ``measure(*given)`` returns; ``peak_bytes`` in it become ``bytes``, the memory that was added at most."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -103,28 +106,29 @@ def image_size(name: str) -> int:
     return 224 if name.startswith(("vit_", "maxvit")) else 96 if name == "inception_v3" else 64
 
 
-def images(name: str) -> list[tuple[Tensor, Tensor]]:
-    x = torch.randn(BATCHES * BATCH, 3, image_size(name), image_size(name), generator=torch.Generator().manual_seed(0))
-    return [(part, torch.arange(BATCH) % CLASSES) for part in x.split(BATCH)]
+def images(size: int, args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
+    x = torch.randn(args.images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return [(part, torch.arange(len(part)) % CLASSES) for part in x.split(args.batch)]
 
 
 def scores(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def compressed(name: str, share: float) -> dict[str, Any]:
+def compressed(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What became of the network."""
-    network, size = network_of(name), image_size(name)
+    network, size = network_of(name), args.pixels or image_size(name)
+    batches = images(size, args)
     before = network_cost(network.eval(), size)
     start = time.perf_counter()
-    smaller = compress(network, lambda: images(name), flops=share, decomposition="tucker").eval()
+    smaller = compress(network, lambda: batches, flops=args.flops, decomposition=args.decomposition).eval()
     row: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
     row |= {"size": size, "flops": before.flops}
     after = network_cost(smaller, size)
     row |= {"smaller_flops": after.flops, "parameters": before.parameters, "smaller_parameters": after.parameters}
     with torch.no_grad():
-        outputs = scores(smaller(images(name)[0][0]))
-    if outputs.shape != (BATCH, CLASSES) or not outputs.isfinite().all():
+        outputs = scores(smaller(batches[0][0]))
+    if outputs.shape != (len(batches[0][0]), CLASSES) or not outputs.isfinite().all():
         raise UserError(f"{name} compressed returns {list(outputs.shape)}, or scores that are not finite")
     try:
         row["deviation"] = general_model(copy.deepcopy(smaller), NORMALISATION, size, size)[1]
@@ -133,10 +137,10 @@ def compressed(name: str, share: float) -> dict[str, Any]:
     return row
 
 
-def training_step(name: str, _: float) -> dict[str, Any]:
+def training_step(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """A step of SGD with momentum on one batch, as memory is compared with it."""
     network = network_of(name).train()
-    x, labels = images(name)[0]
+    x, labels = images(args.pixels or image_size(name), args)[0]
     optimiser = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
     F.cross_entropy(scores(network(x)), labels).backward()
     optimiser.step()
