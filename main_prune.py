@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare()
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -42,7 +43,7 @@ from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import run_command
 from utils.flops import NetworkCost, every_block, network_cost
-from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import Checkpoint, check_data, is_checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.keeper import Keeper, Progress
 from utils.runs.predecessors import epochs_missing, source_path, trained_network
 from utils.runs.run import BEST, Run, find_last_run, open_run, stage_folder
@@ -152,7 +153,7 @@ def main() -> None:
 
 def first_network(settings: PruneSettings, data: DataSet, device: torch.device) -> tuple[Checkpoint, list[str]]:
     """Stage 1's network, or the user's own, and lines for the log about the choice."""
-    if is_own(settings.network):
+    if is_own(settings.network) and not is_checkpoint(Path(settings.checkpoint).expanduser()):
         register_given(settings, data, device, measured_speeds)
         settings = replace(settings, checkpoint="")
     # The first process chooses for all: others may see another state of the folder.

@@ -15,6 +15,7 @@ import main_prune
 from deploy import export, predict
 from models import OwnNetwork, own
 from utils.errors import UserError
+from utils.flops import network_cost
 from utils.runs.checkpoint import load_checkpoint
 
 SOURCE = str(ROOT / "tests" / "own_networks.py")
@@ -68,6 +69,18 @@ def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):
     assert sum(p.numel() for p in network.parameters()) < checkpoint.original["parameters"]
     record = json.loads((best.parent / "record.json").read_text())
     assert record["gflops"] < checkpoint.original["flops"] / 1e9 and record["latency_ms"] > 0
+
+
+def test_an_iteration_is_pruned_further(pruned, shapes, tmp_path, monkeypatch):
+    """``checkpoint`` also takes a file of stage 2: its normalisation, validation images and unpruned size are kept."""
+    (start,) = pruned[0].glob("pruned/shapes/small/*/iteration_01.pt")
+    run("pruned", settings(shapes, tmp_path, checkpoint=start, max_iter=1, prune_ratio=0.2))
+    monkeypatch.setattr(own, "_allowed", [f"{SOURCE}:small"])
+    (found,) = tmp_path.glob("pruned/shapes/small/*/iteration_01.pt")
+    before, after = load_checkpoint(start), load_checkpoint(found)
+    assert (after.original, after.normalisation) == (before.original, before.normalisation)
+    costs = [network_cost(checkpoint.network(), 8).flops for checkpoint in (before, after)]
+    assert costs[1] <= 0.8 * costs[0]
 
 
 def test_its_int8_version_comes_with_its_accuracy(pruned, shapes, tmp_path, monkeypatch, capsys):

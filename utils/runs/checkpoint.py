@@ -134,6 +134,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file is a checkpoint of this program, not a ``state_dict`` of a user's own network or anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of any other file; loading it says why
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
 def load_network(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
     """Rebuild the network of any stage's checkpoint, ready to evaluate.
 
