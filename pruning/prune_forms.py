@@ -6,6 +6,7 @@ Kronecker approximation, and decides among them.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,11 @@ from pruning.selection import least_kept
 from pruning.settings import Method
 from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS, rebuild
 from pruning.survey import Survey, is_pointwise
-from utils.flops import NetworkCost
+from utils import parallel
+from utils.flops import LayerCost, NetworkCost
 
 IMAGES = 1000  # that the rise of the loss is predicted on
-ENTRIES = 2**24  # of kernels and their changes that are held in memory for prediction
+ENTRIES = 2**24  # of kernels and their changes that may be held in memory for prediction, for any network
 
 
 def prune_to_forms(
@@ -47,7 +49,9 @@ def prune_to_forms(
     with passes.phase("forms"):  # each layer's factors go as soon as its eigenbasis is there
         kernels = {name: _kernel(layers[name], factors.pop(name)) for name in list(factors)}
     few, rises = passes.first(IMAGES), {name: torch.zeros(1) for name in forms}
-    for group in _groups(able, kernels):
+    # The first process decides for all, whose parts of a batch may differ by one image.
+    entries = parallel.broadcast_object(_entries(layers, cost, passes.on(network)) if layers else ENTRIES)
+    for group in _groups(able, kernels, entries):
         with passes.phase(f"forms of {len(group)} layers"):
             tried = trials(kernels, group)
         with passes.phase("prediction"):
@@ -92,7 +96,7 @@ def layer_forms(
     for name, norm in found.norms.items():
         layer = network.get_submodule(name)
         weights = weights_of(layer)
-        counted = cost.layers.get(name) or cost.layers[f"{name}.core"]
+        counted = _counted(cost, name)
         channels, positions = (weights.in_channels, weights.out_channels), (counted.positions_in, counted.positions_out)
         taps, core = weights.core[0, 0].numel(), weights.core.shape[0]
         plain = LayerShape(channels, channels, (False, False), taps, positions)
@@ -110,6 +114,11 @@ def layer_forms(
     return forms, (flops, parameters)
 
 
+def _counted(cost: NetworkCost, name: str) -> LayerCost:
+    """The cost of a layer, or of the core of one that was rebuilt."""
+    return cost.layers.get(name) or cost.layers[f"{name}.core"]
+
+
 def _kernel(layer: nn.Module, factors: Factors) -> Kernel:
     weight = composed(weights_of(layer))
     if not is_pointwise(layer):
@@ -123,14 +132,25 @@ def _change(layer: nn.Module, replaced: ConvWeights) -> Tensor:
     return (composed(replaced) - composed(weights_of(layer))).to(next(layer.parameters()).dtype)
 
 
-def _groups(forms: Mapping[str, list[Form]], kernels: Mapping[str, Kernel]) -> Iterator[dict[str, list[Form]]]:
-    """The layers in groups whose trials fit into memory together."""
-    group, entries = {}, 0
+def _entries(layers: Mapping[str, nn.Module], cost: NetworkCost, batches: Iterator[tuple[Tensor, Any]]) -> int:
+    """As many entries as the inputs and outputs of these layers have for a batch, which a training step holds, too."""
+    features = 0
+    for name, layer in layers.items():
+        weights, counted = weights_of(layer), _counted(cost, name)
+        features += weights.in_channels * counted.positions_in + weights.out_channels * counted.positions_out
+    return max(ENTRIES, features * len(next(batches)[0]))
+
+
+def _groups(
+    forms: Mapping[str, list[Form]], kernels: Mapping[str, Kernel], entries: int
+) -> Iterator[dict[str, list[Form]]]:
+    """The layers in groups whose trials fit into memory together: each group is one more pass over the images."""
+    group, taken = {}, 0
     for name, own in forms.items():
         size = kernels[name].weight.numel() * (3 + sum(form.kind == DEPTHWISE for form in own))
-        if group and entries + size > ENTRIES:
+        if group and taken + size > entries:
             yield group
-            group, entries = {}, 0
-        group[name], entries = own, entries + size
+            group, taken = {}, 0
+        group[name], taken = own, taken + size
     if group:
         yield group

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.cifar_resnet import resnet20
-from pruning import apply_edits, compress, edits_of
+from pruning import apply_edits, compress, edits_of, prune_forms
 from pruning.factors import window_counts
 from pruning.layers import composed, read_weights
 from pruning.survey import survey
@@ -175,6 +175,19 @@ def test_a_compressed_network_trains_and_is_compressed_again():
     whole = network_cost(resnet20(), 16).flops
     assert 0.98 * 0.42 * whole <= flops_of(second, 16) <= 0.42 * whole
     assert sum(isinstance(m, nn.Conv2d) for m in second.modules()) <= 3 * 19
+
+
+def test_layers_predicted_one_by_one_rise_as_much_as_together(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    network, batches = resnet20(), labelled(16, 16)
+    given = {"flops": 0.6, "decomposition": "tucker", "fisher_type": "empirical"}
+    reports = [compress(network, batches, **given).report]
+    monkeypatch.setattr(prune_forms, "_entries", lambda *_: 1)
+    reports.append(compress(network, batches, **given).report)
+    (together, alone) = ([(c.name, c.form, c.ranks_after) for c in report.changes] for report in reports)
+    assert together == alone
+    rises = [torch.tensor([c.predicted_rise for c in report.changes]) for report in reports]
+    torch.testing.assert_close(*rises, rtol=1e-5, atol=1e-9)
 
 
 def test_edits_that_do_not_fit_are_one_sentence():
