@@ -110,7 +110,7 @@ def validation(data: DataSet, networks: Found) -> Splits:
 
 
 def predicted(networks: Found, images: Images) -> list[Predictions]:
-    """What every network answers for the images."""
+    """The answers of every network for the images."""
     found = []
     for _, checkpoint in networks:
         evaluated = Evaluator(images, checkpoint.normaliser(), checkpoint.data["image_size"])

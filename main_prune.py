@@ -75,7 +75,7 @@ class PruningProgress(Progress):
 
 @dataclass(frozen=True)
 class Stage:
-    """What every iteration needs."""
+    """Everything that an iteration needs."""
 
     run: Run
     splits: Splits

@@ -121,7 +121,7 @@ class Settings(TrainingSettings):
 
 @dataclass(frozen=True)
 class Stage:
-    """What every epoch needs."""
+    """Everything that an epoch needs."""
 
     run: Run
     settings: Settings
@@ -194,7 +194,7 @@ def reinforcement(
     start: Checkpoint,
     precision: torch.dtype,
 ) -> Reinforcement:
-    """What stage 3 trains and how."""
+    """The network, its optimisers and the loss of stage 3."""
     device, loss_fn = next(network.parameters()).device, None
     momentum, weight_decay = settings.momentum, settings.weight_decay
     if settings.published:

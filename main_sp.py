@@ -131,7 +131,7 @@ def split_for(settings: Settings, data: DataSet, last: LastRun | None) -> Splits
 def first_checkpoint(
     settings: Settings, data: DataSet, splits: Splits, normalisation: Normalisation, cost: NetworkCost
 ) -> Checkpoint:
-    """What every checkpoint of the run holds."""
+    """The entries that all checkpoints of the run share."""
     return Checkpoint(
         stage="sp",
         architecture={},  # the keeper fills in what belongs to the network

@@ -84,7 +84,7 @@ def _pruned(plain: ResNet, how: Competitor, ratio: float, gradients: list[Tensor
 
 
 def _gradients(plain: ResNet, kind: str, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor] | None:
-    """What the importance reads from the parameters: mean gradients, or means of squared gradients of single images.
+    """The gradients that the importance reads: means, or means of squared gradients of single images.
 
     The squares are averaged here: Torch-Pruning's own ``accumulate_grad`` keeps those of the last image only.
     """

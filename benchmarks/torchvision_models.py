@@ -67,7 +67,7 @@ def small_enough() -> list[str]:
 
 
 def in_own_process(measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
-    """What ``measure(*given)`` returns; ``peak_bytes`` in it become ``bytes``, the memory that was added at most."""
+    """The result of ``measure(*given)``; its ``peak_bytes`` become ``bytes``, the memory that was added at most."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -116,7 +116,7 @@ def scores(output: Any) -> Tensor:
 
 
 def compressed(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What became of the network."""
+    """Compress the network, check the result, and return the row of the table."""
     network, size = network_of(name), args.pixels or image_size(name)
     batches = images(size, args)
     before = network_cost(network.eval(), size)

@@ -23,7 +23,7 @@ ROUTED = "routed.onnx"  # of earlier versions, which skipped blocks on single im
 
 @dataclass(frozen=True)
 class Labels:
-    """What a prediction needs of labels.json."""
+    """The entries of labels.json that a prediction needs."""
 
     classes: list[str]
     image_size: Size

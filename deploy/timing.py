@@ -54,6 +54,6 @@ def alternated(
 
 
 def _summary(taken: np.ndarray) -> Timing:
-    """Of seconds [rounds, items]."""
+    """Median and quartiles of the seconds [rounds, items]."""
     lower, median, upper = np.quantile(taken, (0.25, 0.5, 0.75), axis=0).mean(axis=1).tolist()
     return Timing(median, lower, upper, *taken.shape)

@@ -48,7 +48,7 @@ class LowRankConv2d(nn.Module):
         )
         self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=bias)
 
-    # Of the whole layer, as of the plain convolution that it stands for.
+    # These describe the whole layer, as those of the plain convolution that it replaces.
     @property
     def in_channels(self) -> int:
         return (self.rotate_in or self.core).in_channels

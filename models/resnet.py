@@ -35,7 +35,7 @@ def check_depth(depth: int) -> None:
 
 
 class RoutedOutput(NamedTuple):
-    """What the network returns for N images and K switches (K = 0 without gates)."""
+    """The output of the network for N images and K switches (K = 0 without gates)."""
 
     logits: Tensor  # [N, classes]
     probabilities: Tensor  # [N, K], that each switched block runs
@@ -181,7 +181,7 @@ class ResNet(nn.Module):
                 raise ValueError(
                     f"fixed_switches gives {name!r} the decision {on!r}: it takes names of switched blocks, 0 and 1"
                 )
-        # What was decided for all images, by the index of the switch.
+        # Decisions that are fixed for all images, by the index of the switch.
         self.fixed_switches = {names.index(name) - 1: on for name, on in self._built_as["fixed_switches"].items()}
         self._remove_what_is_fixed()
 

@@ -29,7 +29,7 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class Passes:
-    """What pruning measures a network with: images, how they run, and the loss.
+    """The measurements of pruning: images, the forward pass, and the loss.
 
     Where several processes share the images (``utils.parallel``), a batch holds this process's part of the inputs and
     the labels of all.

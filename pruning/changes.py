@@ -1,4 +1,4 @@
-"""What an iteration did, layer by layer: numbers, a table and a picture."""
+"""The changes of an iteration, layer by layer: numbers, a table and a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,8 +38,8 @@ class Pruned:
     network: nn.Module
     bases: dict[str, Eigenbasis]  # empty for criteria that work on whole channels
     changes: list[LayerChange]
-    # Of the loss, in nats, by surgery before refit and fine-tuning; not the sum over layers, whose changes can add up
-    # or cancel.
+    # Rise of the loss by all changes together, in nats, before refit and fine-tuning.  It is not the sum over layers:
+    # their changes can add up or cancel.
     predicted_rise: float
     importances: dict[str, Tensor] = field(default_factory=dict)  # what an error of each output costs, [out]
     left_alone: dict[str, str] = field(default_factory=dict)  # why, by layer

@@ -18,7 +18,7 @@ from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS
 from pruning.tucker import coordinates, in_metric, tucker
 
 UNCHANGED = "unchanged"
-# Of a layer larger than 1x1, by decomposition.  A pointwise layer has two factors where Tucker forms are allowed.
+# Forms of a layer above 1x1, by decomposition.  A pointwise layer has two factors where Tucker forms are allowed.
 KINDS = {"best": (TUCKER, DEPTHWISE), "tucker": (TUCKER,), "depthwise": (DEPTHWISE,)}
 MOST_TERMS = 512  # of a depthwise separable form, unless there are more channels: decomposing takes their cube
 LEVELS = 8  # numbers of directions that a side may keep: this many, spread evenly by ratio

@@ -21,7 +21,7 @@ WINDOWS = 2**20  # of their inputs' windows: more do not fit into a cache
 
 @dataclass(frozen=True)
 class PredictedRise:
-    """Of the loss, in nats."""
+    """The predicted rise of the loss, in nats."""
 
     layers: dict[str, float]  # when one layer alone is changed
     together: float  # when all are changed: the changes add up or cancel, image by image

@@ -113,7 +113,7 @@ def _refuse_rebuilt(network: ResNet, method: Method) -> None:
 
 
 def _block_cost(outside: int, positions: int, inner):
-    """Of two 3x3 convolutions with a batch norm between them, for ``inner`` channels there, as ``cheapest_cost``."""
+    """FLOPs and parameters of two 3x3 convolutions and the batch norm between them, with ``inner`` channels there."""
     weights = 9 * inner * outside
     return 2 * weights * positions, weights + 2 * inner
 

@@ -91,7 +91,7 @@ def prune_to_forms(
 def layer_forms(
     network: nn.Module, found: Survey, cost: NetworkCost, method: Method
 ) -> tuple[dict[str, list[Form]], tuple[int, int]]:
-    """What every layer can become, the present form first, and the FLOPs and parameters of everything else."""
+    """The forms that every layer can take, the present one first; FLOPs and parameters of everything else."""
     forms, flops, parameters = {}, cost.flops, cost.parameters
     for name, norm in found.norms.items():
         layer = network.get_submodule(name)
@@ -128,7 +128,7 @@ def _kernel(layer: nn.Module, factors: Factors) -> Kernel:
 
 
 def _change(layer: nn.Module, replaced: ConvWeights) -> Tensor:
-    """Of a layer's kernel, in the layer's own type."""
+    """The change of a layer's kernel, in the layer's own type."""
     return (composed(replaced) - composed(weights_of(layer))).to(next(layer.parameters()).dtype)
 
 

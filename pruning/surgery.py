@@ -13,7 +13,7 @@ from pruning.layers import ConvWeights, low_rank_layers
 from pruning.survey import is_pointwise
 from utils.errors import UserError
 
-# What a layer can become.
+# The forms that a layer can take.
 TUCKER, DEPTHWISE, TWO_FACTORS = "tucker", "depthwise", "two_factors"
 ANOTHER = "use the network that was pruned"
 

@@ -1,1 +1,1 @@
-"""What all stages share: one epoch of supervised training, distillation, evaluation, optimisers, batch norms."""
+"""Shared by all stages: one epoch of supervised training, distillation, evaluation, optimisers, batch norms."""

@@ -13,8 +13,8 @@ from utils.device import mixed_precision
 from utils.errors import UserError
 
 RuleMaker = Callable[[Tensor], DecisionRule]  # from random numbers [N, ...] that were drawn before
-# Of images [N, 3, H, W], what makes a decision rule, the numbers that it makes it from, and whether blocks are skipped,
-# see ``models.resnet.ResNet.forward``.
+# From images [N, 3, H, W], the maker of a decision rule, its random numbers, and whether blocks are skipped, to the
+# outputs of ``models.resnet.ResNet.forward``.
 Forward = Callable[[Tensor, RuleMaker, Tensor, bool], RoutedOutput]
 
 

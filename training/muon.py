@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 # A step of SGD at rate 0.1 becomes one that turns a layer's filters by 0.06 of their length.
 TURN = 0.6
-# Of a x + b x^3 + c x^5, which drives singular values in (0, 1] to about 1 when it is applied ROUNDS times.
+# Coefficients of a x + b x^3 + c x^5, which drives singular values in (0, 1] to about 1 if it is applied ROUNDS times.
 A, B, C, ROUNDS = 3.4445, -4.7750, 2.0315, 4
 
 

@@ -30,7 +30,7 @@ from utils.runs.run import BEST, Run
 
 TIMED_IMAGES = 1000  # test images at most that speeds are measured on
 SHOWN = ("compression", "computation", "gflops", "latency_ms", "parameters", "throughput")  # beside hyperparameters
-# Of checkpoints by name and test images, uint8 [N, 3, H, W]: latency_ms and throughput by name, see ``deploy.speeds``.
+# From checkpoints by name and test images, uint8 [N, 3, H, W], to latency_ms and throughput by name: ``deploy.speeds``.
 MeasureSpeeds = Callable[[dict[str, Path], Tensor], dict[str, dict[str, float]]]
 
 

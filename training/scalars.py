@@ -87,7 +87,7 @@ def _inside_low_rank(network: ResNet, name: str) -> bool:
 
 
 def epoch_line(title: str, train: EpochMeans, val: Evaluation, every_block: Evaluation, val_name: str) -> str:
-    """What the log says of an epoch; arguments as in ``epoch_scalars``."""
+    """The line of an epoch in the log; arguments as in ``epoch_scalars``."""
     return (
         f"{title}  loss {train.loss:.4f}  accuracy {train.accuracy:.2%}  {val_name}: loss {val.loss:.4f}  accuracy "
         f"{val.accuracy:.2%} (every block {every_block.accuracy:.2%})  computation {val.computation:.1%}"
