@@ -9,6 +9,10 @@ from pruning.forms import Form
 from pruning.goals import Goal, as_budget, least_of, shortfall
 from utils.errors import UserError
 
+# Nats for saving the whole network.  Where forms are predicted to lose the same, as all are where no image has a
+# gradient, nothing is saved beyond the goal.
+TIE = 1e-9
+
 
 def choose_forms(
     forms: Mapping[str, Sequence[Form]],
@@ -32,7 +36,10 @@ def choose_forms(
     costs = [form_costs(own) for own in forms.values()]
     now = sum((own[0] for own in costs), np.asarray(fixed))
     goal = as_budget(goal, now, least_of(costs, fixed), objective)
-    ways = [Ways(own[:, goal.kinds], np.asarray(rises[name])) for name, own in zip(forms, costs, strict=True)]
+    ways = []
+    for name, own in zip(forms, costs, strict=True):
+        saved = ((own[0] - own)[:, goal.kinds] / now[goal.kinds]).mean(axis=1)
+        ways.append(Ways(own[:, goal.kinds], np.asarray(rises[name]) + TIE * saved))
     chosen = least_regretted(ways, goal.limits - np.asarray(fixed)[goal.kinds])
     if chosen is None:
         raise UserError(f"{shortfall(goal, costs, fixed)}: raise the target")

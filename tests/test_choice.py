@@ -106,6 +106,20 @@ def test_the_choice_of_a_deep_network_is_near_the_bound_of_the_linear_program(la
     assert bound * (1 - 1e-6) <= found <= 1.02 * bound
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_where_nothing_is_predicted_to_lose_anything_no_more_is_saved_than_asked(seed):
+    """As in a network that is certain of all images."""
+    forms, rises = made_up(seed)
+    none = {name: [0.0] * len(own) for name, own in rises.items()}
+    whole = used(forms, dict.fromkeys(forms, 0))[0]
+    goal = Goal(flops=int(0.7 * whole))
+    combinations = itertools.product(*(range(len(own)) for own in forms.values()))
+    costs = (used(forms, dict(zip(forms, way, strict=True)))[0] for way in combinations)
+    most = max(cost for cost in costs if cost <= goal.flops)
+    found = used(forms, choose_forms(forms, none, goal, (0, 0), "flops"))[0]
+    assert 0.9995 * most <= found <= most
+
+
 def test_small_rises_count_beside_forms_that_ruin_the_network():
     """The solver's tolerance is absolute: without a second look 1e-9 and 1e-10 were the same beside 1e3."""
     own = Ways(np.array([[10.0], [5], [5], [1]]), np.array([0, 3e-9, 1e-10, 1e3]))
