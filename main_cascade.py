@@ -178,10 +178,11 @@ def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, w
     """Log which networks answer in turn, when they hand on, and the cost."""
     names = [f"{Path(networks[i][0]).parent.name}/{Path(networks[i][0]).name}" for i in chosen.members]
     thresholds = ", ".join(f"{threshold:.4f}" for threshold in chosen.thresholds)
-    answers = {"last": "the last one that ran answers", "mean": "the mean of those that ran answers"}[chosen.answer]
+    answer = {"last": "that of the last network that ran", "mean": "the mean of the networks that ran"}[chosen.answer]
     worst = network_cost(best.network(), best.data["image_size"])
     run.say(
-        f"chosen: {' then '.join(names)}, an image is handed on below a confidence of {thresholds}; {answers}: "
+        f"chosen: {' then '.join(names)}, an image is handed on below a confidence of {thresholds}; the answer is "
+        f"{answer}: "
         f"validation accuracy {chosen.accuracy:.2%} at {chosen.flops / 1e9:.4g} GFLOPs, "
         f"{chosen.flops / best.original['flops']:.1%} of stage 1's"
     )

@@ -66,7 +66,7 @@ class Settings(TrainingSettings):
     )
     recipe: str = setting(
         "default",
-        "default, or published as in SkipNet: all decisions are drawn, batch norms follow them, one SGD, fixed alpha, "
+        "default, or published as in SkipNet: drawn decisions, one SGD for all weights, fixed alpha, "
         "no baseline, no distillation",
         choices=RECIPES,
     )

@@ -52,13 +52,13 @@ class Settings(TrainingSettings):
     )
     optimiser: str = setting(
         "muon",
-        "orthogonal steps for filters (muon), or the same kind of step for all weights (sgd), with lr and momentum",
+        "muon: orthogonal steps for filters, SGD for everything else; sgd: SGD for all; both use lr and momentum",
         choices=tuple(OPTIMISERS),
     )
     val_fraction: float = setting(
         0.1, "share of the training images set aside as validation images; 0: none", low=0, below=1
     )
-    no_flip: bool = setting(False, "do not mirror images, for example digits")
+    no_flip: bool = setting(False, "do not mirror images in training, for example for digits")
 
 
 def main() -> None:

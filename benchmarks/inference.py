@@ -47,7 +47,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure exported networks.", allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoints", type=Path, nargs="+", help="the first is what the others are compared with")
+    add("checkpoints", type=Path, nargs="+", help="checkpoints; the others are compared with the first")
     add("--network", nargs="+", default=[], help="functions of networks of your own")
     add("--data_dir", required=True, help="data folder of the checkpoints")
     add("--img_type", type=image_type, default="any", help="image files to read")

@@ -44,7 +44,7 @@ def main() -> None:
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625], help="of the FLOPs")
     add("--importance", choices=IMPORTANCES, default="Hessian")
-    add("--epochs", type=int, default=2, help="of fine-tuning for the first share, so many more for each further one")
+    add("--epochs", type=int, default=2, help="fine-tuning epochs for the first share; each further share adds as many")
     add("--lr", type=float, default=0.005)
     add("--precision", choices=PRECISIONS, default="auto")
     add("--out", type=Path, required=True, help="path of the results, without .jsonl")

@@ -167,7 +167,7 @@ class Stages:
 
 def table(timings: dict[str, Timing], images: int) -> str:
     """Markdown: images a second, and the ratio to what a stage stands against."""
-    lines = ["| training | images a second (quartiles) | against | ratio |", "|---|---|---|---|"]
+    lines = ["| training | images per second (quartiles) | against | ratio |", "|---|---|---|---|"]
     for name, timing in timings.items():
         rate, low, high = (images / t for t in (timing.median, timing.upper_quartile, timing.lower_quartile))
         other = AGAINST.get(name)

@@ -15,7 +15,7 @@ from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
 from utils.sizes import Size, parse_size
 
-NETWORK_HELP = "functions of networks of your own that the checkpoint may call, as main_prune.py was given them"
+NETWORK_HELP = "functions that build your own networks, as given to main_prune.py; the checkpoint may call them"
 FORMAT = "switched-resnet-onnx-1"
 NETWORK, INT8, LABELS = "network.onnx", "network_int8.onnx", "labels.json"
 ROUTED = "routed.onnx"  # of earlier versions, which skipped blocks on single images only, in a graph of its own

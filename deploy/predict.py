@@ -88,7 +88,7 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
     path = folder / NETWORK
     if (folder / ROUTED).exists():
         print(
-            f"note: {folder} is of an earlier version, whose {NETWORK} computes even skipped blocks: export again",
+            f"note: {folder} is from an earlier version, whose {NETWORK} also computes skipped blocks: export again",
             file=sys.stderr,
         )
     session = open_session(path)

@@ -129,7 +129,7 @@ def check_session(
     expected = network(normalisation.apply(pixels))
     decided = ((expected.probabilities - 0.5).abs() > TOLERANCE).all(dim=1)
     if not decided.any():
-        raise UserError(f"{name} cannot be checked, every image leaves a switch undecided: add --data_dir")
+        raise UserError(f"{name} cannot be checked, because every image has an undecided switch: add --data_dir")
     logits = expected.logits[decided]
     deviation = ((torch.from_numpy(outputs[LOGITS])[decided] - logits).abs() / logits.abs().clamp(min=1)).max().item()
     same = DECISIONS not in outputs or torch.equal(

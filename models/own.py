@@ -38,14 +38,14 @@ def own_network(source: str) -> nn.Module:
     """
     known = [allowed for allowed in _allowed if _tail(allowed) == _tail(source)]
     if not known:
-        raise ValueError(f"its function is {source}, which loading it would run: add --network {source} to allow that")
+        raise ValueError(f"loading it would run its function {source}: add --network {source} to allow this")
     source = known[-1]
     function = _function(source)
     try:
         network = function()
     except Exception as error:
         raise ValueError(
-            f"{source} raised {type(error).__name__} ({error}): it has to return a network without being given anything"
+            f"{source} raised {type(error).__name__} ({error}): it must return a network when called without arguments"
         ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{source} returned {type(network).__name__}: it has to return a torch.nn.Module")

@@ -94,7 +94,7 @@ def changes_table(pruned: Pruned | Report) -> str:
     if pruned.left_alone:
         reasons = sorted(set(pruned.left_alone.values()))
         names = {reason: [name for name, own in pruned.left_alone.items() if own == reason] for reason in reasons}
-        lines.append("left alone: " + "; ".join(f"{reason}: {', '.join(own)}" for reason, own in names.items()))
+        lines.append("left unchanged: " + "; ".join(f"{reason}: {', '.join(own)}" for reason, own in names.items()))
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ def compress(
     say, seed = settings.pop("say", None), settings.pop("seed", 0)
     method = Method(**settings)
     if flops is None and parameters is None:
-        raise UserError("compress has no budget: give flops= or parameters=, 0.5 being half of them")
+        raise UserError("compress has no budget: give flops= or parameters=, for example flops=0.5 for half")
     draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)
     forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
     passes = method.passes(batches, draws, forward, loss_fn)

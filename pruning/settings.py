@@ -74,7 +74,7 @@ class Method:
         True, "with truncate, measure the curvature in the eigenbasis (EK-FAC), with one more pass"
     )
     refit: bool = setting(
-        True, "refit rebuilt layers, from the input on, to what they computed before, in two passes over some images"
+        True, "refit rebuilt layers to their earlier outputs, from input to output, in two passes over some images"
     )
     regularization: float = setting(
         0.0, "curvature added to every weight or direction (eigendamage, c_obd and kron_obd)", low=0

@@ -17,7 +17,7 @@ DYNAMIC, DYNAMIC_PALE = "#d62728", "#fbe3e3"
 
 CASCADE, CASCADE_PALE = "#2ca02c", "#dcf0dc"
 # Forms of a 3x3 convolution of 64 channels: what it is called, its share of the FLOPs, and how long the bar of the
-# predicted loss is drawn.
+# predicted rise is drawn.
 FORMS = (
     ("3×3, 64 channels: unchanged", 1.0, 0.0),
     ("1×1, 3×3, 1×1: 32 channels", (2 * 64 * 32 + 9 * 32 * 32) / (9 * 64 * 64), 0.3),
@@ -96,7 +96,7 @@ def draw_forms(axis: Axes) -> None:
     heading(axis, 520, 582, "A layer in the best of its forms")
     names, flops, loss, scale = 526, 752, 880, 96
     text(axis, flops, 538, "FLOPs", 9.5, ha="left", color=GREY)
-    text(axis, loss, 538, "predicted loss", 9.5, ha="left", color=GREY)
+    text(axis, loss, 538, "predicted rise", 9.5, ha="left", color=GREY)
     for i, (name, share, rise) in enumerate(FORMS):
         y = 508 - 34 * i
         if i == CHOSEN:
@@ -105,8 +105,8 @@ def draw_forms(axis: Axes) -> None:
         for left, value, colour in ((flops, share, STATIC), (loss, rise, DYNAMIC)):
             axis.add_patch(Rectangle((left, y - 7), scale * value, 14, facecolor=colour, alpha=0.55, linewidth=0))
     text(
-        axis, 520, 351, "The loss of every form is predicted from second derivatives.\n"
-        "Each layer takes one form: least loss in all, within the FLOPs.", 10, ha="left",
+        axis, 520, 351, "The rise of the loss is predicted from second derivatives.\n"
+        "One form per layer: least rise in all, within the target.", 10, ha="left",
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def draw_stages(axis: Axes) -> None:
         ("1", "Train", "main_sp.py", "With or without switches\nin front of the blocks.", INK),
         ("2", "Prune statically", "main_prune.py", "Measure, rebuild, fine-tune,\nwithin the accuracy budget.", STATIC),
         ("3", "Teach the switches", "main_rl_prune.py", "REINFORCE: rewarded for\nFLOPs that are saved.", DYNAMIC),
-        ("or", "Build a cascade", "main_cascade.py", "The small network answers\nwhat it is sure of.", CASCADE),
+        ("or", "Build a cascade", "main_cascade.py", "The small network answers\nif it is confident.", CASCADE),
     )
     line(axis, (10, 308), (990, 308), colour="#d5dbe1")
     for i, (number, title, script, words, colour) in enumerate(columns):

@@ -7,8 +7,8 @@
 #   small      the same for ResNet-20, width 16, 24x24 pixels, three seeds
 #   full       the same for ResNet-32, width 64, the published epochs: for a GPU
 # DATA_DIR and IMG_TYPE say where the images are (data/cifar10, png), PRECISION how to train (auto; bf16 pays on CPUs
-# that multiply it).  Stopped at any moment, within a run too, the same command goes on; SECONDS_A_PIECE stops a run by
-# itself after so long, for machines that are lent in pieces.
+# that multiply it).  After any interruption the same command continues.  SECONDS_A_PIECE stops a run by
+# itself after so long, for machines that are available for a limited time.
 # Uses the python on the PATH, one process at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -54,7 +54,7 @@ second() {  # second FOLDER SEED: to 46 and 22 % of the FLOPs, with more epochs 
 }
 smaller() {  # smaller FOLDER SEED: from there to a tenth, for the cascade
     prune "$1/smaller" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" target_flops=0.1 max_iter=1 \
-        "epochs_start=$((epochs / 2 - 1))" "epochs_end=$((epochs / 2 - 1))" "lr=$rate" fisher_images=2000 \
+        "epochs_start=$((epochs + 2))" "epochs_end=$((epochs + 2))" "lr=$rate" fisher_images=2000 \
         max_accuracy_drop=0.05 "checkpoint=$(newest "$1/pruned" iteration_02.pt)"
 }
 newest() {  # newest FOLDER FILE
@@ -80,12 +80,15 @@ if [ "$size" = yardstick ]; then
         # The middle of the family halved and not trained further, its ends halved twice and fine-tuned.
         target=0.25 iterations=2 least=3 most=3 rate=0.005
         case $depth in 32|44) target=0.5 iterations=1 least=0 most=0 ;; 56) least=0 most=5 rate=0.01 ;; esac
-        prune "$results" "network=${functions[-1]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
-            'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0 max_accuracy_drop=0.3 \
-            "target_flops=$target" "max_iter=$iterations" "epochs_start=$least" "epochs_end=$most" "lr=$rate" \
-            fisher_images=2000
+        given=("network=${functions[-1]}" 'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0
+            max_accuracy_drop=0.3 "lr=$rate" fisher_images=2000)
+        prune "$results" "${given[@]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
+            "target_flops=$target" "max_iter=$iterations" "epochs_start=$least" "epochs_end=$most"
     done
-    run python -m benchmarks.study "$results" --data_dir "$data" --img_type "$type" --network "${functions[@]}" \
+    # The largest once more, to an eighth.
+    prune "$results/smaller" "${given[@]}" "checkpoint=$(newest "$results/pruned" iteration_02.pt)" \
+        target_flops=0.125 max_iter=1 epochs_start=4 epochs_end=4
+    run python -m benchmarks.study "$results" "$results/smaller" --data_dir "$data" --img_type "$type" --network "${functions[@]}" \
         --out "$results"
     exit
 fi

@@ -221,7 +221,7 @@ def test_nothing_is_downloaded_beside_images_of_ones_own(tmp_path: Path, downloa
     data = load_data(str(tmp_path / "cifar_100"), "png", 8, 1, download=True)
     assert data.classes == ("left", "middle", "right") and downloads == []
     assert sorted(os.listdir(tmp_path / "cifar_100")) == sorted(parts)
-    assert "has images of its own: --download fetches nothing" in capsys.readouterr().out
+    assert "already has images: --download does nothing" in capsys.readouterr().out
 
 
 def test_files_of_cifar_beside_images_of_ones_own_are_named_and_not_read(tmp_path: Path, published: None, capsys):

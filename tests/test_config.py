@@ -231,7 +231,7 @@ def test_a_hostile_value_is_refused_in_one_sentence(override: str, message: str)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"depth": 14, "lr": 0.1, "depth": 20}', "the key 'depth' stands twice in the settings: keep one"),
+        ('{"depth": 14, "lr": 0.1, "depth": 20}', "the key 'depth' appears twice in the settings: keep one"),
         ('{"scheduler_params": {"name": "step", "name": "cosine"}}', "the key 'name' stands twice in the settings"),
         (10000 * "[", "is no valid JSON"),
         (10000 * '{"a":', "is no valid JSON"),

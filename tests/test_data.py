@@ -255,7 +255,7 @@ def test_a_tenth_of_train_alone_is_the_test_set(tmp_path: Path, capsys):
     assert torch.bincount(first.test.labels)[1:].tolist() == [2, 2] and len(test) == 6
     splits = split_data(first, 0.1, 0)
     assert not splits.val_is_test and len(splits.val) > 0
-    with pytest.raises(UserError, match="has train/ alone, with fewer than ten images a class: add test/"):
+    with pytest.raises(UserError, match="has only train/, with fewer than ten images per class: add test/"):
         load_data(str(two_classes(tmp_path / "few", "train")), "png", 8, 1)
 
 

@@ -125,9 +125,9 @@ def test_a_resumed_run_takes_no_other_training_images():
     splits, aside = first_split()
     same = split_as_before(data_of(TRAIN[::-1], TEST), splits.identity, resumed=True)
     assert set(values(same.val)) == aside and same.notes == ()
-    with pytest.raises(UserError, match=r"the training images of data numbers are not those .* without --resume"):
+    with pytest.raises(UserError, match=r"the training images of data numbers have changed .* without --resume"):
         split_as_before(data_of([*TRAIN, 50], TEST), splits.identity, resumed=True)
-    with pytest.raises(UserError, match="the validation images of data numbers are not those"):
+    with pytest.raises(UserError, match="the validation images of data numbers have changed"):
         split_as_before(data_of([v for v in TRAIN if v != min(aside)], TEST), splits.identity, resumed=True)
 
 

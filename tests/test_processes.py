@@ -199,7 +199,9 @@ def test_a_shared_norm_in_bf16_rounds_its_output_alone():
 def test_processes_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, but nothing tells which process this is: use torchrun"):
+    with pytest.raises(
+        UserError, match="WORLD_SIZE is 2, but LOCAL_RANK is not set: start the processes with torchrun"
+    ):
         parallel.distributed(lambda: None)()
 
 

@@ -52,6 +52,10 @@ def test_what_is_chosen_on_one_half_is_measured_on_the_other(answer):
     found = mean_of(chosen, rounds, singles())
     assert found["accuracy"] == pytest.approx(sum(right).item() / 60, abs=1e-12)
     assert found["gflops"] == pytest.approx(sum(spent) / 60, abs=1e-12)
+    everywhere = p[1] if answer == "last" else p[0] + p[1]
+    assert found["accuracy_if_all_run"] == pytest.approx(
+        (everywhere.argmax(1) == labels).double().mean().item(), abs=1e-12
+    )
     assert found["chosen"][0]["members"] == ["small", "large"]
     assert mean_of([chosen[0], None], rounds, singles()) is None
     on_validation = mean_of(chosen[:1], [Round(predictions, labels, predictions, labels)], singles())
@@ -61,6 +65,7 @@ def test_what_is_chosen_on_one_half_is_measured_on_the_other(answer):
 def test_tables_and_picture():
     row = {
         "accuracy": 0.79,
+        "accuracy_if_all_run": 0.8,
         "gflops": 1.5,
         "milliseconds": {"1": 1.25},
         "chosen": 2 * [{"members": ["small", "large"], "answer": "mean"}],
@@ -69,8 +74,8 @@ def test_tables_and_picture():
              "curve": [{"share": 0.5, **row}]}  # fmt: skip
     text = "\n".join(tables(found))
     assert "| small | 60.00% | 1.000 | 3.0x | 2.0x | 10 |" in text
-    assert "| 1.0 | 79.00% | 1.500 | 2.0x | 1.6x | small, large |" in text
-    assert "| 50.0% | 79.00% | 1.500 | 2.0x | 1.6x | small, large |" in text
+    assert "| 1.0 | 79.00% | 1.500 | 2.0x | 1.6x | 80.00% | small, large |" in text
+    assert "| 50.0% | 79.00% | 1.500 | 2.0x | 1.6x | 80.00% | small, large |" in text
     found = {**found, "reference": "resnet56", "networks": [singles()[0], {**singles()[1], "name": "resnet56"}]}
     labels = [line.get_label() for line in draw(found).axes[0].lines]
     assert "cascades of these" in labels and "published" in labels
@@ -116,8 +121,10 @@ def commands_of(size: str, folder: Path, **settings: str) -> list[str]:
 
 def test_the_yardstick_prunes_four_networks(tmp_path: Path):
     made = commands_of("yardstick", tmp_path)
-    assert [line.split()[0] for line in made] == ["main_prune.py"] * 4 + ["-m"]
-    assert all(f"cifar_resnet.py:resnet{depth} " in line for depth, line in zip((20, 32, 44, 56), made, strict=False))
+    assert [line.split()[0] for line in made] == ["main_prune.py"] * 5 + ["-m"]
+    assert all(
+        f"cifar_resnet.py:resnet{depth} " in line for depth, line in zip((20, 32, 44, 56, 56), made, strict=False)
+    )
 
 
 def test_every_stage_with_and_without_switches_piece_by_piece(tmp_path: Path):

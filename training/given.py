@@ -91,7 +91,7 @@ def given_network(settings: Any, classes: int) -> OwnNetwork:
     if outputs.shape[1] != classes:
         raise UserError(
             f"{settings.network} has {outputs.shape[1]} classes and the data has {classes}: use the network or "
-            f"the data that belongs to the other"
+            f"data with the same number of classes"
         )
     return network
 

@@ -1,4 +1,4 @@
-"""Settings, errors, files, device, processes and costs; data and runs have rooms of their own."""
+"""Settings, errors, files, device, processes and costs; data and runs are subpackages."""
 
 import os
 import sys

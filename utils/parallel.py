@@ -64,7 +64,7 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
 def _join() -> None:
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but nothing tells which process this is: use torchrun"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but LOCAL_RANK is not set: start the processes with torchrun"
         )
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus:

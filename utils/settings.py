@@ -81,7 +81,7 @@ def _check_home(path: str) -> None:
         Path(path).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"the path {path!r} is in the home of a user who does not exist here: write it without ~"
+            f"the path {path!r} names a user that does not exist on this machine: write it without ~"
         ) from None
 
 
@@ -322,7 +322,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     for key, _ in pairs if len(content) < len(pairs) else ():
         if [name for name, _ in pairs].count(key) > 1:
-            raise UserError(f"the key {key!r} stands twice in the settings: keep one")
+            raise UserError(f"the key {key!r} appears twice in the settings: keep one")
     return content
 
 

@@ -79,7 +79,7 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     changed = [PARTS[part] for part in PARTS if splits.identity[part] != known[part]]
     if changed and resumed:
         raise UserError(
-            f"the {' and '.join(changed)} images of data {data.name} are not those that this run began with: put "
+            f"the {' and '.join(changed)} images of data {data.name} have changed since this run began: put "
             f"those back, or start a new run without --resume"
         )
     vanished = _missing(data, known["set_aside"])
@@ -89,7 +89,7 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
             f"data: {len(splits.val)} are left"
         )
     if PARTS["train"] in changed:
-        notes.append("training images were added or removed since the checkpoint was made: those there now are used")
+        notes.append("training images were added or removed since the checkpoint was made: the current ones are used")
     return replace(splits, notes=tuple(notes))
 
 

@@ -32,7 +32,7 @@ def read_cifar(root: Path, download: bool) -> tuple[tuple[str, ...], Labelled, L
         train, test = (getattr(datasets, name)(root, part, download=download) for part in (True, False))
     except RuntimeError:  # its message is for programmers, and names no file
         raise UserError(
-            f"{root / CIFAR_FOLDERS[name]} lacks a file of {name} or has one that is not as it was published: empty it "
+            f"{root / CIFAR_FOLDERS[name]} lacks a file of {name} or has one that was changed: empty it "
             f"and fetch the files with --download"
         ) from None
     except (OSError, HTTPException) as error:

@@ -76,7 +76,7 @@ def load_data(
         data, notes = _load(root, image_type, size, workers, download, Path(val_dir).expanduser() if val_dir else None)
     except OSError as error:
         raise UserError(
-            f"data folder {root} cannot be read ({error}): give yourself access or choose another"
+            f"data folder {root} cannot be read ({error}): fix permissions or choose another folder"
         ) from None
     if parallel.is_main_process():
         for note in notes:
@@ -89,7 +89,7 @@ def _load(
 ) -> tuple[DataSet, list[str]]:
     """The data, and notes on what was not read."""
     if val is not None and not val.is_dir():
-        raise UserError(f"val_dir {val} is no folder: name one with a folder of images for each class, or none")
+        raise UserError(f"val_dir {val} is not a folder: name one with a folder of images for each class, or none")
     name = folder_name(root.resolve())
     cifar = [folder for folder in CIFAR_FOLDERS.values() if (root / folder).is_dir()]
     parts, others = find_parts(root)
@@ -127,7 +127,7 @@ def _load(
         sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
     else:
         sets = {part: _decoded(parts[part], *listed, size, workers) for part, listed in found.items()}
-    notes = [f"data folder {root} has images of its own: --download fetches nothing"] if download else []
+    notes = [f"data folder {root} already has images: --download does nothing"] if download else []
     if "test" not in sets:
         sets["train"], sets["test"] = _held_out(root, sets["train"])
         notes.append(f"{root} has no test/: {len(sets['test'])} of its training images are held out as test images")
@@ -144,7 +144,7 @@ def _held_out(root: Path, images: Images) -> tuple[Images, Images]:
     candidates = first_copies(prints).nonzero().squeeze(1)
     _, aside = stratified_split(images.labels[candidates], TEST_SHARE, seed=0)
     if not len(aside):
-        raise UserError(f"data folder {root} has train/ alone, with fewer than ten images a class: add test/")
+        raise UserError(f"data folder {root} has only train/, with fewer than ten images per class: add test/")
     held = torch.isin(prints, prints[candidates[aside]])
     return images[(~held).nonzero().squeeze(1)], images[held.nonzero().squeeze(1)]
 

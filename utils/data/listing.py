@@ -67,7 +67,7 @@ def check_classes(part: Path, classes: list[str], place: Path) -> None:
     """
     odd = sorted(set(classes) ^ set(_class_folders(part)))
     if odd:
-        raise UserError(f"classes differ between {place} and {part}: {', '.join(odd[:5])} in one only")
+        raise UserError(f"classes differ between {place} and {part}: {', '.join(odd[:5])} are in only one of them")
 
 
 def _class_folders(part: Path) -> dict[str, list[Path]]:

@@ -51,7 +51,7 @@ def list_of(rule: Rule, count: int | None = None) -> Rule:
     length = "" if count is None else f"{count} items, "
     return (
         lambda v: type(v) in (list, tuple) and (count is None or len(v) == count) and all(map(rule[0], v)),
-        f"a list of {length}each {rule[1]},",
+        f"a list of {length}each {rule[1]}",
     )
 
 
@@ -159,7 +159,7 @@ def _checked_outputs(prefix: str, architecture: Mapping[str, Any]) -> int:
             raise ValueError(f"{prefix}members.{i} is a cascade, which no member can be")
         outputs.add(_checked_outputs(f"{prefix}members.{i}.", member))
     if len(outputs) != 1:
-        raise ValueError(f"{prefix}members have {sorted(outputs)} classes where one number belongs")
+        raise ValueError(f"{prefix}members have different numbers of classes: {sorted(outputs)}")
     return outputs.pop()
 
 
@@ -172,7 +172,7 @@ def _check_values(prefix: str, content: Any, rules: Mapping[str, Any]) -> None:
         elif isinstance(rule, dict):
             _check_values(f"{prefix}{name}.", content[name], rule)
         elif not rule[0](content[name]):
-            raise ValueError(f"{prefix}{name} is {reprlib.repr(content[name])} where {rule[1]} belongs")
+            raise ValueError(f"{prefix}{name} is {reprlib.repr(content[name])}, but must be {rule[1]}")
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -46,7 +46,7 @@ def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]
         raise _nothing_fits(settings, "sp", data, unfit)
     ended = [item for item in found if has_ended(item[0])]
     path, trained = (ended or found)[-1]
-    why = "the newest run of stage 1 that fits" + ("" if ended else "; none that fits has ended")
+    why = "the newest run of stage 1 that fits" + ("" if ended else "; no finished run fits")
     notes = [f"starting from {_described(path, trained, settings)}: {why}", *_others(path, found, unfit, settings)]
     return _started_from(path, trained, "pruned", settings), notes
 
@@ -87,7 +87,7 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
             f"--max_accuracy_drop, name a --checkpoint, or run main_prune.py with a smaller prune_ratio"
         )
     path, pruned = min(within, key=lambda item: network_cost(item[1].network(), settings.resize).flops)
-    why = f"the smallest within the budget of those made from {pruned.source}"
+    why = f"the smallest network within the budget that was made from {pruned.source}"
     notes = [f"starting from {_described(path, pruned, settings)}: {why}", *_others(path, found, unfit, settings)]
     return _started_from(path, pruned, "rl_pruned", settings), notes
 
@@ -199,7 +199,7 @@ def _others(taken: Path, found: Found, unfit: dict[Path, UserError], settings: A
     fitting = [_described(*item, settings) for item in reversed(found) if item[0].parent != taken.parent]
     unfitting = [f"{relative_to_results(path, settings.result_dir)} ({unfit[path]})" for path in reversed(unfit)]
     lines = []
-    for title, names in (("not taken", fitting), ("do not fit", unfitting)):
+    for title, names in (("other runs that fit", fitting), ("runs that do not fit", unfitting)):
         if names:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             lines.append(f"{title}: {', '.join(names[:NAMED])}{more} (set checkpoint to choose one)")

@@ -82,7 +82,7 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
     try:
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # running out of patience is an OSError, too
-        say(f"{result_dir} cannot be locked ({error}): of runs that end together, results.md may lack one for a while")
+        say(f"{result_dir} cannot be locked ({error}): when runs end together, results.md may lack one for a while")
     remove_leftovers(result_dir)
     try:
         yield
