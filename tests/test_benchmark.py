@@ -66,10 +66,7 @@ def test_command_measures_networks_with_and_without_switches_in_turns(
 
 
 def test_the_table_says_how_much_of_the_saving_is_kept():
-    rows = [
-        inference.Row("float32", "a", 0.9, 0.4, {"1": 8.0}),
-        inference.Row("float32", "b", 0.8, 0.1, {"1": 2.5}),
-    ]
+    rows = [inference.Row("float32", "a", 0.9, 0.4, {"1": 8.0}), inference.Row("float32", "b", 0.8, 0.1, {"1": 2.5})]
     assert inference.table(rows).splitlines()[-1] == "| float32 | b | 80.00% | 0.1000 | 4.00x | 2.5 ms, 3.20x (0.80) |"
 
 

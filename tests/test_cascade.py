@@ -8,15 +8,7 @@ import torch
 
 from deploy.exported import exported_model
 from deploy.session import open_session, run_session
-from gating.cascade_search import (
-    Candidate,
-    Predictions,
-    best_under,
-    candidates,
-    cheapest_within,
-    frontier,
-    outcome,
-)
+from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, frontier, outcome
 from models import all_on, build_network
 from models.cascade import Cascade, Member
 from utils.data.augment import Normalisation

@@ -116,8 +116,7 @@ def half(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [one_bit, half, Path.unlink])
 @pytest.mark.parametrize(
-    ("source", "name"),
-    [(CIFAR100, "train"), (CIFAR100, "meta"), (CIFAR10, "data_batch_3"), (CIFAR10, "test_batch")],
+    ("source", "name"), [(CIFAR100, "train"), (CIFAR100, "meta"), (CIFAR10, "data_batch_3"), (CIFAR10, "test_batch")]
 )
 def test_a_folder_with_a_damaged_or_missing_file_is_refused(
     tmp_path: Path, published: None, source: type[CIFAR10], name: str, damage

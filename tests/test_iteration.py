@@ -5,15 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruning_case import (
-    METHOD,
-    SIZE,
-    check_limits,
-    counted,
-    labelled_images,
-    pruned_by,
-    switched_network,
-)
+from pruning_case import METHOD, SIZE, check_limits, counted, labelled_images, pruned_by, switched_network
 
 from models import LowRankConv2d, build_network
 from pruning.channels import quadratic_rise

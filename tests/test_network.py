@@ -4,14 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import (
-    GATES,
-    all_on,
-    build_network,
-    sampled,
-    straight_through,
-    thresholded,
-)
+from models import GATES, all_on, build_network, sampled, straight_through, thresholded
 from utils.flops import network_cost
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))

@@ -5,15 +5,7 @@ import math
 import pytest
 import torch
 
-from gating.steering import (
-    INTEGRAL,
-    LARGEST_ERROR,
-    PROPORTIONAL,
-    SMOOTHING,
-    Budget,
-    SteeredAlpha,
-    next_setpoint,
-)
+from gating.steering import INTEGRAL, LARGEST_ERROR, PROPORTIONAL, SMOOTHING, Budget, SteeredAlpha, next_setpoint
 
 CPU = torch.device("cpu")
 
