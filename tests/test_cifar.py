@@ -9,7 +9,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import write_shapes
+from conftest import MakesAFolder, write_shapes
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
@@ -118,9 +118,7 @@ def half(path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "name"), [(CIFAR100, "train"), (CIFAR100, "meta"), (CIFAR10, "data_batch_3"), (CIFAR10, "test_batch")]
 )
-def test_a_folder_with_a_damaged_or_missing_file_is_refused(
-    tmp_path: Path, published: None, source: type[CIFAR10], name: str, damage
-):
+def test_a_folder_with_a_damaged_or_missing_file_is_refused(tmp_path, published, source, name, damage):
     folder = write(tmp_path, source)
     damage(folder / name)
     assert f"{folder} lacks a file of {source.__name__} or has one that is not as it was published" in refusal(tmp_path)
@@ -136,20 +134,10 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, published: None, m
     assert "CIFAR10 could not be read" in (message := refusal(tmp_path)) and f"{folder}/data_batch_1" in message
 
 
-class _Call:
-    """Pickles to a call that makes a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, published: None, name: str):
     victim = tmp_path / "victim"
-    hostile = pickle.dumps({"data": _Call(victim), "fine_labels": [0], "fine_label_names": []})
+    hostile = pickle.dumps({"data": MakesAFolder(victim), "fine_labels": [0], "fine_label_names": []})
     pickle.loads(hostile)
     victim.rmdir()  # the test's own pickle is able to do harm
     folder = write(tmp_path, CIFAR100)
@@ -177,9 +165,7 @@ def downloads(published: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "source"), [("CIFAR-10", CIFAR10), ("cifar_10_jpeg", CIFAR10), ("cifar_100", CIFAR100), ("x", CIFAR100)]
 )
-def test_what_is_missing_is_downloaded_by_the_folders_name_once(
-    tmp_path: Path, downloads: list[str], name: str, source: type[CIFAR10]
-):
+def test_what_is_missing_is_downloaded_by_the_folders_name_once(tmp_path, downloads, name, source):
     for _ in range(2):
         data = load_data(str(tmp_path / name), "png", 32, 1, download=True)
         assert list(data.classes) == CLASSES[source] and data.name == name
