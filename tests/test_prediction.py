@@ -18,9 +18,8 @@ from utils.flops import every_block
 def network():
     torch.manual_seed(0)
     ranks = {"blocks.1.conv1": (3, 4), "blocks.2.conv2": (5, 5)}
-    network = build_network(
-        "resnet", depth=8, num_classes=3, width=4, gate="none", ranks=ranks, depthwise=["blocks.2.conv2"]
-    ).double()
+    sizes = {"depth": 8, "num_classes": 3, "width": 4, "gate": "none"}
+    network = build_network("resnet", **sizes, ranks=ranks, depthwise=["blocks.2.conv2"]).double()
     for _ in range(3):
         network(torch.randn(8, 3, 6, 6, dtype=torch.float64))
     return network.eval()
