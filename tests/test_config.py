@@ -171,11 +171,6 @@ def test_the_schedule_that_is_set_is_the_one_used():
     assert rates == pytest.approx([0.8, 0.6, 0.4, 0.0], abs=1e-12)
 
 
-def test_a_missing_file(tmp_path: Path):
-    with pytest.raises(UserError, match=f"settings file {tmp_path / 'none.json'} does not exist"):
-        load_settings(PruneSettings, tmp_path / "none.json", [])
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -157,13 +157,6 @@ def test_the_split_depends_on_the_seed_alone():
     assert 5 < len(set(first.tolist()) & set(other.tolist())) < 50
 
 
-def test_without_validation_images_choices_look_at_the_test_images():
-    data = DataSet("numbers", ("a", "b", "c"), numbered(9), None, numbered(3))
-    splits = split_data(data, 0.0, 0)
-    assert splits.val_is_test and len(splits.train) == 9
-    assert torch.equal(splits.val.pixels, data.test.pixels)
-
-
 def test_one_image_is_too_few_to_train_on():
     with pytest.raises(UserError, match="leaves 1 image to train on"):
         split_data(DataSet("numbers", ("a",), numbered(1), None, numbered(1)), 0.0, 0)

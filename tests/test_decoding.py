@@ -122,13 +122,6 @@ def test_a_truncated_image_is_named(tmp_path: Path, kind: str):
         load_data(str(tmp_path), kind, 8, 2)
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path: Path):
-    write_shapes(tmp_path, {"train": 1, "test": 1})
-    (tmp_path / "test" / "left" / "1.png").write_text("hello")
-    with pytest.raises(UserError, match=f"image {tmp_path / 'test' / 'left' / '1.png'} cannot be read"):
-        load_data(str(tmp_path), "png", 8, 1)
-
-
 @pytest.mark.parametrize("error", [RuntimeError("bad"), EOFError(), KeyError(3), MemoryError(), ZeroDivisionError("x")])
 def test_whatever_a_decoder_raises_names_the_file(tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch):
     def broken(path: Path) -> Image.Image:

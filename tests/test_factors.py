@@ -71,7 +71,6 @@ def test_factors_of_a_convolution_equal_brute_force(spec, memory_format):
 
 def test_kfac_is_exact_on_a_linear_network_with_squared_error():
     """The gradient at a layer of a linear network does not depend on the image: A (x) G is the Fisher, to rounding."""
-    torch.manual_seed(0)
     first, second = nn.Conv2d(3, 4, 1, bias=False).double(), torch.randn(5, 4, dtype=torch.float64)
     x = torch.randn(7, 3, 1, 1, dtype=torch.float64)
     # The noise of the labels has unit covariance, so one unit vector an output stands for its expectation.

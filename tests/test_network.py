@@ -1,10 +1,12 @@
-"""The network: published counts, routing, decision rules."""
+"""The network: published counts, routing, decision rules; strided 1x1 convolutions without oneDNN's form of them."""
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import GATES, all_on, build_network, sampled, straight_through, thresholded
+from models import GATES, all_on, build_network, sampled, straight_through
+from models.convolution import BLOCK, SafeConv2d
 from utils.flops import network_cost
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))
@@ -129,12 +131,6 @@ def test_images_that_do_not_learn_have_no_gradient():
     assert p.grad.tolist() == [1, 0, 1]
 
 
-def test_other_rules():
-    p = torch.tensor([0.1, 0.9, 0.4])
-    assert all_on(p).tolist() == [1, 1, 1]
-    assert thresholded(p).tolist() == [0, 1, 0]
-
-
 def test_what_the_gates_cost():
     plain = network_cost(build_network("resnet", depth=32, num_classes=100, gate="none"), 32).flops
 
@@ -150,3 +146,38 @@ def test_what_the_gates_cost():
     pixels = [(c, p) for c, p in zip(channels, sizes, strict=True)]
     assert gates("ff2")[0] == sum(18 * c * c * p // 4 + 2 * c for c, p in pixels)
     assert gates("ff1")[0] == sum(18 * c * c * (p // 4 + p // 16) + 2 * c for c, p in pixels)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "size", "groups"),
+    [(4, 1, 2, 8, 1), (3, 1, 2, 7, 1), (5, 1, (2, 3), 9, 1), (4, 1, 2, 8, 4), (BLOCK, 1, 2, 8, 1), (4, 3, 2, 8, 1)],
+)
+def test_outputs_and_gradients_are_those_of_the_plain_convolution(channels, kernel, stride, size, groups):
+    """In float64 and the default layout, which oneDNN's form does not take."""
+    ours = SafeConv2d(channels, 8, kernel, stride, kernel // 2, groups=groups).double()
+    plain = nn.Conv2d(channels, 8, kernel, stride, kernel // 2, groups=groups).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(5, channels, size, size, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [conv(i) for conv, i in zip((ours, plain), inputs, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * weights).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.bias.grad, plain.bias.grad, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_few_channels_train_in_channels_last():
+    """Float32 in the layout of training against float64: the gradients that oneDNN's fault would spoil."""
+    conv = SafeConv2d(4, 8, 1, 2, bias=False)
+    exact = SafeConv2d(4, 8, 1, 2, bias=False).double()
+    exact.load_state_dict(conv.state_dict())
+    conv = conv.to(memory_format=torch.channels_last)
+    x = torch.randn(16, 4, 32, 32)
+    conv(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    exact(x.double()).square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad.double(), exact.weight.grad, rtol=1e-4, atol=1e-2)

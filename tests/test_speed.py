@@ -51,13 +51,6 @@ def with_speeds(chain: list[dict], folder: Path) -> list[dict]:
     return [made | measured.get(made["checkpoint"], run_records.NOT_MEASURED) for made in chain]
 
 
-def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):
-    records = with_speeds(chain, tmp_path)
-    assert all(made["latency_ms"] > 0 and made["throughput"] > 0 for made in records)
-    table = results.results_table(records)
-    assert table.count(" ms |") == 3 and table.count("/s |") == 3 and "not measured" not in table
-
-
 def test_checkpoint_that_is_gone_has_a_dash(chain, tmp_path, monkeypatch):
     (tmp_path / "sp" / "best.pt").unlink()
     records = with_speeds(chain, tmp_path)
@@ -72,10 +65,3 @@ def test_a_chain_that_leads_back_to_itself_ends(chain):
     assert run_records.latest_chain(chain) == chain
     chain[-1]["source"] = chain[-1]["checkpoint"]
     assert run_records.latest_chain(chain) == chain[-1:]
-
-
-def test_a_row_made_from_another_network_than_the_one_above_says_so(chain):
-    assert "[^source]" not in results.results_table(chain)
-    chain[2]["source"] = "pruned/iteration_01.pt"
-    table = results.results_table(chain)
-    assert table.count("[^source]") == 2 and "made from pruned/iteration_01.pt" in table

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from pruning_case import counted, switched_network
+from pruning_case import switched_network
 
 from models import all_on
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors
 from pruning.layers import composed, prunable_layers, read_weights
 from pruning.surgery import merged, rebuild, truncated
-from utils.flops import network_cost
 
 
 def random_basis(inputs: int, outputs: int, seed: int):
@@ -29,25 +28,16 @@ def rotated_whole(network, seed: int):
     return rebuild(network, replaced)
 
 
-@torch.no_grad()
-def difference(first, second, x) -> float:
-    a, b = (net(x, decide=all_on).logits for net in (first, second))
-    return ((a - b).norm() / a.norm()).item()
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_rotating_without_dropping_leaves_outputs_unchanged(dtype, tolerance):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_ten_iterations_without_dropping_still_equal_the_input_network(dtype, tolerance):
     network = switched_network(8, 6).to(dtype)
-    assert difference(network, rotated_whole(network, 0), torch.randn(4, 3, 8, 8, dtype=dtype)) < tolerance
-
-
-def test_ten_iterations_without_dropping_still_equal_the_input_network():
-    network = switched_network(8, 6)
     turned = network
     for iteration in range(10):
         turned = rotated_whole(turned, iteration)
-    x = torch.randn(4, 3, 8, 8)
-    assert difference(network, turned, x) < 1e-4
+    x = torch.randn(4, 3, 8, 8, dtype=dtype)
+    with torch.no_grad():
+        before, after = (net(x, decide=all_on).logits for net in (network, turned))
+    assert (before - after).norm() < tolerance * before.norm()
     convolutions = [m for m in turned.blocks.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) == 3 * 6 + 2  # six 3x3 layers, never more than three each, and two 1x1 shortcuts
 
@@ -62,19 +52,3 @@ def test_dropping_a_direction_zeroes_its_entries_in_the_rotated_weight():
     expected = torch.zeros_like(weights.core)
     expected[keep_out[:, None], keep_in] = rotate(weights.core, basis)[keep_out[:, None], keep_in]
     torch.testing.assert_close(rotate(composed(reduced), basis), expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("gate", ["rnn", "none"])
-def test_costs_of_a_rebuilt_network_equal_independent_counters(gate):
-    network = switched_network(8, 6, gate)
-    replaced = {}
-    for i, name in enumerate(prunable_layers(network)):
-        weights = read_weights(network, name)
-        outputs, inputs = weights.core.shape[:2]
-        keep_in = None if i % 3 == 0 else torch.arange(1 + i % inputs)
-        keep_out = None if i % 3 == 1 else torch.arange(1 + i % outputs)
-        basis = random_basis(inputs, outputs, i)
-        replaced[name] = merged(weights, truncated(weights.core, basis, keep_in, keep_out))
-    smaller = rebuild(network, replaced)
-    cost = network_cost(smaller, 8)
-    assert (cost.flops, cost.parameters) == counted(smaller)
