@@ -1,12 +1,19 @@
 """The three scripts as a user runs them, at the smallest size: shared by the tests of commands and of resuming."""
 
+import importlib
 import json
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
-from forks import Forked
+import pytest
+from forks import ENVIRONMENT, Forked
 
-from utils.runs.run import stage_folder
+from utils.runs.run import BEST, Run, stage_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
@@ -38,10 +45,56 @@ def run(stage: str, given: list[str], code: int = 0) -> subprocess.CompletedProc
     return done
 
 
+def call(command: ModuleType, *given: object) -> None:
+    """Run a command in this process."""
+    with mock.patch.object(sys, "argv", ["command", *map(str, given)]):
+        command.main()
+
+
+def call_stage(stage: str, given: list) -> None:
+    call(importlib.import_module(SCRIPTS[stage].removesuffix(".py")), *given)
+
+
+@contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Lose patience when the step has been recorded, before its checkpoint is saved."""
+    record = Run.record
+
+    def interrupted(self: Run, at: int, *args, **kwargs) -> None:
+        record(self, at, *args, **kwargs)
+        if at == step:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(Run, "record", interrupted), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+START = "import sys\nfrom pathlib import Path\npath = Path(sys.argv[1])\n"
+
+
+@contextmanager
+def holding(code: str, path: Path) -> Iterator[None]:
+    """Meanwhile another process has run the code, with ``path``, and is still there; it is killed in the end."""
+    code = f"{START}{code}\nprint('there', flush=True)\nsys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, env=ENVIRONMENT, **pipes) as holder:
+        try:
+            assert holder.stdout.readline() == "there\n"
+            yield
+        finally:
+            holder.kill()
+
+
 def run_folder(results: Path, stage: str) -> Path:
     """The folder of the only run of a stage."""
     (folder,) = stage_folder(results, stage, "shapes", "resnet", 8).iterdir()
     return folder
+
+
+def source_of(results: Path, stage: str) -> str:
+    """The network that a stage starts from: the best one of the stage before."""
+    before = {"sp": "", "pruned": "sp", "rl_pruned": "pruned"}[stage]
+    return str(run_folder(results, before) / BEST) if before else ""
 
 
 def metrics(folder: Path) -> list[dict]:

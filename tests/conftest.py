@@ -1,5 +1,7 @@
 """Small data folders, written once a session."""
 
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import torch
 from commands import SCRIPTS, arguments, run
 from PIL import Image
 
+from deploy import speeds
+
 # A shell that starts the tests in the background has SIGINT ignored, nohup SIGHUP; the commands that they start would
 # inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,9 +21,10 @@ torch.set_num_threads(1)  # the networks are tiny: threads would only wait for e
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """What a test draws is the same in every run and order of the tests."""
+def seeded_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test draws is the same in every run and order of the tests; speeds are measured as shortly as can be."""
     torch.manual_seed(0)
+    monkeypatch.setattr(speeds, "SECONDS", 0.0)
 
 
 def write_shapes(root: Path, parts: dict[str, int], size: int = 8, seed: int = 0, suffix: str = "png") -> Path:
@@ -37,6 +42,22 @@ def write_shapes(root: Path, parts: dict[str, int], size: int = 8, seed: int = 0
     return root
 
 
+def write_image(path: Path, image: Image.Image) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+class MakesAFolder:
+    """Pickles to a call of ``os.mkdir``: what opens it carelessly makes the folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with 40 training and 10 test images a class."""
@@ -51,3 +72,9 @@ def chain(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = run(stage, arguments(stage, shapes, results))
         assert done.stderr == "", "nothing but errors belongs on stderr where it is no terminal"
     return results
+
+
+@pytest.fixture
+def copied(chain: Path, tmp_path: Path) -> Path:
+    """A copy of that folder to write to."""
+    return shutil.copytree(chain, tmp_path / "copied")

@@ -2,12 +2,15 @@
 
 import copy
 import functools
+import string
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models import ResNet, build_network
 from utils.data.augment import Normalisation
+from utils.runs.checkpoint import Checkpoint, describe, save_checkpoint
 
 # Of every form: both sides, one side, a wide rotation that is worth multiplying out, a strided core, a 1x1 shortcut, a
 # depthwise core.
@@ -80,3 +83,21 @@ def _undecided(network: ResNet, size: int) -> ResNet:
         nn.functional.binary_cross_entropy(probabilities, wanted).backward()
         optimiser.step()
     return network.requires_grad_(True)
+
+
+def checkpoint_of(network: nn.Module, stage: str = "rl_pruned", size: int = 16, **changed) -> Checkpoint:
+    """What a stage saves of a network that tells classes a, b, c and so on apart."""
+    given = {
+        "stage": stage, "architecture": network.architecture, "weights": network.state_dict(), "seed": 0,
+        "normalisation": describe(NORMALISATION),
+        "classes": list(string.ascii_lowercase[: network.architecture.get("num_classes")]),
+        "data": {"name": "shapes", "image_size": size, "flip": True, "val_fraction": 0.1, "split_seed": 0},
+        "metrics": {"accuracy": 0.5, "computation": 0.5},
+        "original": {"accuracy": 0.5, "parameters": 1, "flops": 1},
+    }  # fmt: skip
+    return Checkpoint(**{**given, **changed})
+
+
+def checkpoint_file(path: Path, network: nn.Module, *given, **changed) -> Path:
+    save_checkpoint(path, checkpoint_of(network, *given, **changed))
+    return path

@@ -5,7 +5,6 @@ with a mistake that one process finds; ``gpus`` trains on simulated GPUs; ``lose
 one process is killed after the third epoch.
 """
 
-import importlib
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from commands import SCRIPTS, arguments  # noqa: E402
+from commands import SCRIPTS, arguments, call_stage  # noqa: E402
 from simulated_gpu import simulated  # noqa: E402
 
 from deploy import speeds  # noqa: E402
@@ -160,11 +159,6 @@ def on_gpus() -> dict:
         return {**found, "waits": waits}
 
 
-def run_stage(stage: str, given: list[str]) -> None:
-    sys.argv = [SCRIPTS[stage], *given]
-    importlib.import_module(SCRIPTS[stage].removesuffix(".py")).main()
-
-
 # Few steps: rounding grows from step to step.
 SHORT = {
     "sp": ["--epochs", "2"],
@@ -177,7 +171,7 @@ def chain(data: Path, results: Path) -> None:
     """The three stages; orthogonal steps would magnify rounding from one step to the next, plain ones do not."""
     for stage in SCRIPTS:
         plain = ["--optimiser", "sgd"] if stage == "sp" else []
-        run_stage(stage, [*arguments(stage, data, results), *SHORT[stage], *plain])
+        call_stage(stage, [*arguments(stage, data, results), *SHORT[stage], *plain])
 
 
 def lose(given: list[str]) -> None:
@@ -189,7 +183,7 @@ def lose(given: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Run.record = dying
-    run_stage("sp", given)
+    call_stage("sp", given)
 
 
 def main() -> None:

@@ -10,14 +10,12 @@ from pruning.settings import Method
 from utils.flops import every_block, network_cost
 
 SIZE = 8
-
-
 METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency", refit=False)
 
 
-def switched_network(depth=14, width=12):
+def switched_network(depth=14, width=12, gate="rnn"):
     torch.manual_seed(0)
-    network = build_network("resnet", depth=depth, num_classes=4, width=width, gate="rnn")
+    network = build_network("resnet", depth=depth, num_classes=4, width=width, gate=gate)
     for _ in range(3):
         network(torch.randn(16, 3, SIZE, SIZE))
     return network.eval()
@@ -41,6 +39,19 @@ def counted(network) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, SIZE, SIZE), decide=all_on)
     return counter.get_total_flops(), sum(p.numel() for p in network.parameters())
+
+
+def check_table(network, pruned, norms: int = 0):
+    """The network's own cost and the sums of the table against independent counters.
+
+    Args:
+        norms: parameters of batch norms that went together with channels.
+    """
+    before, after = counted(network), counted(pruned.network)
+    cost = network_cost(pruned.network, SIZE)
+    assert (cost.flops, cost.parameters) == after
+    assert before[0] - after[0] == sum(c.flops_before - c.flops_after for c in pruned.changes) > 0
+    assert before[1] - after[1] - norms == sum(c.parameters_before - c.parameters_after for c in pruned.changes)
 
 
 def check_limits(network, smaller, limit):

@@ -1,11 +1,10 @@
 """The inference benchmark and Torch-Pruning's networks at a tiny size."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from commands import run_folder
+from commands import call, run_folder
 from torch.nn import functional as F
 
 from benchmarks import inference
@@ -43,15 +42,12 @@ def test_hessian_importance_reads_squared_gradients_of_single_images():
     torch.testing.assert_close(found[names.index("blocks.0.conv1.weight")], expected)
 
 
-def test_command_measures_networks_with_and_without_switches_in_turns(
-    chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
+def test_command_measures_networks_with_and_without_switches_in_turns(chain, shapes, tmp_path, monkeypatch, capsys):
     files = [str(run_folder(chain, stage) / BEST) for stage in ("sp", "pruned", "rl_pruned")]
     given = [*files, "--data_dir", str(shapes), "--int8", "--seconds", "0", "--output", str(tmp_path / "times.json")]
-    monkeypatch.setattr("sys.argv", ["inference", *given])
     monkeypatch.setattr(inference, "BATCHES", (1, 4))
     monkeypatch.setattr(inference, "TIMED_IMAGES", 4)
-    inference.main()
+    call(inference, *given)
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     assert [(row["precision"], row["network"]) for row in rows] == [
         (precision, name) for precision in ("float32", "int8") for name in files
@@ -66,10 +62,7 @@ def test_command_measures_networks_with_and_without_switches_in_turns(
 
 
 def test_the_table_says_how_much_of_the_saving_is_kept():
-    rows = [
-        inference.Row("float32", "a", 0.9, 0.4, {"1": 8.0}),
-        inference.Row("float32", "b", 0.8, 0.1, {"1": 2.5}),
-    ]
+    rows = [inference.Row("float32", "a", 0.9, 0.4, {"1": 8.0}), inference.Row("float32", "b", 0.8, 0.1, {"1": 2.5})]
     assert inference.table(rows).splitlines()[-1] == "| float32 | b | 80.00% | 0.1000 | 4.00x | 2.5 ms, 3.20x (0.80) |"
 
 

@@ -1,46 +1,32 @@
 """``main_cascade.py`` on what the stages left: the choice, the row, the checkpoint, and what users get wrong."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from commands import run_folder
+from commands import call, run_folder, source_of
+from networks import checkpoint_file
 from test_cascade import CLASSES, members
 
 import main_cascade
 from deploy import export, predict
 from models import Cascade
 from utils.errors import UserError
-from utils.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
-def cascade(monkeypatch, data: Path, results: Path, *flags: str) -> None:
-    given = [
-        "--depth",
-        "8",
-        "--resize",
-        "8",
-        "--num_workers",
-        "1",
-        "--data_dir",
-        str(data),
-        "--result_dir",
-        str(results),
-    ]
-    monkeypatch.setattr("sys.argv", ["main_cascade.py", *given, *flags])
-    main_cascade.main()
+def cascade(data: Path, results: Path, *flags: object) -> None:
+    place = ["--data_dir", data, "--result_dir", results]
+    call(main_cascade, "--depth", 8, "--resize", 8, "--num_workers", 1, *place, *flags)
 
 
-def test_a_cascade_of_what_the_stages_left(chain, shapes, tmp_path, monkeypatch, capsys):
-    results = tmp_path / "results"
-    shutil.copytree(chain, results)
-    cascade(monkeypatch, shapes, results, "--max_accuracy_drop", "0.9")
+def test_a_cascade_of_what_the_stages_left(copied, shapes, tmp_path, capsys):
+    cascade(shapes, copied, "--max_accuracy_drop", 0.9)
     said = capsys.readouterr().out
     assert "chosen:" in said and "| w/ Static Pruning and Cascade |" in said
-    folder = run_folder(results, "cascade")
+    folder = run_folder(copied, "cascade")
     record = json.loads((folder / "record.json").read_text())
     best = load_checkpoint(folder / "best.pt")
     network = best.network()
@@ -51,34 +37,29 @@ def test_a_cascade_of_what_the_stages_left(chain, shapes, tmp_path, monkeypatch,
     assert record["gflops_executed"] == pytest.approx(record["computation"] * record["gflops_all"])
     assert record["parameters"] == sum(p.numel() for p in network.parameters())
     assert record["latency_ms"] > 0 and (folder / "frontier.png").exists() and (folder / "routing.json").exists()
-    answers_alike(monkeypatch, capsys, shapes, folder / "best.pt", tmp_path / "exported")
+    answers_alike(capsys, shapes, folder / "best.pt", tmp_path / "exported")
 
 
-def answers_alike(monkeypatch, capsys, data: Path, checkpoint: Path, exported: Path) -> None:
+def answers_alike(capsys, data: Path, checkpoint: Path, exported: Path) -> None:
     """The exported cascade, in float and int8, is checked against PyTorch; prediction says who answered."""
-    given = ["--checkpoint", str(checkpoint), "--output", str(exported), "--data_dir", str(data), "--int8"]
-    monkeypatch.setattr("sys.argv", ["export.py", *given, "--num_workers", "1"])
-    export.main()
+    given = ["--checkpoint", checkpoint, "--output", exported, "--data_dir", data, "--int8"]
+    call(export, *given, "--num_workers", 1)
     assert "logits within" in capsys.readouterr().out
     assert json.loads((exported / "labels.json").read_text())["members"]
-    image = str(next((data / "test").glob("*/*.png")))
+    image = next((data / "test").glob("*/*.png"))
     said = []
-    for source in (["--checkpoint", str(checkpoint)], ["--onnx", str(exported)]):
-        monkeypatch.setattr("sys.argv", ["predict.py", *source, image])
-        predict.main()
+    for source in (["--checkpoint", checkpoint], ["--onnx", exported]):
+        call(predict, *source, image)
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and " answered" in said[0]
 
 
-def test_what_users_get_wrong(chain, shapes, tmp_path, monkeypatch):
-    results = tmp_path / "results"
-    shutil.copytree(chain, results)
-    dense = str(next(results.glob("sp/*/*/*/best.pt")))
-    static = str(next(results.glob("pruned/*/*/*/best.pt")))
+def test_what_users_get_wrong(copied, shapes, tmp_path):
+    dense, static = (source_of(copied, stage) for stage in ("pruned", "rl_pruned"))
     with pytest.raises(UserError, match="a cascade needs two networks or more, and there are 1"):
-        cascade(monkeypatch, shapes, results, "--networks", dense)
+        cascade(shapes, copied, "--networks", dense)
     with pytest.raises(UserError, match="out of reach: the cheapest cascade takes"):
-        cascade(monkeypatch, shapes, results, "--target_flops", "0.0001")
+        cascade(shapes, copied, "--target_flops", "0.0001")
     checkpoint = load_checkpoint(static)
     for data, message in (
         ({"split_seed": 3, "set_aside": torch.tensor([1, 2])}, "lacks 2 of the 2 images"),
@@ -87,11 +68,11 @@ def test_what_users_get_wrong(chain, shapes, tmp_path, monkeypatch):
         other = tmp_path / "other.pt"
         save_checkpoint(other, replace(checkpoint, data={**checkpoint.data, **data}))
         with pytest.raises(UserError, match=message):
-            cascade(monkeypatch, shapes, results, "--networks", dense, str(other))
+            cascade(shapes, copied, "--networks", dense, other)
     aside = checkpoint.data["set_aside"]
     save_checkpoint(other, replace(checkpoint, data={**checkpoint.data, "set_aside": aside[:-2]}))
     with pytest.raises(UserError, match="have set different validation images aside"):
-        cascade(monkeypatch, shapes, results, "--networks", dense, str(other))
+        cascade(shapes, copied, "--networks", dense, other)
 
 
 @pytest.mark.parametrize(
@@ -100,22 +81,12 @@ def test_what_users_get_wrong(chain, shapes, tmp_path, monkeypatch):
         ({"thresholds": [0.5, 0.6]}, "2 networks and 2 thresholds"),
         ({"thresholds": [1.5]}, "architecture.thresholds is"),
         ({"answer": "first"}, "answer 'first' is unknown"),
-        ({"members": []}, "classes where one number belongs"),
+        ({"members": []}, "members must have the same number of classes"),
     ],
 )
 def test_a_cascade_edited_by_hand(change: dict, message: str, tmp_path: Path):
     network = Cascade(members()[:2], (0.5,), "mean")
-    checkpoint = Checkpoint(
-        stage="cascade",
-        architecture={**network.architecture, **change},
-        weights=network.state_dict(),
-        normalisation=main_cascade.PLAIN,
-        classes=[str(i) for i in range(CLASSES)],
-        data={"name": "shapes", "image_size": 16, "flip": True, "val_fraction": 0.1, "split_seed": 0},
-        metrics={"accuracy": 0.5, "computation": 0.5},
-        original={"accuracy": 0.5, "parameters": 1, "flops": 1},
-        seed=0,
-    )
-    save_checkpoint(tmp_path / "best.pt", checkpoint)
+    architecture, classes = {**network.architecture, **change}, [str(i) for i in range(CLASSES)]
+    path = checkpoint_file(tmp_path / "best.pt", network, "cascade", architecture=architecture, classes=classes)
     with pytest.raises(UserError, match=message):
-        load_checkpoint(tmp_path / "best.pt")
+        load_checkpoint(path)

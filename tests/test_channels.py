@@ -1,18 +1,21 @@
 """Channel criteria: closed forms, the dense optimum of the quadratic model, and blocks rebuilt narrower."""
 
+from functools import partial
+
 import pytest
 import torch
+from pruning_case import switched_network
 
 from models import all_on, build_network
 from pruning import channels
 from pruning.surgery import rebuild_channels
 
 IN, OUT = 5, 4
+CRITERIA = (channels.c_obs, channels.kron_obs, partial(channels.kron_obd, regularization=0.0))
 
 
 @pytest.fixture
 def example():
-    torch.manual_seed(0)
     a, g = torch.randn(30, IN, dtype=torch.float64), torch.randn(30, OUT, dtype=torch.float64)
     weight = torch.randn(OUT, IN, 3, 3, dtype=torch.float64)
     return weight, a.t() @ a / 30, g.t() @ g / 30
@@ -31,9 +34,8 @@ def dense_optimum(weight, A, G, removed):
     gone[removed] = True
     constraint = torch.eye(len(w), dtype=torch.float64)[gone.flatten()]
     rows = len(constraint)
-    system = torch.cat(
-        [torch.cat([fisher, constraint.t()], 1), torch.cat([constraint, torch.zeros(rows, rows).double()], 1)]
-    )
+    lower = torch.cat([constraint, torch.zeros(rows, rows).double()], 1)
+    system = torch.cat([torch.cat([fisher, constraint.t()], 1), lower])
     right = torch.cat([torch.zeros(len(w)).double(), -w[gone.flatten()]])
     change = torch.linalg.solve(system, right)[: len(w)]
     rise = (0.5 * change @ fisher @ change).item()
@@ -78,9 +80,8 @@ def test_c_obs_prices_single_weights_with_those_of_the_channels_left(example):
     """The first channel by the dense inverse; all of them as the dense optimum under C-OBS's diagonal prices."""
     weight, A, G = example
     w, _ = dense(weight, A, G)
-    inverse = torch.linalg.inv(
-        torch.kron(torch.kron(channels.damped(A), channels.damped(G)), torch.eye(9, dtype=torch.float64))
-    )
+    fisher = torch.kron(torch.kron(channels.damped(A), channels.damped(G)), torch.eye(9, dtype=torch.float64))
+    inverse = torch.linalg.inv(fisher)
     alone = (0.5 * w.square() / inverse.diagonal()).unflatten(0, (IN, OUT * 9)).sum(1)
     found = channels.c_obs(weight, A, G)
     assert found.argmin() == alone.argmin()
@@ -119,11 +120,7 @@ def test_a_channel_that_never_fires_costs_nothing_to_remove(example):
     weight, A, G = example
     A = A.clone()
     A[2], A[:, 2] = 0, 0
-    for saliency in (
-        channels.kron_obd(weight, A, G, 0.0),
-        channels.kron_obs(weight, A, G),
-        channels.c_obs(weight, A, G),
-    ):
+    for saliency in (criterion(weight, A, G) for criterion in CRITERIA):
         assert saliency.isfinite().all() and saliency[2] < 1e-4 * saliency[[0, 1, 3, 4]].min()
 
 
@@ -133,11 +130,7 @@ def test_a_dead_block_is_the_least_salient(example, dead):
     factors = {"A": A, "G": G}
     for name in factors if dead == "both" else dead:
         factors[name] = torch.zeros_like(factors[name])
-    for saliency in (
-        channels.c_obs(weight, **factors),
-        channels.kron_obs(weight, **factors),
-        channels.kron_obd(weight, **factors, regularization=0.0),
-    ):
+    for saliency in (criterion(weight, **factors) for criterion in CRITERIA):
         assert saliency.isfinite().all() and saliency.max() < 1e-20
 
 
@@ -147,11 +140,7 @@ def test_damping_does_not_depend_on_the_scale_of_the_factor(example):
 
 
 def test_removing_a_channel_is_zeroing_its_column_of_the_second_convolution():
-    torch.manual_seed(0)
-    network = build_network("resnet", depth=14, num_classes=3, width=4, gate="rnn").double()
-    for _ in range(2):
-        network(torch.randn(8, 3, 8, 8, dtype=torch.float64))
-    network.eval()
+    network = switched_network(14, 4).double()
     kept = {"blocks.0": torch.tensor([0, 3]), "blocks.2": torch.tensor([1, 2, 4, 5, 7])}
     weights = {name: network.get_submodule(f"{name}.conv2").weight.detach()[:, index] for name, index in kept.items()}
     smaller = rebuild_channels(network, kept, weights)

@@ -9,7 +9,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import write_shapes
+from conftest import MakesAFolder, write_image, write_shapes
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
@@ -87,14 +87,9 @@ def test_pixels_labels_and_classes_are_those_of_the_files(tmp_path: Path, publis
 def test_validation_images_of_a_folder(tmp_path: Path, published: None):
     write(tmp_path, CIFAR10)
     for name in CLASSES[CIFAR10]:
-        (tmp_path / "aside" / name).mkdir(parents=True)
-        Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "aside" / name / "0.png")
+        write_image(tmp_path / "aside" / name / "0.png", Image.new("RGB", (32, 32), (9, 9, 9)))
     val = load_data(str(tmp_path), "png", 32, 1, val_dir=str(tmp_path / "aside")).val
     assert val.labels.tolist() == list(range(len(CLASSES[CIFAR10]))) and (val.pixels == 9).all()
-    first = CLASSES[CIFAR10][0]
-    (tmp_path / "aside" / first).rename(tmp_path / "aside" / "other")
-    with pytest.raises(UserError, match=rf"classes differ between .*: {first}, other in one only"):
-        load_data(str(tmp_path), "png", 32, 1, val_dir=str(tmp_path / "aside"))
 
 
 def test_images_are_brought_to_the_size_asked_for(tmp_path: Path, published: None):
@@ -116,15 +111,12 @@ def half(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [one_bit, half, Path.unlink])
 @pytest.mark.parametrize(
-    ("source", "name"),
-    [(CIFAR100, "train"), (CIFAR100, "meta"), (CIFAR10, "data_batch_3"), (CIFAR10, "test_batch")],
+    ("source", "name"), [(CIFAR100, "train"), (CIFAR100, "meta"), (CIFAR10, "data_batch_3"), (CIFAR10, "test_batch")]
 )
-def test_a_folder_with_a_damaged_or_missing_file_is_refused(
-    tmp_path: Path, published: None, source: type[CIFAR10], name: str, damage
-):
+def test_a_folder_with_a_damaged_or_missing_file_is_refused(tmp_path, published, source, name, damage):
     folder = write(tmp_path, source)
     damage(folder / name)
-    assert f"{folder} lacks a file of {source.__name__} or has one that is not as it was published" in refusal(tmp_path)
+    assert f"{folder} lacks a file of {source.__name__} or has one that was changed" in refusal(tmp_path)
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, published: None, monkeypatch: pytest.MonkeyPatch):
@@ -137,20 +129,10 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, published: None, m
     assert "CIFAR10 could not be read" in (message := refusal(tmp_path)) and f"{folder}/data_batch_1" in message
 
 
-class _Call:
-    """Pickles to a call that makes a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, published: None, name: str):
     victim = tmp_path / "victim"
-    hostile = pickle.dumps({"data": _Call(victim), "fine_labels": [0], "fine_label_names": []})
+    hostile = pickle.dumps({"data": MakesAFolder(victim), "fine_labels": [0], "fine_label_names": []})
     pickle.loads(hostile)
     victim.rmdir()  # the test's own pickle is able to do harm
     folder = write(tmp_path, CIFAR100)
@@ -178,9 +160,7 @@ def downloads(published: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "source"), [("CIFAR-10", CIFAR10), ("cifar_10_jpeg", CIFAR10), ("cifar_100", CIFAR100), ("x", CIFAR100)]
 )
-def test_what_is_missing_is_downloaded_by_the_folders_name_once(
-    tmp_path: Path, downloads: list[str], name: str, source: type[CIFAR10]
-):
+def test_what_is_missing_is_downloaded_by_the_folders_name_once(tmp_path, downloads, name, source):
     for _ in range(2):
         data = load_data(str(tmp_path / name), "png", 32, 1, download=True)
         assert list(data.classes) == CLASSES[source] and data.name == name

@@ -1,16 +1,14 @@
 """The scripts as a user meets them: what a whole chain leaves behind, and how each mistake is reported."""
 
-import importlib
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import EPOCHS, FINE_TUNING, ROOT, SCRIPTS, arguments, metrics, run, run_folder
+from commands import EPOCHS, FINE_TUNING, ROOT, SCRIPTS, arguments, call_stage, metrics, run, run_folder, source_of
 from conftest import write_shapes
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,8 +18,10 @@ from gating.fixing import with_fixed_switches
 from models import all_on
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import load_checkpoint, load_network, save_checkpoint
+from utils.runs.run import BEST, LAST
 
 METHODS = ["w/o Pruning", "w/ Static Pruning only", "w/ Static and Dynamic Pruning"]
+ROUTING = {"accuracy_against_flops", "easy_and_hard", "executed_flops", "passing_by_class"}
 OVERVIEW = {f"Overview/{figure}_{part}" for part in ("train", "val") for figure in ("loss", "accuracy")}
 OVERVIEW |= {f"Overview/{name}" for name in ("computation_percentage", "executed_flops", "learning_rate")}
 SIZE = {f"Size/{name}" for name in ("flops", "parameters", "prune_ratio")}
@@ -43,17 +43,8 @@ def test_files_of_a_run(chain: Path, stage: str):
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
     iterations = {f"iteration_{i:02d}.pt" for i in range(1, FINE_TUNING["iterations"] + 1)}
     bases = {f"eigenvalues_{i:02d}.png" for i in range(1, FINE_TUNING["iterations"] + 1)}
-    expected = {
-        "arguments.json",
-        "log.txt",
-        "metrics.jsonl",
-        "best.pt",
-        "last.pt",
-        "record.json",
-        "results.png",
-        ".lock",
-    }
-    routing = {"accuracy_against_flops.png", "easy_and_hard.png", "executed_flops.png", "passing_by_class.png"}
+    expected = {"arguments.json", "log.txt", "metrics.jsonl", "record.json", "results.png", ".lock", BEST, LAST}
+    routing = {f"{picture}.png" for picture in ROUTING}
     own = {"sp": set(), "pruned": iterations | bases | {"ranks.png"}, "rl_pruned": routing | {"routing.json"}}
     settled = {"unsettled.pt"} if load_checkpoint(folder / "best.pt").architecture.get("fixed_switches") else set()
     assert names == expected | own[stage] | settled
@@ -84,19 +75,10 @@ def test_scalars_in_metrics_and_in_tensorboard(chain: Path, stage: str):
     assert min(tag.partition("/")[0] for tag in recorded) == "Overview", "TensorBoard shows the first in order first"
     assert set(sorted(recorded | results)[: len(results)]) == results, "and the first metrics beside hyperparameters"
     for tag in recorded:
-        expected = [(line["step"], line[tag]) for line in lines if tag in line]
-        read = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert [step for step, _ in read] == [step for step, _ in expected]
-        assert [v for _, v in read] == pytest.approx([v for _, v in expected], rel=1e-6), tag  # kept in float32
-    record = json.loads((folder / "record.json").read_text())
-    for name in RESULTS - {"latency_ms", "throughput"}:  # which the next stage measures again
-        (event,) = events.Scalars(f"Overview-results/{name}")
-        assert event.value == pytest.approx(record[name], rel=1e-6)
-    routing = {"accuracy_against_flops", "easy_and_hard", "executed_flops", "passing_by_class"}
-    pictures = {"sp": set(), "pruned": {"eigenvalues", "ranks"}, "rl_pruned": routing}[stage] | {"results"}
+        expected = [(line["step"], pytest.approx(line[tag], rel=1e-6)) for line in lines if tag in line]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == expected, tag  # kept in float32
+    pictures = {"sp": set(), "pruned": {"eigenvalues", "ranks"}, "rl_pruned": ROUTING}[stage] | {"results"}
     assert {tag.removeprefix("Pictures/") for tag in events.Tags()["images"]} == pictures
-    texts = {"settings/text_summary", "results/text_summary", "custom_scalars__config__"}
-    assert texts <= set(events.Tags()["tensors"])
 
 
 def test_parameters_of_the_layers_are_those_of_the_network(chain: Path):
@@ -157,10 +139,9 @@ def test_recorded_figures_come_out_again(chain: Path, shapes: Path, index: int):
         unsettled = load_network(path.with_name("unsettled.pt"))
         with torch.no_grad(), FlopCounterMode(display=False) as before:
             unsettled(images, decide=all_on)
-        residuals = [
-            before.get_flop_counts()[f"ResNet.{block}.{conv}"] for block in left for conv in ("conv1", "conv2")
-        ]
-        gflops_all += sum(sum(counts.values()) for counts in residuals) / len(files) / 1e9
+        counts = before.get_flop_counts()
+        residuals = [counts[f"ResNet.{block}.{conv}"] for block in left for conv in ("conv1", "conv2")]
+        gflops_all += sum(sum(residual.values()) for residual in residuals) / len(files) / 1e9
     assert record["gflops_executed"] == pytest.approx(gflops, rel=1e-9)
     assert record["gflops_all"] == pytest.approx(gflops_all, rel=1e-9)
     assert record["gflops"] == record["gflops_executed" if index == 2 else "gflops_all"]
@@ -192,16 +173,15 @@ def test_table_and_picture(chain: Path):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20, "the picture is not blank"
 
 
-def command(stage: str, given: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+def exit_code(stage: str, given: list[str]) -> object:
     """Run a stage in this process, errors reported as the script does; its exit code."""
-    monkeypatch.setattr(sys, "argv", [SCRIPTS[stage], *given])
     with pytest.raises(SystemExit) as ended:
-        run_command(importlib.import_module(SCRIPTS[stage].removesuffix(".py")).main)
+        run_command(lambda: call_stage(stage, given))
     return ended.value.code
 
 
-def error_line(stage: str, given: list[str], monkeypatch, capsys) -> str:
-    assert command(stage, given, monkeypatch) == 2
+def error_line(stage: str, given: list[str], capsys) -> str:
+    assert exit_code(stage, given) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -229,35 +209,26 @@ def error_line(stage: str, given: list[str], monkeypatch, capsys) -> str:
         ("sp", ["--img_type", "bmp"], "holds no .bmp file"),
     ],
 )
-def test_mistakes_are_reported_in_one_line(
-    stage: str, changed: list[str], message: str, chain: Path, shapes: Path, monkeypatch, capsys
-):
-    line = error_line(stage, [*arguments(stage, shapes, chain), *changed], monkeypatch, capsys)
-    assert message in line
+def test_mistakes_are_reported_in_one_line(stage, changed, message, chain, shapes, capsys):
+    assert message in error_line(stage, [*arguments(stage, shapes, chain), *changed], capsys)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_result_folder_that_cannot_be_written(
-    stage: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
-):
+def test_a_result_folder_that_cannot_be_written(stage, chain, shapes, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")  # refuses every user, root included
-    source = {"sp": "", "pruned": records(chain)[0]["checkpoint"], "rl_pruned": records(chain)[1]["checkpoint"]}[stage]
-    given = arguments(stage, shapes, tmp_path / "file", str(chain / source))
-    assert "cannot be written" in error_line(stage, given, monkeypatch, capsys)
+    given = arguments(stage, shapes, tmp_path / "file", source_of(chain, stage))
+    assert "cannot be written" in error_line(stage, given, capsys)
 
 
 @pytest.mark.parametrize("stage", ["pruned", "rl_pruned"])
-def test_a_checkpoint_of_other_networks_or_classes(
-    stage: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
-):
-    source = chain / records(chain)[0 if stage == "pruned" else 1]["checkpoint"]
+def test_a_checkpoint_of_other_networks_or_classes(stage, chain, shapes, tmp_path, capsys):
+    source = source_of(chain, stage)
     other = ["--set=depth=14"] if stage == "pruned" else ["--depth", "14"]
-    line = error_line(stage, [*arguments(stage, shapes, chain, str(source)), *other], monkeypatch, capsys)
-    assert "has depth 8" in line and "14" in line
+    assert "has depth 8" in error_line(stage, [*arguments(stage, shapes, chain, source), *other], capsys)
     data = write_shapes(tmp_path / "shapes", {"train": 4, "test": 2})
     for part in ("train", "test"):
         shutil.rmtree(data / part / "right")
-    line = error_line(stage, arguments(stage, data, chain, str(source)), monkeypatch, capsys)
+    line = error_line(stage, arguments(stage, data, chain, source), capsys)
     assert "trained on 3 classes" in line and "the data has 2" in line
 
 
@@ -265,72 +236,63 @@ def test_a_checkpoint_of_other_networks_or_classes(
     ("stage", "resumed"),
     [(stage, resumed) for stage in SCRIPTS for resumed in (True, False) if resumed or stage != "sp"],
 )
-def test_other_data_of_the_same_name_and_classes(
-    stage: str, resumed: bool, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
-):
+def test_other_data_of_the_same_name_and_classes(stage, resumed, chain, shapes, tmp_path, capsys):
     """A finished run is not opened again for it, and no stage goes on with it."""
     before = [path.stat().st_mtime_ns for path in sorted(chain.glob("*/*/*/*/*"))]
     data = write_shapes(tmp_path / shapes.name, {"train": 40, "test": 10}, seed=1)
     given = [*arguments(stage, data, chain), *(["--resume"] if resumed else [])]
-    line = error_line(stage, given, monkeypatch, capsys)
+    line = error_line(stage, given, capsys)
     assert "the test images of data shapes are not those that the checkpoint's run had" in line
     assert [path.stat().st_mtime_ns for path in sorted(chain.glob("*/*/*/*/*"))] == before
 
 
-def test_a_network_without_switches_cannot_be_taught(chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys):
-    content = torch.load(chain / records(chain)[1]["checkpoint"], weights_only=True)
-    content["architecture"]["gate"] = "none"
-    content["weights"] = {k: v for k, v in content["weights"].items() if not k.startswith("gate.")}
-    torch.save(content, tmp_path / "plain.pt")
-    given = arguments("rl_pruned", shapes, chain, str(tmp_path / "plain.pt"))
-    assert "has no switches to teach" in error_line("rl_pruned", given, monkeypatch, capsys)
-
-
-def test_where_no_switch_decides_none_can_be_taught(chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys):
-    pruned = load_checkpoint(chain / records(chain)[1]["checkpoint"])
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [("none", "has no switches to teach"), ("rnn", "has no switch that still decides: give the unsettled.pt")],
+)
+def test_where_no_switch_decides_none_can_be_taught(gate, message, chain, shapes, tmp_path, capsys):
+    pruned = load_checkpoint(source_of(chain, "rl_pruned"))
     fixed = with_fixed_switches(pruned.network(), {0: 1, 1: 0})
-    save_checkpoint(tmp_path / "fixed.pt", replace(pruned, architecture=fixed.architecture, weights=fixed.state_dict()))
+    architecture, weights = {**fixed.architecture, "gate": gate}, fixed.state_dict()
+    if gate == "none":
+        architecture["fixed_switches"] = {}
+        weights = {name: weight for name, weight in pruned.weights.items() if not name.startswith("gate.")}
+    save_checkpoint(tmp_path / "fixed.pt", replace(pruned, architecture=architecture, weights=weights))
     given = arguments("rl_pruned", shapes, chain, str(tmp_path / "fixed.pt"))
-    line = error_line("rl_pruned", given, monkeypatch, capsys)
-    assert "has no switch that still decides: give the unsettled.pt" in line
+    assert message in error_line("rl_pruned", given, capsys)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
-    stage: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
-):
-    source = {"sp": "", "pruned": records(chain)[0]["checkpoint"], "rl_pruned": records(chain)[1]["checkpoint"]}[stage]
-    given = arguments(stage, shapes, tmp_path, str(chain / source))
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(stage, chain, shapes, tmp_path, capsys):
+    given = arguments(stage, shapes, tmp_path, source_of(chain, stage))
     rate = ["--set=lr=1e30"] if stage == "pruned" else ["--lr", "1e30"]
-    assert "the loss is not finite" in error_line(stage, [*given, *rate], monkeypatch, capsys)
+    assert "the loss is not finite" in error_line(stage, [*given, *rate], capsys)
     last = torch.load(run_folder(tmp_path, stage) / "last.pt", weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in last["weights"].values())
     assert last["progress"].get("epoch", last["progress"]["step"]) == 0, "as it was before the epoch that failed"
 
 
-def test_the_last_step_of_an_epoch_may_ruin_the_network(shapes: Path, tmp_path: Path, monkeypatch, capsys):
+def test_the_last_step_of_an_epoch_may_ruin_the_network(shapes: Path, tmp_path: Path, capsys):
     """One step an epoch: its loss is finite, and only the network that it leaves is not."""
     given = [*arguments("sp", shapes, tmp_path), "--bs", "500", "--lr", "1e38", "--val_fraction", "0"]
-    assert "the loss is not finite (epoch 1/5)" in error_line("sp", given, monkeypatch, capsys)
+    assert "the loss is not finite (epoch 1/5)" in error_line("sp", given, capsys)
     assert not (run_folder(tmp_path, "sp") / "best.pt").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "3", '[{"method": 1}]'])
-def test_damaged_results_are_named(content: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys):
-    results = tmp_path / "results"
-    shutil.copytree(chain, results)
-    (results / "results.json").write_text(content)
-    given = [*arguments("sp", shapes, results), "--resume"]
-    assert f"{results / 'results.json'} cannot be read" in error_line("sp", given, monkeypatch, capsys)
+def test_damaged_results_are_named(content: str, copied: Path, shapes: Path, capsys):
+    (copied / "results.json").write_text(content)
+    given = [*arguments("sp", shapes, copied), "--resume"]
+    assert f"{copied / 'results.json'} cannot be read" in error_line("sp", given, capsys)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_unknown_and_abbreviated_flags_are_refused(stage: str, shapes: Path, tmp_path: Path, monkeypatch, capsys):
+def test_unknown_and_abbreviated_flags_are_refused(stage: str, shapes: Path, tmp_path: Path, capsys):
     long, short = ("--config_path", "--config") if stage == "pruned" else ("--weight_decay", "--weight")
     for flag in ("--speed", short):
-        assert command(stage, [*arguments(stage, shapes, tmp_path), f"{flag}=0"], monkeypatch) == 2
+        assert exit_code(stage, [*arguments(stage, shapes, tmp_path), f"{flag}=0"]) == 2
         assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
-    assert command(stage, ["--help"], monkeypatch) == 0
+    assert exit_code(stage, ["--help"]) == 0
     assert long in capsys.readouterr().out
 
 
@@ -340,8 +302,8 @@ def test_unknown_and_abbreviated_flags_are_refused(stage: str, shapes: Path, tmp
      "--img_type=gif", "--schedule=linear", "--seed=-1", "--seed=99999999999999999999", "--val_fraction=1",
      "--gate=big", "--num_workers=x", "--resize=4", "--network=vgg"],
 )  # fmt: skip
-def test_wrong_values_of_flags(flag: str, shapes: Path, tmp_path: Path, monkeypatch, capsys):
-    assert command("sp", [*arguments("sp", shapes, tmp_path), flag], monkeypatch) == 2
+def test_wrong_values_of_flags(flag: str, shapes: Path, tmp_path: Path, capsys):
+    assert exit_code("sp", [*arguments("sp", shapes, tmp_path), flag]) == 2
     assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -367,12 +329,11 @@ def test_an_error_of_many_lines_is_reported_in_one(capsys):
     assert capsys.readouterr().err == "error: first second third\n"
 
 
-def test_without_validation_images_the_table_has_its_footnote(shapes: Path, tmp_path: Path, monkeypatch, capsys):
+def test_without_validation_images_the_table_has_its_footnote(shapes: Path, tmp_path: Path, monkeypatch):
     """The last epoch of stage 1 counts; stage 2 then chooses on the test images and says so.  "~" is expanded."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for stage, more in (("sp", ["--val_fraction", "0"]), ("pruned", ["--set=max_iter=1"])):
-        monkeypatch.setattr(sys, "argv", [SCRIPTS[stage], *arguments(stage, shapes, Path("~/results")), *more])
-        importlib.import_module(SCRIPTS[stage].removesuffix(".py")).main()
+        call_stage(stage, [*arguments(stage, shapes, Path("~/results")), *more])
     results = tmp_path / "results"
     assert [r["selected_on"] for r in records(results)] == ["last epoch", "test"]
     assert torch.load(run_folder(results, "sp") / "best.pt", weights_only=True)["progress"]["step"] == EPOCHS["sp"]

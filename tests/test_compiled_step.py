@@ -2,28 +2,20 @@
 
 import copy
 import functools
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from commands import arguments, metrics, run_folder
+from commands import arguments, call_stage, metrics, run_folder
+from test_simulated_gpu import Training
 from torch.nn import functional as F
 
-import main_sp
-from deploy import speeds
-from gating.reinforce import Reinforcement, reinforce_epoch
-from gating.steering import SteeredAlpha
 from models import ResNet, build_network, sampled, straight_through
-from training.distillation import distillation_loss_fn
 from training.forward import training_forward
 from training.norms import placed, with_shared_norms
-from training.optimisers import reinforcement_optimisers, sgd
-from training.supervised import Supervision, half_held_open, supervised_epoch
-from utils.data.augment import Normalisation
-from utils.data.batches import TrainingBatches
-from utils.data.images import ImageSet
+from training.optimisers import sgd
+from training.supervised import half_held_open
 
 CPU = torch.device("cpu")
 
@@ -62,21 +54,23 @@ def step(net: ResNet, forward, x, y, rule, numbers) -> tuple[torch.Tensor, list[
     return loss.detach(), list(torch.autograd.grad(loss, list(net.parameters())))
 
 
+def assert_same_step(plain: ResNet, other: ResNet, forward, given: tuple, rtol: float, atol: float) -> None:
+    loss, gradients = step(plain, training_forward(plain), *given)
+    loss_other, gradients_other = step(other, forward, *given)
+    torch.testing.assert_close(loss_other, loss, rtol=1e-5, atol=0)
+    for a, b in zip(gradients_other, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize(("gate", "rule"), [("rnn", "sp"), ("rnn", "rl"), ("ff1", "straight-through")])
 def test_compiled(gate: str, rule: str, traced):
     plain = network(gate)
     other = copy.deepcopy(plain)
     keys = list(other.state_dict())
-    given = drawn(rule, gate)
+    x, y, function, numbers = drawn(rule, gate)
     forward = training_forward(other, compiled=True)
     for part in (slice(None), slice(0, 15)):  # the last batch of an epoch has another size
-        x, y, function, numbers = given
-        batch = (x[part], y[part], function, numbers[part])
-        loss, gradients = step(plain, training_forward(plain), *batch)
-        loss_compiled, gradients_compiled = step(other, forward, *batch)
-        torch.testing.assert_close(loss_compiled, loss, rtol=1e-5, atol=0)
-        for a, b in zip(gradients_compiled, gradients, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert_same_step(plain, other, forward, (x[part], y[part], function, numbers[part]), 1e-4, 1e-6)
     assert list(other.state_dict()) == keys
     for key, value in plain.state_dict().items():  # batch norms' statistics
         torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-5, atol=1e-6)
@@ -86,11 +80,7 @@ def test_compiled_with_shared_norms(traced):
     """One graph, as of plain ones."""
     plain = network()
     shared = with_shared_norms(copy.deepcopy(plain))
-    loss, gradients = step(plain, training_forward(plain), *drawn("sp"))
-    loss_shared, gradients_shared = step(shared, training_forward(shared, compiled=True), *drawn("sp"))
-    torch.testing.assert_close(loss_shared, loss, rtol=1e-5, atol=0)
-    for a, b in zip(gradients_shared, gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert_same_step(plain, shared, training_forward(shared, compiled=True), drawn("sp"), 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -98,12 +88,7 @@ def test_channels_last(rule: str):
     plain = network()
     other = placed(copy.deepcopy(plain), CPU)
     assert other.blocks[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    (loss, gradients), (loss_other, gradients_other) = (
-        step(net, training_forward(net), *drawn(rule)) for net in (plain, other)
-    )
-    torch.testing.assert_close(loss_other, loss, rtol=1e-5, atol=0)
-    for a, b in zip(gradients_other, gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert_same_step(plain, other, training_forward(other), drawn(rule), 1e-3, 1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -133,11 +118,8 @@ def test_bf16_autocast(compiled: bool, traced):
 def test_stage_1_with_compile(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced):
     """The flag, and a checkpoint that anyone can load."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(speeds, "SECONDS", 0.0)
     for name, more in (("plain", []), ("compiled", ["--compile"])):
-        given = [*arguments("sp", shapes, tmp_path / name), "--epochs", "1", *more]
-        monkeypatch.setattr(sys, "argv", ["main_sp.py", *given])
-        main_sp.main()
+        call_stage("sp", [*arguments("sp", shapes, tmp_path / name), "--epochs", "1", *more])
     folders = [run_folder(tmp_path / name, "sp") for name in ("plain", "compiled")]
     plain, compiled = (metrics(folder)[0] for folder in folders)
     assert compiled == pytest.approx(plain, rel=1e-4)
@@ -173,33 +155,18 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_gpu
-@pytest.mark.parametrize("stage", ["sp", "rl"])
+@pytest.mark.parametrize("stage", ["sp", "greedy"])
 def test_a_step_does_not_wait_for_the_gpu(stage: str):
     """As many synchronisations in an epoch of twenty steps as in one of ten."""
-    device = torch.device("cuda")
-    net, draws = placed(network(), device), torch.Generator(device).manual_seed(0)
-    forward = training_forward(net, torch.bfloat16)
-    normalisation = Normalisation((0.5,) * 3, (0.2,) * 3)
+    training = Training(stage, network(), network())
 
     def epoch(steps: int) -> int:
-        images = ImageSet(torch.zeros(16 * steps, 3, 8, 8, dtype=torch.uint8), torch.arange(16 * steps) % 5).to(device)
-        batches = TrainingBatches(images, 16, torch.Generator().manual_seed(0), normalisation, True)
+        batches = training.batches(steps)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                if stage == "sp":
-                    optimiser = sgd(net, 0.1, 0.9, 0.0)
-                    training = Supervision(network=net, optimiser=optimiser, draws=draws, forward=forward)
-                    supervised_epoch(training, batches, lambda _: 0.1, "")
-                else:
-                    setup = Reinforcement(
-                        network=net, optimisers=reinforcement_optimisers(net, 0.9, 0.0),
-                        shares=torch.tensor([0.5, 0.5], device=device), draws=draws,
-                        loss_fn=distillation_loss_fn(placed(network(), device), 0.5, torch.bfloat16), forward=forward,
-                    )  # fmt: skip
-                    alpha = SteeredAlpha(0.1, 1.0, 0.5, steps, device)
-                    reinforce_epoch(setup, batches, [lambda _: 0.1] * 2, alpha, "")
+                training.epoch(batches, steps)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchroniz" in str(warning.message) for warning in caught)
@@ -210,7 +177,6 @@ def test_a_step_does_not_wait_for_the_gpu(stage: str):
 
 @needs_gpu
 def test_the_fused_optimiser_takes_the_same_step():
-    torch.manual_seed(0)
     x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 5, (16,))
     results = []
     for device in (CPU, torch.device("cuda")):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import checkpoint_of
 
 from models import ResNet, build_network
 from utils.errors import UserError
@@ -25,17 +26,7 @@ def content() -> dict:
     """What stands in a small file that is accepted."""
     torch.manual_seed(0)
     network = build_network("resnet", depth=8, num_classes=3, width=4, gate="rnn", ranks={"blocks.0.conv2": (3, 2)})
-    checkpoint = Checkpoint(
-        stage="pruned",
-        architecture=network.architecture,
-        weights=network.state_dict(),
-        normalisation={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
-        classes=["left", "middle", "right"],
-        data={"name": "shapes", "image_size": 8, "flip": True, "val_fraction": 0.1, "split_seed": 3},
-        metrics={"accuracy": 2 / 3, "computation": 0.9},
-        original={"accuracy": 0.7, "parameters": 6146, "flops": 111608},
-        seed=5,
-    )
+    checkpoint = checkpoint_of(network, "pruned", 8)
     return {"format": FORMAT, **{f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}}
 
 
@@ -44,8 +35,9 @@ def saved(path: Path, content: dict) -> Path:
     return path
 
 
-def test_the_file_is_accepted_as_it_is(tmp_path: Path, content: dict):
-    assert isinstance(load_network(saved(tmp_path / "a.pt", content)), ResNet)
+def refused(folder: Path, content: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(saved(folder / "a.pt", content))
 
 
 def test_architectures_of_older_versions_are_accepted(tmp_path: Path, content: dict):
@@ -83,16 +75,14 @@ PLAIN = [
 @pytest.mark.parametrize(("field", "key", "value"), PLAIN)
 def test_a_plain_value_that_no_stage_saves(tmp_path: Path, content: dict, field: str, key: str, value: object):
     changed = {**content, field: {**content[field], key: value}}
-    with pytest.raises(UserError, match=rf"cannot be used, {field}\.{key} is .* where .* belongs: use another one"):
-        load_checkpoint(saved(tmp_path / "a.pt", changed))
+    refused(tmp_path, changed, rf"cannot be used, {field}\.{key} is .*, but must be .*: use another one")
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("stage", "sq"), ("seed", -1), ("seed", True), ("classes", ["left", "middle", 3])]
 )
 def test_a_field_that_no_stage_saves(tmp_path: Path, content: dict, field: str, value: object):
-    with pytest.raises(UserError, match=f"a.pt (cannot be used, {field} is .* belongs|is no checkpoint)"):
-        load_checkpoint(saved(tmp_path / "a.pt", {**content, field: value}))
+    refused(tmp_path, {**content, field: value}, f"a.pt (cannot be used, {field} is .* belongs|is no checkpoint)")
 
 
 @pytest.mark.parametrize("field", ["data", "normalisation", "metrics", "original", "architecture"])
@@ -100,8 +90,7 @@ def test_a_missing_key(tmp_path: Path, content: dict, field: str):
     for key in contents.RESNET if field == "architecture" else contents.RULES[field]:
         if not key.endswith("?"):
             changed = {**content, field: {k: v for k, v in content[field].items() if k != key}}
-            with pytest.raises(UserError, match=f"{field}.{key} is missing"):
-                load_checkpoint(saved(tmp_path / "a.pt", changed))
+            refused(tmp_path, changed, f"{field}.{key} is missing")
 
 
 IDENTITY = {"set_aside": torch.arange(5), "train": "3f", "val": "a0", "test": "77"}
@@ -119,14 +108,12 @@ def test_what_identifies_the_images(tmp_path: Path, content: dict, key: str, val
     accepted = {**content, "data": {**content["data"], **IDENTITY}}
     load_checkpoint(saved(tmp_path / "a.pt", accepted))
     accepted["data"][key] = value
-    with pytest.raises(UserError, match=rf"cannot be used, data\.{key} is .* belongs"):
-        load_checkpoint(saved(tmp_path / "a.pt", accepted))
+    refused(tmp_path, accepted, rf"cannot be used, data\.{key} is .* belongs")
 
 
 @pytest.mark.parametrize("classes", [["left", "middle"], ["left", "middle", "right", "up"], ["left", "left", "right"]])
 def test_as_many_names_as_outputs(tmp_path: Path, content: dict, classes: list[str]):
-    with pytest.raises(UserError, match=r"classes has \d different names for 3 outputs"):
-        load_checkpoint(saved(tmp_path / "a.pt", {**content, "classes": classes}))
+    refused(tmp_path, {**content, "classes": classes}, r"classes has \d different names for 3 outputs")
 
 
 WEIGHTS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -150,10 +137,8 @@ WEIGHTS: dict[str, Callable[[torch.Tensor], object]] = {
 def test_a_weight_that_no_stage_saves(tmp_path: Path, content: dict, change: Callable):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        changed = change(content["weights"]["stem.0.weight"])
-        saved(tmp_path / "a.pt", {**content, "weights": {**content["weights"], "stem.0.weight": changed}})
-    with pytest.raises(UserError, match=r"a.pt cannot be used, .*weight"):
-        load_checkpoint(tmp_path / "a.pt")
+        weights = {**content["weights"], "stem.0.weight": change(content["weights"]["stem.0.weight"])}
+        refused(tmp_path, {**content, "weights": weights}, r"a.pt cannot be used, .*weight")
 
 
 def test_every_weight_needs_values_of_its_own(tmp_path: Path, content: dict):
@@ -162,36 +147,29 @@ def test_every_weight_needs_values_of_its_own(tmp_path: Path, content: dict):
     weights = {
         name: shared[: w.numel()].view(w.shape) if w.numel() > 1 else w for name, w in content["weights"].items()
     }
-    with pytest.raises(UserError, match="the weights show more values than the file holds"):
-        load_checkpoint(saved(tmp_path / "a.pt", {**content, "weights": weights}))
+    refused(tmp_path, {**content, "weights": weights}, "the weights show more values than the file holds")
 
 
 @pytest.mark.parametrize("key", ["stem.0.weight", "stem.1.num_batches_tracked"])
 def test_a_weight_more_or_less(tmp_path: Path, content: dict, key: str):
     weights = {name: w for name, w in content["weights"].items() if name != key}
     for changed in (weights, {**content["weights"], "more": torch.zeros(1)}, {**content["weights"], 3: torch.zeros(1)}):
-        with pytest.raises(UserError, match=r"weights do not fit the architecture: .* is in one of them only"):
-            load_checkpoint(saved(tmp_path / "a.pt", {**content, "weights": changed}))
+        message = r"weights do not fit the architecture: .* is in one of them only"
+        refused(tmp_path, {**content, "weights": changed}, message)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"depth": 60_000_008},
-        {"depth": 1202},
-        {"width": 1500},
-        {"width": 10**9},
-        {"width": 2**70},
+        *({"depth": depth} for depth in (60_000_008, 1202)),
+        *({"width": width} for width in (1500, 10**9, 2**70)),
         {"num_classes": 10**9},
-        {"ranks": {"blocks.0.conv2": [HUGE, HUGE]}},
-        {"ranks": {"nowhere": [1, 1]}},
+        *({"ranks": ranks} for ranks in ({"blocks.0.conv2": [HUGE, HUGE]}, {"nowhere": [1, 1]})),
         {"inner": {"blocks.0": HUGE}},
         {"depthwise": ["nowhere"]},
         {"fixed_switches": {"blocks.7": 0}},
-        {"gate": "wooden"},
-        {"gate": ["rnn"]},
-        {"network": "vgg"},
-        {"network": None},
+        *({"gate": gate} for gate in ("wooden", ["rnn"])),
+        *({"network": network} for network in ("vgg", None)),
         {"colour": "blue"},
     ],
     ids=str,
@@ -202,8 +180,7 @@ def test_an_architecture_is_compared_before_it_is_built(tmp_path: Path, content:
     changed = {**content, "architecture": {**content["architecture"], **change}}
     if "num_classes" in change:
         changed["classes"] = list(range(3))
-    with pytest.raises(UserError, match=r"not fit the architecture|classes is"):
-        load_checkpoint(saved(tmp_path / "a.pt", changed))
+    refused(tmp_path, changed, r"not fit the architecture|classes is")
     assert not built
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_shapes
+from conftest import write_image, write_shapes
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -28,16 +28,10 @@ def numbered(images: int, size: int = 8) -> ImageSet:
     return ImageSet(values.to(torch.uint8)[:, None, None, None].expand(-1, 3, size, size).contiguous(), values % 3)
 
 
-def write(path: Path, image: Image.Image) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return path
-
-
 def two_classes(root: Path, *parts: str) -> Path:
     for part in parts:
         for name in ("cat", "dog"):
-            write(root / part / name / "0.png", Image.new("RGB", (8, 8), (1, 2, 3)))
+            write_image(root / part / name / "0.png", Image.new("RGB", (8, 8), (1, 2, 3)))
     return root
 
 
@@ -54,7 +48,7 @@ def test_reads_pixels_and_labels_in_the_order_of_the_names(shapes: Path):
 def test_a_file_belongs_by_its_ending_in_any_case(tmp_path: Path, capsys):
     for part in ("train", "test"):
         for i, name in enumerate(("a.png", "b.PNG", "c.Png", "d.jpg", "e.JPEG", "f.bmp", "g.webp")):
-            write(tmp_path / part / "x" / name, Image.new("RGB", (8, 8), (10 * i, 0, 0)))
+            write_image(tmp_path / part / "x" / name, Image.new("RGB", (8, 8), (10 * i, 0, 0)))
         (tmp_path / part / "x" / "notes.txt").write_text("no image")
         (tmp_path / part / "x" / "._a.png").write_text("what macOS leaves behind")
     counts = {kind: len(load_data(str(tmp_path), kind, 8, 1).train) for kind in ("png", "jpg", "jpeg", "bmp")}
@@ -84,7 +78,8 @@ def test_files_are_those_of_torchvisions_image_folder_in_its_order(tmp_path: Pat
     two_classes(tmp_path, "train", "test")
     for i, name in enumerate(("b/2.jpg", "b/a/1.tif", "a.PNG", "b/0.tiff", "b-c/1.ppm", "z.jpeg", "c.pgm", "d.webp")):
         for label, folder in enumerate(("cat", "dog")):
-            write(tmp_path / "train" / folder / name, Image.new("L" if "pgm" in name else "RGB", (8, 8), 9 * i + label))
+            image = Image.new("L" if "pgm" in name else "RGB", (8, 8), 9 * i + label)
+            write_image(tmp_path / "train" / folder / name, image)
     (tmp_path / "train" / "cat" / "linked").symlink_to(tmp_path / "test" / "cat")
     expected = ImageFolder(str(tmp_path / "train"))
     train = load_data(str(tmp_path), "any", 8, 1).train
@@ -93,38 +88,22 @@ def test_files_are_those_of_torchvisions_image_folder_in_its_order(tmp_path: Pat
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
 
 
-def test_val_beside_train_alone_is_the_test_set(tmp_path: Path):
-    write_shapes(tmp_path, {"train": 4, "val": 2})
-    data = load_data(str(tmp_path), "png", 8, 1)
-    assert data.val is None and len(data.test) == 6
-    assert not split_data(data, 0.25, 0).val_is_test
-
-
-def test_val_beside_test_is_the_validation_set_whatever_the_fraction(tmp_path: Path):
-    write_shapes(tmp_path, {"train": 4, "val": 3, "test": 2})
-    data = load_data(str(tmp_path), "png", 8, 1)
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_val_is_the_validation_set_beside_test_whatever_the_fraction_and_else_the_test_set(tmp_path, name, capsys):
+    data = load_data(str(write_shapes(tmp_path / "three", {"train": 4, name: 3, "test": 2})), "png", 8, 1)
     splits = split_data(data, 0.5, 0)
     assert (len(splits.train), len(splits.val), len(splits.test)) == (12, 9, 6)
-    assert torch.equal(splits.val.pixels, data.val.pixels)
-    assert not splits.val_is_test
-
-
-@pytest.mark.parametrize("name", ["valid", "validation"])
-def test_valid_is_another_name_of_val(tmp_path: Path, name: str, capsys):
-    write_shapes(tmp_path / "three", {"train": 4, name: 3, "test": 2})
-    data = load_data(str(tmp_path / "three"), "png", 8, 1)
-    assert (len(data.train), len(data.val), len(data.test)) == (12, 9, 6)
-    write_shapes(tmp_path / "two", {"train": 4, name: 3})
-    data = load_data(str(tmp_path / "two"), "png", 8, 1)
-    assert data.val is None and len(data.test) == 9
+    assert torch.equal(splits.val.pixels, data.val.pixels) and not splits.val_is_test
+    data = load_data(str(write_shapes(tmp_path / "two", {"train": 4, name: 3})), "png", 8, 1)
+    assert data.val is None and len(data.test) == 9 and not split_data(data, 0.25, 0).val_is_test
     assert capsys.readouterr().out == ""
 
 
 def test_names_are_one_class_however_unicode_composes_them(tmp_path: Path):
     composed, decomposed = (unicodedata.normalize(form, "Gänse") for form in ("NFC", "NFD"))
     for i, (part, name) in enumerate((("train", composed), ("train", decomposed), ("train", "x"), ("test", "x"))):
-        write(tmp_path / part / name / "0.png", Image.new("RGB", (8, 8), (i, i, i)))
-    write(tmp_path / "test" / decomposed / "0.png", Image.new("RGB", (8, 8)))
+        write_image(tmp_path / part / name / "0.png", Image.new("RGB", (8, 8), (i, i, i)))
+    write_image(tmp_path / "test" / decomposed / "0.png", Image.new("RGB", (8, 8)))
     if len(os.listdir(tmp_path / "train")) < 3:
         pytest.skip("this file system composes names itself")
     data = load_data(str(tmp_path), "png", 8, 1)
@@ -135,7 +114,7 @@ def test_names_are_one_class_however_unicode_composes_them(tmp_path: Path):
 def test_names_that_are_not_utf8(tmp_path: Path):
     name = os.fsdecode(b"caf\xe9")
     root = two_classes(tmp_path / name, "train", "test")
-    write(tmp_path / "data" / "train" / "cat" / f"{name}.png", Image.new("RGB", (8, 8)))
+    write_image(tmp_path / "data" / "train" / "cat" / f"{name}.png", Image.new("RGB", (8, 8)))
     two_classes(tmp_path / "data", "train", "test")
     assert len(load_data(str(tmp_path / "data"), "png", 8, 1).train) == 3, "names of files need not be UTF-8"
     (tmp_path / "data" / "train" / "cat").rename(tmp_path / "data" / "train" / name)
@@ -178,13 +157,6 @@ def test_the_split_depends_on_the_seed_alone():
     assert 5 < len(set(first.tolist()) & set(other.tolist())) < 50
 
 
-def test_without_validation_images_choices_look_at_the_test_images():
-    data = DataSet("numbers", ("a", "b", "c"), numbered(9), None, numbered(3))
-    splits = split_data(data, 0.0, 0)
-    assert splits.val_is_test and len(splits.train) == 9
-    assert torch.equal(splits.val.pixels, data.test.pixels)
-
-
 def test_one_image_is_too_few_to_train_on():
     with pytest.raises(UserError, match="leaves 1 image to train on"):
         split_data(DataSet("numbers", ("a",), numbered(1), None, numbered(1)), 0.0, 0)
@@ -212,17 +184,6 @@ def test_an_epoch_visits_every_image_once_under_its_label():
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
 
 
-def test_the_state_of_the_generator_resumes_the_batches():
-    generator = torch.Generator().manual_seed(5)
-    list(TrainingBatches(numbered(20), 8, generator, UNCHANGED, flip=True))
-    state = generator.get_state()
-    expected = [x for x, _ in TrainingBatches(numbered(20), 8, generator, UNCHANGED, flip=True)]
-    resumed = torch.Generator()
-    resumed.set_state(state)
-    again = [x for x, _ in TrainingBatches(numbered(20), 8, resumed, UNCHANGED, flip=True)]
-    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
-
-
 def test_plain_batches_keep_order_and_pixels():
     images = numbered(10)
     batches = list(plain_batches(images, 4, UNCHANGED))
@@ -231,14 +192,19 @@ def test_plain_batches_keep_order_and_pixels():
     assert torch.equal(torch.cat([y for _, y in batches]), images.labels)
 
 
-def test_a_missing_folder(tmp_path: Path):
-    with pytest.raises(UserError, match=f"data folder {tmp_path / 'none'} does not exist"):
-        load_data(str(tmp_path / "none"), "png", 8, 1)
-
-
-def test_an_empty_folder(tmp_path: Path):
-    with pytest.raises(UserError, match=r"holds nothing, but needs train/ and test/"):
-        load_data(str(tmp_path), "png", 8, 1)
+def test_what_a_folder_lacks_is_named(tmp_path: Path):
+    empty, no_classes, no_images = (tmp_path / name for name in ("empty", "no classes", "no images"))
+    for folder in (empty, two_classes(no_classes, "train") / "test", two_classes(no_images, "train", "test")):
+        folder.mkdir(exist_ok=True)
+    (no_images / "train" / "dog" / "0.png").rename(no_images / "train" / "dog" / "0.gif")
+    for folder, message in (
+        (tmp_path / "none", f"data folder {tmp_path / 'none'} does not exist"),
+        (empty, "holds nothing, but needs train/ and test/"),
+        (no_classes, f"{no_classes / 'test'} has no class folders"),
+        (no_images, f"class folder {no_images / 'train' / 'dog'} holds no .png file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_data(str(folder), "png", 8, 1)
 
 
 def test_a_tenth_of_train_alone_is_the_test_set(tmp_path: Path, capsys):
@@ -272,29 +238,17 @@ def test_validation_images_of_another_folder(tmp_path: Path, parts: dict[str, in
 
 def test_wrong_folders_of_validation_images(tmp_path: Path):
     root = write_shapes(tmp_path / "data", {"train": 4, "test": 2})
-    with pytest.raises(UserError, match=f"val_dir {tmp_path / 'none'} is no folder"):
+    with pytest.raises(UserError, match=f"val_dir {tmp_path / 'none'} is not a folder"):
         load_data(str(root), "png", 8, 1, val_dir=str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"classes differ between .*: cat, dog, left, middle, right in one only"):
+    with pytest.raises(
+        UserError, match=r"classes differ between .*: cat, dog, left, middle, right are in only one of them"
+    ):
         load_data(str(root), "png", 8, 1, val_dir=str(two_classes(tmp_path, "val") / "val"))
-
-
-def test_a_part_without_classes(tmp_path: Path):
-    two_classes(tmp_path, "train")
-    (tmp_path / "test").mkdir()
-    with pytest.raises(UserError, match=f"{tmp_path / 'test'} has no class folders"):
-        load_data(str(tmp_path), "png", 8, 1)
-
-
-def test_a_class_folder_without_images(tmp_path: Path):
-    two_classes(tmp_path, "train", "test")
-    (tmp_path / "train" / "dog" / "0.png").rename(tmp_path / "train" / "dog" / "0.gif")
-    with pytest.raises(UserError, match=f"class folder {tmp_path / 'train' / 'dog'} holds no .png file"):
-        load_data(str(tmp_path), "png", 8, 1)
 
 
 @pytest.mark.parametrize("part", ["test", "val"])
 def test_classes_that_differ_are_named(tmp_path: Path, part: str):
     two_classes(tmp_path, "train", "val", "test")
-    write(tmp_path / part / "eel" / "0.png", Image.new("RGB", (8, 8)))
-    with pytest.raises(UserError, match=f"classes differ between .*train and .*{part}: eel in one only"):
+    write_image(tmp_path / part / "eel" / "0.png", Image.new("RGB", (8, 8)))
+    with pytest.raises(UserError, match=f"classes differ between .*train and .*{part}: eel are in only one of them"):
         load_data(str(tmp_path), "png", 8, 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_shapes
+from conftest import write_image, write_shapes
 from PIL import ExifTags, Image, features
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
@@ -14,12 +14,6 @@ from torchvision.transforms import functional as reference
 from utils.data.folder import load_data
 from utils.data.images import read_image
 from utils.errors import UserError
-
-
-def write(path: Path, image: Image.Image) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return path
 
 
 def palette_image(transparency: int | None) -> Image.Image:
@@ -41,30 +35,15 @@ def palette_image(transparency: int | None) -> Image.Image:
         (Image.new("RGBA", (8, 8), (10, 20, 30, 255)), (10, 20, 30)),
         (Image.new("RGBA", (8, 8), (5, 55, 105, 204)), (55, 95, 135)),  # four fifths, and a fifth of 255
         (palette_image(None), (200, 100, 50)),
-        (palette_image(0), (200, 100, 50)),
+        (palette_image(0), (200, 100, 50)),  # another colour is transparent
         (palette_image(1), (255, 255, 255)),
         (Image.fromarray(np.full((8, 8), 0, np.uint16)), (0, 0, 0)),
         (Image.fromarray(np.full((8, 8), 0x1234, np.uint16)), (0x12, 0x12, 0x12)),
         (Image.fromarray(np.full((8, 8), 65535, np.uint16)), (255, 255, 255)),
     ],
-    ids=[
-        "grey",
-        "grey-clear",
-        "grey-alpha",
-        "bilevel",
-        "rgb",
-        "rgba-opaque",
-        "rgba",
-        "palette",
-        "palette-other-clear",
-        "palette-clear",
-        "16-0",
-        "16-mid",
-        "16-max",
-    ],
 )
 def test_every_mode_becomes_rgb(tmp_path: Path, image: Image.Image, expected: tuple[int, int, int]):
-    pixels = read_image(write(tmp_path / "image.png", image), 8)
+    pixels = read_image(write_image(tmp_path / "image.png", image), 8)
     assert pixels.dtype == np.uint8 and pixels.shape == (8, 8, 3)
     assert (pixels == expected).all()
 
@@ -81,16 +60,15 @@ def test_12_bits_a_pixel_are_refused(tmp_path: Path):
     values = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 96}  # tags of a TIFF, by number
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
     path = tmp_path / "image.tif"
-    path.write_bytes(
-        b"II*\0" + struct.pack("<I", 8 + 96) + bytes(96) + struct.pack("<H", len(values)) + entries + bytes(4)
-    )
+    header = b"II*\0" + struct.pack("<I", 8 + 96)
+    path.write_bytes(header + bytes(96) + struct.pack("<H", len(values)) + entries + bytes(4))
     with pytest.raises(UserError, match="it has 12 bits per pixel: 8 or 16 are needed"):
         read_image(path, 8)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_32_bits_a_pixel_are_refused(tmp_path: Path, mode: str):
-    path = write(tmp_path / "image.tif", Image.new(mode, (8, 8), 100))
+    path = write_image(tmp_path / "image.tif", Image.new(mode, (8, 8), 100))
     with pytest.raises(UserError, match=f"image {path} cannot be read .it has 32 bits per pixel"):
         read_image(path, 8)
 
@@ -122,7 +100,7 @@ def test_damaged_exif_data_do_not_hide_the_pixels(tmp_path: Path):
 
 
 def test_a_cmyk_jpeg_becomes_rgb(tmp_path: Path):
-    pixels = read_image(write(tmp_path / "image.jpg", Image.new("CMYK", (8, 8), (255, 0, 255, 0))), 8)
+    pixels = read_image(write_image(tmp_path / "image.jpg", Image.new("CMYK", (8, 8), (255, 0, 255, 0))), 8)
     assert np.abs(pixels.astype(int) - (0, 255, 0)).max() <= 3  # JPEG is not exact
 
 
@@ -130,7 +108,7 @@ def test_a_cmyk_jpeg_becomes_rgb(tmp_path: Path):
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
 def test_images_are_resized_as_torchvision_does(tmp_path: Path, shape: tuple[int, int], mode: str):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)).convert(mode)
-    path = write(tmp_path / "image.png", image)
+    path = write_image(tmp_path / "image.png", image)
     expected = reference.resize(Image.open(path).convert("RGB"), [8, 8], InterpolationMode.BILINEAR)
     assert np.array_equal(read_image(path, 8), np.asarray(expected))
 
@@ -142,13 +120,6 @@ def test_a_truncated_image_is_named(tmp_path: Path, kind: str):
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size * 2 // 3])
     with pytest.raises(UserError, match=f"image {broken} cannot be read"):
         load_data(str(tmp_path), kind, 8, 2)
-
-
-def test_a_file_that_is_no_image_is_named(tmp_path: Path):
-    write_shapes(tmp_path, {"train": 1, "test": 1})
-    (tmp_path / "test" / "left" / "1.png").write_text("hello")
-    with pytest.raises(UserError, match=f"image {tmp_path / 'test' / 'left' / '1.png'} cannot be read"):
-        load_data(str(tmp_path), "png", 8, 1)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bad"), EOFError(), KeyError(3), MemoryError(), ZeroDivisionError("x")])

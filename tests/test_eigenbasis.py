@@ -54,7 +54,6 @@ def test_zeroing_one_rotated_entry_changes_the_loss_as_predicted_to_second_order
 
     The entry is shrunk by a share e: the rise must be e^2 times the saliency, with an error that falls as e.
     """
-    torch.manual_seed(0)
     network = build_network("resnet", depth=8, num_classes=3, width=2, gate="none").double().eval()
     x, layer = torch.randn(6, 3, 6, 6, dtype=torch.float64), network.blocks[2].conv2
     with torch.no_grad():

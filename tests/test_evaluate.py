@@ -1,14 +1,26 @@
-"""Executed FLOPs of a whole evaluation against torch's own counter, and the pages of images."""
+"""What is measured of the switches, against torch's own counter and counts by hand, and the pictures of it."""
+
+import io
 
 import pytest
 import torch
 from networks import NORMALISATION, STAGES, lively_network, varied_images
+from test_records import record
 from torch.utils.flop_counter import FlopCounterMode
 
-from gating.pictures import CLASSES_A_PAGE, draw_easy_and_hard
+from gating.pictures import (
+    CLASSES_A_PAGE,
+    class_averages,
+    draw_easy_and_hard,
+    draw_passing,
+    extremes_by_class,
+    passing_by_class,
+)
+from pruning.changes import ranks_picture
 from training.evaluate import evaluate
 from utils.data.images import ImageSet
 from utils.flops import network_cost
+from utils.runs.results import results_picture
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -34,3 +46,35 @@ def test_every_class_has_its_row_on_a_page():
     assert [len(page.axes) // 5 for page in pages] == [CLASSES_A_PAGE, CLASSES_A_PAGE, 3]
     shown = [text.get_text() for page in pages for axis in page.axes for text in axis.texts]
     assert shown == classes
+
+
+DECISIONS = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+LABELS = torch.tensor([0, 0, 1, 1])
+
+
+def test_passing_by_class():
+    assert passing_by_class(DECISIONS, LABELS, 2).tolist() == [[1.0, 0.5], [0.5, 0.0]]
+
+
+def test_extremes_by_class_of_each_class():
+    executed = torch.tensor([5.0, 1.0, 3.0, 3.0, 9.0])
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    (cheap0, dear0), (cheap1, dear1) = extremes_by_class(executed, labels, 2, 2)
+    assert (cheap0.tolist(), dear0.tolist()) == ([1, 0], [0, 1])
+    assert (cheap1.tolist(), dear1.tolist()) == ([2, 3], [4, 2])
+
+
+def test_class_averages_leave_out_classes_without_images():
+    executed = torch.tensor([2.0, 4.0, 10.0])
+    assert class_averages(executed, torch.tensor([0, 0, 2]), ["a", "b", "c"]) == {"a": 3.0, "c": 10.0}
+
+
+NAME = r"a$\nothing{$b"  # no mathematics that there is
+
+
+def test_names_with_dollar_signs_can_be_drawn():
+    pages = draw_easy_and_hard(ImageSet(varied_images(4), torch.arange(4) % 2), torch.rand(4), [NAME, "b"], count=1)
+    layers = ranks_picture([("start", {NAME: (1, 2)})])
+    results = results_picture([record("sp", "1", dataset=NAME)])
+    for figure in (draw_passing(torch.rand(2, 3), [NAME, "b"]), *pages, results, layers):
+        figure.savefig(io.BytesIO(), format="png")

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from models import all_on, build_network
+from models import build_network
 from pruning.changes import eigenvalues_picture, layer_ranks, ranks_picture
 from pruning.eigenbasis import Eigenbasis
 from training.distillation import TEMPERATURE, distillation_loss, distillation_loss_fn
-from training.norms import reestimate_batch_norms
 from training.supervised import Supervision, supervised_epoch
 
 
@@ -18,26 +16,10 @@ def small(gate: str = "rnn"):
     return build_network("resnet", depth=8, num_classes=3, width=4, gate=gate)
 
 
-def test_reestimated_statistics_are_those_of_the_images():
-    network = small().eval()
-    x = 3 * torch.randn(32, 3, 8, 8) + 1
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    reestimate_batch_norms(network, [(x, None)], all_on)
-    after = network.state_dict()
-    seen = network.stem[0](x)
-    torch.testing.assert_close(after["stem.1.running_mean"], seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(after["stem.1.running_var"], seen.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    for key in before:
-        assert torch.equal(before[key], after[key]) or key.endswith(("mean", "var", "tracked")), key
-    assert not network.training and all(m.momentum == 0.1 for m in network.modules() if isinstance(m, nn.BatchNorm2d))
-
-
 def test_distillation_weighs_two_losses_and_vanishes_where_predictions_agree():
-    torch.manual_seed(0)
     logits, teacher, labels = torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
-    assert distillation_loss(logits, teacher, labels, 0.0).item() == pytest.approx(
-        F.cross_entropy(logits, labels).item()
-    )
+    without = distillation_loss(logits, teacher, labels, 0.0).item()
+    assert without == pytest.approx(F.cross_entropy(logits, labels).item())
     assert distillation_loss(logits, logits, labels, 1.0).item() == pytest.approx(0.0, abs=1e-6)
     p, q = ((t / TEMPERATURE).softmax(1) for t in (teacher, logits))
     kl = (p * (p / q).log()).sum(1).mean() * TEMPERATURE**2
@@ -76,9 +58,8 @@ def test_the_picture_of_eigenvalues_has_a_box_a_layer():
     identity = torch.eye(5)
     d_a, d_g = torch.tensor([0, 1e-3, 1e-2, 1e-1, 1e2]), torch.tensor([1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
     bases = {name: Eigenbasis(identity, identity, d_a, d_g) for name in ("stem.0", "blocks.0.conv1")}
-    for axis, (least, median, largest) in zip(
-        eigenvalues_picture(bases).axes, ((-20, -2, 2), (-5, -3, -1)), strict=True
-    ):
+    axes = eigenvalues_picture(bases).axes
+    for axis, (least, median, largest) in zip(axes, ((-20, -2, 2), (-5, -3, -1)), strict=True):
         medians = [line for line in axis.lines if list(line.get_ydata()) == pytest.approx([median, median], abs=1e-5)]
         assert len(medians) == 2
         ends = [y for line in axis.lines for y in line.get_ydata()]

@@ -138,6 +138,5 @@ def test_two_factors_of_a_pointwise_layer_are_the_best_of_their_rank(inputs, out
         assert built.ranks == (None, rank)
         rise = quadratic_rise(composed(built) - W[:, :, None, None], A, G).item()
         assert rise == pytest.approx(0.5 * values[rank:].square().sum().item(), rel=1e-4)
-        assert trials({"x": kernel}, {"x": [present(), Form(TWO_FACTORS, (inputs, rank), 0, 0)]})["x"].corners == [
-            (m, rank)
-        ]
+        tried = trials({"x": kernel}, {"x": [present(), Form(TWO_FACTORS, (inputs, rank), 0, 0)]})["x"]
+        assert tried.corners == [(m, rank)]

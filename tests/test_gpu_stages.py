@@ -1,17 +1,13 @@
 """The three stages on a simulated GPU, as a user runs them: every tensor where CUDA would have it."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import SCRIPTS, arguments, metrics, run_folder
-from processes import run_stage
+from commands import SCRIPTS, arguments, call_stage, interrupted_at, metrics, run_folder, source_of
 from simulated_gpu import simulated
 
-from deploy import speeds
 from utils.data import memory
-from utils.runs.run import Run
 
 SHORT = {
     "sp": ["--epochs", "2"],
@@ -35,12 +31,6 @@ CHAINS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(speeds, "SECONDS", 0.0)
-    monkeypatch.setattr(sys, "argv", [])
-
-
 @pytest.mark.parametrize("place", CHAINS)
 def test_a_chain(place: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """From training to the report, exported networks and all; the first line says what was used."""
@@ -48,7 +38,7 @@ def test_a_chain(place: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(memory, "available_memory", lambda: 1000.0)
     with simulated(free_memory=2**30 if place == "in the GPU's memory" else 0):
         for stage in SCRIPTS:
-            run_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *CHAINS[place].get(stage, [])])
+            call_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *CHAINS[place].get(stage, [])])
             folder = run_folder(tmp_path, stage)
             first = (folder / "log.txt").read_text().splitlines()[0]
             assert f"on cuda (simulated) in bf16 (Fisher and report in full float32), images {place}: " in first
@@ -60,7 +50,7 @@ def test_a_chain(place: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_a_network_without_gates(shapes: Path, tmp_path: Path):
     with simulated():
         for stage, more in (("sp", ["--gate", "none"]), ("pruned", ["--set=criterion=magnitude"])):
-            run_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *more])
+            call_stage(stage, [*arguments(stage, shapes, tmp_path), *SHORT[stage], *more])
 
 
 @pytest.mark.parametrize(
@@ -73,39 +63,25 @@ def test_a_network_without_gates(shapes: Path, tmp_path: Path):
         ("rl_pruned", "cpu", "gpu"),
     ],
 )
-def test_a_run_goes_on_on_any_kind_of_device(
-    stage: str, first: str, second: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_goes_on_on_any_kind_of_device(stage, first, second, chain, shapes, tmp_path, monkeypatch):
     """Interrupted in its last epoch; the second device makes this epoch again and ends the run."""
-    source = {"sp": None, "pruned": "sp", "rl_pruned": "pruned"}[stage]
-    start = str(run_folder(chain, source) / "best.pt") if source else ""
-    given = [*arguments(stage, shapes, tmp_path, start), *SHORT[stage]]
+    given = [*arguments(stage, shapes, tmp_path, source_of(chain, stage)), *SHORT[stage]]
     last = 3 if stage == "pruned" else 2
-    record = Run.record
-
-    def interrupted(self: Run, step: int, *args, **kwargs) -> None:
-        record(self, step, *args, **kwargs)
-        if step == last:
-            raise KeyboardInterrupt
 
     def run_on(device: str) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         if device == "gpu":
             with simulated():
-                run_stage(stage, given)
+                call_stage(stage, given)
         else:
-            run_stage(stage, given)
+            call_stage(stage, given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "record", interrupted)
+    with interrupted_at(last):
         run_on(first)
     given.append("--resume")
     run_on(second)
     folder = run_folder(tmp_path, stage)
     assert [line["step"] for line in metrics(folder)] == list(range(0 if stage == "rl_pruned" else 1, last + 1))
     lines = [line.split(" ", 2)[2] for line in (folder / "log.txt").read_text().splitlines() if f"{folder} on " in line]
-    where = {
-        "gpu": "on cuda (simulated) in bf16 (Fisher and report in full float32)",
-        "cpu": "on cpu in full float32",
-    }
+    where = {"gpu": "on cuda (simulated) in bf16 (Fisher and report in full float32)", "cpu": "on cpu in full float32"}
     assert all(f"{folder} {where[device]}," in line for line, device in zip(lines, (first, second), strict=True))

@@ -1,17 +1,15 @@
 """Images that do not fit: fetched batch by batch, they are the same batches."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import arguments, run_folder
+from commands import arguments, call_stage, interrupted_at, run_folder
 from conftest import write_shapes
 from test_data import UNCHANGED, numbered
 from test_fine_tuning import small
 
-import main_sp
 from training.evaluate import evaluate
 from utils import parallel
 from utils.data import images, memory
@@ -21,7 +19,7 @@ from utils.data.folder import load_data
 from utils.data.images import FetchedSet, HostPixels, ImageSet
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.runs.run import BEST, LAST, Run
+from utils.runs.run import BEST, LAST
 
 CPU = torch.device("cpu")
 
@@ -109,26 +107,14 @@ def test_a_file_that_cannot_be_read_is_named_when_its_batch_comes(tmp_path: Path
         list(train.batches(torch.arange(12).split(4)))
 
 
-def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(
-    chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(chain, shapes, tmp_path, monkeypatch):
     """Stage 1 to the last bit: weights, optimiser, random state and metrics."""
     monkeypatch.setattr(memory, "available_memory", lambda: 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = arguments("sp", shapes, tmp_path)
-    record = Run.record
-
-    def interrupted(self: Run, step: int, *args, **kwargs) -> None:
-        record(self, step, *args, **kwargs)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["main_sp.py", *given])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "record", interrupted)
-        main_sp.main()
-    monkeypatch.setattr(sys, "argv", ["main_sp.py", *given, "--resume"])
-    main_sp.main()
+    with interrupted_at(3):
+        call_stage("sp", given)
+    call_stage("sp", [*given, "--resume"])
     streamed, whole = run_folder(tmp_path, "sp"), run_folder(chain, "sp")
     assert "images decoded batch by batch" in (streamed / "log.txt").read_text()
     for name in (BEST, LAST):

@@ -9,27 +9,26 @@ from pathlib import Path
 import pytest
 from commands import ROOT, SCRIPTS
 
-SENTENCES = {
-    "SIGINT": "interrupted",
-    "SIGTERM": "ended by SIGTERM",
-    "SIGHUP": "ended by SIGHUP, its terminal was closed",
-}
 KEPT = "; what was saved is kept: the same command with --resume continues from there\n"
+SAID = {
+    "SIGINT": "interrupted" + KEPT,
+    "SIGTERM": "ended by SIGTERM" + KEPT,
+    "SIGHUP": "ended by SIGHUP, its terminal was closed" + KEPT,
+}
+
+
+PREPARED = "import os, signal, sys\nfrom utils.interruptions import prepare\nprepare()\n"
 
 
 def python(code: str, **given) -> subprocess.CompletedProcess[str]:
-    code = f"import os, signal, sys\nfrom utils.interruptions import prepare\nprepare()\n{code}"
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60, **{"capture_output": True, **given}
-    )
+    given = {"cwd": ROOT, "text": True, "timeout": 60, "capture_output": True, **given}
+    return subprocess.run([sys.executable, "-c", PREPARED + code], **given)
 
 
-@pytest.mark.parametrize("name", SENTENCES)
+@pytest.mark.parametrize("name", SAID)
 def test_a_signal_ends_a_command_in_one_sentence(name: str):
     done = python(f"print('so far')\nos.kill(os.getpid(), signal.{name})\nprint('more')")
-    assert (done.returncode, done.stdout, done.stderr) == (
-        128 + signal.Signals[name], "so far\n", SENTENCES[name] + KEPT
-    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "so far\n", SAID[name])
 
 
 def test_nothing_swallows_a_signal():
@@ -38,7 +37,7 @@ def test_nothing_swallows_a_signal():
         "class Finalized:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
         "        return [i for i in range(1000)]\nFinalized()\nprint('goes on')"
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", SENTENCES["SIGINT"] + KEPT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", SAID["SIGINT"])
 
 
 def test_a_second_signal_changes_nothing():
@@ -47,7 +46,7 @@ def test_a_second_signal_changes_nothing():
         "def exit(code):\n    os.kill(os.getpid(), signal.SIGINT)\n    ended(code)\n"
         "os._exit = exit\nos.kill(os.getpid(), signal.SIGTERM)"
     )
-    assert (done.returncode, done.stderr) == (143, SENTENCES["SIGTERM"] + KEPT)
+    assert (done.returncode, done.stderr) == (143, SAID["SIGTERM"])
 
 
 def test_a_signal_after_the_end_changes_nothing():
@@ -75,7 +74,7 @@ def test_ctrl_c_while_importing(stage: str, tmp_path: Path):
         [sys.executable, str(ROOT / SCRIPTS[stage]), "--help"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", SENTENCES["SIGINT"] + KEPT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", SAID["SIGINT"])
 
 
 def test_outputs_that_are_closed_from_the_start(tmp_path: Path):
@@ -95,11 +94,9 @@ def test_outputs_on_a_full_disk():
 def test_a_terminal_that_goes_away():
     """SIGHUP is ignored, and the other end is closed: writing fails with an input/output error."""
     ours, theirs = os.openpty()
-    code = "sys.stdin.read()\nprint('lost')\nprint('lost', file=sys.stderr)\nsys.exit(7)"
-    code = f"import signal, sys\nfrom utils.interruptions import prepare\nprepare()\n{code}"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
-    ) as process:
+    code = PREPARED + "sys.stdin.read()\nprint('lost')\nprint('lost', file=sys.stderr)\nsys.exit(7)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
         os.close(theirs)
         os.close(ours)
         process.communicate(b"", timeout=60)

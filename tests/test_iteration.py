@@ -5,15 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruning_case import (
-    METHOD,
-    SIZE,
-    check_limits,
-    counted,
-    labelled_images,
-    pruned_by,
-    switched_network,
-)
+from pruning_case import METHOD, SIZE, check_limits, check_table, counted, labelled_images, pruned_by, switched_network
 
 from models import LowRankConv2d, build_network
 from pruning.channels import quadratic_rise
@@ -28,7 +20,9 @@ from pruning.settings import CHANNEL_CRITERIA, CRITERIA, DECOMPOSITIONS
 from pruning.surgery import truncated
 from pruning.tucker import tucker
 from utils.errors import UserError
-from utils.flops import every_block, network_cost
+from utils.flops import every_block
+
+KINDS = ("flops", "parameters")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +39,7 @@ def images():
 @pytest.mark.parametrize("share", [0.7, 0.4])
 @pytest.mark.parametrize("kind", ["flops", "parameters"])
 def test_budgets_are_hit_within_two_per_cent(network, images, criterion, objective, share, kind):
-    index = ("flops", "parameters").index(kind)
+    index = KINDS.index(kind)
     target = share * counted(network)[index]
     method = replace(METHOD, criterion=criterion, objective=objective)
     pruned = pruned_by(network, images, Goal(**{kind: target}), method)
@@ -66,7 +60,7 @@ def test_budgets_are_hit_within_two_per_cent(network, images, criterion, objecti
 )
 def test_budgets_are_met_where_layers_are_few_and_steps_large(images, depth, width, kind, share, method):
     small = switched_network(depth, width)
-    index = ("flops", "parameters").index(kind)
+    index = KINDS.index(kind)
     target = share * counted(small)[index]
     pruned = pruned_by(small, images, Goal(**{kind: target}), replace(METHOD, **method))
     assert 0.9 * target <= counted(pruned.network)[index] <= target
@@ -77,13 +71,8 @@ def test_budgets_are_met_where_layers_are_few_and_steps_large(images, depth, wid
 def test_every_criterion_rebuilds_a_smaller_network_whose_table_adds_up(network, images, criterion):
     method = replace(METHOD, criterion=criterion, prune_ratio_limit=0.5)
     pruned = pruned_by(network, images, Goal(prune_ratio=0.4), method)
-    flops, parameters = counted(pruned.network)
-    cost = network_cost(pruned.network, SIZE)
-    assert (cost.flops, cost.parameters) == (flops, parameters)
-    before = counted(network)
-    assert before[0] - flops == sum(c.flops_before - c.flops_after for c in pruned.changes) > 0
     norms = 2 * sum(c.ranks_before[1] - c.ranks_after[1] for c in pruned.changes if criterion in CHANNEL_CRITERIA)
-    assert before[1] - parameters - norms == sum(c.parameters_before - c.parameters_after for c in pruned.changes)
+    check_table(network, pruned, norms)
     check_limits(network, pruned.network, 0.5)
     assert pruned.predicted_rise > 0
     assert not any(isinstance(m, LowRankConv2d) for m in pruned.network.modules()) or criterion == "eigendamage"
@@ -147,8 +136,6 @@ def test_a_budget_out_of_reach_names_the_setting_that_stands_in_the_way(
 def test_channel_criteria_refuse_a_network_with_low_rank_layers(network, images):
     low_rank = pruned_by(network, images, Goal(prune_ratio=0.5), METHOD).network
     with pytest.raises(UserError, match="has low-rank layers"):
-        pruned_by(low_rank, images, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obd"))
-    with pytest.raises(UserError, match="has low-rank layers"):
         check_goal(low_rank, SIZE, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obd"), every_block)
 
 
@@ -200,13 +187,11 @@ def test_tucker_with_every_direction_is_the_layer_itself():
 
 @pytest.mark.parametrize(("objective", "kind"), [("flops", "flops"), ("saliency", "parameters")])
 def test_forms_that_compete_hit_budgets_and_their_table_adds_up(network, images, objective, kind):
-    index, before = ("flops", "parameters").index(kind), counted(network)
+    index, before = KINDS.index(kind), counted(network)
     method = replace(METHOD, decomposition="best", objective=objective)
     pruned = pruned_by(network, images, Goal(**{kind: 0.4 * before[index]}), method)
-    after = counted(pruned.network)
-    assert 0.98 * 0.4 * before[index] <= after[index] <= 0.4 * before[index]
-    assert before[0] - after[0] == sum(c.flops_before - c.flops_after for c in pruned.changes)
-    assert before[1] - after[1] == sum(c.parameters_before - c.parameters_after for c in pruned.changes)
+    assert 0.98 * 0.4 * before[index] <= counted(pruned.network)[index] <= 0.4 * before[index]
+    check_table(network, pruned)
     built = {c.name: c.form for c in pruned.changes if c.form != "unchanged"}
     assert set(built) == set(pruned.network.architecture["ranks"])
     assert {n for n, form in built.items() if form == "depthwise"} == set(pruned.network.architecture["depthwise"])
@@ -250,10 +235,7 @@ def test_normalised_directions_and_whole_forms_exclude_each_other():
         replace(METHOD, decomposition="best", normalize=True)
 
 
-def test_more_draws_and_float32_sums_measure_the_same_fisher(network, images):
+def test_more_draws_measure_the_same_fisher(network, images):
     goal = Goal(prune_ratio=0.4)
-    plain = pruned_by(network, images, goal, replace(METHOD, fisher_type="empirical"))
-    single = pruned_by(network, images, goal, replace(METHOD, fisher_type="empirical"))
-    assert single.predicted_rise == pytest.approx(plain.predicted_rise, rel=1e-3)
     many = [pruned_by(network, images, goal, replace(METHOD, fisher_draws=n)).predicted_rise for n in (12, 13)]
     assert many[0] == pytest.approx(many[1], rel=0.3)

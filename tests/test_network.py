@@ -1,21 +1,19 @@
-"""The network: published counts, routing, decision rules."""
+"""The network: published counts, routing, decision rules; strided 1x1 convolutions without oneDNN's form of them."""
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import (
-    GATES,
-    all_on,
-    build_network,
-    sampled,
-    straight_through,
-    thresholded,
-)
+from models import GATES, all_on, build_network, sampled, straight_through
+from models.convolution import BLOCK, SafeConv2d
 from utils.flops import network_cost
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))
 SWITCHED = [kind for kind in GATES if kind != "none"]
+
+
+RANKS = {"blocks.2.conv1": [5, None], "blocks.4.conv2": [6, 7]}
 
 
 def routed_network(gate: str = "rnn", dtype: torch.dtype = torch.float32, ranks: dict | None = None):
@@ -74,15 +72,18 @@ def test_skipping_equals_masking(gate, layout, dtype, tolerance, device):
     assert torch.equal(skipping.decisions, decisions)
 
 
-def test_skipped_training_has_the_gradients_of_masked_training():
-    network = routed_network(dtype=torch.float64)
-    images = torch.randn(12, 3, 16, 16, dtype=torch.float64)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("gate", SWITCHED)
+def test_skipped_training_has_the_gradients_of_masked_training(gate, layout):
+    network = routed_network(gate, torch.float64, RANKS).to(memory_format=layout)
+    images = torch.randn(12, 3, 16, 16, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     gradients = []
     for skip in (False, True):
         network.zero_grad()
+        images.grad = None
         output = network(images, decide=sampled(torch.Generator().manual_seed(5)), skip=skip)
         output.logits.square().sum().backward()
-        gradients.append([None if p.grad is None else p.grad.clone() for p in network.parameters()])
+        gradients.append([None if p.grad is None else p.grad.clone() for p in (images, *network.parameters())])
     for masked, skipped in zip(*gradients, strict=True):
         if masked is not None and masked.abs().max() > 0:
             torch.testing.assert_close(skipped, masked, rtol=1e-9, atol=1e-9)
@@ -90,7 +91,7 @@ def test_skipped_training_has_the_gradients_of_masked_training():
 
 @pytest.mark.parametrize("gate", SWITCHED)
 def test_executed_flops_equal_the_flop_counters(gate):
-    network = routed_network(gate, ranks={"blocks.2.conv1": [5, None], "blocks.4.conv2": [6, 7]})
+    network = routed_network(gate, ranks=RANKS)
     cost = network_cost(network, 16)
     images = torch.randn(10, 3, 16, 16)
     with torch.no_grad():
@@ -104,18 +105,6 @@ def test_executed_flops_equal_the_flop_counters(gate):
     assert cost.shares.sum().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_a_single_image_costs_the_blocks_it_takes():
-    network = routed_network()
-    cost = network_cost(network, 16)
-    image = torch.randn(1, 3, 16, 16)
-    for pattern in ([0, 0, 0, 0, 0], [1, 0, 1, 0, 1]):
-        columns = iter(torch.tensor([pattern], dtype=torch.float32).unbind(1))
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(image, decide=lambda p, columns=columns: next(columns))
-        skipped = sum(block for block, on in zip(cost.blocks, pattern, strict=True) if not on)
-        assert counter.get_total_flops() == cost.flops - skipped
-
-
 def test_straight_through_is_hard_forward_and_soft_backward():
     p = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -123,16 +112,6 @@ def test_straight_through_is_hard_forward_and_soft_backward():
     assert z.tolist() == [0.0, 0.0, 1.0]
     (z * weights).sum().backward()
     assert p.grad.tolist() == [1.0, 2.0, 3.0]  # as if z were p
-
-
-def test_straight_through_gradient_of_a_block_in_closed_form():
-    # One image, relu(x + z r(x)) with all sums positive: d out / d p = r(x) under straight-through.
-    x, r = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.25])
-    logit = torch.tensor([0.3], requires_grad=True)
-    p = torch.sigmoid(logit)
-    torch.relu(x + straight_through()(p) * r).sum().backward()
-    expected = (r.sum() * p * (1 - p)).item()
-    assert logit.grad.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_sampled_rules_follow_the_probability():
@@ -152,22 +131,6 @@ def test_images_that_do_not_learn_have_no_gradient():
     assert p.grad.tolist() == [1, 0, 1]
 
 
-def test_other_rules():
-    p = torch.tensor([0.1, 0.9, 0.4])
-    assert all_on(p).tolist() == [1, 1, 1]
-    assert thresholded(p).tolist() == [0, 1, 0]
-
-
-def test_batches_of_one_decide_as_batches_of_many():
-    network = routed_network()
-    images = torch.randn(8, 3, 16, 16)
-    with torch.no_grad():
-        together = network(images)
-        alone = [network(image[None]) for image in images]
-    torch.testing.assert_close(torch.cat([o.logits for o in alone]), together.logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(torch.cat([o.decisions for o in alone]), together.decisions)
-
-
 def test_what_the_gates_cost():
     plain = network_cost(build_network("resnet", depth=32, num_classes=100, gate="none"), 32).flops
 
@@ -183,3 +146,38 @@ def test_what_the_gates_cost():
     pixels = [(c, p) for c, p in zip(channels, sizes, strict=True)]
     assert gates("ff2")[0] == sum(18 * c * c * p // 4 + 2 * c for c, p in pixels)
     assert gates("ff1")[0] == sum(18 * c * c * (p // 4 + p // 16) + 2 * c for c, p in pixels)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "size", "groups"),
+    [(4, 1, 2, 8, 1), (3, 1, 2, 7, 1), (5, 1, (2, 3), 9, 1), (4, 1, 2, 8, 4), (BLOCK, 1, 2, 8, 1), (4, 3, 2, 8, 1)],
+)
+def test_outputs_and_gradients_are_those_of_the_plain_convolution(channels, kernel, stride, size, groups):
+    """In float64 and the default layout, which oneDNN's form does not take."""
+    ours = SafeConv2d(channels, 8, kernel, stride, kernel // 2, groups=groups).double()
+    plain = nn.Conv2d(channels, 8, kernel, stride, kernel // 2, groups=groups).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(5, channels, size, size, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [conv(i) for conv, i in zip((ours, plain), inputs, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * weights).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.bias.grad, plain.bias.grad, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_few_channels_train_in_channels_last():
+    """Float32 in the layout of training against float64: the gradients that oneDNN's fault would spoil."""
+    conv = SafeConv2d(4, 8, 1, 2, bias=False)
+    exact = SafeConv2d(4, 8, 1, 2, bias=False).double()
+    exact.load_state_dict(conv.state_dict())
+    conv = conv.to(memory_format=torch.channels_last)
+    x = torch.randn(16, 4, 32, 32)
+    conv(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    exact(x.double()).square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad.double(), exact.weight.grad, rtol=1e-4, atol=1e-2)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import call, metrics, run_folder, source_of
 from torch import nn
 
 import main_rl_prune
-from deploy import speeds
 from gating.operating_point import REACH, SEARCH, find_operating_point, gate_biases_restored, offset_to
 from gating.steering import Budget
 from models import build_network
@@ -116,41 +116,26 @@ def test_the_network_stands_where_it_was_evaluated_and_goes_back(gate):
 
 
 def test_a_run_keeps_the_shift_in_its_best_network(chain, shapes):
-    (folder,) = (path.parent for path in chain.glob("rl_pruned/*/*/*/best.pt"))
+    folder = run_folder(chain, "rl_pruned")
     best = load_checkpoint(folder / BEST)
     data = load_data(str(shapes), "png", best.data["image_size"], 0)
     images = split_data(data, best.data["val_fraction"], best.data["split_seed"]).val
     cost = network_cost(best.network(), best.data["image_size"])
     chosen = evaluate(placed(best.network(), torch.device("cpu")), images, best.normaliser(), cost)
-    assert (chosen.accuracy, chosen.computation) == pytest.approx(
-        (best.metrics["accuracy"], best.metrics["computation"])
-    )
-    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    found = {"accuracy": chosen.accuracy, "computation": chosen.computation}
+    assert found == pytest.approx({name: best.metrics[name] for name in found})
+    line = metrics(folder)[-1]
     shifted = (line["Overview/accuracy_val"], line["Overview/computation_percentage"] / 100)
     own = (line["Policy/accuracy"], line["Policy/computation_percentage"] / 100)
     assert shifted[0] >= own[0] or shifted[1] < own[1]
 
 
 @pytest.mark.parametrize("flag", ["--recipe=published", "--target_computation=0.7"])
-def test_the_published_recipe_has_no_operating_point_and_a_target_is_met(flag, chain, shapes, tmp_path, monkeypatch):
-    (checkpoint,) = chain.glob("sp/*/*/*/best.pt")
-    architecture = load_checkpoint(checkpoint).architecture
-    given = [
-        "--checkpoint",
-        checkpoint,
-        "--depth",
-        architecture["depth"],
-        "--data_dir",
-        shapes,
-        "--result_dir",
-        tmp_path,
-    ]
-    given += ["--epochs", 2, "--bs", 16, "--resize", 8, "--num_workers", 0, flag]
-    monkeypatch.setattr("sys.argv", ["main_rl_prune.py", *map(str, given)])
-    monkeypatch.setattr(speeds, "SECONDS", 0.0)
-    main_rl_prune.main()
-    (folder,) = (path.parent for path in tmp_path.glob("rl_pruned/*/*/*/best.pt"))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def test_the_published_recipe_has_no_operating_point_and_a_target_is_met(flag, chain, shapes, tmp_path):
+    place = ["--checkpoint", source_of(chain, "pruned"), "--data_dir", shapes, "--result_dir", tmp_path]
+    numbers = ["--depth", 8, "--epochs", 2, "--bs", 16, "--resize", 8, "--num_workers", 0]
+    call(main_rl_prune, *place, *numbers, flag)
+    lines = metrics(run_folder(tmp_path, "rl_pruned"))
     for line in (line for line in lines if "Policy/accuracy" in line):
         own, chosen = line["Policy/computation_percentage"], line["Overview/computation_percentage"]
         if flag == "--recipe=published":

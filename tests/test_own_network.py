@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
+from unittest import mock
 
 import own_networks
 import pytest
 import torch
-from commands import ROOT, run
+from commands import ROOT, call, run
 
 import main_cascade
 import main_prune
@@ -30,6 +30,12 @@ def settings(data: Path, results: Path, function: str = "small", **more: object)
     return ["--config_path", str(ROOT / "config.json"), *(f"--set={key}={value}" for key, value in given.items())]
 
 
+def fresh(command, *given: object) -> None:
+    """As in a process of its own: no function is allowed but those that are given."""
+    with mock.patch.object(own, "_allowed", []):
+        call(command, *given)
+
+
 @pytest.fixture(scope="module")
 def pruned(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Results of stage 2 on a network of the user's own, and the file with its weights."""
@@ -44,7 +50,7 @@ def pruned(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder / "results", folder / "small.pth"
 
 
-def test_the_given_network_is_the_first_row(pruned, shapes, monkeypatch):
+def test_the_given_network_is_the_first_row(pruned, monkeypatch):
     results, weights = pruned
     (given,) = results.glob("sp/shapes/small/*/best.pt")
     checkpoint = load_checkpoint(given)
@@ -60,7 +66,7 @@ def test_the_given_network_is_the_first_row(pruned, shapes, monkeypatch):
 def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):
     (best,) = pruned[0].glob("pruned/shapes/small/*/best.pt")
     checkpoint = load_checkpoint(best)
-    with pytest.raises(UserError, match="which loading it would run: add --network"):
+    with pytest.raises(UserError, match=r"loading it would run its function .*: add --network"):
         checkpoint.network()
     monkeypatch.setattr(own, "_allowed", ["elsewhere/own_networks.py:small", f"{SOURCE}:small"])
     network = checkpoint.network()
@@ -83,43 +89,33 @@ def test_an_iteration_is_pruned_further(pruned, shapes, tmp_path, monkeypatch):
     assert costs[1] <= 0.8 * costs[0]
 
 
-def test_its_int8_version_comes_with_its_accuracy(pruned, shapes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(own, "_allowed", [])
+def test_its_int8_version_comes_with_its_accuracy(pruned, shapes, tmp_path, capsys):
     (best,) = pruned[0].glob("pruned/shapes/small/*/best.pt")
-    given = ["--checkpoint", str(best), "--network", f"{SOURCE}:small", "--data_dir", str(shapes), "--int8"]
-    monkeypatch.setattr(sys, "argv", ["export.py", *given, "--output", str(tmp_path)])
-    export.main()
+    given = ["--checkpoint", best, "--network", f"{SOURCE}:small", "--data_dir", shapes, "--int8"]
+    fresh(export, *given, "--output", tmp_path)
     measured = json.loads((tmp_path / "labels.json").read_text())["files"]["network_int8.onnx"]
     assert abs(measured["int8_accuracy"] - measured["float_accuracy"]) < 0.2 and measured["test_images"] == 30
     assert "network_int8.onnx: accuracy" in capsys.readouterr().out
 
 
-def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(own, "_allowed", [])
-    place = ["--resize", "8", "--num_workers", "1", "--data_dir", str(shapes), "--result_dir", str(pruned[0])]
+def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, capsys):
+    place = ["--resize", 8, "--num_workers", 1, "--data_dir", shapes, "--result_dir", pruned[0]]
     function = ["--network", f"{SOURCE}:small", f"{SOURCE}:again"]
-    monkeypatch.setattr(sys, "argv", ["main_prune.py", *settings(shapes, pruned[0], "again", max_iter=1)])
-    main_prune.main()
-    monkeypatch.setattr(own, "_allowed", [])
-    monkeypatch.setattr(sys, "argv", ["main_cascade.py", *place, *function, "--max_accuracy_drop", "0.9"])
-    main_cascade.main()
+    fresh(main_prune, *settings(shapes, pruned[0], "again", max_iter=1))
+    fresh(main_cascade, *place, *function, "--max_accuracy_drop", 0.9)
     said = capsys.readouterr().out
     assert "| w/ Static Pruning and Cascade |" in said
     for stage, name in itertools.product(("sp", "pruned"), ("small", "again")):
         assert f"{stage}/shapes/{name}/" in said.split("networks of ")[1].split("\n")[0]
     (best,) = pruned[0].glob("cascade/shapes/small/*/best.pt")
-    monkeypatch.setattr(own, "_allowed", [])
-    given = ["--checkpoint", str(best), "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["export.py", *given])
-    with pytest.raises(UserError, match="which loading it would run"):
-        export.main()
-    monkeypatch.setattr(sys, "argv", ["export.py", *given, *function])
-    export.main()
+    given = ["--checkpoint", best, "--output", tmp_path]
+    with pytest.raises(UserError, match="loading it would run its function"):
+        fresh(export, *given)
+    fresh(export, *given, *function)
     image, said = str(next((shapes / "test").glob("*/*.png"))), []
     for source in (["--onnx", str(tmp_path)], ["--checkpoint", str(best), *function]):
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["predict.py", *source[:2], image, *source[2:]])
-        predict.main()
+        fresh(predict, *source[:2], image, *source[2:])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and " answered" in said[0]
 
@@ -145,10 +141,8 @@ def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, monk
         ({"mean": "[0.5,0.5,0.5]"}, "give both, deviations above 0, or neither"),
     ],
 )
-def test_what_users_get_wrong(change: dict, message: str, pruned, shapes, tmp_path, monkeypatch):
+def test_what_users_get_wrong(change: dict, message: str, pruned, shapes, tmp_path):
     change = {key: str(pruned[1]) if value == "WEIGHTS" else value for key, value in change.items()}
-    monkeypatch.setattr(own, "_allowed", [])
-    monkeypatch.setattr(sys, "argv", ["main_prune.py", *settings(shapes, tmp_path, **change)])
     with pytest.raises(UserError) as raised:
-        main_prune.main()
+        fresh(main_prune, *settings(shapes, tmp_path, **change))
     assert message in str(raised.value)

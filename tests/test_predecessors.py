@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import NORMALISATION, varied_images
+from networks import checkpoint_of, varied_images
 
 from models import build_network
 from utils.data.batches import split_data
 from utils.data.folder import DataSet
 from utils.data.images import ImageSet
 from utils.errors import UserError
-from utils.runs.checkpoint import Checkpoint, describe, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.predecessors import pruned_network, trained_network
 from utils.runs.run import BEST, LAST, stage_folder
 
@@ -47,21 +47,11 @@ def stage_3_settings(folder: Path, **changed) -> SimpleNamespace:
 def checkpoint(stage: str, gate="rnn", width=4, size=8, data=DATA, fraction=0.2, **changed) -> Checkpoint:
     ranks = changed.pop("ranks", {})
     network = build_network("resnet", depth=8, num_classes=3, width=width, gate=gate, ranks=ranks)
-    return Checkpoint(
-        stage=stage,
-        architecture=network.architecture,
-        weights=network.state_dict(),
-        normalisation=describe(NORMALISATION),
-        classes=list(CLASSES),
-        data={
-            "name": "shapes", "image_size": size, "flip": True, "val_fraction": fraction, "split_seed": 0,
-            **split_data(data, fraction, 0).identity,
-        },
-        metrics={"accuracy": changed.pop("accuracy", 0.8), "computation": 1.0},
-        original={"accuracy": 0.8, "parameters": 1, "flops": 1},
-        seed=0,
-        **changed,
-    )  # fmt: skip
+    original = {"accuracy": 0.8, "parameters": 1, "flops": 1}
+    made = checkpoint_of(network, stage, size, classes=list(CLASSES), original=original)
+    made.data |= {"val_fraction": fraction, **split_data(data, fraction, 0).identity}
+    made.metrics = {"accuracy": changed.pop("accuracy", 0.8), "computation": 1.0}
+    return replace(made, **changed)
 
 
 def run_of(folder: Path, name: str, best: Checkpoint | None, done: int = 5, epochs: int = 5, **iterations) -> Path:
@@ -91,9 +81,8 @@ def test_the_newest_finished_run_that_fits_is_taken_whatever_its_accuracy(tmp_pa
     assert (source_of(taken), taken.stage, taken.seed) == ("2", "pruned", 7)
     started, fitting, unfitting = notes
     folder = "sp/shapes/resnet8"
-    assert (
-        started == f"starting from {folder}/2/best.pt (gate rnn, accuracy 70.00%): the newest run of stage 1 that fits"
-    )
+    chosen = f"{folder}/2/best.pt (gate rnn, accuracy 70.00%)"
+    assert started == f"starting from {chosen}: the newest run of stage 1 that fits"
     assert f"{folder}/6/best.pt (gate rnn, accuracy 100.00%), {folder}/1/best.pt (gate rnn, accuracy 99.00%)" in fitting
     assert [unfitting.count(f"{folder}/{run}/best.pt") for run in range(1, 7)] == [0, 0, 2, 1, 1, 0]
     for setting, why in ((8, "3"), (4, "2")):
@@ -112,7 +101,7 @@ def test_a_run_that_has_not_ended_is_taken_where_no_other_fits(tmp_path: Path):
     run_of(tmp_path, "2", checkpoint("sp"), done=2)
     run_of(tmp_path, "3", checkpoint("sp"), done=1)
     taken, notes = trained_network(settings(tmp_path), DATA)
-    assert source_of(taken) == "3" and "none that fits has ended" in notes[0]
+    assert source_of(taken) == "3" and "no finished run fits" in notes[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no checkpoint"])
@@ -170,7 +159,7 @@ def test_stage_3_takes_the_smallest_of_the_newest_chain_with_switches(tmp_path: 
     run_of(tmp_path, "7", checkpoint("pruned", source="sp/shapes/resnet8/4/best.pt", size=16))
     taken, notes = pruned_network(stage_3_settings(tmp_path), DATA)
     assert source_of(taken) == "4" and len(taken.architecture["ranks"]) == len(SMALL)
-    assert notes[0].endswith(f"the smallest within the budget of those made from {of['second']}")
+    assert notes[0].endswith(f"the smallest network within the budget that was made from {of['second']}")
     assert "5/best.pt" in notes[1] and "3/best.pt" in notes[1]
     assert "has no switches to teach" in notes[2] and "images of 16 pixels, not 8" in notes[2]
 
@@ -191,7 +180,9 @@ def test_stage_3_falls_back_to_iterations_then_to_another_chain_then_to_runs_tha
     (second.parent.parent / "5" / BEST).unlink()
 
     def taken() -> str:
-        return "/".join(Path(pruned_network(stage_3_settings(tmp_path), DATA)[0].source).parts[-2:])
+        start, _ = pruned_network(stage_3_settings(tmp_path), DATA)
+        assert (start.stage, start.seed, start.progress) == ("rl_pruned", 7, {})
+        return "/".join(Path(start.source).parts[-2:])
 
     assert taken() == "4/iteration_01.pt"
     second.with_name("iteration_01.pt").unlink()

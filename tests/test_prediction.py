@@ -16,11 +16,9 @@ from utils.flops import every_block
 
 @pytest.fixture
 def network():
-    torch.manual_seed(0)
     ranks = {"blocks.1.conv1": (3, 4), "blocks.2.conv2": (5, 5)}
-    network = build_network(
-        "resnet", depth=8, num_classes=3, width=4, gate="none", ranks=ranks, depthwise=["blocks.2.conv2"]
-    ).double()
+    sizes = {"depth": 8, "num_classes": 3, "width": 4, "gate": "none"}
+    network = build_network("resnet", **sizes, ranks=ranks, depthwise=["blocks.2.conv2"]).double()
     for _ in range(3):
         network(torch.randn(8, 3, 6, 6, dtype=torch.float64))
     return network.eval()
@@ -104,7 +102,6 @@ def test_forms_on_trial_are_predicted_one_by_one(network, monkeypatch):
 @pytest.mark.parametrize(("inputs", "outputs"), [(5, 3), (3, 5)])
 def test_two_factors_are_predicted_at_the_narrower_side(inputs, outputs):
     """Of a strided 1x1 convolution and of a linear layer for every token."""
-    torch.manual_seed(0)
     conv, linear = nn.Conv2d(inputs, outputs, 1, 2), nn.Linear(outputs, inputs)
     network = Tokens(conv, linear).double()
     x, y = torch.randn(6, inputs, 5, 4, dtype=torch.float64), torch.randint(inputs, (6,))

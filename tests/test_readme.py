@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import NORMALISATION, lively_network, varied_images
+from commands import call
+from networks import NORMALISATION, checkpoint_file, lively_network, varied_images
 from PIL import Image
-from test_export import checkpoint_file
 from torch import nn
 
 import main_rl_prune
@@ -128,25 +128,20 @@ def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch):
     assert {shlex.join(command): why for command in commands(page) if (why := refusal(*command))} == {}
 
 
-def test_the_readme_s_commands_for_a_laptop_export_and_predict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_the_readme_s_commands_for_a_laptop_export_and_predict(tmp_path, monkeypatch, capsys):
     """Those that take seconds, one after the other and as written; then the lines of Python that use the files."""
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     for _, *given in (command for command in commands(README) if command[:2] == ["python", "-m"]):
-        monkeypatch.setattr("sys.argv", given[1:])
-        importlib.import_module(given[1]).main()
+        call(importlib.import_module(given[1]), *given[2:])
     assert capsys.readouterr().out.splitlines()[-1].startswith("image.png: ")
     names = {"images": np.zeros((3, 3, 32, 32), np.uint8)}
     exec(re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)[1], names)
     assert names["outputs"]["logits"].shape == (3, 100)
 
 
-def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(tmp_path, monkeypatch):
     def network() -> nn.Module:
         torch.manual_seed(0)
         head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
@@ -186,7 +181,7 @@ def test_the_figures_of_readme_and_study_are_those_of_the_records():
 def test_a_network_is_loaded_as_the_page_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     snippet = re.search(r"^```python\n(.*?)^```", OUTPUTS.read_text(), re.M | re.S)[1]
     network = lively_network("rl_pruned", "rnn")
-    checkpoint_file(tmp_path / "best.pt", network, [f"class{i}" for i in range(10)])
+    checkpoint_file(tmp_path / "best.pt", network)
     monkeypatch.chdir(tmp_path)
     images = varied_images(8)
     names = {"images": images}

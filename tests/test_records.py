@@ -1,19 +1,15 @@
 """The results of runs that end at the same moment, of older versions, of damaged files and of folders without locks."""
 
 import errno
-import io
 import json
-import subprocess
-import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
-from forks import ENVIRONMENT
-from networks import lively_network, varied_images
-from test_export import checkpoint_file
+from commands import holding
+from networks import checkpoint_file, lively_network, varied_images
 
 from training import report as reporting
 from utils.data.images import ImageSet
@@ -49,7 +45,7 @@ def finished_run(result_dir: Path, name: str) -> Run:
     """A run of stage 1 with its network, as it is before its report."""
     folder = stage_folder(result_dir, "sp", "shapes", "resnet", 8) / name
     folder.mkdir(parents=True)
-    checkpoint_file(folder / BEST, lively_network("sp", "rnn"), list("abcdefghij"), "sp")
+    checkpoint_file(folder / BEST, lively_network("sp", "rnn"), "sp")
     return Run(folder)
 
 
@@ -62,43 +58,20 @@ def reported(result_dir: Path, run: Run, measure_speeds: reporting.MeasureSpeeds
 
 def test_runs_that_end_at_the_same_moment_lose_nothing(tmp_path):
     """Both measure, which takes seconds, before either writes what it measured."""
-    measuring, done = threading.Barrier(2, timeout=60), []
+    measuring = threading.Barrier(2, timeout=60)
 
     def measure_speeds(files, pixels):
         measuring.wait()
-        return {
-            name: {"latency_ms": 1.0 + RUN_NAMES.index(Path(name).parent.name), "throughput": 9.0} for name in files
-        }
+        numbers = {name: 1.0 + RUN_NAMES.index(Path(name).parent.name) for name in files}
+        return {name: {"latency_ms": number, "throughput": 9.0} for name, number in numbers.items()}
 
     runs = [finished_run(tmp_path, name) for name in RUN_NAMES]
-    threads = [
-        threading.Thread(target=lambda run=run: done.append(reported(tmp_path, run, measure_speeds))) for run in runs
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert len(done) == 2
+    with ThreadPoolExecutor(2) as both:
+        assert len(list(both.map(lambda run: reported(tmp_path, run, measure_speeds), runs))) == 2
     content = json.loads((tmp_path / "results.json").read_text())
     assert [Path(r["checkpoint"]).parent.name for r in content] == list(RUN_NAMES)
     assert [(r["latency_ms"], r["throughput"]) for r in content] == [(1.0, 9.0), (2.0, 9.0)]
     assert [json.loads((run.path / "record.json").read_text()) for run in runs] == content
-
-
-def test_a_run_that_ends_while_another_measures_stays(tmp_path):
-    """The other one begins and ends in the middle of this one's measurement; this one has the last word."""
-    first, second = (finished_run(tmp_path, name) for name in RUN_NAMES)
-
-    def measure_at_once(files, pixels):
-        return {name: {"latency_ms": 2.0, "throughput": 2.0} for name in files}
-
-    def measure_slowly(files, pixels):
-        reported(tmp_path, second, measure_at_once)
-        return {name: {"latency_ms": 1.0, "throughput": 1.0} for name in files}
-
-    reported(tmp_path, first, measure_slowly)
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert [r["latency_ms"] for r in content] == [1.0, 2.0]
     assert "2.00 ms" in (tmp_path / "results.md").read_text(), "the table shows the newest run"
 
 
@@ -137,17 +110,10 @@ def test_records_of_older_versions_stay(tmp_path):
 
 def test_the_oldest_run_comes_first(tmp_path):
     """By the time in the folder's name; runs of one second by stage and name, whatever the file system's order."""
-    made = [
-        saved(tmp_path, record(stage, name))
-        for stage, name in (
-            ("rl_pruned", "20250101-000000"),
-            ("pruned", "20250101-000000"),
-            ("sp", "20250101-000000-2"),
-            ("sp", "20250101-000000"),
-            ("pruned", "20241231-235959-name"),
-        )
-    ]
-    assert records.read_records(tmp_path) == [made[i] for i in (4, 3, 1, 0, 2)]
+    names = {"rl_pruned": ["20250101-000000"], "pruned": ["20250101-000000", "20241231-235959-name"]}
+    names["sp"] = ["20250101-000000-2", "20250101-000000"]
+    made = [saved(tmp_path, record(stage, name)) for stage, own in names.items() for name in own]
+    assert records.read_records(tmp_path) == [made[i] for i in (2, 4, 1, 0, 3)]
     assert records.read_records(tmp_path / "none") == []
 
 
@@ -158,9 +124,8 @@ def test_the_oldest_run_comes_first(tmp_path):
 def test_a_damaged_record_is_named(tmp_path, content):
     file = folder_of(tmp_path, record("sp", RUN_NAMES[0])) / "record.json"
     file.write_text(content)
-    with pytest.raises(
-        UserError, match=rf"^{file} cannot be read \(.*\): move it away, and .* --resume makes a new one$"
-    ):
+    message = rf"^{file} cannot be read \(.*\): move it away, and .* --resume makes a new one$"
+    with pytest.raises(UserError, match=message):
         records.read_records(tmp_path)
 
 
@@ -180,10 +145,8 @@ def table_rows(table: str) -> list[list[str]]:
 
 def two_chains(**changed: object) -> list[dict]:
     """Two of one data set and network, whose runs took turns, and a run of stage 1 that is newer than both."""
-    first, second = (
-        record("sp", "1", accuracy=0.91, gate="rnn", **changed),
-        record("sp", "2", accuracy=0.92, gate="none"),
-    )
+    first = record("sp", "1", accuracy=0.91, gate="rnn", **changed)
+    second = record("sp", "2", accuracy=0.92, gate="none")
     pruned = [record("pruned", "3", second["checkpoint"], accuracy=0.82)]
     pruned.append(record("pruned", "4", first["checkpoint"], accuracy=0.81))
     switched = record("rl_pruned", "5", pruned[1]["checkpoint"], accuracy=0.71)
@@ -242,32 +205,12 @@ def test_the_picture_says_which_images_the_iterations_were_measured_on():
         assert any(expected in text.get_text() for text in axis.get_legend().get_texts())
 
 
-def test_the_picture_of_a_data_folder_with_dollar_signs():
-    results.results_picture([record("sp", "1", dataset="$\\_$ and $")]).savefig(io.BytesIO())
-
-
-HOLD = """
-import os, sys
-from pathlib import Path
-from utils.runs.records import results_locked
-with results_locked(Path(sys.argv[1]), print):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_another_process_waits_and_a_dead_one_lets_go(tmp_path, monkeypatch):
-    command = [sys.executable, "-c", HOLD, tmp_path]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     said = []
-    with subprocess.Popen(command, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, **pipes) as holder:
-        try:
-            assert holder.stdout.readline() == "locked\n"
-            monkeypatch.setattr(records, "PATIENCE", 0.1)
-            with records.results_locked(tmp_path, said.append):
-                assert len(said) == 1 and f"{tmp_path} cannot be locked" in said[0], "it goes on when patience ends"
-        finally:
-            holder.kill()
+    monkeypatch.setattr(records, "PATIENCE", 0.1)
+    held = "from utils.runs.records import results_locked\nlock = results_locked(path, print)\nlock.__enter__()"
+    with holding(held, tmp_path), records.results_locked(tmp_path, said.append):
+        assert len(said) == 1 and f"{tmp_path} cannot be locked" in said[0], "it goes on when patience ends"
     with records.results_locked(tmp_path, said.append):
         assert len(said) == 1
 

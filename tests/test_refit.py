@@ -3,12 +3,13 @@
 Tolerances of 1e-4 are those of the damping, 1e-6 of the mean eigenvalue; nothing else is approximated.
 """
 
-import itertools
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from pruning_case import METHOD, SIZE, labelled_images, pruned_by, switched_network
+from test_factors import windows_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,12 +30,9 @@ FORMS = [
 ]
 
 
-def windows_of(a: Tensor, stride: int) -> Tensor:
-    """[positions, 9 in] of 3x3 windows with padding 1, by explicit loops."""
-    padded = F.pad(a, (1, 1, 1, 1))
-    starts = [range(0, size - 2, stride) for size in padded.shape[2:]]
-    rows = [padded[:, :, i : i + 3, j : j + 3].flatten(1) for i, j in itertools.product(*starts)]
-    return torch.stack(rows, dim=1).flatten(0, 1)
+def windows(layer: nn.Conv2d, a: Tensor) -> Tensor:
+    """[positions, 9 in], by explicit loops."""
+    return windows_of(layer, a).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
 
 
 def rows_of(y: Tensor) -> Tensor:
@@ -66,13 +64,13 @@ def example(rank_in, rank_out, stride, depthwise=False):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_patches_and_sums_are_those_of_explicit_windows(form):
-    _, layer, a, y = example(*form)
+    whole, layer, a, y = example(*form)
     mixed = a if layer.rotate_in is None else torch.einsum("nihw,ci->nchw", a, layer.rotate_in.weight[:, :, 0, 0])
     if form[3]:
-        windows = windows_of(mixed, form[2]).unflatten(1, (4, 9))
-        expected = torch.einsum("pkt,kt->pk", windows, layer.core.weight.flatten(1))
+        own = windows(whole, mixed).unflatten(1, (4, 9))
+        expected = torch.einsum("pkt,kt->pk", own, layer.core.weight.flatten(1))
     else:
-        expected = windows_of(mixed, form[2])
+        expected = windows(whole, mixed)
     z = read_by(layer, a)
     torch.testing.assert_close(z, expected.detach(), rtol=1e-12, atol=1e-12)
     some = torch.tensor([1, 4, 5])
@@ -99,14 +97,14 @@ def test_a_core_without_a_rotation_behind_is_the_least_squares_solution():
 def test_the_core_has_its_closed_form_in_the_true_covariance_of_patches():
     """K = (U^T G U)^-1 U^T G W A Z^T (Z A Z^T)^-1, A the centred covariance of the layer's unfolded inputs."""
     whole, layer, a, _ = example(3, 4, 1)
-    windows = windows_of(a, 1)
-    centred = windows - windows.mean(0)
-    A = centred.t() @ centred / len(windows)
+    patched = windows(whole, a)
+    centred = patched - patched.mean(0)
+    A = centred.t() @ centred / len(patched)
     Z = torch.kron(layer.rotate_in.weight[:, :, 0, 0].detach(), torch.eye(9).double())
     g = torch.randn(30, 5).double()
     G, W = g.t() @ g / 30, whole.weight.detach().flatten(1)
     z = read_by(layer, a)
-    K, U = best_map(moments(row_sums(z, windows @ W.t()), z.shape[1]), G, 4)
+    K, U = best_map(moments(row_sums(z, patched @ W.t()), z.shape[1]), G, 4)
     expected = torch.linalg.inv(U.t() @ G @ U) @ U.t() @ G @ W @ A @ Z.t() @ torch.linalg.inv(Z @ A @ Z.t())
     torch.testing.assert_close(K, expected, rtol=1e-4, atol=1e-4)
 
@@ -161,12 +159,7 @@ def test_every_layer_is_at_the_minimum_given_the_layers_before_it(network, image
     smaller = pruned_by(network, few, Goal(flops=0.4 * network_cost(network, SIZE).flops), method).network
     norms = norms_of(network, smaller)
     names = [name for name, norm in norms.items() if norm]
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    untouched = {
-        key: value.clone()
-        for key, value in smaller.state_dict().items()
-        if not key.startswith(("blocks", "classifier"))
-    }
+    before, first = (copy.deepcopy(net.state_dict()) for net in (network, smaller))
 
     def batches():
         return zip(images[0].split(70), images[1].split(70), strict=True)
@@ -174,8 +167,8 @@ def test_every_layer_is_at_the_minimum_given_the_layers_before_it(network, image
     refit(network, smaller, norms, dict.fromkeys(norms, torch.ones(4)), Passes(batches, forward=every_block))
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key]), key
-    for key, value in untouched.items():
-        assert key.startswith("stem") or torch.equal(smaller.state_dict()[key], value), key
+    for key, value in smaller.state_dict().items():
+        assert key.startswith(("blocks", "classifier", "stem")) or torch.equal(value, first[key]), key
     assert all(not m._forward_hooks and not m._forward_pre_hooks for net in (network, smaller) for m in net.modules())
     seen = {}
     for net in (network, smaller):

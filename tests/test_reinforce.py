@@ -56,15 +56,8 @@ def easy_and_hard(n, generator):
 
 @pytest.mark.parametrize("published", [True, False])
 def test_policy_finds_what_can_be_skipped(published):
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    network = EasyAndHard()
-    shares = torch.tensor([0.5, 0.5])
-    optimisers = reinforcement_optimisers(network, 0.9, 0.0)
-    setup = Reinforcement(
-        network=network, optimisers=optimisers, shares=shares, draws=generator, rl_weight=1.0,
-        published=published,
-    )  # fmt: skip
+    generator, network = torch.Generator().manual_seed(0), EasyAndHard()
+    setup = replace(setup_of(network), draws=generator, rl_weight=1.0, published=published)
     for epoch in range(12):
         batches = [easy_and_hard(64, generator)[:2] for _ in range(40)]
         reinforce_epoch(setup, batches, fixed(0.003, 0.03), FixedAlpha(0.5), f"epoch {epoch}")
@@ -139,6 +132,7 @@ def test_reestimated_statistics_are_the_means_over_the_batches():
     network = small_network()
     network.eval()
     batches = [(torch.randn(16, 3, 8, 8), None) for _ in range(4)]
+    before = {key: value.clone() for key, value in network.state_dict().items()}
     reestimate_batch_norms(network, batches, thresholded)
     assert not network.training
     stem = network.stem[1]
@@ -149,6 +143,8 @@ def test_reestimated_statistics_are_the_means_over_the_batches():
     torch.testing.assert_close(stem.running_mean.double(), mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(stem.running_var.double(), variance, rtol=1e-4, atol=1e-6)
     assert stem.momentum == 0.1
+    for key, value in network.state_dict().items():
+        assert torch.equal(before[key], value) or key.endswith(("mean", "var", "tracked")), key
 
 
 @pytest.mark.parametrize("gate", ["rnn", "ff1"])
@@ -183,17 +179,13 @@ def test_freezing_lasts_until_the_next_train():
 def test_accuracy_does_not_depend_on_the_batch_size(gate):
     network = small_network(gate)
     generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (300, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    normalisation = Normalisation((0.5,) * 3, (0.29,) * 3)
     with torch.no_grad():  # switches that disagree: move the decision's bias to the middle of its inputs
-        images = torch.randint(0, 256, (300, 3, 8, 8), generator=generator, dtype=torch.uint8)
-        normalisation = Normalisation((0.5,) * 3, (0.29,) * 3)
-        network.eval()
-        p = network(normalisation.apply(images), decide=all_on).probabilities
-        shift = torch.logit(p).median(dim=0).values
-        if gate == "rnn":
-            network.gate.decision.bias -= shift.mean()
-        else:
-            for decision, s in zip(network.gate.decisions, shift, strict=True):
-                decision.bias -= s
+        logits = torch.logit(network.eval()(normalisation.apply(images), decide=all_on).probabilities)
+        layers = network.gate.last_layers
+        for layer, own in zip(layers, logits.chunk(len(layers), dim=1), strict=True):
+            layer.bias -= own.median(dim=0).values.mean()
     labels = torch.randint(0, 4, (300,), generator=generator)
     one, many = (
         evaluate(network, ImageSet(images, labels), normalisation, network_cost(network, 8), batch_size=size)
@@ -251,10 +243,8 @@ def test_the_policy_learns_from_the_images_that_explore_and_alpha_sees_the_other
     following = torch.stack([gained[::2], 0.5 * 0.7 * (1 - decisions[::2, 1]) - cross_entropy[::2]], dim=1).detach()
     expected = torch.autograd.grad(-(following * log_likelihood).sum() / 4, network.gate.parameters())
 
-    optimisers = reinforcement_optimisers(network, 0.0, 0.0)
-    setup = Reinforcement(
-        network=network, optimisers=optimisers, shares=shares, draws=torch.Generator().manual_seed(5), rl_weight=1.0,
-    )  # fmt: skip
+    draws, optimisers = torch.Generator().manual_seed(5), reinforcement_optimisers(network, 0.0, 0.0)
+    setup = replace(setup_of(network), optimisers=optimisers, shares=shares, draws=draws, rl_weight=1.0)
     monkeypatch.setattr(reinforce, "thresholded_returns", lambda *given: 0.0)
     means = reinforce_epoch(setup, [(x, y)], fixed(0.0, 0.0), alpha, "epoch")
     for parameter, gradient in zip(network.gate.parameters(), expected, strict=True):

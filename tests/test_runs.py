@@ -21,6 +21,7 @@ from utils.settings import setting
 class Two:
     lr: float = setting(0.1, "")
     momentum: float = setting(0.9, "")
+    num_workers: int = setting(1, "")
 
 
 def folder(parent: Path, name: str, started: str | None = None, finished: bool = False, **arguments) -> Path:
@@ -60,13 +61,20 @@ def test_a_clock_that_was_set_back_makes_no_older_run_the_newest(tmp_path: Path)
 
 def test_a_run_that_has_not_ended_goes_on_first(tmp_path: Path):
     folder(tmp_path, "20260101-000000", lr=0.1)
-    killed = folder(tmp_path, "20260102-000000", lr=0.1)
+    killed = folder(tmp_path, "20260102-000000", lr=0.1, num_workers=4)  # which may differ
     folder(tmp_path, "20260103-000000", lr=0.2)
     folder(tmp_path, "20260104-000000", lr=0.1, finished=True)
     newest = folder(tmp_path, "20260105-000000", lr=0.3, finished=True)
     assert choose_run(tmp_path, Two()) == killed
     assert choose_run(tmp_path, Two(lr=0.3)) == newest
     assert choose_run(tmp_path, Two(lr=0.4)) is None
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "3"])
+def test_a_run_without_its_arguments_is_left_alone(tmp_path: Path, content: str | None):
+    given = folder(tmp_path, "20250101-000000") / ARGUMENTS
+    given.unlink() if content is None else given.write_text(content)
+    assert choose_run(tmp_path, Two()) is None
 
 
 def test_a_setting_that_is_newer_than_a_run_had_its_default_there(tmp_path: Path):

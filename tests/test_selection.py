@@ -191,7 +191,6 @@ def test_nothing_to_prune_is_no_fault():
 
 @pytest.mark.parametrize("objective", ["saliency", "flops", "parameters"])
 def test_kept_directions_are_raised_to_multiples(objective):
-    torch.manual_seed(0)
     values = {name: torch.rand(70) for name in "abc"}
     groups = {name: group(own) for name, own in values.items()}
     in_steps = {name: group(own, least=8, step=8) for name, own in values.items()}

@@ -22,7 +22,7 @@ from training import forward as training_forward_module
 from training.distillation import distillation_loss_fn
 from training.evaluate import evaluate
 from training.forward import training_forward
-from training.norms import placed, with_shared_norms
+from training.norms import SharedBatchNorm, placed, with_shared_norms
 from training.optimisers import reinforcement_optimisers, sgd
 from training.supervised import Supervision, supervised_epoch
 from utils.data.augment import Normalisation
@@ -49,7 +49,7 @@ def images(count: int) -> ImageSet:
 
 @dataclass
 class Training:
-    """Epochs of a stage on a simulated GPU."""
+    """Epochs of a stage on a GPU, which may be a simulated one."""
 
     stage: str  # "sp", "pruned", "greedy", "published" or "closing"
     net: ResNet
@@ -65,9 +65,16 @@ class Training:
 
     def waits(self, trace: Trace, steps: int) -> Counter:
         """What an epoch waits for."""
-        given = images(BATCH * steps).to(self.device)
-        batches = TrainingBatches(given, BATCH, torch.Generator().manual_seed(0), NORMALISATION, True)
+        batches = self.batches(steps)
         trace.clear()
+        self.epoch(batches, steps)
+        return trace.waits.copy()
+
+    def batches(self, steps: int) -> TrainingBatches:
+        given = images(BATCH * steps).to(self.device)
+        return TrainingBatches(given, BATCH, torch.Generator().manual_seed(0), NORMALISATION, True)
+
+    def epoch(self, batches: TrainingBatches, steps: int) -> None:
         if self.stage in ("greedy", "published", "closing"):
             shares = torch.full((self.net.switches,), 1 / self.net.switches, device=self.device)
             setup = Reinforcement(
@@ -86,7 +93,6 @@ class Training:
                 forward=self.forward,
             )  # fmt: skip
             supervised_epoch(training, batches, lambda _: 1e-3, "")
-        return trace.waits.copy()
 
 
 @pytest.mark.parametrize(
@@ -214,27 +220,33 @@ def test_precision_of_a_cpu():
     assert device_text(CPU, torch.float32) == "cpu in full float32"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("shape", [(6, 5), (7, 4, 3, 3)])
-def test_a_shared_norm_of_one_gpu_is_a_plain_one(shape: tuple[int, ...]):
-    """In float64, so that a wrong term could not hide, and without a wait."""
-    torch.manual_seed(0)
+def test_a_shared_norm_alone_is_a_plain_one(shape: tuple[int, ...], device: str):
+    """In float64, so that a wrong term could not hide, and without a wait: outputs, statistics and all gradients."""
     plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1]).double()
     nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
-    x, g = torch.randn(shape, dtype=torch.float64) * 2 + 3, torch.randn(shape, dtype=torch.float64)
     with simulated() as trace:
-        shared = with_shared_norms(nn.Sequential(copy.deepcopy(plain)).to("cuda"))[0]
-        results = []
-        for norm, device in ((plain, "cpu"), (shared, "cuda")):
-            own, upward = (t.clone().to(device) for t in (x, g))
-            own.requires_grad_()
-            trace.clear()
-            y = norm(own)
-            y.backward(upward)
-            assert not trace.waits
-            gradients = [own.grad, norm.weight.grad, norm.bias.grad]
-            results.append([t.detach().cpu() for t in (y, *gradients, *norm.state_dict().values())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+        shared = with_shared_norms(nn.Sequential(copy.deepcopy(plain)).to(device))[0]
+        assert type(shared) is SharedBatchNorm
+        for _ in range(2):
+            x, g = torch.randn(shape, dtype=torch.float64) * 2 + 3, torch.randn(shape, dtype=torch.float64)
+            results = []
+            for norm, place in ((plain, "cpu"), (shared, device)):
+                own, upward = (t.clone().to(place) for t in (x, g))
+                own.requires_grad_()
+                norm.zero_grad()
+                trace.clear()
+                y = norm(own)
+                y.backward(upward)
+                assert not trace.waits
+                gradients = [own.grad, norm.weight.grad, norm.bias.grad]
+                results.append([t.detach().cpu().clone() for t in (y, *gradients, *norm.state_dict().values())])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+        plain.eval(), shared.eval()
+        evaluated = shared(x.to(device)).detach().cpu()
+        torch.testing.assert_close(evaluated, plain(x).detach(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("saved_on_gpu", [True, False])
@@ -251,25 +263,6 @@ def test_random_numbers_go_on_on_another_kind_of_device(saved_on_gpu: bool):
             drawn.append(torch.rand(5, generator=resumed.draws, device=second).tolist())
             assert torch.equal(resumed.data.get_state(), saved.data.get_state())
         assert drawn[0] == drawn[1] != torch.rand(5, generator=Randomness(0, second).draws, device=second).tolist()
-
-
-def test_adam_goes_on_on_a_gpu():
-    def step(net, optimisers, device):
-        output = net(torch.randn(4, 3, 8, 8).to(device), decide=all_on, skip=False)
-        (output.logits.sum() + output.probabilities.sum()).backward()
-        for optimiser in optimisers:
-            optimiser.step()
-
-    net = placed(network(), CPU)
-    before = reinforcement_optimisers(net, 0.9, 0.0)
-    step(net, before, CPU)
-    with simulated():
-        device = pick_device()
-        net = placed(network(), device)
-        after = reinforcement_optimisers(net, 0.9, 0.0)
-        for optimiser, saved in zip(after, before, strict=True):
-            optimiser.load_state_dict(saved.state_dict())
-        step(net, after, device)
 
 
 def test_images_on_a_full_gpu_stay_there():

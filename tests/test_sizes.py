@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from commands import arguments, run, run_folder
+from commands import arguments, call, run, run_folder
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as reference
@@ -41,7 +41,7 @@ def test_height_stands_before_width(tmp_path: Path):
     assert np.array_equal(read_image(path, "12x16"), np.asarray(expected))
 
 
-def test_all_stages_an_export_and_a_prediction(shapes: Path, tmp_path: Path, monkeypatch, capsys):
+def test_all_stages_an_export_and_a_prediction(shapes: Path, tmp_path: Path, capsys):
     for stage in ("sp", "pruned", "rl_pruned"):
         size = ["--set=resize=8x12"] if stage == "pruned" else ["--resize", "8x12"]
         run(stage, [*arguments(stage, shapes, tmp_path), *size])  # the later value counts
@@ -54,14 +54,12 @@ def test_all_stages_an_export_and_a_prediction(shapes: Path, tmp_path: Path, mon
     assert record["gflops"] == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-12)
     assert "8x12 pixels" in (tmp_path / "results.md").read_text()
     folder = tmp_path / "exported"
-    monkeypatch.setattr("sys.argv", ["export", "--checkpoint", str(best), "--output", str(folder)])
-    export.main()
+    call(export, "--checkpoint", best, "--output", folder)
     shape = onnx.load(folder / "network.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_value for d in shape][1:] == [3, 8, 12]
     image, answers = next((shapes / "test").rglob("*.png")), []
-    for source in (["--checkpoint", str(best)], ["--onnx", str(folder)]):
+    for source in (["--checkpoint", best], ["--onnx", folder]):
         capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["predict", *source, str(image)])
-        predict.main()
+        call(predict, *source, image)
         answers.append(capsys.readouterr().out)
     assert image.name in answers[0] and answers[0] == answers[1]

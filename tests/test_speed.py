@@ -4,8 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from networks import lively_network, varied_images
-from test_export import checkpoint_file
+from networks import checkpoint_file, lively_network, varied_images
+from test_records import record
 
 from deploy import speeds, timing
 from deploy.timing import Timing, alternated
@@ -38,44 +38,26 @@ def chain(tmp_path):
     records, source = [], None
     for stage in ("sp", "pruned", "rl_pruned"):
         (tmp_path / stage).mkdir()
-        checkpoint_file(tmp_path / stage / "best.pt", lively_network(stage, "rnn"), list("abcdefghij"), stage)
-        records.append(
-            {
-                "method": run_records.METHODS[stage],
-                "stage": stage, "dataset": "shapes", "network": "resnet", "depth": 8,
-                "width": 8, "accuracy": 0.9, "gflops": 0.1, "compression": 0.5, "parameters": 10, "computation": 0.5,
-                "checkpoint": f"{stage}/best.pt", "source": source, "selected_on": "validation", "points": [],
-            }
-        )  # fmt: skip
+        checkpoint_file(tmp_path / stage / "best.pt", lively_network(stage, "rnn"), stage)
+        records.append(record(stage, "", source, checkpoint=f"{stage}/best.pt"))
         source = f"{stage}/best.pt"
     return records
 
 
 def with_speeds(chain: list[dict], folder: Path) -> list[dict]:
     """The records with what is measured of their checkpoints, as a report joins them."""
-    files = {record["checkpoint"]: folder / record["checkpoint"] for record in chain}
+    files = {made["checkpoint"]: folder / made["checkpoint"] for made in chain}
     measured = speeds.measured_speeds(files, varied_images(20))
-    return [record | measured.get(record["checkpoint"], run_records.NOT_MEASURED) for record in chain]
-
-
-def test_every_method_of_a_chain_is_measured(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(speeds, "SECONDS", 0.1)
-    records = with_speeds(chain, tmp_path)
-    assert all(record["latency_ms"] > 0 and record["throughput"] > 0 for record in records)
-    table = results.results_table(records)
-    assert table.count(" ms |") == 3 and table.count("/s |") == 3 and "not measured" not in table
-    results.results_picture(records).savefig(tmp_path / "results.png")
-    assert (tmp_path / "results.png").stat().st_size > 0
+    return [made | measured.get(made["checkpoint"], run_records.NOT_MEASURED) for made in chain]
 
 
 def test_checkpoint_that_is_gone_has_a_dash(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(speeds, "SECONDS", 0.1)
     (tmp_path / "sp" / "best.pt").unlink()
     records = with_speeds(chain, tmp_path)
-    assert [record["latency_ms"] is None for record in records] == [True, False, False]
+    assert [made["latency_ms"] is None for made in records] == [True, False, False]
     table = results.results_table(records)
     assert table.count("| – | – |") == 1 and "not measured; it needs the row's checkpoint" in table
-    results.results_picture(records).savefig(tmp_path / "results.png")
+    results.results_picture(records)
 
 
 def test_a_chain_that_leads_back_to_itself_ends(chain):
@@ -83,14 +65,3 @@ def test_a_chain_that_leads_back_to_itself_ends(chain):
     assert run_records.latest_chain(chain) == chain
     chain[-1]["source"] = chain[-1]["checkpoint"]
     assert run_records.latest_chain(chain) == chain[-1:]
-
-
-def test_a_row_made_from_another_network_than_the_one_above_says_so(chain):
-    assert "[^source]" not in results.results_table(chain)
-    chain[2]["source"] = "pruned/iteration_01.pt"
-    table = results.results_table(chain)
-    assert table.count("[^source]") == 2 and "made from pruned/iteration_01.pt" in table
-
-
-def test_records_of_older_runs_have_a_dash(chain):
-    assert results.results_table(chain).count("| – | – |") == 3

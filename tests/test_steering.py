@@ -5,15 +5,7 @@ import math
 import pytest
 import torch
 
-from gating.steering import (
-    INTEGRAL,
-    LARGEST_ERROR,
-    PROPORTIONAL,
-    SMOOTHING,
-    Budget,
-    SteeredAlpha,
-    next_setpoint,
-)
+from gating.steering import INTEGRAL, LARGEST_ERROR, PROPORTIONAL, SMOOTHING, Budget, SteeredAlpha, next_setpoint
 
 CPU = torch.device("cpu")
 
@@ -52,9 +44,8 @@ def test_the_aim_is_a_stride_below_what_the_accuracy_bears():
     assert next_setpoint(budget, 0.95, 0.8, start=1.0, epoch=1, epochs=30) == pytest.approx(0.76)
     assert next_setpoint(budget, 0.90, 0.05, start=1.0, epoch=9, epochs=6) == 0.0
     assert next_setpoint(budget, 0.95, 0.8, start=1.0, epoch=1, epochs=200) == pytest.approx(0.78)
-    assert (
-        next_setpoint(budget, 0.89, 0.8, start=1.0, epoch=5, epochs=30) == 1.0
-    )  # no operating point keeps the accuracy
+    # No operating point keeps the accuracy.
+    assert next_setpoint(budget, 0.89, 0.8, start=1.0, epoch=5, epochs=30) == 1.0
 
 
 def test_a_target_is_approached_in_a_straight_line_until_half_time():

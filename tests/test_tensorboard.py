@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from networks import lively_network
+from networks import checkpoint_file, lively_network
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from tensorboard.util.tensor_util import make_ndarray
-from test_export import checkpoint_file
 
 from utils.runs.checkpoint import load_checkpoint
 from utils.runs.run import LAST, LastRun, Run
@@ -28,9 +27,7 @@ def finished(tmp_path: Path) -> Path:
         for step in (1, 2, 3):
             run.record(step, {"Overview/accuracy_val": step / 10}, **{"Layers/parameters/stem.0": 432})
         report(run, 0.7)
-    checkpoint = load_checkpoint(
-        checkpoint_file(run.path / LAST, lively_network("sp", "rnn"), list("abcdefghij"), "sp")
-    )
+    checkpoint = load_checkpoint(checkpoint_file(run.path / LAST, lively_network("sp", "rnn"), "sp"))
     checkpoint.progress = {"step": 3}
     with Run.reopened(LastRun(run.path, checkpoint)) as again:
         report(again, 0.8)

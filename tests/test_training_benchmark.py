@@ -1,24 +1,20 @@
 """The training benchmark at a tiny size: every competitor is there, and the table follows from their times."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from commands import call
 
 from benchmarks import training
 from deploy.timing import Timing
 
 
 @pytest.mark.parametrize("data", ["made", "given"])
-def test_command_measures_every_competitor(
-    data: str, shapes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_command_measures_every_competitor(data, shapes, monkeypatch, capsys):
     settings = {"depth": 8, "width": 4, "resize": 8, "images": 32, "bs": 16, "num_workers": 0, "seconds": 0}
     flags = [f"--{name}={value}" for name, value in {**settings, "threads": 1}.items()]
     before = sorted(path for path in shapes.rglob("*"))
-    monkeypatch.setattr("sys.argv", ["training", *flags, *([f"--data_dir={shapes}"] if data == "given" else [])])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    training.main()
+    call(training, *flags, *([f"--data_dir={shapes}"] if data == "given" else []))
     assert sorted(path for path in shapes.rglob("*")) == before, "the data folder is left alone"
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in (training.PLAIN, "stage 1 without gates", *training.AGAINST))

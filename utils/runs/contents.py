@@ -159,7 +159,7 @@ def _checked_outputs(prefix: str, architecture: Mapping[str, Any]) -> int:
             raise ValueError(f"{prefix}members.{i} is a cascade, which no member can be")
         outputs.add(_checked_outputs(f"{prefix}members.{i}.", member))
     if len(outputs) != 1:
-        raise ValueError(f"{prefix}members have different numbers of classes: {sorted(outputs)}")
+        raise ValueError(f"{prefix}members must have the same number of classes, and they have {sorted(outputs)}")
     return outputs.pop()
 
 
