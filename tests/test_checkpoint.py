@@ -30,11 +30,9 @@ def checkpoint_of(network: ResNet) -> Checkpoint:
     network(torch.randn(4, 3, 8, 8)).logits.sum().backward()
     optimiser.step()
     training = {"optimiser": optimiser.state_dict(), "random": {"data": torch.Generator().get_state()}}
-    return networks.checkpoint_of(
-        network, "pruned", 8, seed=5, normalisation=describe(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6))),
-        metrics={"accuracy": 2 / 3, "computation": 0.9}, progress={"step": 4, "fewest": float("inf")},
-        training=training, source="sp/best.pt",
-    )  # fmt: skip
+    more = {"training": training, "metrics": {"accuracy": 2 / 3, "computation": 0.9}, "source": "sp/best.pt", "seed": 5}
+    more["normalisation"] = describe(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6)))
+    return networks.checkpoint_of(network, "pruned", 8, progress={"step": 4, "fewest": float("inf")}, **more)
 
 
 @pytest.fixture
