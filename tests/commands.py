@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from forks import ENVIRONMENT, Forked
 
+from deploy import predict
 from utils.runs.run import BEST, Run, stage_folder
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,17 @@ def call(command: ModuleType, *given: object) -> None:
 
 def call_stage(stage: str, given: list) -> None:
     call(importlib.import_module(SCRIPTS[stage].removesuffix(".py")), *given)
+
+
+def answer_of_both(capsys: pytest.CaptureFixture, checkpoint: Path, exported: Path, image: Path, *flags: str) -> str:
+    """What ``predict`` says of an image, the same by a checkpoint, with the flags, and by its export."""
+    said = []
+    for source in (["--checkpoint", checkpoint, *flags], ["--onnx", exported]):
+        capsys.readouterr()
+        call(predict, image, *source)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    return said[0]
 
 
 @contextmanager

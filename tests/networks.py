@@ -88,13 +88,16 @@ def _undecided(network: ResNet, size: int) -> ResNet:
 def checkpoint_of(network: nn.Module, stage: str = "rl_pruned", size: int = 16, **changed) -> Checkpoint:
     """What a stage saves of a network that tells classes a, b, c and so on apart."""
     given = {
-        "stage": stage, "architecture": network.architecture, "weights": network.state_dict(), "seed": 0,
+        "stage": stage,
+        "architecture": network.architecture,
+        "weights": network.state_dict(),
+        "seed": 0,
         "normalisation": describe(NORMALISATION),
         "classes": list(string.ascii_lowercase[: network.architecture.get("num_classes")]),
         "data": {"name": "shapes", "image_size": size, "flip": True, "val_fraction": 0.1, "split_seed": 0},
         "metrics": {"accuracy": 0.5, "computation": 0.5},
         "original": {"accuracy": 0.5, "parameters": 1, "flops": 1},
-    }  # fmt: skip
+    }
     return Checkpoint(**{**given, **changed})
 
 

@@ -1,4 +1,4 @@
-"""The inference benchmark and Torch-Pruning's networks at a tiny size."""
+"""The benchmarks at a tiny size, Torch-Pruning's networks, and what the tables say."""
 
 import json
 
@@ -7,8 +7,10 @@ import torch
 from commands import call, run_folder
 from torch.nn import functional as F
 
-from benchmarks import inference
+from benchmarks import inference, training
 from benchmarks.competitor import IMPORTANCES, Competitor, _gradients, torch_pruned
+from benchmarks.torchvision_models import table
+from deploy.timing import Timing
 from models import build_network
 from utils.data.images import evenly_spaced
 from utils.flops import network_cost
@@ -18,7 +20,6 @@ from utils.runs.run import BEST
 @pytest.mark.parametrize("importance", IMPORTANCES)
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_competitors_have_the_flops_asked_for_and_narrow_the_residual_stream(importance, everywhere):
-    torch.manual_seed(0)
     network = build_network("resnet", depth=8, num_classes=3, width=16, gate="rnn").eval()
     whole = network_cost(network, 8).flops
     batches = [(torch.randn(8, 3, 8, 8), torch.randint(3, (8,)))]
@@ -30,7 +31,6 @@ def test_competitors_have_the_flops_asked_for_and_narrow_the_residual_stream(imp
 
 
 def test_hessian_importance_reads_squared_gradients_of_single_images():
-    torch.manual_seed(0)
     plain = build_network("resnet", depth=8, num_classes=3, width=2, gate="none").eval()
     x, y = torch.randn(5, 3, 8, 8), torch.randint(3, (5,))
     found = _gradients(plain, "Hessian", [(x[:3], y[:3]), (x[3:], y[3:])])
@@ -70,3 +70,38 @@ def test_timed_images_are_spread_over_all():
     assert evenly_spaced(9, 3).tolist() == [0, 4, 8]
     assert evenly_spaced(3, 5).tolist() == [0, 0, 1, 1, 2]
     assert evenly_spaced(50000, 50000).tolist() == list(range(50000))
+
+
+@pytest.mark.parametrize("data", ["made", "given"])
+def test_command_measures_every_competitor(data, shapes, monkeypatch, capsys):
+    settings = {"depth": 8, "width": 4, "resize": 8, "images": 32, "bs": 16, "num_workers": 0, "seconds": 0}
+    flags = [f"--{name}={value}" for name, value in {**settings, "threads": 1}.items()]
+    before = sorted(path for path in shapes.rglob("*"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    call(training, *flags, *([f"--data_dir={shapes}"] if data == "given" else []))
+    assert sorted(path for path in shapes.rglob("*")) == before, "the data folder is left alone"
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in (training.PLAIN, "stage 1 without gates", *training.AGAINST))
+
+
+def test_the_table_follows_from_the_times():
+    seconds = {"plain loop": 2.0, "stage 1": 1.0, "stage 1 without gates": 0.75}
+    timings = {name: Timing(t, t / 2, 2 * t, 5, 1) for name, t in seconds.items()}
+    lines = training.table(timings, images=100).splitlines()
+    assert lines[3] == "| stage 1 | 100 (50 to 200) | plain loop | 2.00x |"
+    assert lines[-1] == "The gates take 25.0% of stage 1's step."
+
+
+def row(name: str, left: int, **more):
+    return {
+        "network": name, "size": 64, "flops": 1000, "smaller_flops": left, "parameters": 200, "smaller_parameters": 50,
+        "bytes": 30, "step_bytes": 20, "seconds": 1.4, **more,
+    }  # fmt: skip
+
+
+def test_table_counts_networks_within_two_percent_of_the_budget_and_exported_ones():
+    rows = [row("low", 686, deviation=1e-6), row("lower", 685, not_exported="it has branches"), row("above", 715)]
+    first, *_, lower, above, last = table(rows, 0.7).split("\n")
+    assert first == "3 networks to 70% of their FLOPs: 1 within 2% of the budget, 1 exported."
+    assert lower == "| lower | 64 | 0.000 | 68.5% | 25.0% | no | 1.5 | 1 |"
+    assert above.startswith("| above | 64 | 0.000 | 71.5%") and last == ""

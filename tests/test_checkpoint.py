@@ -15,31 +15,14 @@ import pytest
 import torch
 from commands import call
 from conftest import MakesAFolder
+from networks import NORMALISATION, checkpoint_file, lively_network, varied_images
 
-from models import ResNet, build_network, sampled
+from models import ResNet
 from scripts import keep
 from utils.data.augment import Normalisation
 from utils.errors import UserError
 from utils.runs.checkpoint import FORMAT, Checkpoint, atomic_save, describe, load_checkpoint, load_network
 from utils.runs.checkpoint import save_checkpoint as save
-
-RANKS = {"stem.0": (2, None), "blocks.0.conv2": (3, 2), "blocks.1.shortcut.0": (None, 5), "blocks.2.conv1": (1, 7)}
-
-
-def trained_network(gate: str, ranks: dict) -> ResNet:
-    """A network whose batch norms have seen images and whose switches are of two minds."""
-    torch.manual_seed(0)
-    network = build_network("resnet", depth=8, num_classes=3, width=4, gate=gate, ranks=ranks)
-    if network.gate is not None:
-        torch.nn.init.zeros_(network.gate.decision.bias)
-        torch.nn.init.normal_(network.gate.decision.weight, std=20.0)
-    network.train()
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
-            layer.momentum = 0.9  # so that a few batches are enough
-    for _ in range(3):
-        network(torch.randn(16, 3, 8, 8) * 2 + 1, decide=sampled())
-    return network
 
 
 def checkpoint_of(network: ResNet) -> Checkpoint:
@@ -47,16 +30,14 @@ def checkpoint_of(network: ResNet) -> Checkpoint:
     network(torch.randn(4, 3, 8, 8)).logits.sum().backward()
     optimiser.step()
     training = {"optimiser": optimiser.state_dict(), "random": {"data": torch.Generator().get_state()}}
-    return networks.checkpoint_of(
-        network, "pruned", 8, seed=5, normalisation=describe(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6))),
-        metrics={"accuracy": 2 / 3, "computation": 0.9}, progress={"step": 4, "fewest": float("inf")},
-        training=training, source="sp/best.pt",
-    )  # fmt: skip
+    more = {"training": training, "metrics": {"accuracy": 2 / 3, "computation": 0.9}, "source": "sp/best.pt", "seed": 5}
+    more["normalisation"] = describe(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6)))
+    return networks.checkpoint_of(network, "pruned", 8, progress={"step": 4, "fewest": float("inf")}, **more)
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, Checkpoint]:
-    path, checkpoint = tmp_path / "best.pt", checkpoint_of(trained_network("rnn", RANKS))
+    path, checkpoint = tmp_path / "best.pt", checkpoint_of(lively_network("rl_pruned", "rnn"))
     save(path, checkpoint)
     return path, checkpoint
 
@@ -72,24 +53,19 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("gate", ["rnn", "none"])
-@pytest.mark.parametrize("ranks", [{}, RANKS], ids=["dense", "pruned"])
-def test_the_network_comes_back_with_identical_logits(tmp_path: Path, gate: str, ranks: dict):
-    network = trained_network(gate, ranks)
-    save(tmp_path / "best.pt", checkpoint_of(network))
-    again = load_network(tmp_path / "best.pt")
-    assert not again.training
-    images = torch.randn(32, 3, 8, 8) * 2 + 1
+@pytest.mark.parametrize(("stage", "gate"), [("sp", "none"), ("pruned", "none"), ("sp", "rnn"), ("rl_pruned", "rnn")])
+def test_the_network_comes_back_with_identical_logits(tmp_path: Path, stage: str, gate: str):
+    network = lively_network(stage, gate)
+    again = load_network(checkpoint_file(tmp_path / "best.pt", network))
+    assert not again.training and again.architecture == network.architecture
+    assert again.state_dict().keys() == network.state_dict().keys()
+    images = NORMALISATION.apply(varied_images(32))
     with torch.no_grad():
-        expected, result = network.eval()(images), again(images)
+        expected, result = network(images), again(images)
     for name, value in expected._asdict().items():
         assert torch.equal(value, getattr(result, name)), name
-    if gate == "rnn":
+    if stage == "rl_pruned":
         assert 0 < expected.decisions.mean() < 1, "the switches must not all agree, or the test says little of them"
-    for name, (rank_in, rank_out) in ranks.items():
-        layer = again.get_submodule(name)
-        assert layer.core.in_channels == (rank_in or layer.core.in_channels)
-        assert (layer.rotate_in is None, layer.rotate_out is None) == (rank_in is None, rank_out is None)
 
 
 def test_everything_else_comes_back_too(written: tuple[Path, Checkpoint]):
@@ -199,7 +175,7 @@ def test_a_file_that_carries_code_is_refused_and_does_not_run(tmp_path: Path, wr
 
 
 def test_a_kept_checkpoint_has_half_the_size_and_the_same_network_within_bf16(tmp_path: Path):
-    before = checkpoint_of(trained_network("none", RANKS))
+    before = checkpoint_of(lively_network("pruned", "none"))
     save(tmp_path / "best.pt", before)
     call(keep, tmp_path / "best.pt", tmp_path / "kept.pt")
     content = torch.load(tmp_path / "kept.pt", weights_only=True)

@@ -99,7 +99,6 @@ class Odd(nn.Module):
 
 
 def test_what_cannot_be_replaced_is_left_alone_and_said():
-    torch.manual_seed(0)
     network = Odd()
     found = survey(network, torch.randn(2, 3, 16, 16), nn.Module.__call__)
     assert found.norms == {"stem": None, "even": None, "tall": "norm", "down": None, "tokens": None, "head": None}
@@ -123,7 +122,6 @@ def test_what_cannot_be_replaced_is_left_alone_and_said():
 
 
 def test_layers_of_every_shape_equal_their_composed_kernels():
-    torch.manual_seed(0)
     network = Odd().eval()
     smaller = compress(network, labelled(40, 16), flops=0.5, logits=lambda outputs: outputs["scores"], round_to=1)
     forms = {edit["name"]: edit["form"] for edit in edits_of(smaller)}
@@ -142,7 +140,6 @@ def test_layers_of_every_shape_equal_their_composed_kernels():
 
 def test_another_task_brings_its_own_loss():
     """Regression to an image of the same size, with the empirical Fisher."""
-    torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(True), nn.Conv2d(32, 3, 3, padding=1))
     x = torch.randn(32, 3, 8, 8)
 
@@ -163,7 +160,6 @@ def test_a_network_of_which_nothing_can_be_saved_comes_back_as_it_was():
 
 
 def test_a_compressed_network_trains_and_is_compressed_again():
-    torch.manual_seed(0)
     first = compress(resnet20(), labelled(64, 16), flops=0.6, decomposition="tucker")
     images, labels = labelled(8, 16)()[0]
     F.cross_entropy(first(images), labels).backward()

@@ -1,15 +1,19 @@
-"""Rotation into the eigenbasis, and the rise of the loss that it predicts."""
+"""Rotation into the eigenbasis, the rise of the loss that it predicts, and layers that are rebuilt there."""
 
 import itertools
 
 import numpy as np
+import pytest
 import torch
+from pruning_case import switched_network
 from torch.nn import functional as F
 
 from models import all_on, build_network
 from pruning.capture import Passes, visit_gradients
 from pruning.eigenbasis import curvature, eigenbasis, eigendamage, rotate, share
 from pruning.factors import Factors, input_factor, output_factor, rotated_gradient_squares
+from pruning.layers import composed, prunable_layers, read_weights
+from pruning.surgery import merged, rebuild, truncated
 from utils.flops import every_block
 
 
@@ -89,3 +93,40 @@ def test_zeroing_one_rotated_entry_changes_the_loss_as_predicted_to_second_order
         predicted = saliency[entry].item()
         errors = [abs(rise(entry, e) / e**2 / predicted - 1) for e in (0.1, 0.01, 0.001)]
         assert errors[1] < 0.05 and errors[2] < 0.005, (entry, errors)
+
+
+def rotated_whole(network, seed: int):
+    """Every layer rotated on both sides, nothing dropped."""
+    replaced = {}
+    for name in prunable_layers(network):
+        weights = read_weights(network, name)
+        outputs, inputs = weights.core.shape[:2]
+        basis = eigenbasis(random_factors(inputs, outputs, seed))
+        replaced[name] = merged(weights, truncated(weights.core, basis, torch.arange(inputs), torch.arange(outputs)))
+    return rebuild(network, replaced)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_ten_iterations_without_dropping_still_equal_the_input_network(dtype, tolerance):
+    network = switched_network(8, 6).to(dtype)
+    turned = network
+    for iteration in range(10):
+        turned = rotated_whole(turned, iteration)
+    x = torch.randn(4, 3, 8, 8, dtype=dtype)
+    with torch.no_grad():
+        before, after = (net(x, decide=all_on).logits for net in (network, turned))
+    assert (before - after).norm() < tolerance * before.norm()
+    convolutions = [m for m in turned.blocks.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 3 * 6 + 2  # six 3x3 layers, never more than three each, and two 1x1 shortcuts
+
+
+def test_dropping_a_direction_zeroes_its_entries_in_the_rotated_weight():
+    network = switched_network(8, 6).double()
+    weights = read_weights(network, "blocks.1.conv2")
+    outputs, inputs = weights.core.shape[:2]
+    basis = eigenbasis(random_factors(inputs, outputs))
+    keep_in, keep_out = torch.tensor([0, 2, 3, 7]), torch.tensor([1, 4, 5])
+    reduced = merged(weights, truncated(weights.core, basis, keep_in, keep_out))
+    expected = torch.zeros_like(weights.core)
+    expected[keep_out[:, None], keep_in] = rotate(weights.core, basis)[keep_out[:, None], keep_in]
+    torch.testing.assert_close(rotate(composed(reduced), basis), expected, rtol=1e-10, atol=1e-12)

@@ -148,7 +148,6 @@ def test_eigendamage_prunes_what_channel_pruning_left(network, images):
 
 @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
 def test_tucker_never_loses_more_than_truncation(sides):
-    torch.manual_seed(0)
     a, g = torch.randn(40, 7).double() ** 3, torch.randn(40, 6).double() ** 3
     factors = Factors(a.t() @ a / 40, g.t() @ g / 40)
     basis, core = eigenbasis(factors), torch.randn(6, 7, 3, 3, dtype=torch.float64)
@@ -168,7 +167,6 @@ def test_tucker_never_loses_more_than_truncation(sides):
 @pytest.mark.parametrize("dead", ["A", "G"])
 @pytest.mark.parametrize("form", [tucker, lambda core, basis, c, r: separable(core, basis, 4)])
 def test_a_dead_layer_is_rebuilt_with_finite_weights(form, dead):
-    torch.manual_seed(0)
     live = torch.randn(40, 6).double()
     factors = {"A": live.t() @ live, "G": live.t() @ live, dead: torch.zeros(6, 6).double()}
     core = torch.randn(6, 6, 3, 3, dtype=torch.float64)
@@ -177,7 +175,6 @@ def test_a_dead_layer_is_rebuilt_with_finite_weights(form, dead):
 
 
 def test_tucker_with_every_direction_is_the_layer_itself():
-    torch.manual_seed(0)
     a, g = torch.randn(40, 5).double(), torch.randn(40, 4).double()
     core = torch.randn(4, 5, 3, 3, dtype=torch.float64)
     basis = eigenbasis(Factors(a.t() @ a, g.t() @ g))

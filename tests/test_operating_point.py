@@ -98,7 +98,6 @@ def test_an_accuracy_that_nothing_keeps_leaves_the_best_there_is():
 
 @pytest.mark.parametrize("gate", ["rnn", "ff2"])
 def test_the_network_stands_where_it_was_evaluated_and_goes_back(gate):
-    torch.manual_seed(0)
     network = build_network("resnet", depth=8, num_classes=4, width=8, gate=gate).eval()
     pixels = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
     images, normalisation = ImageSet(pixels, torch.randint(0, 4, (200,))), Normalisation((0.5,) * 3, (0.29,) * 3)

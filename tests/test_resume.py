@@ -8,30 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, SCRIPTS, arguments, metrics, run, run_folder
+from commands import ROOT, SCRIPTS, arguments, call_stage, holding, metrics, run, run_folder, source_of
+from compare import assert_close
 from conftest import write_shapes
 from forks import ENVIRONMENT, Forked
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from test_interruptions import SAID
 
-from deploy import speeds
 from gating.fixing import BEFORE_FIXING
 from utils.errors import UserError
-from utils.files import write_json
-from utils.runs.run import BEST, LAST, Run, find_last_run, stage_folder
-from utils.settings import setting
+from utils.runs.run import BEST, LAST, Run, stage_folder
 
-KEPT = "; what was saved is kept: the same command with --resume continues from there\n"
-SAID = {
-    "SIGINT": "interrupted" + KEPT,
-    "SIGTERM": "ended by SIGTERM" + KEPT,
-    "SIGHUP": "ended by SIGHUP, its terminal was closed" + KEPT,
-}
 # Where each stage is interrupted, first by a signal that it answers, then by a kill: in its first epoch, and later.
 INTERRUPTIONS = {
     "sp": [("recorded", 1, "SIGINT"), ("saving", 4, "SIGKILL")],
@@ -49,28 +41,9 @@ def interrupt(stage: str, given: list[str], place: str, step: int, name: str) ->
         assert done.returncode == -signal.Signals[name], done.stderr
 
 
-def assert_equal(a: object, b: object, where: str) -> None:
-    """Equality to the last bit of what checkpoints hold."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes: Path, tmp_path: Path):
-    source = {"sp": None, "pruned": "sp", "rl_pruned": "pruned"}[stage]
-    start = str(run_folder(chain, source) / BEST) if source else ""
-    given = arguments(stage, shapes, tmp_path, start)
+    given = arguments(stage, shapes, tmp_path, source_of(chain, stage))
     for i, interruption in enumerate(INTERRUPTIONS[stage]):
         interrupt(stage, [*given, "--resume"] if i else given, *interruption)
     run(stage, [*given, "--resume"])
@@ -84,7 +57,7 @@ def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes:
         # The interrupted run was given its source by path, from another results folder; the other found it in its own.
         sources = [a.pop("source"), b.pop("source")]
         assert sources == [None, None] or Path(sources[0]) == (chain / sources[1]).resolve()
-        assert_equal(a, b, name)
+        assert_close(a, b, name)
     assert metrics(resumed) == metrics(whole), "no step is missing, repeated or different"
 
     # TensorBoard, reading the event files of all three attempts, sees each step, text and picture once as well.
@@ -125,11 +98,6 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(shapes: Path, tmp_path: Pa
     assert "watch    tensorboard" in (run_folder(tmp_path, "sp") / "log.txt").read_text()
 
 
-def in_process(stage: str, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [SCRIPTS[stage], *given])
-    __import__(SCRIPTS[stage].removesuffix(".py")).main()
-
-
 @pytest.mark.parametrize(
     ("stage", "changed", "named"),
     [
@@ -138,126 +106,65 @@ def in_process(stage: str, given: list[str], monkeypatch: pytest.MonkeyPatch) ->
         ("rl_pruned", ["--recipe", "published"], "recipe='default', not 'published'"),
     ],
 )
-def test_resuming_with_other_settings_starts_a_run_of_its_own(
-    stage: str, changed: list[str], named: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch, capsys
-):
+def test_resuming_with_other_settings_starts_a_run_of_its_own(stage, changed, named, copied, shapes, capsys):
     """Two seeds into one folder: each goes on with its own run, and the command is always the same."""
-    results = tmp_path / "results"
-    shutil.copytree(chain, results)
-    before = {path: path.read_bytes() for path in run_folder(results, stage).glob("*.pt")}
-    monkeypatch.setattr(speeds, "SECONDS", 0.0)
-    in_process(stage, [*arguments(stage, shapes, results), *changed, "--resume"], monkeypatch)
+    before = {path: path.read_bytes() for path in run_folder(copied, stage).glob("*.pt")}
+    call_stage(stage, [*arguments(stage, shapes, copied), *changed, "--resume"])
     said = capsys.readouterr().out
     assert "no run in" in said and f"{named}): starting a new one" in said
     assert {path: path.read_bytes() for path in before} == before
-    assert len(list(stage_folder(results, stage, "shapes", "resnet", 8).iterdir())) == 2
+    assert len(list(stage_folder(copied, stage, "shapes", "resnet", 8).iterdir())) == 2
 
 
-def test_resuming_where_there_is_no_run_starts_one(shapes: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(speeds, "SECONDS", 0.0)
-    in_process("sp", [*arguments("sp", shapes, tmp_path), "--epochs", "1", "--resume"], monkeypatch)
+def test_resuming_where_there_is_no_run_starts_one(shapes: Path, tmp_path: Path, capsys):
+    call_stage("sp", [*arguments("sp", shapes, tmp_path), "--epochs", "1", "--resume"])
     assert "there is no run to continue in" in capsys.readouterr().out
     assert (run_folder(tmp_path, "sp") / BEST).exists()
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_finished_run_only_reports_again(stage: str, chain: Path, shapes: Path, tmp_path: Path, monkeypatch):
-    results = tmp_path / "results"
-    shutil.copytree(chain, results)
-    before = {path: path.read_bytes() for path in run_folder(results, stage).glob("*.pt")}
+def test_a_finished_run_only_reports_again(stage: str, copied: Path, shapes: Path):
+    before = {path: path.read_bytes() for path in run_folder(copied, stage).glob("*.pt")}
     assert stage != "rl_pruned" or any(path.name == BEFORE_FIXING for path in before), "switches are fixed once"
-    lines = metrics(run_folder(results, stage))
-    monkeypatch.setattr(speeds, "SECONDS", 0.0)
-    in_process(stage, [*arguments(stage, shapes, results), "--resume"], monkeypatch)
+    lines = metrics(run_folder(copied, stage))
+    call_stage(stage, [*arguments(stage, shapes, copied), "--resume"])
     weights = lambda content: torch.load(io.BytesIO(content), weights_only=True)  # noqa: E731
     for path, content in before.items():
-        assert_equal(weights(path.read_bytes()), weights(content), path.name)
-    assert metrics(run_folder(results, stage)) == lines
-    assert len(json.loads((results / "results.json").read_text())) == 3
+        assert_close(weights(path.read_bytes()), weights(content), path.name)
+    assert metrics(run_folder(copied, stage)) == lines
+    assert len(json.loads((copied / "results.json").read_text())) == 3
 
 
-def test_a_run_that_ended_while_switches_were_fixed_fixes_them_alike(
-    chain: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_that_ended_while_switches_were_fixed_fixes_them_alike(chain: Path, copied: Path, shapes: Path):
     """Between its two saves: ``unsettled.pt`` is written, ``best.pt`` is as it was."""
-    results = tmp_path / "results"
-    shutil.copytree(chain, results)
-    folder = run_folder(results, "rl_pruned")
+    folder = run_folder(copied, "rl_pruned")
     shutil.copyfile(folder / BEFORE_FIXING, folder / BEST)
-    monkeypatch.setattr(speeds, "SECONDS", 0.0)
-    in_process("rl_pruned", [*arguments("rl_pruned", shapes, results), "--resume"], monkeypatch)
+    call_stage("rl_pruned", [*arguments("rl_pruned", shapes, copied), "--resume"])
     for name in (BEST, BEFORE_FIXING):
         paths = (folder / name, run_folder(chain, "rl_pruned") / name)
-        assert_equal(*(torch.load(path, weights_only=True) for path in paths), name)
+        assert_close(*(torch.load(path, weights_only=True) for path in paths), name)
 
 
-def test_other_classes_are_refused(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_classes_are_refused(copied: Path, tmp_path: Path):
     """The same folder name and size of everything, but one class has another name."""
-    results, data = tmp_path / "results", tmp_path / "shapes"
-    shutil.copytree(chain, results)
-    write_shapes(data, {"train": 40, "test": 10})
+    data = write_shapes(tmp_path / "shapes", {"train": 40, "test": 10})
     for part in ("train", "test"):
         (data / part / "left").rename(data / part / "away")
     with pytest.raises(UserError, match=r"trained on 3 classes \(left, .*the data has 3 \(away"):
-        in_process("sp", [*arguments("sp", data, results), "--resume"], monkeypatch)
+        call_stage("sp", [*arguments("sp", data, copied), "--resume"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Two:
-    lr: float = setting(0.1, "")
-    num_workers: int = setting(1, "")
-
-
-@pytest.mark.parametrize("content", [None, "", "{", "3"])
-def test_a_run_without_its_arguments_is_left_alone(tmp_path: Path, content: str | None):
-    folder = tmp_path / "20250101-000000"
-    folder.mkdir()
-    (folder / LAST).touch()
-    if content is not None:
-        (folder / "arguments.json").write_text(content)
-    assert find_last_run(tmp_path, Two()) is None
-
-
-def test_the_newest_run_with_these_settings_counts_and_some_may_differ(tmp_path: Path):
-    for name, lr in (("20250101-000000", 1.0), ("20250102-000000", 2.0), ("20250103-000000", 1.0)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / LAST).touch()
-        write_json(tmp_path / name / "arguments.json", {"lr": lr, "num_workers": 4})
-    assert find_last_run(tmp_path, Two(lr=3.0)) is None
-    # With the right settings it gets as far as the checkpoint, which is empty here.
-    for lr, newest in ((1.0, "20250103-000000"), (2.0, "20250102-000000")):
-        with pytest.raises(UserError, match=rf"{newest}/last.pt cannot be read"):
-            find_last_run(tmp_path, Two(lr=lr))
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from utils.runs.run import Run
-run = Run(Path(sys.argv[1]))
-print("holds it", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_run_that_is_being_written_is_left_alone(chain: Path, tmp_path: Path):
+def test_a_run_that_is_being_written_is_left_alone(copied: Path):
     """The same command twice at once: the second says so, and nothing of the first is touched; a dead one lets go."""
-    copy = tmp_path / "results"
-    shutil.copytree(chain, copy)
-    folder = run_folder(copy, "sp")
+    folder = run_folder(copied, "sp")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True,
-    ) as holder:  # fmt: skip
-        assert holder.stdout.readline().strip() == "holds it"
+    with holding("from utils.runs.run import Run\nrun = Run(path)", folder):
         being_saved = [folder / f".{name}.x1y2.tmp" for name in (LAST, BEST)]
         for path in being_saved:
             path.touch()
         with pytest.raises(UserError, match="is being written by another process"):
             Run(folder)
         assert all(path.exists() for path in being_saved), "files that the first is writing"
-        holder.kill()
     Run(folder).close()
     assert not any(path.exists() for path in being_saved), "what its killed saves have left"
     after = {path: path.read_bytes() for path in folder.iterdir() if path in before and "events" not in path.name}

@@ -7,13 +7,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from commands import arguments, call, run, run_folder
+from commands import answer_of_both, arguments, call, run, run_folder
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as reference
 from torchvision.transforms.functional import InterpolationMode
 
-from deploy import export, predict
+from deploy import export
 from utils.data.images import read_image
 from utils.runs.checkpoint import load_checkpoint
 from utils.sizes import height_width, parse_size
@@ -57,9 +57,5 @@ def test_all_stages_an_export_and_a_prediction(shapes: Path, tmp_path: Path, cap
     call(export, "--checkpoint", best, "--output", folder)
     shape = onnx.load(folder / "network.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_value for d in shape][1:] == [3, 8, 12]
-    image, answers = next((shapes / "test").rglob("*.png")), []
-    for source in (["--checkpoint", best], ["--onnx", folder]):
-        capsys.readouterr()
-        call(predict, *source, image)
-        answers.append(capsys.readouterr().out)
-    assert image.name in answers[0] and answers[0] == answers[1]
+    image = next((shapes / "test").rglob("*.png"))
+    assert image.name in answer_of_both(capsys, best, folder, image)
