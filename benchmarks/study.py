@@ -242,8 +242,8 @@ def tables(found: dict[str, Any]) -> list[str]:
     lines = []
     for kind, first in firsts.items():
         last = "parameters" if kind == "networks" else "if all ran | members"
-        width = 2 + columns.count("|") + 1 + last.count("|")
-        lines += [f"| {first} | {columns} | {last} |", "|---" * (width + 1) + "|", *rows(found, kind), ""]
+        header = f"| {first} | {columns} | {last} |"
+        lines += [header, "|---" * (header.count("|") - 1) + "|", *rows(found, kind), ""]
     return lines
 
 
