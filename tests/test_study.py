@@ -68,6 +68,8 @@ def test_tables_and_picture():
     found = {"reference": "large", "networks": singles(), "budgets": [{"drop": 0.01, **row}],
              "curve": [{"share": 0.5, **row}]}  # fmt: skip
     text = "\n".join(tables(found))
+    lines = text.splitlines()
+    assert all(lines[i - 1].count("|") == line.count("|") for i, line in enumerate(lines) if line.startswith("|---"))
     assert "| small | 60.00% | 1.000 | 3.0x | 2.0x | 10 |" in text
     assert "| 1.0 | 79.00% | 1.500 | 2.0x | 1.6x | 80.00% | small, large |" in text
     assert "| 50.0% | 79.00% | 1.500 | 2.0x | 1.6x | 80.00% | small, large |" in text
