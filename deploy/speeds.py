@@ -15,7 +15,7 @@ from utils.runs.records import DYNAMIC
 from utils.runs.results import BATCH
 
 IMAGES = 16  # test images that latency is averaged over: a switched network is faster on some than on others
-SECONDS = 4.0  # of each of the two measurements, where every network is fast enough for the least number of rounds
+SECONDS = 2.0  # of each of the two measurements, where every network is fast enough for the least number of rounds
 
 
 def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, dict[str, Any]]:
