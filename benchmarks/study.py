@@ -6,6 +6,7 @@ on the other, and the reverse, and the mean counts.  Single networks choose noth
 
     python -m benchmarks.study RESULT_DIR... --data_dir DATA --out FOLDER
     python -m benchmarks.study --out FOLDER      # tables and picture again, from the record in FOLDER
+    python -m benchmarks.study --seeds FOLDER... --out FOLDER      # how far the records of several seeds agree
 
 Takes the newest network of stage 1 below each RESULT_DIR, every iteration of stage 2 and the network of stage 3; with
 several functions in --network, those of each.  Writes ``study.json``, ``study.md`` and ``study.png`` to FOLDER.
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -82,10 +84,16 @@ def main() -> None:
     add("--depth", type=number(int, 8), default=32, help="depth of resnet")
     add("--resize", type=number(int, 8), default=32, help="size of the images")
     add("--times", action="store_true", help="only measure the times of the record again")
+    add("--seeds", type=Path, nargs="+", help="folders of the records of several seeds, to be compared")
     add("--out", type=Path, required=True, help="folder of the record")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     record = args.out / "study.json"
+    if args.seeds:
+        found = [json.loads((folder / "study.json").read_text()) for folder in args.seeds]
+        (args.out / "seeds.json").write_text(json.dumps([accuracies(one) for one in found], indent=1))
+        print("\n".join(seeds_table([accuracies(one) for one in found])))
+        return
     if not record.exists() and (args.times or not args.results):
         raise UserError(f"{record} does not exist: give RESULT_DIR and --data_dir to make it")
     if args.results:
@@ -261,6 +269,23 @@ def rows(found: dict[str, Any], kind: str) -> list[str]:
             first = f"{100 * row['drop']:.1f}" if kind == "budgets" else f"{row['share']:.1%}"
             last = f"{row['accuracy_if_all_run']:.2%} | {members(row)}"
         lines.append(f"| {first} | {row['accuracy']:.2%} | {row['gflops']:.3f} | {ratios} | {last} |")
+    return lines
+
+
+def accuracies(found: dict[str, Any]) -> dict[str, float]:
+    """The accuracy of every network that was pruned, and of the cascade for each share of the FLOPs."""
+    pruned = {row["name"]: row["accuracy"] for row in found["networks"] if not row["given"]}
+    return pruned | {f"cascade, {row['share']:.1%} of the FLOPs": row["accuracy"] for row in found["curve"]}
+
+
+def seeds_table(found: Sequence[dict[str, float]]) -> list[str]:
+    """Markdown: what every seed has, by seed, and the mean with the standard deviation of one seed."""
+    header = f"| network | {' | '.join(f'seed {seed}' for seed in range(len(found)))} | mean |"
+    lines = [header, "|---" * (header.count("|") - 1) + "|"]
+    for name in (name for name in found[0] if all(name in one for one in found)):
+        own = [one[name] for one in found]
+        cells = " | ".join(f"{accuracy:.2%}" for accuracy in own)
+        lines.append(f"| {name} | {cells} | {100 * mean(own):.2f} ± {100 * stdev(own):.2f} % |")
     return lines
 
 

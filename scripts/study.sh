@@ -72,8 +72,8 @@ cascade() {  # cascade FOLDER
     has "$1" cascade || run python main_cascade.py "${common[@]}" --result_dir "$1" --networks "${networks[@]}"
 }
 
-if [ "$size" = yardstick ]; then
-    functions=()
+yardstick() {  # yardstick FOLDER SEED
+    local folder=$1 seed=$2 functions=() given target iterations least most rate
     for depth in 20 32 44 56; do
         network="$(basename "$(realpath "$data")")/resnet$depth"
         functions+=("examples/cifar_resnet.py:resnet$depth")
@@ -81,15 +81,24 @@ if [ "$size" = yardstick ]; then
         target=0.25 iterations=2 least=3 most=3 rate=0.005
         case $depth in 32|44) target=0.5 iterations=1 least=0 most=0 ;; 56) least=0 most=5 rate=0.01 ;; esac
         given=("network=${functions[-1]}" 'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0
-            max_accuracy_drop=0.3 "lr=$rate" fisher_images=2000)
-        prune "$results" "${given[@]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
+            max_accuracy_drop=0.3 "lr=$rate" fisher_images=2000 "seed=$seed")
+        prune "$folder" "${given[@]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
             "target_flops=$target" "max_iter=$iterations" "epochs_start=$least" "epochs_end=$most"
     done
     # The largest once more, to an eighth.
-    prune "$results/smaller" "${given[@]}" "checkpoint=$(newest "$results/pruned" iteration_02.pt)" \
+    prune "$folder/smaller" "${given[@]}" "checkpoint=$(newest "$folder/pruned" iteration_02.pt)" \
         target_flops=0.125 max_iter=1 epochs_start=4 epochs_end=4
-    run python -m benchmarks.study "$results" "$results/smaller" --data_dir "$data" --img_type "$type" --network "${functions[@]}" \
-        --out "$results"
+    [ -e "$folder/study.json" ] || run python -m benchmarks.study "$folder" "$folder/smaller" --data_dir "$data" \
+        --img_type "$type" --network "${functions[@]}" --out "$folder"
+}
+
+if [ "$size" = yardstick ]; then
+    folders=()
+    for ((seed = 0; seed < seeds; seed++)); do
+        folders+=("$results/seed_$seed")
+        yardstick "${folders[-1]}" "$seed"
+    done
+    [ "$seeds" = 1 ] || run python -m benchmarks.study --seeds "${folders[@]}" --out "$results"
     exit
 fi
 for ((seed = 0; seed < seeds; seed++)); do

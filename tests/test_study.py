@@ -9,7 +9,7 @@ import torch
 from commands import ROOT
 
 from benchmarks.rival import imported
-from benchmarks.study import Round, draw, halves, mean_of, tables
+from benchmarks.study import Round, accuracies, draw, halves, mean_of, seeds_table, tables
 from examples.cifar_resnet import CifarResNet
 from gating.cascade_search import Candidate, Predictions
 
@@ -78,6 +78,19 @@ def test_tables_and_picture():
     assert "cascades of these" in labels and "published" in labels
 
 
+def test_seeds_are_compared_network_by_network():
+    records = []
+    for accuracy in (0.5, 0.52, 0.57):
+        pruned = {**singles()[0], "name": "small at 50%", "given": False, "accuracy": accuracy}
+        records.append({"networks": [*singles(), pruned], "curve": [{"share": 0.25, "accuracy": accuracy + 0.1}]})
+    lines = seeds_table([accuracies(one) for one in records])
+    assert lines[0] == "| network | seed 0 | seed 1 | seed 2 | mean |"
+    assert lines[2:] == [  # the deviation of a sample: sqrt((0.03^2 + 0.01^2 + 0.04^2) / 2) = 0.0361
+        "| small at 50% | 50.00% | 52.00% | 57.00% | 53.00 ± 3.61 % |",
+        "| cascade, 25.0% of the FLOPs | 60.00% | 62.00% | 67.00% | 63.00 ± 3.61 % |",
+    ]
+
+
 def test_the_study_names_what_it_does_not_know(tmp_path: Path):
     done = subprocess.run(["bash", ROOT / "scripts" / "study.sh", "tiny", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2
@@ -100,7 +113,7 @@ mkdir -p "$run" && touch "$run/record.json" "$run/best.pt"
 """
 
 
-def commands_of(size: str, folder: Path, **settings: str) -> list[str]:
+def commands_of(size: str, folder: Path, seeds: str = "1", **settings: str) -> list[str]:
     """What ``study.sh`` calls python with, until it has succeeded."""
     (folder / "bin").mkdir()
     (folder / "pictures").mkdir()
@@ -109,7 +122,7 @@ def commands_of(size: str, folder: Path, **settings: str) -> list[str]:
     fake.chmod(0o755)
     settings |= {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(calls), "PRECISION": "bf16"}
     settings |= {"DATA_DIR": str(folder / "pictures")}
-    command = ["bash", str(ROOT / "scripts" / "study.sh"), size, str(folder / "results")]
+    command = ["bash", str(ROOT / "scripts" / "study.sh"), size, str(folder / "results"), seeds]
     for _ in range(40):
         if subprocess.run(command, env=os.environ | settings, capture_output=True).returncode == 0:
             break
@@ -117,11 +130,14 @@ def commands_of(size: str, folder: Path, **settings: str) -> list[str]:
 
 
 def test_the_yardstick_prunes_four_networks(tmp_path: Path):
-    made = commands_of("yardstick", tmp_path)
-    assert [line.split()[0] for line in made] == ["main_prune.py"] * 5 + ["-m"]
+    made = commands_of("yardstick", tmp_path, seeds="2")
+    assert [line.split()[0] for line in made] == (["main_prune.py"] * 5 + ["-m"]) * 2 + ["-m"]
     assert all(
         f"cifar_resnet.py:resnet{depth} " in line for depth, line in zip((20, 32, 44, 56, 56), made, strict=False)
     )
+    assert ["seed=1" in line for line in made] == 6 * [False] + 5 * [True] + 2 * [False]
+    folders = [str(tmp_path / "results" / f"seed_{seed}") for seed in (0, 1)]
+    assert made[-1].split()[2:] == ["--seeds", *folders, "--out", str(tmp_path / "results")]
 
 
 def test_every_stage_with_and_without_switches_piece_by_piece(tmp_path: Path):
