@@ -16,9 +16,9 @@ class SafeConv2d(nn.Conv2d):
     convolution with stride 1 of every stride-th position is the same function.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         pointwise = self.kernel_size == (1, 1) and self.padding == (0, 0) and self.stride != (1, 1)
-        if pointwise and self.in_channels < BLOCK and x.device.type == "cpu" and torch.is_grad_enabled():
+        if pointwise and self.in_channels < BLOCK and input.device.type == "cpu" and torch.is_grad_enabled():
             down, right = self.stride
-            return F.conv2d(x[:, :, ::down, ::right], self.weight, self.bias, groups=self.groups)
-        return super().forward(x)
+            return F.conv2d(input[:, :, ::down, ::right], self.weight, self.bias, groups=self.groups)
+        return super().forward(input)

@@ -1,12 +1,49 @@
 """The layers that static pruning builds: a small core between two rotations, or two factors."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from models.convolution import SafeConv2d
 
 Ranks = Sequence[int | None]  # channels that enter and leave the core; None where the core has no rotation on that side
+
+
+class ComposedKernel(Tensor):
+    """The kernel that a layer multiplies out to, for code that reads ``weight`` instead of calling the layer.
+
+    Shape, type and device cost nothing; for all else the kernel is multiplied out, and results are plain tensors.
+    PyTorch's fused transformer layer, which would compute with the whole kernel, calls the smaller layers instead, as
+    it does for every tensor with a ``__torch_function__``.
+    """
+
+    compose: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], like: Tensor, compose: Callable[[], Tensor]) -> "ComposedKernel":
+        """The kernel of ``shape`` that ``compose`` returns, of the type and on the device of ``like``."""
+        # Not a number, if ever something came past the function below.
+        kernel = like.detach().new_full((), math.nan).expand(*shape).as_subclass(cls)
+        kernel.compose = compose
+        return kernel
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = args, kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func not in _FREE:
+                given = tree_map_only(cls, lambda kernel: kernel.compose(), given)
+            return func(*given[0], **given[1])
+
+
+_FREE = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.is_cuda.__get__,
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point,
+}  # fmt: skip
 
 
 class LowRankConv2d(nn.Module):
@@ -74,6 +111,23 @@ class LowRankConv2d(nn.Module):
         return self.core.dilation
 
     @property
+    def weight(self) -> ComposedKernel:
+        """[out, in, kh, kw]"""
+        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        return ComposedKernel.of(shape, self.core.weight, self._composed)
+
+    def _composed(self) -> Tensor:
+        kernel = self.core.weight
+        if self.depthwise:
+            mixes = self.rotate_out.weight.flatten(1), kernel[:, 0], self.rotate_in.weight.flatten(1)
+            return torch.einsum("or,rhw,ri->oihw", *mixes)
+        if self.rotate_in is not None:
+            kernel = torch.einsum("rchw,ci->rihw", kernel, self.rotate_in.weight.flatten(1))
+        if self.rotate_out is not None:
+            kernel = torch.einsum("or,rihw->oihw", self.rotate_out.weight.flatten(1), kernel)
+        return kernel
+
+    @property
     def bias(self) -> nn.Parameter | None:
         return (self.rotate_out or self.core).bias
 
@@ -89,11 +143,9 @@ class LowRankConv2d(nn.Module):
             None if self.rotate_out is None else self.core.out_channels,
         ]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H', W']."""
-        if self.rotate_in is not None:
-            x = self.rotate_in(x)
-        x = self.core(x)
+        x = self.core(input if self.rotate_in is None else self.rotate_in(input))
         return x if self.rotate_out is None else self.rotate_out(x)
 
 
@@ -118,6 +170,12 @@ class LowRankLinear(nn.Module):
         return self.rotate_out.out_features
 
     @property
+    def weight(self) -> ComposedKernel:
+        """[out, in]"""
+        shape = (self.out_features, self.in_features)
+        return ComposedKernel.of(shape, self.core.weight, lambda: self.rotate_out.weight @ self.core.weight)
+
+    @property
     def bias(self) -> nn.Parameter | None:
         return self.rotate_out.bias
 
@@ -130,9 +188,9 @@ class LowRankLinear(nn.Module):
     def depthwise(self) -> bool:
         return False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return self.rotate_out(self.core(x))
+        return self.rotate_out(self.core(input))
 
 
 LOW_RANK = (LowRankConv2d, LowRankLinear)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from models import LowRankLinear
 from utils import parallel
 from utils.errors import UserError
+from utils.hooks import hooked, layer_input
 from utils.modes import evaluation_mode
 
 FISHER_TYPES = ("true", "empirical")
@@ -87,35 +88,48 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
         the number of images seen by all processes together, each counted once per draw.
     """
     seen = [0]  # images of the batch that is running
-    handles = [layer.register_forward_hook(_show(name, visit, seen)) for name, layer in layers.items()]
     images, repeats = 0, passes.repeats
-    try:
-        with differentiable_inputs(network):
-            for x, given in passes.on(network):
-                seen[0], x = len(x), x.detach().requires_grad_()
-                # A copy, so that a network may change its input in place.
-                outputs = passes.forward(network, x.clone())
-                count, losses = _losses(outputs, given, passes)
-                images += count * repeats
-                if len(x) == 0:  # the last batch may be too small for all processes
-                    continue
-                for draw, loss in enumerate(losses):
-                    torch.autograd.grad(loss, x, retain_graph=draw < repeats - 1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    shown = (layer.register_forward_hook(_show(n, visit, seen), with_kwargs=True) for n, layer in layers.items())
+    with hooked(shown), differentiable(network, layers.values()) as starts:
+        for x, given in passes.on(network):
+            seen[0] = len(x)
+            starts.clear()
+            # A copy, so that a network may change its input in place.
+            outputs = passes.forward(network, x.clone())
+            count, losses = _losses(outputs, given, passes)
+            images += count * repeats
+            if len(x) == 0:  # the last batch may be too small for all processes
+                continue
+            for draw, loss in enumerate(losses):
+                torch.autograd.grad(loss, starts, retain_graph=draw < repeats - 1, allow_unused=True)
     return images
 
 
 @contextmanager
-def differentiable_inputs(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with gradients of features only: those of the weights would add half to the time of a pass."""
+def differentiable(network: nn.Module, layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Evaluation mode, with gradients of features only: those of the weights would add half to the time of a pass.
+
+    Features have gradients from the first of ``layers`` on, whatever they were made from: images, indices of words, or
+    layers without gradients.
+
+    Yields:
+        the list of these starts, to which every forward pass adds its own.
+    """
+    starts: list[Tensor] = []
+
+    def start(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if layer_input(args, kwargs).requires_grad:
+            return None
+        starts.append(layer_input(args, kwargs).detach().requires_grad_())
+        return ((starts[-1], *args[1:]), kwargs) if args else (args, {**kwargs, "input": starts[-1]})
+
     trainable = [p for p in network.parameters() if p.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with evaluation_mode(network), torch.enable_grad():
-            yield
+        started = (layer.register_forward_pre_hook(start, with_kwargs=True, prepend=True) for layer in layers)
+        with hooked(started), evaluation_mode(network), torch.enable_grad():
+            yield starts
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -180,9 +194,9 @@ def _signs(shape: tuple[int, int, int], like: Tensor, draws: torch.Generator | N
 
 
 def _show(name: str, visit: Visit, seen: list[int]):
-    def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         images = seen[0]
-        a = as_images(layer, inputs[0].detach(), images)
+        a = as_images(layer, layer_input(args, kwargs).detach(), images)
         output.register_hook(lambda g: visit(name, layer, a, as_images(layer, g, images)))
 
     return hook

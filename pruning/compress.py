@@ -56,6 +56,8 @@ def compress(
     """
     say, seed = settings.pop("say", None), settings.pop("seed", 0)
     method = Method(**settings)
+    if isinstance(network, torch.jit.ScriptModule):
+        raise UserError("the network was compiled by TorchScript, which hides its layers: give the module before that")
     if flops is None and parameters is None:
         raise UserError("compress has no budget: give flops= or parameters=, for example flops=0.5 for half")
     draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)

@@ -10,6 +10,7 @@ He et al., arXiv:1707.06168, section 3.1, here with low ranks on both sides.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from pruning.capture import Passes, as_images
 from pruning.channels import damped
 from pruning.factors import padded
 from utils import parallel
+from utils.hooks import hooked, layer_input
 from utils.modes import evaluation_mode
 
 # Enough images to determine a core: a quarter of 2,000 is nearly as good (ResNet-8 and 14, 16x16 pixels).
@@ -122,19 +124,16 @@ def refit(
     wanted = _outputs(network, norms, batches, passes)
 
     def refitted(name: str):
-        def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-            _refit_layer(layer, as_images(layer, inputs[0], len(x)), wanted.pop(name), *sides[name])
+        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            _refit_layer(layer, as_images(layer, layer_input(args, kwargs), len(x)), wanted.pop(name), *sides[name])
 
         return hook
 
     sides = {name: _sides(network, smaller, name, norm, importances) for name, norm in norms.items()}
-    handles = [smaller.get_submodule(name).register_forward_pre_hook(refitted(name)) for name in norms]
-    try:
-        with evaluation_mode(smaller):
-            passes.forward(smaller, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = ((name, smaller.get_submodule(name)) for name in norms)
+    refitting = (layer.register_forward_pre_hook(refitted(name), with_kwargs=True) for name, layer in layers)
+    with hooked(refitting), evaluation_mode(smaller):
+        passes.forward(smaller, x)
 
 
 def _outputs(
@@ -146,7 +145,7 @@ def _outputs(
     seen, images = [0], _of_all(sum(len(x) for x in batches))
 
     def keep(name: str):
-        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
             y = as_images(layer, output, seen[0]).flatten(2)
             if name not in positions:
                 unknowns = getattr(layer, "in_channels", 1) * math.prod(getattr(layer, "kernel_size", (1, 1)))
@@ -157,15 +156,11 @@ def _outputs(
 
         return hook
 
-    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in norms]
-    try:
-        with evaluation_mode(network):
-            for x in batches:
-                seen[0] = len(x)
-                passes.forward(network, x.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
+    keeping = (network.get_submodule(name).register_forward_hook(keep(name)) for name in norms)
+    with hooked(keeping), evaluation_mode(network):
+        for x in batches:
+            seen[0] = len(x)
+            passes.forward(network, x.clone())
     return {name: Wanted(torch.cat(parts.pop(name)), positions[name]) for name in norms}
 
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from models import LOW_RANK
 from models.convolution import SafeConv2d
-from pruning.capture import Forward, differentiable_inputs
+from pruning.capture import Forward, differentiable
+from utils.hooks import hooked, layer_input
 
 # The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
@@ -127,31 +128,27 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
     runs, images = _Runs(), len(x)
 
     def ran(name: str):
-        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             runs.times[name] += 1
             runs.nodes[name] = output.grad_fn
-            linear, count = not hasattr(layer, "kernel_size"), len(inputs[0])
+            linear, count = not hasattr(layer, "kernel_size"), len(layer_input(args, kwargs))
             if count != images if not linear else count % images:
                 runs.mixing.add(name)
 
         return hook
 
     def reads(name: str):
-        def hook(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        def hook(norm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             runs.times[name] += 1
-            if inputs[0].dim() in (2, 4):
-                runs.read[name] = inputs[0].grad_fn
+            if layer_input(args, kwargs).dim() in (2, 4):
+                runs.read[name] = layer_input(args, kwargs).grad_fn
 
         return hook
 
-    handles = [layer.register_forward_hook(ran(name)) for name, layer in layers.items()]
-    handles += [norm.register_forward_pre_hook(reads(name)) for name, norm in norms.items()]
-    try:
-        with differentiable_inputs(network):
-            outputs = forward(network, x.detach().requires_grad_().clone())
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = [layer.register_forward_hook(ran(name), with_kwargs=True) for name, layer in layers.items()]
+    handles += [norm.register_forward_pre_hook(reads(name), with_kwargs=True) for name, norm in norms.items()]
+    with hooked(handles), differentiable(network, layers.values()):
+        outputs = forward(network, x.clone())
     edges: Counter = Counter()
     waiting = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
     edges.update(waiting)

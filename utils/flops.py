@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import Cascade, OwnNetwork, ResNet, all_on, build_network
+from utils.hooks import hooked, layer_input
 from utils.modes import evaluation_mode
 from utils.sizes import Size, height_width
 
@@ -127,26 +128,19 @@ def _cascade_cost(members: list[NetworkCost]) -> NetworkCost:
 def _layer_costs(network: nn.Module, x: Tensor, forward: Callable[[nn.Module, Tensor], Any]) -> dict[str, LayerCost]:
     """The cost of every layer that runs, by its name."""
     layers: dict[str, LayerCost] = {}
-    handles = [
-        module.register_forward_hook(_recorder(name, layers))
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.LSTMCell)
-    ]
-    try:
-        with evaluation_mode(network):
-            forward(network, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    counted = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.LSTMCell)}
+    recorders = (m.register_forward_hook(_recorder(n, layers), with_kwargs=True) for n, m in counted.items())
+    with hooked(recorders), evaluation_mode(network):
+        forward(network, x)
     return layers
 
 
 def _recorder(name: str, layers: dict[str, LayerCost]):
-    def record(module: nn.Module, inputs: tuple, output) -> None:
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         parameters = sum(p.numel() for p in module.parameters(recurse=False))
         positions_in = positions_out = 1
         if isinstance(module, nn.Conv2d):
-            positions_in, positions_out = inputs[0].shape[2:].numel(), output.shape[2:].numel()
+            positions_in, positions_out = layer_input(args, kwargs).shape[2:].numel(), output.shape[2:].numel()
             weights = [module.weight]
         elif isinstance(module, nn.Linear):
             positions_in = positions_out = output.numel() // module.out_features

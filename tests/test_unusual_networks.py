@@ -1,0 +1,115 @@
+"""``compress`` on networks that read weights, name arguments, start from words, or switch gradients off."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import LowRankConv2d, LowRankLinear
+from pruning import compress
+from utils.errors import UserError
+
+CLASSES = 5
+WORDS = 12
+LAYERS = {
+    "tucker": lambda: LowRankConv2d(6, 8, 3, 2, 1, 4, 5, bias=True),
+    "one side": lambda: LowRankConv2d(6, 8, 3, 1, 1, None, 5),
+    "depthwise": lambda: LowRankConv2d(6, 8, 3, 1, 2, 7, 7, depthwise=True, dilation=2),
+}
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean(dim=(2, 3)))
+
+    def features(self, x):
+        return F.relu(self.two(F.relu(self.one(x))))
+
+
+class NamesArguments(Network):
+    def features(self, x):
+        return F.relu(self.two(input=F.relu(self.one(input=x))))
+
+
+class GradientsOff(Network):
+    def features(self, x):
+        with torch.no_grad():
+            x = self.one(x)
+        return F.relu(self.two(F.relu(x)))
+
+
+class AsksForTypes(Network):
+    def features(self, x):
+        return super().features(x.to(self.two.weight.device, self.two.weight.dtype))
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 64)
+        layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.words(x), src_key_padding_mask=x == 0).mean(dim=1))
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 3, 12, 12, generator=generator), torch.arange(8) % CLASSES) for _ in range(2)]
+
+
+def sentences():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(1, WORDS, (16, 9), generator=generator)
+    x[::3, 6:] = 0
+    return [(part, torch.arange(8) % CLASSES) for part in x.split(8)]
+
+
+@pytest.mark.parametrize("network", [NamesArguments, GradientsOff, AsksForTypes, Words])
+def test_unusual_networks_are_compressed(network):
+    torch.manual_seed(0)
+    batches = sentences if network is Words else images
+    whole, x = network().eval(), batches()[0][0]
+    smaller = compress(whole, batches, flops=0.6, round_to=4)
+    before, after = smaller.report.flops
+    assert 0.5 < after / before <= 0.6
+    usual = smaller(x)  # of a transformer: layer by layer, since gradients are needed
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.testing.assert_close(smaller(x), usual)
+    assert network is Words or counter.get_total_flops() == len(x) * after, "attention is not counted layer by layer"
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_the_weight_of_a_rebuilt_convolution_is_what_it_multiplies_out_to(layer):
+    torch.manual_seed(0)
+    layer, x = layer().double(), torch.randn(2, 6, 9, 9, dtype=torch.float64)
+    weight, twin = layer.weight, nn.Conv2d(6, 8, 3, layer.stride, layer.padding, layer.dilation, bias=False)
+    assert (weight.shape, weight.dtype, weight.ndim) == (twin.weight.shape, torch.float64, 4)
+    found = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+    torch.testing.assert_close(found, layer(x), rtol=1e-12, atol=1e-12)
+    assert type(found) is type(weight + 1) is torch.Tensor
+    (gradient,) = torch.autograd.grad(found.square().sum(), layer.core.weight)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.core.weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_weight_of_a_rebuilt_linear_layer():
+    layer, x = LowRankLinear(6, 5, 3, bias=True), torch.randn(4, 6)
+    torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), layer(x))
+    with FlopCounterMode(display=False) as counter:
+        assert layer.weight.shape == (5, 6) and layer.weight.device == x.device
+    assert counter.get_total_flops() == 0
+
+
+def test_torchscript_is_refused():
+    with pytest.raises(UserError, match="TorchScript, which hides its layers: give the module before that"):
+        compress(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(432, CLASSES))), images, flops=0.5)
