@@ -98,7 +98,10 @@ def network_of(name: str) -> nn.Module:
     given = {"init_weights": False} if name in SLOW_TO_INITIALISE else {}
     if name == "inception_v3":  # its auxiliary head needs images of 299 pixels
         given["aux_logits"] = False
-    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **given)
+    network = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **given)
+    if name.startswith("vit_"):  # whose last layer starts with zeros, so that no gradient reaches the others
+        nn.init.normal_(network.heads.head.weight, std=0.02)
+    return network
 
 
 def image_size(name: str) -> int:
