@@ -120,12 +120,6 @@ def compensated(weight: Tensor, A: Tensor, kept: Tensor) -> Tensor:
     return weight[:, kept].double() + torch.einsum("oghw,kg->okhw", weight[:, gone].double(), update)
 
 
-def quadratic_rise(change: Tensor, A: Tensor, G: Tensor) -> Tensor:
-    """1/2 tr(G D A D^T), summed over taps: predicted rise of the loss under the change D [out, in, kh, kw] of W."""
-    change = change.double()
-    return 0.5 * torch.einsum("oihw,op,pjhw,ij->", change, G.double(), change, A.double())
-
-
 def _through(weight: Tensor, G: Tensor) -> Tensor:
     """[in]: sum over taps of W_j^T G W_j."""
     weight = weight.double()

@@ -1,6 +1,7 @@
 """A small switched network, images for it, and one iteration of pruning."""
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LowRankConv2d, all_on, build_network
@@ -67,3 +68,9 @@ def check_limits(network, smaller, limit):
                 assert module.core.out_channels >= least_kept(whole.out_channels, limit)
     for block, inner in smaller.architecture["inner"].items():
         assert inner >= least_kept(network.get_submodule(block).conv2.out_channels, limit)
+
+
+def quadratic_rise(change: Tensor, A: Tensor, G: Tensor) -> Tensor:
+    """1/2 tr(G D A D^T), summed over taps: predicted rise of the loss under the change D [out, in, kh, kw] of W."""
+    change = change.double()
+    return 0.5 * torch.einsum("oihw,op,pjhw,ij->", change, G.double(), change, A.double())

@@ -4,12 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruning_case import METHOD, SIZE, check_limits, check_table, counted, labelled_images, pruned_by, switched_network
+from pruning_case import (
+    METHOD,
+    SIZE,
+    check_limits,
+    check_table,
+    counted,
+    labelled_images,
+    pruned_by,
+    quadratic_rise,
+    switched_network,
+)
 
 from deploy.folding import folded
 from models import all_on, build_network
 from pruning import depthwise
-from pruning.channels import quadratic_rise
 from pruning.depthwise import separable
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from pruning_case import quadratic_rise
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LowRankConv2d
-from pruning.channels import quadratic_rise
 from pruning.costs import LayerShape
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors

@@ -5,10 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruning_case import METHOD, SIZE, check_limits, check_table, counted, labelled_images, pruned_by, switched_network
+from pruning_case import (
+    METHOD,
+    SIZE,
+    check_limits,
+    check_table,
+    counted,
+    labelled_images,
+    pruned_by,
+    quadratic_rise,
+    switched_network,
+)
 
 from models import LowRankConv2d, build_network
-from pruning.channels import quadratic_rise
 from pruning.compress import check_goal
 from pruning.depthwise import separable
 from pruning.eigenbasis import eigenbasis
