@@ -61,7 +61,7 @@ def main() -> None:
     data = load_data(**settings.data())
     for name in filter(is_own, settings.network):
         allow(name)
-    networks, notes = parallel.broadcast_object(cascade_networks(settings, data))
+    networks, notes = cascade_networks(settings, data)
     splits = validation(data, networks).to(device)
     parent = stage_folder(settings.result_dir, "cascade", data.name, settings.network[0], settings.depth)
     with open_run(parent, settings, None, False, {}) as run:

@@ -156,8 +156,7 @@ def first_network(settings: PruneSettings, data: DataSet, device: torch.device) 
     if is_own(settings.network) and not is_checkpoint(Path(settings.checkpoint).expanduser()):
         register_given(settings, data, device, measured_speeds)
         settings = replace(settings, checkpoint="")
-    # The first process chooses for all: others may see another state of the folder.
-    return parallel.broadcast_object(trained_network(settings, data))
+    return trained_network(settings, data)
 
 
 def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Checkpoint:

@@ -149,7 +149,7 @@ def main() -> None:
     data = load_data(**settings.data(), download=settings.download)
     parent = stage_folder(settings.result_dir, "rl_pruned", data.name, settings.network, settings.depth)
     last = find_last_run(parent, settings) if resume else None
-    start, notes = (last.checkpoint, []) if last else parallel.broadcast_object(pruned_network(settings, data))
+    start, notes = (last.checkpoint, []) if last else pruned_network(settings, data)
     check_data(start, data, settings.resize)
     splits = split_as_before(data, start.data, resumed=last is not None).to(device)
     start = replace(start, data={**start.data, **splits.identity})

@@ -174,6 +174,10 @@ def chain(data: Path, results: Path) -> None:
         call_stage(stage, [*arguments(stage, data, results), *SHORT[stage], *plain])
 
 
+def refusing(rank: int) -> None:
+    raise UserError(f"process {rank} refuses")
+
+
 def lose(given: list[str]) -> None:
     record = Run.record
 
@@ -198,6 +202,12 @@ def main() -> None:
         return
     torch.save(all_figures(), f"{output}/measured.{parallel.rank()}")
     chain(Path(given[0]), Path(output) / "two")
+    found = [parallel.from_main_process(lambda: f"process {parallel.rank()} finds")]
+    try:
+        parallel.from_main_process(lambda: refusing(parallel.rank()))
+    except UserError as error:
+        found.append(str(error))
+    torch.save(found, f"{output}/found.{parallel.rank()}")
     if parallel.rank() == 1:
         raise UserError("process 1 has found a mistake")
     parallel.barrier()

@@ -58,6 +58,11 @@ def test_a_mistake_of_one_process_is_one_sentence_and_ends_the_others(two):
     assert first.stdout.count("| w/ Static and Dynamic Pruning |") == 1
 
 
+def test_what_the_first_process_finds_or_refuses_counts_for_both(two):
+    found = [torch.load(two[0] / f"found.{rank}") for rank in range(2)]
+    assert found == 2 * [["process 0 finds", "process 0 refuses"]]
+
+
 def test_training_measuring_and_evaluating(two):
     """Both recipes and modes of batch norms, uneven parts, blocks that a process or all of them skip."""
     found, other = (torch.load(two[0] / f"measured.{rank}", weights_only=False) for rank in range(2))

@@ -11,6 +11,7 @@ from training.evaluate import Evaluator
 from training.norms import placed
 from training.report import Chosen, MeasureSpeeds, report
 from training.scalars import EPOCH_CHARTS
+from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import split_data, training_normalisation
 from utils.data.folder import DataSet
@@ -53,7 +54,7 @@ def register_given(settings: Any, data: DataSet, device: torch.device, measure_s
         seed=settings.seed,
     )
     parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
-    if any(_same(given, path) for path in parent.glob(f"*/{BEST}")):
+    if parallel.from_main_process(lambda: any(_same(given, path) for path in parent.glob(f"*/{BEST}"))):
         return
     with Run.new(parent, as_dictionary(settings), EPOCH_CHARTS) as run:
         run.say(f"{run.path}: {settings.network} as it was given, {cost.parameters:,} parameters, {cost.flops:,} FLOPs")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from utils.errors import UserError
 
 # How long processes wait for one that is busy: with reading images, say, or with measuring networks.
 PATIENCE = timedelta(hours=2)
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -164,6 +166,20 @@ def broadcast_object(value: Any) -> Any:
     with _lost_if_it_fails():
         dist.broadcast_object_list(sent, 0)
     return torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=False)  # from this program's own process
+
+
+def from_main_process(find: Callable[[], T]) -> T:
+    """What ``find`` returns in the first process, in all of them: others may see other files.  All raise its error."""
+    found, error = None, None
+    if is_main_process():
+        try:
+            found = find()
+        except UserError as refused:
+            error = refused
+    found, error = broadcast_object((found, error))
+    if error is not None:
+        raise error
+    return found
 
 
 def barrier() -> None:

@@ -1,12 +1,15 @@
 """The networks that stages 2 and 3 start from: found in the result folder, or named."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from models import is_own
+from utils import parallel
 from utils.data.batches import other_data
 from utils.data.folder import DataSet
 from utils.errors import UserError
@@ -18,9 +21,23 @@ from utils.runs.run import BEST, LAST, age, stage_folder
 COMMANDS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
 NAMED = 5  # runs that a line names at most
 
+T = TypeVar("T")
 Found = list[tuple[Path, Checkpoint]]
+Search = Callable[[Any, DataSet], T]
 
 
+def _by_first_process(search: Search) -> Search:
+    """The search of the first of several processes, for all: others may see other files."""
+
+    @wraps(search)
+    def shared(settings: Any, data: DataSet) -> T:
+        _ = data.fingerprints  # which all processes compute together, before one compares them
+        return parallel.from_main_process(lambda: search(settings, data))
+
+    return shared
+
+
+@_by_first_process
 def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]:
     """What stage 2 starts from: the checkpoint named, or that of the newest run of stage 1 that fits and has ended.
 
@@ -51,6 +68,7 @@ def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]
     return _started_from(path, trained, "pruned", settings), notes
 
 
+@_by_first_process
 def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]:
     """What stage 3 starts from: the checkpoint named, or stage 2's with the fewest FLOPs within the budget.
 
@@ -92,6 +110,7 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
     return _started_from(path, pruned, "rl_pruned", settings), notes
 
 
+@_by_first_process
 def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
     """The networks that a cascade may be made of: those named, or those of the newest run of every stage that fits.
 

@@ -219,7 +219,7 @@ def find_last_run(parent: Path, settings: Any) -> LastRun | None:
     Raises:
         UserError: if its checkpoint cannot be read.
     """
-    path = parallel.broadcast_object(choose_run(parent, settings) if parallel.is_main_process() else None)
+    path = parallel.from_main_process(lambda: choose_run(parent, settings))
     return None if path is None else LastRun(path, load_checkpoint(path / LAST))
 
 
