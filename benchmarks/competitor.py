@@ -25,6 +25,7 @@ IMPORTANCES = {
     "magnitude": lambda: importance.GroupMagnitudeImportance(p=2),
     "Taylor": importance.GroupTaylorImportance,
     "Hessian": importance.GroupHessianImportance,
+    "random": importance.RandomImportance,
 }
 LARGEST_RATIO = 0.97  # of its channels that a layer may lose, as in the other variants
 BISECTIONS = 12
@@ -88,7 +89,7 @@ def _gradients(plain: ResNet, kind: str, batches: Iterable[tuple[Tensor, Tensor]
 
     The squares are averaged here: Torch-Pruning's own ``accumulate_grad`` keeps those of the last image only.
     """
-    if kind == "magnitude":
+    if kind in ("magnitude", "random"):
         return None
     parameters = list(plain.parameters())
     sums, images = [torch.zeros_like(p) for p in parameters], 0
