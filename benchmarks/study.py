@@ -45,7 +45,7 @@ from utils.runs.run import stage_folder
 from utils.settings import image_type, number
 
 DROPS = (-0.005, 0.0, 0.005, 0.01, 0.02)  # of accuracy against the best single network, as cascades are asked for
-SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.125, 0.1)  # of its FLOPs, the curve of the picture
+SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.083)  # of its FLOPs, the curve of the picture
 ABOVE_ALL = 2.0  # a threshold that no confidence reaches
 TIMED_SECONDS = 60.0  # for each batch size
 YARDSTICK = "resnet56"

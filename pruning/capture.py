@@ -56,6 +56,16 @@ class Passes:
         for x, labels in self.batches():
             yield x.to(device), labels.to(device) if isinstance(labels, Tensor) else labels
 
+    def probe(self, network: nn.Module) -> tuple[Tensor, Forward]:
+        """Inputs and a forward pass to see how the network is used: two images, or a batch where a loss is given.
+
+        The loss may leave out some outputs, such as that of an auxiliary head.
+        """
+        x, given = next(self.on(network))
+        if self.loss_fn is None:
+            return x[:2] if len(x) else x.new_zeros(2, *x.shape[1:]), self.forward
+        return x, lambda net, inputs: self.loss_fn(self.forward(net, inputs), given)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Log how long a phase takes."""

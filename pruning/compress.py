@@ -66,7 +66,7 @@ def compress(
     passes = passes if say is None else replace(passes, say=say)
     x, _ = next(passes.on(network))
     cost = cost_on(network, x[:1], forward)
-    least = smallest(*layer_forms(network, survey(network, x[:2], forward), cost, method))
+    least = smallest(*layer_forms(network, survey(network, *passes.probe(network)), cost, method))
     limits = [
         None if budget is None else max(budget * whole if budget <= 1 else budget, few)
         for budget, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
@@ -88,8 +88,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     Raises:
         UserError: if the budget cannot be reached, or the criterion does not suit the network.
     """
-    x, _ = next(passes.on(network))
-    found = survey(network, x[:2] if len(x) else x.new_zeros(2, *x.shape[1:]), passes.forward)
+    found = survey(network, *passes.probe(network))
     if method.forms_compete:
         pruned = prune_to_forms(network, found, passes, cost, goal, method)
     else:
@@ -98,6 +97,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     if method.refit and not pruned.nothing_changed:
         names = rebuilt_layers(network, pruned.network, found.names)
         with passes.phase(f"refit of {len(names)} layers"):
+            x, _ = next(passes.on(network))
             few = passes.first(min(IMAGES, BATCHES * max(1, len(x))))
             refit(network, pruned.network, {name: found.norms[name] for name in names}, pruned.importances, few)
     return pruned

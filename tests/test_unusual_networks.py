@@ -88,6 +88,30 @@ def test_unusual_networks_are_compressed(network):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class TwoHeads(Network):
+    """As networks for segmentation have an auxiliary one, which runs in evaluation mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Conv2d(64, 64, 3, padding=1)
+
+    def forward(self, x):
+        x = self.features(x)
+        return {"out": self.head(x.mean(dim=(2, 3))), "other": self.other(x)}
+
+
+@pytest.mark.parametrize("flops", [0.7, 0.01])
+def test_a_head_that_the_loss_does_not_reach_is_left_alone(flops):
+    torch.manual_seed(0)
+    network, x = TwoHeads(), images()[0][0]
+    loss_fn = lambda outputs, labels: F.cross_entropy(outputs["out"], labels, reduction="none")  # noqa: E731
+    smaller = compress(network, images, flops=flops, round_to=4, loss_fn=loss_fn)
+    assert smaller.report.left_alone["other"] == "reaches no output"
+    assert smaller(x)["other"].shape == network(x)["other"].shape
+    before, after = smaller.report.flops
+    assert after <= 0.8 * before
+
+
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_the_weight_of_a_rebuilt_convolution_is_what_it_multiplies_out_to(layer):
     torch.manual_seed(0)
