@@ -86,6 +86,8 @@ class LowRankConv2d(nn.Module):
         self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=bias)
 
     # These describe the whole layer, as those of the plain convolution that it replaces.
+    groups, padding_mode, transposed, output_padding = 1, "zeros", False, (0, 0)
+
     @property
     def in_channels(self) -> int:
         return (self.rotate_in or self.core).in_channels

@@ -118,6 +118,7 @@ def test_the_weight_of_a_rebuilt_convolution_is_what_it_multiplies_out_to(layer)
     layer, x = layer().double(), torch.randn(2, 6, 9, 9, dtype=torch.float64)
     weight, twin = layer.weight, nn.Conv2d(6, 8, 3, layer.stride, layer.padding, layer.dilation, bias=False)
     assert (weight.shape, weight.dtype, weight.ndim) == (twin.weight.shape, torch.float64, 4)
+    assert all(getattr(layer, name) == getattr(twin, name) for name in nn.Conv2d.__constants__)
     found = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation)
     torch.testing.assert_close(found, layer(x), rtol=1e-12, atol=1e-12)
     assert type(found) is type(weight + 1) is torch.Tensor
