@@ -51,10 +51,24 @@ class Passes:
         return replace(self, batches=lambda: first_images(self.batches(), count))
 
     def on(self, network: nn.Module) -> Iterator[tuple[Tensor, Any]]:
-        """One pass, on the network's device."""
-        device = next(network.parameters()).device
-        for x, labels in self.batches():
+        """One pass, on the network's device.
+
+        Raises:
+            UserError: if there are no batches, or others than of inputs and labels.
+        """
+        device, batch = next(network.parameters()).device, None
+        for batch in self.batches():
+            if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor)):
+                raise UserError(
+                    f"batches() gives a {type(batch).__name__}, where (inputs, labels) is needed, with the inputs in "
+                    "one tensor: pack them together, or wrap the network in a module that unpacks them"
+                )
+            x, labels = batch
+            if self.loss_fn is None and not (isinstance(labels, Tensor) and labels.dim() == 1):
+                raise UserError("the labels of a batch are no tensor [N] of classes: give loss_fn= for another task")
             yield x.to(device), labels.to(device) if isinstance(labels, Tensor) else labels
+        if batch is None:
+            raise UserError("batches() gives nothing: each call has to start a new pass, over some thousand images")
 
     def probe(self, network: nn.Module) -> tuple[Tensor, Forward]:
         """Inputs and a forward pass to see how the network is used: two images, or a batch where a loss is given.

@@ -49,8 +49,3 @@ def choose_forms(
 def form_costs(forms: Sequence[Form]) -> np.ndarray:
     """FLOPs and parameters of each form, [n, 2]."""
     return np.array([(form.flops, form.parameters) for form in forms])
-
-
-def smallest(forms: Mapping[str, Sequence[Form]], fixed: tuple[int, int]) -> tuple[int, int]:
-    """The fewest FLOPs and the fewest parameters, each by itself, that the forms allow."""
-    return least_of([form_costs(own) for own in forms.values()], fixed)

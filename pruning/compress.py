@@ -1,7 +1,7 @@
 """Static pruning of any network: measure, choose, rebuild, refit."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pruning.capture import Batches, Forward, LossFn, Passes
 from pruning.changes import Pruned, Report
-from pruning.choice import form_costs, smallest
-from pruning.goals import Goal, shortfall
+from pruning.choice import form_costs
+from pruning.goals import Goal, least_of, shortfall
 from pruning.layers import rebuilt_layers
 from pruning.prune_channels import channel_groups, prune_channels
 from pruning.prune_directions import direction_groups, prune_directions
@@ -23,12 +23,13 @@ from pruning.settings import EIGENBASIS_CRITERIA, Method
 from pruning.survey import Survey, survey
 from utils.errors import UserError
 from utils.flops import NetworkCost, cost_on, network_cost
+from utils.settings import checked_settings
 from utils.sizes import Size, height_width
 
 
 def compress(
     network: nn.Module,
-    batches: Batches,
+    batches: Batches | Iterable[tuple[Tensor, Any]],
     *,
     flops: float | None = None,
     parameters: float | None = None,
@@ -38,10 +39,10 @@ def compress(
 ) -> nn.Module:
     """A smaller copy of ``network``: layers in cheaper forms, chosen by the predicted rise of the loss.
 
-    ``batches`` is called for each pass over the images: it returns (inputs, labels) batch by batch, as a data loader
-    does; some thousand images are enough.  The network is measured in evaluation mode and left as it was; its copy is
-    in its mode, ready for fine-tuning as it was trained.  ``smaller.report`` holds what was done: printed, a table;
-    ``pruning.edits_of`` with ``state_dict`` is what to save.
+    ``batches`` is a data loader, or a function that is called for each pass over the images and returns (inputs,
+    labels) batch by batch; some thousand images are enough.  The network is measured in evaluation mode and left as it
+    was; its copy is in its mode, ready for fine-tuning as it was trained.  ``smaller.report`` holds what was done:
+    printed, a table; ``pruning.edits_of`` with ``state_dict`` is what to save.
 
     Args:
         flops, parameters: budget: a share up to 1, else their number.  If the layers do not allow it, the nearest
@@ -52,21 +53,26 @@ def compress(
             lines of progress.
 
     Raises:
-        UserError: if the network does not return scores, or without a budget.
+        UserError: if the network does not return scores, without a budget, or for batches of anything else.
     """
     say, seed = settings.pop("say", None), settings.pop("seed", 0)
-    method = Method(**settings)
+    method = checked_settings(Method, settings)
     if isinstance(network, torch.jit.ScriptModule):
         raise UserError("the network was compiled by TorchScript, which hides its layers: give the module before that")
     if flops is None and parameters is None:
         raise UserError("compress has no budget: give flops= or parameters=, for example flops=0.5 for half")
+    for name, budget in (("flops", flops), ("parameters", parameters)):
+        if budget is not None and (budget <= 0 or 1 < budget <= 100):
+            raise UserError(f"{name} is {budget:g}: give a share above 0 and up to 1, such as 0.5, or their number")
+    if not callable(batches):
+        loader, batches = batches, lambda: loader
     draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)
     forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
     passes = method.passes(batches, draws, forward, loss_fn)
     passes = passes if say is None else replace(passes, say=say)
     x, _ = next(passes.on(network))
     cost = cost_on(network, x[:1], forward)
-    least = smallest(*layer_forms(network, survey(network, *passes.probe(network)), cost, method))
+    least = least_of(*_reachable(network, survey(network, *passes.probe(network)), cost, method))
     limits = [
         None if budget is None else max(budget * whole if budget <= 1 else budget, few)
         for budget, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import LOW_RANK, LowRankConv2d
-from pruning.survey import is_pointwise, outermost
+from pruning.survey import is_pointwise, outermost, sharing, unsuited
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,13 @@ def prunable_layers(network: nn.Module) -> dict[str, nn.Conv2d]:
     cores have no directions to rotate.
     """
     layers: dict[str, nn.Conv2d] = {}
-    for name, module in outermost(network):
+    found = dict(outermost(network))
+    shared = sharing(found)
+    for name, module in found.items():
         core = module.core if isinstance(module, LowRankConv2d) else module
-        if isinstance(core, nn.Conv2d) and core.groups == 1 and not is_pointwise(core) and not name.startswith("gate."):
+        if unsuited(module) or name in shared or name.startswith("gate."):
+            continue
+        if isinstance(core, nn.Conv2d) and core.groups == 1 and not is_pointwise(core):
             layers[name] = core
     return layers
 

@@ -100,6 +100,11 @@ def channel_groups(
 
 def _refuse_rebuilt(network: ResNet, method: Method) -> None:
     """Refuse blocks that are not two plain convolutions: channels cannot be removed there."""
+    if not isinstance(network, ResNet):
+        raise UserError(
+            f"criterion {method.criterion} removes channels inside the blocks of this program's ResNet: for a network "
+            "of your own use criterion eigendamage"
+        )
     if network.removed_blocks:
         raise UserError(
             f"criterion {method.criterion} removes channels from whole blocks, but blocks have left the network: prune "

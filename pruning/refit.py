@@ -117,7 +117,7 @@ def refit(
         norms: layers of both networks that are refitted, in the order in which they run, with the batch norm behind
             each.  Low-rank ones lose nothing of their ranks; of a depthwise separable one, and where the images are too
             few for the whole, the last convolution is refitted; of a plain one the kernel.
-        importances: what an error of each output of a layer without a norm costs, [out].
+        importances: what an error of each output of a layer without a norm costs, [out]; all the same if unknown.
     """
     batches = [x for x, _ in passes.on(network)]
     x = torch.cat(batches)
@@ -169,7 +169,8 @@ def _sides(
 ) -> tuple[Tensor, nn.Module | None]:
     """The cost of an error of each output, [out], and the norm of the smaller network that takes up the intercept."""
     if norm is None:
-        return importances[name].double(), None
+        *_, last = smaller.get_submodule(name).parameters()
+        return importances.get(name, last.new_ones(len(last))).double(), None
     whole, own = network.get_submodule(norm), smaller.get_submodule(norm)
     own.running_mean.copy_(whole.running_mean)
     own.running_var.copy_(whole.running_var)

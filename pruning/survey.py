@@ -53,8 +53,8 @@ def survey(network: nn.Module, x: Tensor, forward: Forward) -> Survey:
     """
     layers = dict(outermost(network))
     norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm) and m.running_var is not None}
-    alone = {name: reason for name, m in layers.items() if (reason := _unsuited(m))}
-    alone |= {name: "weights are shared" for name in _sharing(layers)}
+    alone = {name: reason for name, m in layers.items() if (reason := unsuited(m))}
+    alone |= {name: "weights are shared" for name in sharing(layers)}
     runs, edges = _run(network, layers, norms, x, forward)
     found = {}
     for name, node in runs.nodes.items():
@@ -90,7 +90,7 @@ def is_pointwise(layer: nn.Module) -> bool:
     return not hasattr(layer, "kernel_size") or tuple(layer.kernel_size) == (1, 1)
 
 
-def _unsuited(layer: nn.Module) -> str | None:
+def unsuited(layer: nn.Module) -> str | None:
     """Why a layer cannot be replaced, in a few words."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     if is_parametrized(layer) or hooked:
@@ -114,7 +114,7 @@ def _unsuited(layer: nn.Module) -> str | None:
     return None
 
 
-def _sharing(layers: dict[str, nn.Module]) -> list[str]:
+def sharing(layers: dict[str, nn.Module]) -> list[str]:
     owners = Counter(id(p) for layer in layers.values() for p in layer.parameters())
     return [name for name, layer in layers.items() if any(owners[id(p)] > 1 for p in layer.parameters())]
 

@@ -7,10 +7,10 @@ import pytest
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-from pruning.choice import choose_forms, smallest
+from pruning.choice import choose_forms, form_costs
 from pruning.combinations import Ways, least_regretted, undominated
 from pruning.forms import TUCKER, Form
-from pruning.goals import Goal, as_budget
+from pruning.goals import Goal, as_budget, least_of
 from utils.errors import UserError
 
 
@@ -143,7 +143,10 @@ def test_undominated_ways_are_those_that_no_other_beats(kinds):
 def test_a_share_goes_of_what_the_objective_counts_and_no_more_than_there_is():
     forms, rises = made_up(0)
     fixed, goal = (100, 50), Goal(prune_ratio=0.4)
-    now, least = used(forms, dict.fromkeys(forms, 0), fixed), smallest(forms, fixed)
+    now, least = (
+        used(forms, dict.fromkeys(forms, 0), fixed),
+        least_of([form_costs(own) for own in forms.values()], fixed),
+    )
     assert as_budget(goal, now, least, "flops") == Goal(flops=0.6 * now[0])
     assert as_budget(goal, now, least, "parameters") == Goal(parameters=0.6 * now[1])
     assert as_budget(Goal(prune_ratio=0.99), now, least, "flops") == Goal(flops=least[0])
@@ -163,7 +166,7 @@ def test_nothing_is_given_away_where_the_network_is_within_the_budget():
 
 def test_a_budget_out_of_reach_is_refused():
     forms, rises = made_up(0)
-    least = smallest(forms, (7, 9))
+    least = least_of([form_costs(own) for own in forms.values()], (7, 9))
     assert least == tuple(
         outside + sum(min(getattr(form, kind) for form in own) for own in forms.values())
         for outside, kind in ((7, "flops"), (9, "parameters"))

@@ -149,7 +149,7 @@ def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(tmp_p
 
     monkeypatch.chdir(tmp_path)
     images = varied_images(16).float() / 255
-    names = {"network": network(), "batches": lambda: [(images, torch.arange(16) % 10)], "resnet56": network}
+    names = {"network": network(), "loader": [(images, torch.arange(16) % 10)], "resnet56": network}
     for snippet in re.findall(r"^```python\n(.*?)^```", OWN_NETWORK.read_text(), re.M | re.S):
         exec(snippet, names)
     assert names["smaller"].report.flops[1] <= 0.5 * names["smaller"].report.flops[0]

@@ -73,6 +73,28 @@ def sentences():
     return [(part, torch.arange(8) % CLASSES) for part in x.split(8)]
 
 
+def test_single_directions_of_any_network():
+    torch.manual_seed(0)
+    network = nn.Sequential(Network(), nn.Identity())
+    network[0].two.padding_mode = "circular"
+    smaller = compress(network, images, flops=0.6, round_to=1, decomposition="truncate", objective="saliency")
+    assert isinstance(smaller[0].one, LowRankConv2d) and not isinstance(smaller[0].two, LowRankConv2d)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decomposition": "bst"}, "decomposition is 'bst', but takes one of best, tucker, depthwise, truncate"),
+        ({"round_to": 0}, "round_to is 0, out of range"),
+        ({"criterion": "c_obs"}, "criterion c_obs removes channels inside the blocks of this program's ResNet"),
+        ({"flop": 0.5}, "unknown key 'flop'"),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, message):
+    with pytest.raises(UserError, match=message):
+        compress(Network(), images, flops=0.5, **settings)
+
+
 @pytest.mark.parametrize("network", [NamesArguments, GradientsOff, AsksForTypes, Words])
 def test_unusual_networks_are_compressed(network):
     torch.manual_seed(0)
@@ -138,3 +160,28 @@ def test_the_weight_of_a_rebuilt_linear_layer():
 def test_torchscript_is_refused():
     with pytest.raises(UserError, match="TorchScript, which hides its layers: give the module before that"):
         compress(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(432, CLASSES))), images, flops=0.5)
+
+
+def test_a_loader_is_passed_over_as_it_is():
+    torch.manual_seed(0)
+    network = Network()
+    found, expected = (compress(network, given, flops=0.6, round_to=4) for given in (images(), images))
+    for (name, mine), theirs in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("batches", "flops", "message"),
+    [
+        (lambda: [{"pixels": torch.zeros(2, 3, 8, 8)}], 0.5, r"batches\(\) gives a dict, where \(inputs, labels\) is"),
+        (lambda: [torch.zeros(2, 3, 8, 8)], 0.5, r"batches\(\) gives a Tensor, where"),
+        ([(torch.zeros(3, 8, 8), 4)], 0.5, r"the labels of a batch are no tensor \[N\] of classes"),
+        ([], 0.5, r"batches\(\) gives nothing: each call has to start a new pass"),
+        (iter(images()), 0.5, r"batches\(\) gives nothing: each call has to start a new pass"),
+        (images, 50, "flops is 50: give a share above 0 and up to 1, such as 0.5"),
+        (images, 0, "flops is 0: give a share above 0"),
+    ],
+)
+def test_bad_batches_and_budgets_are_one_sentence(batches, flops, message):
+    with pytest.raises(UserError, match=message):
+        compress(Network(), batches, flops=flops)
