@@ -73,15 +73,15 @@ cascade() {  # cascade FOLDER
 }
 
 yardstick() {  # yardstick FOLDER SEED
-    local folder=$1 seed=$2 functions=() given target iterations least most rate
+    local folder=$1 seed=$2 functions=() given target iterations least most
     for depth in 20 32 44 56; do
         network="$(basename "$(realpath "$data")")/resnet$depth"
         functions+=("examples/cifar_resnet.py:resnet$depth")
         # The middle of the family halved and not trained further, its ends halved twice and fine-tuned.
-        target=0.25 iterations=2 least=3 most=3 rate=0.005
-        case $depth in 32|44) target=0.5 iterations=1 least=0 most=0 ;; 56) least=0 most=5 rate=0.01 ;; esac
+        target=0.25 iterations=2 least=2 most=12
+        case $depth in 32|44) target=0.5 iterations=1 least=0 most=0 ;; 56) least=0 most=5 ;; esac
         given=("network=${functions[-1]}" 'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0
-            max_accuracy_drop=0.3 "lr=$rate" fisher_images=2000 "seed=$seed")
+            max_accuracy_drop=0.3 lr=0.01 fisher_images=2000 "seed=$seed")
         prune "$folder" "${given[@]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
             "target_flops=$target" "max_iter=$iterations" "epochs_start=$least" "epochs_end=$most"
     done
