@@ -90,6 +90,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     record = args.out / "study.json"
     if args.seeds:
+        lacking = [folder for folder in args.seeds if not (folder / "study.json").exists()]
+        if lacking or len(args.seeds) < 2:
+            raise UserError(
+                f"--seeds takes two folders with a study.json or more: {[*map(str, lacking or args.seeds)]}"
+            )
         found = [json.loads((folder / "study.json").read_text()) for folder in args.seeds]
         (args.out / "seeds.json").write_text(json.dumps([accuracies(one) for one in found], indent=1))
         print("\n".join(seeds_table([accuracies(one) for one in found])))

@@ -70,12 +70,11 @@ class Passes:
         if batch is None:
             raise UserError("batches() gives nothing: each call has to start a new pass, over some thousand images")
 
-    def probe(self, network: nn.Module) -> tuple[Tensor, Forward]:
-        """Inputs and a forward pass to see how the network is used: two images, or a batch where a loss is given.
+    def probe(self, x: Tensor, given: Any) -> tuple[Tensor, Forward]:
+        """Inputs and a forward pass to see how the network is used: two images, or the batch where a loss is given.
 
         The loss may leave out some outputs, such as that of an auxiliary head.
         """
-        x, given = next(self.on(network))
         if self.loss_fn is None:
             return x[:2] if len(x) else x.new_zeros(2, *x.shape[1:]), self.forward
         return x, lambda net, inputs: self.loss_fn(self.forward(net, inputs), given)

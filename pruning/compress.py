@@ -70,9 +70,9 @@ def compress(
     forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
     passes = method.passes(batches, draws, forward, loss_fn)
     passes = passes if say is None else replace(passes, say=say)
-    x, _ = next(passes.on(network))
+    x, labels = next(passes.on(network))
     cost = cost_on(network, x[:1], forward)
-    least = least_of(*_reachable(network, survey(network, *passes.probe(network)), cost, method))
+    least = least_of(*_reachable(network, survey(network, *passes.probe(x, labels)), cost, method))
     limits = [
         None if budget is None else max(budget * whole if budget <= 1 else budget, few)
         for budget, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
@@ -94,7 +94,8 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     Raises:
         UserError: if the budget cannot be reached, or the criterion does not suit the network.
     """
-    found = survey(network, *passes.probe(network))
+    x, labels = next(passes.on(network))
+    found = survey(network, *passes.probe(x, labels))
     if method.forms_compete:
         pruned = prune_to_forms(network, found, passes, cost, goal, method)
     else:
@@ -103,7 +104,6 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     if method.refit and not pruned.nothing_changed:
         names = rebuilt_layers(network, pruned.network, found.names)
         with passes.phase(f"refit of {len(names)} layers"):
-            x, _ = next(passes.on(network))
             few = passes.first(min(IMAGES, BATCHES * max(1, len(x))))
             refit(network, pruned.network, {name: found.norms[name] for name in names}, pruned.importances, few)
     return pruned
