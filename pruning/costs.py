@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from pruning.layers import ConvWeights
+from utils.flops import LayerCost, NetworkCost
+
 Count = Any  # an int, or an integer array that broadcasts
 
 
@@ -30,6 +33,24 @@ class LayerShape:
         core = r * self.taps if self.depthwise else c * r * self.taps
         flops = 2 * (before * self.positions[0] + (core + behind) * self.positions[1])
         return flops, before + core + behind
+
+
+def counted_layer(cost: NetworkCost, name: str) -> LayerCost:
+    """The cost of a layer, or of the core of one that was rebuilt."""
+    return cost.layers.get(name) or cost.layers[f"{name}.core"]
+
+
+def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:
+    """The sizes of a layer; a core has the input and output resolution of its whole layer."""
+    counted = counted_layer(cost, name)
+    return LayerShape(
+        (weights.in_channels, weights.out_channels),
+        (weights.core.shape[0] if weights.depthwise else weights.core.shape[1], weights.core.shape[0]),
+        (weights.rotate_in is not None, weights.rotate_out is not None),
+        weights.core[0, 0].numel(),
+        (counted.positions_in, counted.positions_out),
+        weights.depthwise,
+    )
 
 
 def cheapest_ranks(shape: LayerShape, c: Count, r: Count) -> tuple[np.ndarray, np.ndarray]:

@@ -59,29 +59,7 @@ def gradient_squares(
     return {name: parallel.all_reduced(total).double() / images for name, total in sums.items()}
 
 
-@dataclass(frozen=True)
-class Saliency:
-    """Predicted rise of the loss, in nats, when entries or whole directions of one rotated layer are zeroed."""
-
-    entries: Tensor  # [out, in, kh, kw]
-
-    @property
-    def pairs(self) -> Tensor:
-        """[in, out]: of each pair of an input and an output direction."""
-        return self.entries.sum(dim=(2, 3)).t()
-
-    @property
-    def rows(self) -> Tensor:
-        """[out]: of removing each output direction."""
-        return self.entries.sum(dim=(1, 2, 3))
-
-    @property
-    def columns(self) -> Tensor:
-        """[in]: of removing each input direction."""
-        return self.entries.sum(dim=(0, 2, 3))
-
-
-def eigendamage(rotated: Tensor, curvature: Tensor, regularization: float) -> Saliency:
+def eigendamage(rotated: Tensor, curvature: Tensor, regularization: float) -> Tensor:
     """1/2 (s_ijt + regularization) W'_ijt^2 for every entry of the rotated weight.
 
     Given the part of a weight that surgery takes away instead of the weight, the sum of the entries is the predicted
@@ -93,7 +71,7 @@ def eigendamage(rotated: Tensor, curvature: Tensor, regularization: float) -> Sa
         curvature: s, the same shape.
         regularization: curvature that is added to every direction.
     """
-    return Saliency(0.5 * (curvature + regularization) * rotated.square())
+    return 0.5 * (curvature + regularization) * rotated.square()
 
 
 def share(values: Tensor) -> Tensor:

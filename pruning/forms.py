@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,15 +63,9 @@ def possible_forms(
         most = inputs * outputs * shape.taps // (inputs + outputs + shape.taps)
         most = min(most, max(MOST_TERMS, inputs, outputs))
         for k in levels(most, least[0], step_of(most, round_to)):
-            flops, parameters = _separable_cost(shape, k)
+            flops, parameters = replace(shape, ranks=(k, k), rotated=(True, True), depthwise=True).cost(k, k)
             found.append(Form(DEPTHWISE, (k, k), flops, parameters + bias))
     return [now, *(form for form in found[1:] if form.flops < now.flops and form.parameters <= now.parameters)]
-
-
-def _separable_cost(shape: LayerShape, terms: int) -> tuple[int, int]:
-    before, behind = shape.channels[0] * terms, shape.channels[1] * terms
-    core = terms * shape.taps
-    return 2 * (before * shape.positions[0] + (core + behind) * shape.positions[1]), before + core + behind
 
 
 def levels(most: int, least: int, step: int) -> list[int]:

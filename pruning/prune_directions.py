@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
-from pruning.costs import LayerShape, cheapest_cost, cheapest_ranks
+from pruning.costs import cheapest_cost, cheapest_ranks, layer_shape
 from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate, share
 from pruning.factors import collect_factors
 from pruning.goals import Goal
-from pruning.layers import ConvWeights, composed, prunable_layers, read_weights
+from pruning.layers import composed, prunable_layers, read_weights
 from pruning.prediction import predicted_rise
 from pruning.selection import Group, counts_kept, select
 from pruning.settings import Method
@@ -31,7 +31,8 @@ def prune_directions(network: nn.Module, passes: Passes, cost: NetworkCost, goal
     saliencies = {}
     for name in layers:
         saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name], method.regularization)
-        saliencies[name] = share(saliency.pairs) if method.normalize else saliency.pairs
+        pairs = saliency.sum(dim=(2, 3)).t()  # of an input and an output direction
+        saliencies[name] = share(pairs) if method.normalize else pairs
     groups, fixed = direction_groups(network, cost, method, saliencies)
     kept = select(groups, goal, fixed, method.objective)
 
@@ -89,16 +90,3 @@ def direction_groups(
         now = shape.cost(*shape.ranks)
         flops, parameters = flops - now[0], parameters - now[1]
     return groups, (flops, parameters)
-
-
-def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:
-    """The sizes of a layer; a core has the input and output resolution of its whole layer."""
-    counted = cost.layers.get(name) or cost.layers[f"{name}.core"]
-    return LayerShape(
-        (weights.in_channels, weights.out_channels),
-        (weights.core.shape[0] if weights.depthwise else weights.core.shape[1], weights.core.shape[0]),
-        (weights.rotate_in is not None, weights.rotate_out is not None),
-        weights.core[0, 0].numel(),
-        (counted.positions_in, counted.positions_out),
-        weights.depthwise,
-    )

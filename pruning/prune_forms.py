@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
 from pruning.choice import choose_forms
-from pruning.costs import LayerShape
+from pruning.costs import LayerShape, counted_layer, layer_shape
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors, collect_factors
 from pruning.forms import KINDS, UNCHANGED, Form, Kernel, build, possible_forms, trials
@@ -26,7 +26,7 @@ from pruning.settings import Method
 from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS, rebuild
 from pruning.survey import Survey, is_pointwise
 from utils import parallel
-from utils.flops import LayerCost, NetworkCost
+from utils.flops import NetworkCost
 
 IMAGES = 1000  # that the rise of the loss is predicted on
 ENTRIES = 2**24  # of kernels and their changes that may be held in memory for prediction, for any network
@@ -96,14 +96,10 @@ def layer_forms(
     for name, norm in found.norms.items():
         layer = network.get_submodule(name)
         weights = weights_of(layer)
-        counted = _counted(cost, name)
-        channels, positions = (weights.in_channels, weights.out_channels), (counted.positions_in, counted.positions_out)
-        taps, core = weights.core[0, 0].numel(), weights.core.shape[0]
-        plain = LayerShape(channels, channels, (False, False), taps, positions)
-        ranks = (core if weights.depthwise else weights.core.shape[1], core)
-        rotated = (weights.rotate_in is not None, weights.rotate_out is not None)
-        present = LayerShape(channels, ranks, rotated, taps, positions, weights.depthwise)
-        now = Form(UNCHANGED, ranks, *present.cost(*ranks))
+        present = layer_shape(weights, cost, name)
+        channels = present.channels
+        plain = LayerShape(channels, channels, (False, False), present.taps, present.positions)
+        now = Form(UNCHANGED, present.ranks, *present.cost(*present.ranks))
         least = tuple(least_kept(side, method.prune_ratio_limit) for side in channels)
         kinds = KINDS[method.decomposition]
         if is_pointwise(layer):
@@ -112,11 +108,6 @@ def layer_forms(
         forms[name] = possible_forms(now, plain, least, kinds, method.round_to, bias)
         flops, parameters = flops - now.flops, parameters - now.parameters
     return forms, (flops, parameters)
-
-
-def _counted(cost: NetworkCost, name: str) -> LayerCost:
-    """The cost of a layer, or of the core of one that was rebuilt."""
-    return cost.layers.get(name) or cost.layers[f"{name}.core"]
 
 
 def _kernel(layer: nn.Module, factors: Factors) -> Kernel:
@@ -136,7 +127,7 @@ def _entries(layers: Mapping[str, nn.Module], cost: NetworkCost, batches: Iterat
     """As many entries as the inputs and outputs of these layers have for a batch, which a training step holds, too."""
     features = 0
     for name, layer in layers.items():
-        weights, counted = weights_of(layer), _counted(cost, name)
+        weights, counted = weights_of(layer), counted_layer(cost, name)
         features += weights.in_channels * counted.positions_in + weights.out_channels * counted.positions_out
     return max(ENTRIES, features * len(next(batches)[0]))
 
