@@ -19,6 +19,7 @@ from deploy.graphs import IMAGES, LOGITS, OPSET
 from deploy.session import TOLERANCE, open_session, run_session
 from utils.data.augment import Normalisation
 from utils.errors import UserError
+from utils.modes import evaluation_mode
 
 TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 3)  # differs from the tracing run, so that a graph with a fixed batch size is detected
@@ -42,7 +43,7 @@ def general_model(
     whole = _Normalised(network, normalisation)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (sum(CHECKED_BATCHES), 3, height, width), generator=generator, dtype=torch.uint8)
-    with torch.no_grad(), _evaluated(whole):
+    with torch.no_grad(), evaluation_mode(whole), _attention_in_plain_operators():
         try:
             expected = whole(pixels)
         except Exception as error:
@@ -122,18 +123,13 @@ def _translated(network: nn.Module, pixels: Tensor) -> onnx.ModelProto:
 
 
 @contextmanager
-def _evaluated(network: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, attention in plain operators; afterwards as before."""
-    modes = [(module, module.training) for module in network.modules()]
+def _attention_in_plain_operators() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    network.eval()
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes:
-            module.training = training
 
 
 def _reason(error: Exception) -> str:
