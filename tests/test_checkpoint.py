@@ -72,8 +72,10 @@ def test_everything_else_comes_back_too(written: tuple[Path, Checkpoint]):
     path, before = written
     after = load_checkpoint(path)
     for field in fields(Checkpoint):
-        if field.name not in ("weights", "training"):
+        if field.name not in ("weights", "training", "data"):
             assert getattr(after, field.name) == getattr(before, field.name), field.name
+    assert torch.equal(after.data.pop("set_aside"), before.data["set_aside"])
+    assert after.data == {key: value for key, value in before.data.items() if key != "set_aside"}
     assert after.normaliser() == Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6))
     momentum, expected = (c.training["optimiser"]["state"] for c in (after, before))
     assert momentum.keys() == expected.keys() and len(momentum) > 10
@@ -121,7 +123,7 @@ def test_a_signal_in_the_middle_of_writing_stays_what_it_is(written, monkeypatch
                 raise raised("by a signal")
             return super().write(content)
 
-    monkeypatch.setattr(os, "fdopen", Interrupted)
+    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, mode))
     with pytest.raises(raised, match="by a signal"):
         atomic_save(path, {"a": torch.zeros(10), "b": torch.zeros(5)})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]

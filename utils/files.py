@@ -1,15 +1,11 @@
 """Files that are written whole or not at all."""
 
-import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-
-TEMPORARY = ".tmp"
 
 
 @contextmanager
@@ -19,37 +15,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: if it cannot be written; what stood at ``path`` is left as it was.
     """
-    descriptor, temporary = _temporary_beside(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed writer leaves, the next one overwrites
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(descriptor)
-            with suppress(OSError):  # file systems without permissions refuse it
-                os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
+            os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _temporary_beside(path: Path) -> tuple[int, str]:
-    """A new file, locked while it is open, so that ``remove_leftovers`` sees whether its writer is alive."""
-    while True:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:  # else it was taken for a leftover before it was locked
-            return descriptor, name
-        os.close(descriptor)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed; those that are being written stay."""
-    for path in folder.glob(f".*{TEMPORARY}"):
-        with suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
 
 
 def append(path: Path, content: bytes) -> None:

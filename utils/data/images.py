@@ -9,7 +9,6 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -72,19 +71,6 @@ class ImageSet:
         return FetchedSet(HostPixels(self.pixels), torch.arange(len(self)), self.labels, device)
 
 
-class Source(Protocol):
-    """The origin of the pixels of a ``FetchedSet``."""
-
-    @property
-    def workers(self) -> int: ...
-
-    @property
-    def place(self) -> str: ...
-
-    def start(self, pool: Executor, members: Tensor) -> Callable[[], Tensor]:
-        """Begin to fetch the images of these indices; returns a function that waits for them, uint8 [n, 3, H, W]."""
-
-
 @dataclass(frozen=True)
 class HostPixels:
     """Images in main memory, where they do not fit into that of the GPU."""
@@ -125,7 +111,7 @@ class FetchedSet:
     They are copied to a GPU from pinned memory, so that it does not wait.
     """
 
-    source: Source
+    source: HostPixels | ImageFiles
     members: Tensor  # int64 [N], indices into the source
     labels: Tensor  # int64 [N] on the CPU
     device: torch.device

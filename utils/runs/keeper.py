@@ -2,31 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
-
-from torch import Tensor
-from torch.optim import Optimizer
+from typing import Any
 
 from models import ResNet
 from utils.errors import UserError
 from utils.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.run import BEST, LAST, Run
-
-
-def _check_shapes(optimiser: Optimizer) -> None:
-    """Refuse a state of other weights, which would end the first step in a traceback."""
-    for parameter, state in optimiser.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"{name} is {list(value.shape)} for a weight {list(parameter.shape)}")
-
-
-class Stateful(Protocol):
-    """What can be saved and restored, as PyTorch's optimisers can."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -50,7 +31,8 @@ class Keeper:
     Args:
         described: the run's checkpoint without weights, metrics and progress.
         network: its weights are saved.
-        stateful: what else a resumed run needs, by name: optimisers, random numbers.
+        stateful: what else a resumed run needs, by name: optimisers, random numbers; each has ``state_dict`` and
+            ``load_state_dict``.
         best_name: file of the best network.
     """
 
@@ -60,7 +42,7 @@ class Keeper:
         described: Checkpoint,
         network: ResNet,
         progress: Progress,
-        stateful: Mapping[str, Stateful],
+        stateful: Mapping[str, Any],
         best_name: str = BEST,
     ):
         self.described, self.network, self.progress, self.stateful = described, network, progress, dict(stateful)
@@ -91,8 +73,6 @@ class Keeper:
             self.progress.load_state_dict(last.progress)
             for name, item in self.stateful.items():
                 item.load_state_dict(last.training[name])
-                if isinstance(item, Optimizer):
-                    _check_shapes(item)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(
                 f"{self._last_path} cannot be resumed ({type(error).__name__}: {error}): it was saved by another "

@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,13 @@ from tqdm import tqdm
 from models import is_own
 from utils import parallel
 from utils.errors import UserError
-from utils.files import append, atomic_write, remove_leftovers, write_json
+from utils.files import append, atomic_write, write_json
 from utils.runs.checkpoint import Checkpoint, load_checkpoint
 from utils.runs.tensorboard import Charts, TensorBoard
 from utils.settings import NOT_COMPARED, as_dictionary, defaults
 
-LAST, BEST, LOCK, METRICS, ARGUMENTS = "last.pt", "best.pt", ".lock", "metrics.jsonl", "arguments.json"
+LAST, BEST, LOCK, METRICS = "last.pt", "best.pt", ".lock", "metrics.jsonl"
+ARGUMENTS, LOG = "arguments.json", "log.txt"
 FINISHED = "results.png"  # what a run writes at its very end
 STARTED = "started"  # beside the settings in arguments.json: when, an absolute time
 
@@ -54,17 +54,13 @@ class Run:
     """
 
     def __init__(self, path: Path, purge_after: int | None = None):
-        self.path, self._log, self._handlers, self._board = path, None, [], None
-        self._lock, self._warned = None, set()
+        self.path, self._board, self._lock, self._warned = path, None, None, set()
         if not parallel.is_main_process():
             return
         self._lock = _reserved(path)
         try:
-            for folder in (path, *(other for other in path.parent.glob("*") if not (other / LAST).exists())):
-                remove_leftovers(folder)  # a run that was killed before its first checkpoint is never opened again
             if purge_after is not None:
                 _trim(path / METRICS, purge_after)
-            self._handlers = [_LogFile(path / "log.txt"), _AboveTheBar()]
             self._board = TensorBoard(path, purge_after)
         except OSError as error:
             self.close()
@@ -72,11 +68,6 @@ class Run:
                 f"run folder {path} cannot be written ({error}): free disk space, fix permissions or choose another "
                 f"--result_dir"
             ) from error
-        self._log = logging.getLogger(f"run.{path}")
-        self._log.setLevel(logging.INFO)
-        self._log.propagate = False
-        for handler in self._handlers:
-            self._log.addHandler(handler)
 
     @classmethod
     def new(cls, parent: Path, arguments: Mapping[str, Any], charts: Charts, name: str = "") -> "Run":
@@ -101,8 +92,12 @@ class Run:
 
     def say(self, message: str) -> None:
         """Print a line and keep it in ``log.txt``."""
-        if self._log is not None:
-            self._log.info(message)
+        if self._board is None:
+            return
+        tqdm.write(message, file=sys.stdout)  # above a progress bar
+        sys.stdout.flush()
+        with self.going_on_without(LOG):
+            append(self.path / LOG, f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n".encode())
 
     def record(self, step: int, values: Mapping[str, float], **notes: Any) -> None:
         """Append one line to ``metrics.jsonl``; ``values`` go to TensorBoard too, under their names."""
@@ -151,10 +146,6 @@ class Run:
                 self.say(f"{what} in {self.path} cannot be written ({error.strerror or error}): continuing without it")
 
     def close(self) -> None:
-        for handler in self._handlers:
-            if self._log is not None:
-                self._log.removeHandler(handler)
-            handler.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -301,27 +292,3 @@ def _trim(metrics: Path, step: int) -> None:
         kept = [line for line, content in _lines(metrics) if content["step"] <= step]
         with atomic_write(metrics) as file:
             file.write("".join(kept).encode())
-
-
-class _LogFile(logging.FileHandler):
-    """``log.txt``; if it cannot be written, as on a full disk, the run continues without it."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self._warned = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self._warned:
-            self._warned = True
-            print(
-                f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}): continuing without it", file=sys.stderr
-            )
-
-
-class _AboveTheBar(logging.Handler):
-    """Prints to standard output without breaking a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
