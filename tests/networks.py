@@ -26,6 +26,7 @@ RANKS = {
     "blocks.2.shortcut.0": (8, 8),
 }
 DEPTHWISE = ["blocks.2.conv2"]
+IDENTITY = {"set_aside": torch.arange(5), "train": "3f", "val": "a0", "test": "77"}
 STAGES = ("sp", "pruned", "rl_pruned")
 NORMALISATION = Normalisation((0.49, 0.48, 0.44), (0.2, 0.25, 0.3))
 
@@ -94,7 +95,7 @@ def checkpoint_of(network: nn.Module, stage: str = "rl_pruned", size: int = 16, 
         "seed": 0,
         "normalisation": describe(NORMALISATION),
         "classes": list(string.ascii_lowercase[: network.architecture.get("num_classes")]),
-        "data": {"name": "shapes", "image_size": size, "flip": True, "val_fraction": 0.1, "split_seed": 0},
+        "data": {"name": "shapes", "image_size": size, "flip": True, "val_fraction": 0.1, "split_seed": 0, **IDENTITY},
         "metrics": {"accuracy": 0.5, "computation": 0.5},
         "original": {"accuracy": 0.5, "parameters": 1, "flops": 1},
     }

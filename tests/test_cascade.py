@@ -22,7 +22,7 @@ from models import Cascade, all_on, build_network
 from models.cascade import Member
 from utils.data.augment import Normalisation
 from utils.errors import UserError
-from utils.runs.checkpoint import load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import load_checkpoint, load_network, save_checkpoint
 
 IMAGES, CLASSES = 24, 4
 
@@ -263,9 +263,10 @@ def test_what_users_get_wrong(copied, shapes, tmp_path):
     "change, message",
     [
         ({"thresholds": [0.5, 0.6]}, "2 networks and 2 thresholds"),
-        ({"thresholds": [1.5]}, "architecture.thresholds is"),
+        ({"thresholds": [1.5]}, "thresholds are .1.5.: they take numbers from 0 to 1"),
+        ({"thresholds": ["half"]}, "the checkpoint's network cannot be made"),
         ({"answer": "first"}, "answer 'first' is unknown"),
-        ({"members": []}, "members must have the same number of classes"),
+        ({"members": []}, "classes has 4 different names"),
     ],
 )
 def test_a_cascade_edited_by_hand(change: dict, message: str, tmp_path: Path):
@@ -273,4 +274,4 @@ def test_a_cascade_edited_by_hand(change: dict, message: str, tmp_path: Path):
     architecture, classes = {**network.architecture, **change}, [str(i) for i in range(CLASSES)]
     path = checkpoint_file(tmp_path / "best.pt", network, "cascade", architecture=architecture, classes=classes)
     with pytest.raises(UserError, match=message):
-        load_checkpoint(path)
+        load_network(path)

@@ -130,14 +130,6 @@ def test_checkpoint_says_what_is_fixed(tmp_path):
     assert loaded.architecture["ranks"].keys() == RANKS.keys(), "what the residual was is still told"
     images = NORMALISATION.apply(varied_images(8))
     assert torch.equal(outputs(loaded.network(), images).logits, outputs(network, images).logits)
-    for fixed in ({}, {0: 0}):  # as earlier versions called it, and the earliest not at all
-        older = with_fixed_switches(lively_network("rl_pruned", "rnn"), fixed)
-        path = checkpoint_file(tmp_path / "older.pt", older)
-        content = torch.load(path, weights_only=True)
-        earlier = content["architecture"].pop("fixed_switches")
-        content["architecture"] |= {"settled": earlier} if earlier else {}
-        torch.save(content, path)
-        assert load_checkpoint(path).network().fixed_switches == fixed
 
 
 @pytest.mark.parametrize("fixed", [{"blocks.0": 0}, {"blocks.9": 0}, {"blocks.1": 2}, {"stem": 1}])

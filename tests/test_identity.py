@@ -13,8 +13,6 @@ from utils.data.identity import digest, fingerprints, first_copies, stratified_s
 from utils.data.images import ImageSet
 from utils.errors import UserError
 
-OLD = {"val_fraction": 0.25, "split_seed": 3}  # what older checkpoints know
-
 
 def numbered(values: list[int], labels: list[int] | None = None) -> ImageSet:
     """Images that are told apart by the value of all their pixels."""
@@ -53,23 +51,16 @@ def test_first_copies():
     assert digest(torch.tensor([5, 7, 5])) == digest(torch.tensor([7, 5, 5])) != digest(torch.tensor([5, 7]))
 
 
-def test_without_copies_the_split_is_that_of_older_versions():
+def test_without_copies_the_split_is_stratified_over_all_images():
     data = data_of(TRAIN, TEST)
     kept, aside = stratified_split(data.train.labels, 0.25, 3)
-    for splits in (split_data(data, 0.25, 3), split_as_before(data, OLD)):
-        assert torch.equal(splits.train.pixels, data.train[kept].pixels)
-        assert torch.equal(splits.val.pixels, data.train[aside].pixels)
-
-
-def test_an_older_checkpoint_is_taken_and_says_that_it_cannot_be_checked():
-    splits = split_as_before(data_of(TRAIN, TEST), OLD)
-    assert len(splits.notes) == 1 and "cannot be checked" in splits.notes[0]
-    expected = first_split()[0].identity
-    assert torch.equal(splits.identity.pop("set_aside"), expected.pop("set_aside")) and splits.identity == expected
+    splits = split_data(data, 0.25, 3)
+    assert torch.equal(splits.train.pixels, data.train[kept].pixels)
+    assert torch.equal(splits.val.pixels, data.train[aside].pixels)
 
 
 def test_what_was_set_aside_stays_so_whatever_the_order_and_whatever_is_new():
-    """A split by position and seed, as older versions made it again in every stage, trains on some of them."""
+    """A split by position and seed would train on some of them."""
     splits, aside = first_split()
     for train in (TRAIN[::-1], [*range(50, 90), *TRAIN], [*TRAIN[:20], 60, *TRAIN[20:]]):
         later = split_as_before(data_of(train, TEST), splits.identity)

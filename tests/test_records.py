@@ -1,4 +1,4 @@
-"""The results of runs that end at the same moment, of older versions, of damaged files and of folders without locks."""
+"""The results of runs that end at the same moment, of damaged files and of folders without locks."""
 
 import errno
 import json
@@ -26,7 +26,8 @@ def record(stage: str, name: str, source: str | None = None, **changed: object) 
         "method": records.METHODS[stage], "stage": stage, "dataset": "shapes", "network": "resnet", "depth": 8,
         "width": 8, "accuracy": 0.9, "gflops": 0.1, "compression": 0.5, "parameters": 10, "computation": 0.5,
         "checkpoint": f"{stage}/shapes/resnet8/{name}/best.pt", "source": source, "selected_on": "validation",
-        "points": [], **changed,
+        "points": [], "within_budget": True, "latency_ms": None, "throughput": None,
+        "accuracy_every_block": changed.get("accuracy", 0.9), **changed,
     }  # fmt: skip
 
 
@@ -76,12 +77,10 @@ def test_runs_that_end_at_the_same_moment_lose_nothing(tmp_path):
 
 
 def test_speeds_go_into_the_records_of_the_chain(tmp_path):
-    """Of a predecessor that has a record, of one that only results.json has, and of none that is no predecessor."""
-    start = record("sp", "20240101-000000")
-    folder_of(tmp_path, start)
+    """Of its predecessors only."""
+    start = saved(tmp_path, record("sp", "20240101-000000"))
     pruned = saved(tmp_path, record("pruned", "20240102-000000", start["checkpoint"], latency_ms=7.0))
     other = saved(tmp_path, record("sp", "20240103-000000", latency_ms=8.0))
-    (tmp_path / "results.json").write_text(json.dumps([start]))
     run = finished_run(tmp_path, RUN_NAMES[0])
     best = load_checkpoint(run.path / BEST)
     best.source = pruned["checkpoint"]
@@ -94,18 +93,6 @@ def test_speeds_go_into_the_records_of_the_chain(tmp_path):
     files = [folder_of(tmp_path, r) / "record.json" for r in (start, pruned, other, own)]
     latencies = [json.loads(file.read_text())["latency_ms"] for file in files]
     assert latencies == [3.0, None, 8.0, 5.0], "no speed of another measurement stands beside those of this one"
-
-
-def test_records_of_older_versions_stay(tmp_path):
-    """They stand in results.json only; a run's own file counts where there is one."""
-    gone, kept = record("sp", "20240101-000000", accuracy=0.1), record("sp", "20240102-000000", accuracy=0.2)
-    folder_of(tmp_path, kept)
-    newer = saved(tmp_path, record("sp", "20240103-000000", accuracy=0.3))
-    (tmp_path / "results.json").write_text(json.dumps([kept, gone, newer | {"accuracy": 0.9}]))
-    assert records.read_records(tmp_path) == [gone, kept, newer]
-    own = reported(tmp_path, finished_run(tmp_path, RUN_NAMES[0]), lambda files, pixels: {})
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert content == [gone, kept, newer, own] and records.read_records(tmp_path) == content
 
 
 def test_the_oldest_run_comes_first(tmp_path):
@@ -196,13 +183,11 @@ def test_a_table_shows_the_speeds_that_were_measured_together():
     assert latencies == ["3.00 ms", "1.50 ms", "2.00 ms", "1.00 ms"]
 
 
-def test_the_picture_says_which_images_the_iterations_were_measured_on():
-    points = [{"iteration": 1, "gflops": 0.05, "accuracy": 0.8, "measured_on": "validation"}]
-    for measured_on, expected in (("validation", "iterations, on the validation images"), (None, "on the test images")):
-        older = [{key: p[key] for key in p if key != "measured_on"} for p in points]
-        made = record("pruned", "1", points=points if measured_on else older)
-        (axis,) = results.results_picture([made]).axes
-        assert any(expected in text.get_text() for text in axis.get_legend().get_texts())
+@pytest.mark.parametrize("images", ["validation", "test"])
+def test_the_picture_says_which_images_the_iterations_were_measured_on(images):
+    points = [{"iteration": 1, "gflops": 0.05, "accuracy": 0.8, "measured_on": images}]
+    (axis,) = results.results_picture([record("pruned", "1", points=points)]).axes
+    assert any(f"iterations, on the {images} images" in text.get_text() for text in axis.get_legend().get_texts())
 
 
 def test_another_process_waits_and_a_dead_one_lets_go(tmp_path, monkeypatch):

@@ -69,10 +69,6 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     Raises:
         UserError: if this is other data, or if fewer than two images are left to train on.
     """
-    if "set_aside" not in known:  # of an older version, which split by position
-        everything = torch.ones(len(data.train), dtype=torch.bool)
-        splits = _drawn(data, known["val_fraction"], known["split_seed"], everything)
-        return replace(splits, notes=("the checkpoint is of an older version: its images cannot be checked",))
     if why := other_data(data, known):
         raise UserError(why)
     splits, notes = _splits(data, known["set_aside"]), []
@@ -99,8 +95,6 @@ def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
     Args:
         known: the data's entry in the checkpoint.
     """
-    if "set_aside" not in known:
-        return ""
     if digest(data.fingerprints["test"]) != known["test"]:
         return (
             f"the test images of data {data.name} are not those that the checkpoint's run had (other files, or decoded "
@@ -117,9 +111,7 @@ def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
 
 def same_validation(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two checkpoints have set the same images aside, by their entries on the data."""
-    if "set_aside" in one and "set_aside" in other:
-        return torch.equal(one["set_aside"], other["set_aside"])
-    return all(one[key] == other[key] for key in ("val_fraction", "split_seed"))
+    return torch.equal(one["set_aside"], other["set_aside"])
 
 
 def _missing(data: DataSet, set_aside: Tensor) -> int:

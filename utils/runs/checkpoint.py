@@ -34,8 +34,8 @@ class Checkpoint:
     weights: dict[str, Tensor]
     normalisation: dict[str, list[float]]  # mean and std of the training images
     classes: list[str]
-    # name, image_size, flip, val_fraction, split_seed, and ``utils.data.batches.Splits.identity``, which older versions
-    # did not keep: later stages must set aside the same images
+    # name, image_size, flip, val_fraction, split_seed, and ``utils.data.batches.Splits.identity``: later stages set the
+    # same images aside
     data: dict[str, Any]
     metrics: dict[str, float]  # measured on the images that choices look at
     original: dict[str, float]  # parameters, flops and accuracy of stage 1's network
@@ -48,13 +48,15 @@ class Checkpoint:
         """The network with its weights, in evaluation mode, on the CPU.
 
         Raises:
-            UserError: if the function of a network of one's own was not allowed, or makes another network.
+            UserError: if the function of a network of one's own was not allowed, or if the weights do not fit the
+                architecture.
         """
         try:
             network = build_network(**self.architecture)
             network.load_state_dict(self.weights)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"the checkpoint's network cannot be made: {' '.join(str(error).split())[:300]}") from error
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"the checkpoint's network cannot be made ({reason}): use another one") from error
         return network.eval()
 
     def compression(self, cost: NetworkCost) -> float:
@@ -123,8 +125,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if unknown := content.keys() - kinds:
         names = ", ".join(map(str, unknown))
         raise UserError(f"checkpoint {path} was written by a newer version of this program ({names}): update this one")
-    if "settled" in content["architecture"]:  # as earlier versions called it
-        content["architecture"]["fixed_switches"] = content["architecture"].pop("settled")
     checkpoint = Checkpoint(**content)
     try:
         check_contents(vars(checkpoint))

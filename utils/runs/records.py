@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from utils.errors import UserError
-from utils.files import remove_leftovers, write_json
+from utils.files import write_json
 from utils.runs.run import age
 
 METHODS = {
@@ -29,39 +29,28 @@ NOT_MEASURED = {"latency_ms": None, "throughput": None}
 Record = dict[str, Any]
 NEEDED = {  # to be shown in the table and the picture
     "stage", "method", "dataset", "network", "depth", "width", "accuracy", "gflops", "compression", "parameters",
-    "computation", "checkpoint", "source", "selected_on", "points",
+    "computation", "checkpoint", "source", "selected_on", "points", "accuracy_every_block", "within_budget",
 }  # fmt: skip
 
 
 def read_records(result_dir: Path) -> list[Record]:
     """Every record below ``result_dir``, oldest run first.
 
-    If a run's folder has no record, the one in ``results.json`` counts: older versions wrote no other.
-
     Raises:
         UserError: if a file cannot be read.
     """
-    records = {}
-    earlier = result_dir / RESULTS
-    if earlier.exists():
-        records = {r["checkpoint"]: r for r in _content(earlier, list, "the next stage that ends makes a new one")}
-    for stage in METHODS:
-        for path in result_dir.glob(f"{stage}/*/*/*/{RECORD}"):  # data set, network, run
-            (record,) = _content(path, dict, "its stage with the same settings and --resume makes a new one")
-            records[record["checkpoint"]] = record
-    return sorted(records.values(), key=lambda record: _age(result_dir, record))
+    paths = [path for stage in METHODS for path in result_dir.glob(f"{stage}/*/*/*/{RECORD}")]  # data set, network, run
+    return sorted(map(_content, paths), key=lambda record: _age(result_dir, record))
 
 
 def save_records(result_dir: Path, records: list[Record]) -> None:
-    """Write each record into the folder of its run; one whose folder is gone stays in ``results.json`` only.
+    """Write each record into the folder of its run.
 
     Raises:
         UserError: if one cannot be written.
     """
     for record in records:
         folder = (result_dir / record["checkpoint"]).parent
-        if not folder.is_dir():
-            continue
         try:
             write_json(folder / RECORD, record)
         except OSError as error:
@@ -83,7 +72,6 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # running out of patience is an OSError, too
         say(f"{result_dir} cannot be locked ({error}): when runs end together, results.md may lack one for a while")
-    remove_leftovers(result_dir)
     try:
         yield
     finally:
@@ -119,19 +107,17 @@ def timed_together(chain: list[Record]) -> list[Record]:
     return chain if together is None else [r | together.get(r["checkpoint"], NOT_MEASURED) for r in chain]
 
 
-def _content(path: Path, kind: type, cure: str) -> list[Record]:
-    """The records of a file that holds a list of them, or one."""
+def _content(path: Path) -> Record:
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, kind):
-            raise ValueError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
-        records = content if kind is list else [content]
-        for record in records:
-            if not isinstance(record, dict) or not record.keys() >= NEEDED or record["stage"] not in list(METHODS):
-                raise ValueError("it is no record of a run" if kind is dict else "it is no list of records of runs")
-        return records
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not record.keys() >= NEEDED or record["stage"] not in list(METHODS):
+            raise ValueError("it is no record of a run")
+        return record
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): move it away, and {cure}") from None
+        raise UserError(
+            f"{path} cannot be read ({error}): move it away, and its stage with the same settings and --resume makes a "
+            "new one"
+        ) from None
 
 
 def _age(result_dir: Path, record: Record) -> tuple:

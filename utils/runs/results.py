@@ -93,7 +93,7 @@ def _marks(before: Record | None, record: Record, footnotes: dict[str, str]) -> 
     if record["selected_on"] == "test":
         text = "chosen on the test images, as there are no validation images: its accuracy is too optimistic."
         texts.append((text, "test"))
-    if not record.get("within_budget", True):
+    if not record["within_budget"]:
         text = "no network met the budget; this is the closest, or the network that the stage started from."
         texts.append((text, "budget"))
     if _other_source(before, record):
@@ -109,14 +109,13 @@ def _other_source(before: Record | None, record: Record) -> bool:
 
 
 def shown_accuracy(record: Record) -> float:
-    """The accuracy of the network whose FLOPs the row shows; older records have only the switches' accuracy."""
-    switched = record["stage"] in DYNAMIC or "accuracy_every_block" not in record
-    return record["accuracy"] if switched else record["accuracy_every_block"]
+    """The accuracy of the network whose FLOPs the row shows."""
+    return record["accuracy" if record["stage"] in DYNAMIC else "accuracy_every_block"]
 
 
 def _or_dash(record: Record, key: str, form: str) -> str:
-    """The value, or a dash where it was not measured (or the record is older than the measurement)."""
-    value = record.get(key)
+    """The value, or a dash where it was not measured."""
+    value = record[key]
     return "–" if value is None else form.format(value)
 
 
@@ -156,7 +155,7 @@ def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:
         marker, colour = styles[record["stage"]]
         points = sorted((p[key], p["accuracy"]) for p in record["points"] if key in p)
         if points:
-            images = record["points"][0].get("measured_on", "test")  # older versions measured on no others
+            images = record["points"][0]["measured_on"]
             style = {"marker": ".", "color": colour, "alpha": 0.4, "linewidth": 1}
             axis.plot(*zip(*points, strict=True), label=f"iterations, on the {images} images", **style)
         axis.plot(record[key], shown_accuracy(record), marker, color=colour, markersize=9, label=record["method"])
