@@ -79,15 +79,15 @@ yardstick() {  # yardstick FOLDER SEED
         functions+=("examples/cifar_resnet.py:resnet$depth")
         # The middle of the family halved and not trained further, its ends halved twice and fine-tuned.
         target=0.25 iterations=2 least=2 most=12
-        case $depth in 32|44) target=0.5 iterations=1 least=0 most=0 ;; 56) least=0 most=5 ;; esac
+        case $depth in 20) least=12 most=15 ;; 32|44) target=0.5 iterations=1 least=0 most=0 ;; esac
         given=("network=${functions[-1]}" 'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0
             max_accuracy_drop=0.3 lr=0.01 fisher_images=2000 "seed=$seed")
         prune "$folder" "${given[@]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
             "target_flops=$target" "max_iter=$iterations" "epochs_start=$least" "epochs_end=$most"
     done
-    # The largest once more, to an eighth.
-    prune "$folder/smaller" "${given[@]}" "checkpoint=$(newest "$folder/pruned" iteration_02.pt)" \
-        target_flops=0.125 max_iter=1 epochs_start=4 epochs_end=4
+    # The largest once more, from one half to one eighth.
+    prune "$folder/smaller" "${given[@]}" "checkpoint=$(newest "$folder/pruned" iteration_01.pt)" \
+        target_flops=0.125 max_iter=1 epochs_start=8 epochs_end=8
     [ -e "$folder/study.json" ] || run python -m benchmarks.study "$folder" "$folder/smaller" --data_dir "$data" \
         --img_type "$type" --network "${functions[@]}" --out "$folder"
 }
