@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models import ResNet, build_network
 from models.decisions import DecisionRule
 from utils import parallel
+from utils.hooks import hooked
 from utils.modes import evaluation_mode
 
 
@@ -95,9 +96,8 @@ def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decid
         images[norm] += len(inputs[0])
         norm.momentum = len(inputs[0]) / images[norm]  # so that the running average is that of all images
 
-    handles = [norm.register_forward_pre_hook(weigh) for norm in norms]
     try:
-        with evaluation_mode(network):
+        with hooked(norm.register_forward_pre_hook(weigh) for norm in norms), evaluation_mode(network):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.train()
@@ -109,8 +109,6 @@ def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decid
                     for buffer, own in zip(norm.buffers(), buffers, strict=True):
                         buffer.copy_(own)
     finally:
-        for handle in handles:
-            handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
