@@ -39,8 +39,8 @@ RESULTS, STUDY = ROOT / "docs" / "results", ROOT / "docs" / "study.md"
 CIFAR_10, CIFAR_100 = RESULTS / "yardstick" / "study.json", RESULTS / "cifar100" / "study.json"
 ROWS = {
     "ResNet-56 as others trained it": (CIFAR_10, "networks", "name", "resnet56"),
-    "pruned to one half, two epochs": (CIFAR_10, "networks", "name", "resnet56 at 50%"),
-    "pruned to one quarter, six epochs in all": (CIFAR_10, "networks", "name", "resnet56 at 25%"),
+    "pruned to one half, seven epochs": (CIFAR_10, "networks", "name", "resnet56 at 50%"),
+    "pruned to one quarter, 17 epochs in all": (CIFAR_10, "networks", "name", "resnet56 at 25%"),
     "cascade of pruned networks, a quarter of the FLOPs": (CIFAR_10, "curve", "share", 0.25),
     "cascade of pruned networks, an eighth": (CIFAR_10, "curve", "share", 0.125),
     "ResNet-32, width 32, trained for 12 epochs": (CIFAR_100, "networks", "name", "resnet32"),
