@@ -13,6 +13,8 @@ import main_rl_prune
 from gating.steering import Budget, next_setpoint
 from models import build_network
 from training import evaluate as evaluation
+from utils.data.batches import split_data
+from utils.data.folder import load_data
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import load_checkpoint
@@ -115,26 +117,24 @@ def test_what_is_left_with_every_switch_closed_is_within_reach():
         Budget(0.0, 1 - cost.skippable - 1e-9).check(cost)
 
 
-@pytest.mark.parametrize("damaged", ["another version", "another shape"])
-def test_an_interrupted_run_is_resumed_by_the_version_that_started_it(damaged, copied, shapes):
+def test_an_interrupted_run_is_resumed_by_the_version_that_started_it(copied, shapes):
     path = run_folder(copied, "sp") / LAST
     content = torch.load(path, weights_only=True)
-    if damaged == "another version":
-        content["training"] = {"something": {}}
-    else:
-        content["training"]["optimiser"]["state"][0]["momentum_buffer"] = torch.zeros(1, 2)
+    content["training"] = {"something": {}}
     torch.save(content, path)
     with pytest.raises(UserError, match=r"cannot be resumed .* it was saved by another version"):
         call_stage("sp", [*arguments("sp", shapes, copied), "--resume"])
 
 
 @pytest.fixture
-def trained(tmp_path) -> Path:
+def trained(tmp_path, shapes) -> Path:
     network = build_network("resnet", depth=8, num_classes=3, width=8, gate="rnn")
     cost = network_cost(network, 8)
     original = {"accuracy": 0.3, "parameters": cost.parameters, "flops": cost.flops}
     classes = ["left", "middle", "right"]
-    return checkpoint_file(tmp_path / "trained.pt", network, "sp", 8, original=original, classes=classes)
+    data = {"name": "shapes", "image_size": 8, "flip": True, "val_fraction": 0.1, "split_seed": 0}
+    data |= split_data(load_data(shapes, "png", 8, 1), 0.1, 0).identity
+    return checkpoint_file(tmp_path / "trained.pt", network, "sp", 8, original=original, classes=classes, data=data)
 
 
 def prune(trained: Path, data: Path, *settings: str) -> None:

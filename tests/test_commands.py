@@ -280,10 +280,11 @@ def test_the_last_step_of_an_epoch_may_ruin_the_network(shapes: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("content", ["{", "3", '[{"method": 1}]'])
-def test_damaged_results_are_named(content: str, copied: Path, shapes: Path, capsys):
-    (copied / "results.json").write_text(content)
+def test_a_damaged_record_of_another_stage_is_named(content: str, copied: Path, shapes: Path, capsys):
+    record = run_folder(copied, "pruned") / "record.json"
+    record.write_text(content)
     given = [*arguments("sp", shapes, copied), "--resume"]
-    assert f"{copied / 'results.json'} cannot be read" in error_line("sp", given, capsys)
+    assert f"{record} cannot be read" in error_line("sp", given, capsys)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
