@@ -41,8 +41,8 @@ ROWS = {
     "ResNet-56 as others trained it": (CIFAR_10, "networks", "name", "resnet56"),
     "pruned to one half, seven epochs": (CIFAR_10, "networks", "name", "resnet56 at 50%"),
     "pruned to one quarter, 17 epochs in all": (CIFAR_10, "networks", "name", "resnet56 at 25%"),
-    "cascade of pruned networks, a quarter of the FLOPs": (CIFAR_10, "curve", "share", 0.25),
-    "cascade of pruned networks, an eighth": (CIFAR_10, "curve", "share", 0.125),
+    "cascade of the family, a quarter of the FLOPs": (CIFAR_10, "curve", "share", 0.25),
+    "cascade of the family, an eighth": (CIFAR_10, "curve", "share", 0.125),
     "ResNet-32, width 32, trained for 12 epochs": (CIFAR_100, "networks", "name", "resnet32"),
     "pruned to 46 %, four epochs": (CIFAR_100, "networks", "name", "resnet32 at 46%"),
     "pruned to 22 %, ten epochs in all": (CIFAR_100, "networks", "name", "resnet32 at 22%"),
@@ -135,12 +135,13 @@ def figures() -> dict[str, tuple[str, ...]]:
         row = next(row for row in found[kind] if row[key] == value)
         chosen = [[value]] if kind == "networks" else [one["members"] for one in row["chosen"]]
         whole = networks[found["reference"]]
+        sizes = [sum(networks[name]["parameters"] for name in names) for names in chosen]
         wanted[label] = (
             f"{row['accuracy']:.2%}",
             f"{row['gflops']:.3f}",
             f"{whole['gflops'] / row['gflops']:.1f}x",
             f"{whole['milliseconds']['1'] / row['milliseconds']['1']:.1f}x",
-            f"{max(sum(networks[name]['parameters'] for name in names) for names in chosen):,}",
+            " or ".join(f"{count:,}" for count in dict.fromkeys(sizes)),
         )
     return wanted
 
