@@ -5,8 +5,6 @@ The graphs of the switched ResNet, which gather the images that a block runs on,
 
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import onnx
@@ -19,7 +17,7 @@ from deploy.graphs import IMAGES, LOGITS, OPSET
 from deploy.session import TOLERANCE, open_session, run_session
 from utils.data.augment import Normalisation
 from utils.errors import UserError
-from utils.modes import evaluation_mode
+from utils.modes import evaluation_mode, plain_attention
 
 TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 3)  # differs from the tracing run, so that a graph with a fixed batch size is detected
@@ -43,7 +41,7 @@ def general_model(
     whole = _Normalised(network, normalisation)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (sum(CHECKED_BATCHES), 3, height, width), generator=generator, dtype=torch.uint8)
-    with torch.no_grad(), evaluation_mode(whole), _attention_in_plain_operators():
+    with torch.no_grad(), evaluation_mode(whole), plain_attention():
         try:
             expected = whole(pixels)
         except Exception as error:
@@ -120,16 +118,6 @@ def _translated(network: nn.Module, pixels: Tensor) -> onnx.ModelProto:
             output_names=[LOGITS], dynamic_axes={IMAGES: {0: "N"}, LOGITS: {0: "N"}},
         )  # fmt: skip
     return onnx.load_from_string(content.getvalue())
-
-
-@contextmanager
-def _attention_in_plain_operators() -> Iterator[None]:
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _reason(error: Exception) -> str:

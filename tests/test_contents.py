@@ -41,6 +41,15 @@ def test_a_missing_key(tmp_path: Path, content: dict, field: str, key: str):
     refused(tmp_path, changed, f"a.pt cannot be used, {field}.{key} is missing")
 
 
+@pytest.mark.parametrize(
+    ("field", "key", "value"),
+    [("data", "image_size", 0), ("data", "image_size", [8]), ("architecture", "members", "two"),
+     ("architecture", "num_classes", [3])],
+)  # fmt: skip
+def test_a_value_of_another_kind(tmp_path: Path, content: dict, field: str, key: str, value: object):
+    refused(tmp_path, {**content, field: {**content[field], key: value}}, "a.pt cannot be used")
+
+
 @pytest.mark.parametrize("classes", [["left", "middle"], ["left", "middle", "right", "up"], ["left", "left", "right"]])
 def test_as_many_names_as_outputs(tmp_path: Path, content: dict, classes: list[str]):
     refused(tmp_path, {**content, "classes": classes}, r"classes has \d different names for a network of 3 outputs")

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from utils.modes import plain_attention
 
 
 @contextmanager
@@ -15,12 +16,11 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
     Meanwhile PyTorch's fused transformer layers are off: they do not call the layers that they are made of.
     """
-    handles, fused = list(handles), torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    handles = list(handles)
     try:
-        yield
+        with plain_attention():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
 

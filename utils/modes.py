@@ -1,8 +1,9 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode and plain attention, for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -16,3 +17,14 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Transformer layers run operator by operator, not fused."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

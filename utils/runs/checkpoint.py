@@ -128,7 +128,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(**content)
     try:
         check_contents(vars(checkpoint))
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} cannot be used, {error}: use another one or make it again") from error
     checkpoint.weights = {name: weight.to(in_full(weight.dtype)) for name, weight in checkpoint.weights.items()}
     return checkpoint

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.sizes import parse_size
+
 # Keys that the stages read, by the field of ``checkpoint.Checkpoint`` that has them.
 NEEDED = {
     "architecture": {"network"},
@@ -43,10 +45,12 @@ def check_contents(content: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: for the first fault that is found; the message names it.
+        AttributeError, TypeError: for values of other types.
     """
     for field, keys in NEEDED.items():
         if missing := sorted(keys - content[field].keys()):
             raise ValueError(f"{field}.{missing[0]} is missing")
+    parse_size(content["data"]["image_size"])
     members = content["architecture"].get("members", [content["architecture"]])
     outputs = {member.get("num_classes") for member in members}
     if outputs != {len(set(content["classes"]))} or len(set(content["classes"])) != len(content["classes"]):

@@ -30,6 +30,7 @@ Record = dict[str, Any]
 NEEDED = {  # to be shown in the table and the picture
     "stage", "method", "dataset", "network", "depth", "width", "accuracy", "gflops", "compression", "parameters",
     "computation", "checkpoint", "source", "selected_on", "points", "accuracy_every_block", "within_budget",
+    "latency_ms", "throughput",
 }  # fmt: skip
 
 
