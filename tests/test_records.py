@@ -190,6 +190,15 @@ def test_the_picture_says_which_images_the_iterations_were_measured_on(images):
     assert any(f"iterations, on the {images} images" in text.get_text() for text in axis.get_legend().get_texts())
 
 
+def test_ticks_of_the_picture_are_not_rounded():
+    made = [record("sp", "1", accuracy=1.0), record("pruned", "2", "sp/shapes/resnet8/1/best.pt", accuracy=0.9833)]
+    figure = results.results_picture(made)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    shown = [float(label.get_text().rstrip("%")) / 100 for label in axis.get_yticklabels()]
+    assert shown == pytest.approx(axis.get_yticks(), abs=1e-6)
+
+
 def test_another_process_waits_and_a_dead_one_lets_go(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(records, "PATIENCE", 0.1)

@@ -161,7 +161,7 @@ def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:
         axis.plot(record[key], shown_accuracy(record), marker, color=colour, markersize=9, label=record["method"])
     axis.set(xlabel=label, ylabel="accuracy on the test images")
     axis.set_xlim(left=0)
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(alpha=0.3)
     if chain:
         axis.axhline(
