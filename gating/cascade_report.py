@@ -28,7 +28,7 @@ def draw_frontier(found: Sequence[Candidate], chosen: Candidate, floor: float | 
     if floor is not None:
         axis.axhline(floor, color="#999999", linestyle=":", label="budget")
     axis.set(xlabel="mean executed GFLOPs per image", ylabel="accuracy on the validation images")
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure

@@ -75,7 +75,7 @@ def draw_path(accuracies: Sequence[float], executed: Sequence[float], floor: flo
     points = axis.scatter(mflops, accuracies, c=range(len(mflops)), cmap="viridis", zorder=3, s=18)
     axis.axhline(floor, color="#d62728", linestyle=":", label="budget")
     axis.set(xlabel="mean executed MFLOPs per image", ylabel="accuracy with thresholded decisions")
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.legend()
     figure.colorbar(points, ax=axis, label="epoch")
     return figure
