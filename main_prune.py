@@ -170,16 +170,16 @@ def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Che
 
 
 def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:
-    """The budget of the last iteration."""
-    budgets = {}
+    """The goal of the last iteration."""
+    limits = {}
     for key in ("flops", "parameters"):
         target = getattr(settings, f"target_{key}")
-        budgets[key] = (target * original[key] if target <= 1 else target) or None
-    return Goal(settings.prune_ratio, **budgets)
+        limits[key] = (target * original[key] if target <= 1 else target) or None
+    return Goal(settings.prune_ratio, **limits)
 
 
 def next_goal(stage: Stage, progress: PruningProgress, cost: NetworkCost) -> Goal:
-    """The budget of the next iteration, so that the last one lands on the target."""
+    """The goal of the next iteration, so that the last one lands on the target."""
     goal = last_goal(stage.settings, stage.start.original)
     left = stage.settings.max_iter - progress.iteration
     flops = part_of_the_way(cost.flops, goal.flops, left)

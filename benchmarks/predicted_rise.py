@@ -1,4 +1,4 @@
-"""Predicted against measured rise of the loss, over the forms that static pruning gives to layers and over budgets.
+"""Predicted against measured rise of the loss: over the forms of layers, and over shares of the FLOPs.
 
 Method: for each form and share of FLOPs the network is pruned at once, nothing is refitted or measured again, and the
 divergence from the unpruned network's prediction is measured on the images that the Fisher was measured on: for it the

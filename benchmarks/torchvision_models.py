@@ -3,7 +3,7 @@
     python -m benchmarks.torchvision_models --out torchvision_models
     python -m benchmarks.torchvision_models --only resnet18 vgg16 --pixels 224 --images 500 --batch 32 --out at_224
 
-Weights are random.  Each network is compressed to a share of its FLOPs, exported, and checked: against the budget, the
+Weights are random.  Each network is compressed to a share of its FLOPs, exported, and checked: against the target, the
 shape of its outputs, and ONNX Runtime.  The memory it takes is compared with that of a training step.
 Each measurement has a process of its own.  Finished ones are kept in OUT.jsonl, so that the same command goes on; the
 table is written to OUT.md.
@@ -32,7 +32,7 @@ from utils.flops import network_cost
 
 MOST_PARAMETERS = 100e6
 CLASSES = 10
-WITHIN = 0.02  # of the budget
+WITHIN = 0.02  # of the target
 SLOW_TO_INITIALISE = ("googlenet", "inception_v3")  # minutes of truncated normal numbers
 NORMALISATION = Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -160,11 +160,11 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], share: float) -> str:
-    """Every network, and how many landed within the budget and were exported."""
+    """Every network, and how many landed near the target and were exported."""
     near = sum(abs(row["smaller_flops"] / row["flops"] / share - 1) <= WITHIN for row in rows)
     exported = sum("deviation" in row for row in rows)
     head = [
-        f"{len(rows)} networks to {share:.0%} of their FLOPs: {near} within {WITHIN:.0%} of the budget, "
+        f"{len(rows)} networks to {share:.0%} of their FLOPs: {near} within {WITHIN:.0%} of the target, "
         f"{exported} exported.",
         "",
         "| network | pixels | GFLOPs | FLOPs left | parameters left | ONNX deviates | memory / step | seconds |",

@@ -6,7 +6,7 @@ import numpy as np
 
 from pruning.combinations import Ways, least_regretted
 from pruning.forms import Form
-from pruning.goals import Goal, as_budget, least_of, shortfall
+from pruning.goals import Goal, as_target, least_of, shortfall
 from utils.errors import UserError
 
 # Nats for saving the whole network.  Where forms are predicted to lose the same, as all are where no image has a
@@ -21,21 +21,21 @@ def choose_forms(
     fixed: tuple[int, int],
     objective: str,
 ) -> dict[str, int]:
-    """The index of each layer's form: of all combinations within the budgets, the one with the least summed rise.
+    """The index of each layer's form: of all combinations that reach the targets, the one with the least summed rise.
 
     Args:
         forms: by layer, the present one first.
         rises: predicted of the loss, one for each form.
-        goal: budgets, or a share, see ``pruning.goals.as_budget``.
+        goal: targets, or a share, see ``pruning.goals.as_target``.
         fixed: FLOPs and parameters of everything outside of the layers.
         objective: quantity that a share refers to.
 
     Raises:
-        UserError: if the budget cannot be reached.
+        UserError: if the target cannot be reached.
     """
     costs = [form_costs(own) for own in forms.values()]
     now = sum((own[0] for own in costs), np.asarray(fixed))
-    goal = as_budget(goal, now, least_of(costs, fixed), objective)
+    goal = as_target(goal, now, least_of(costs, fixed), objective)
     ways = []
     for name, own in zip(forms, costs, strict=True):
         saved = ((own[0] - own)[:, goal.kinds] / now[goal.kinds]).mean(axis=1)

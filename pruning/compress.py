@@ -45,7 +45,7 @@ def compress(
     printed, a table; ``pruning.edits_of`` with ``state_dict`` is what to save.
 
     Args:
-        flops, parameters: budget: a share up to 1, else their number.  If the layers do not allow it, the nearest
+        flops, parameters: target: a share up to 1, or a number above 100.  If the layers do not allow it, the nearest
             possible one.
         loss_fn: from outputs and labels to each image's loss [N], for tasks that are not classification.
         logits: picks the scores [N, classes] from what the network returns.
@@ -53,17 +53,23 @@ def compress(
             lines of progress.
 
     Raises:
-        UserError: if the network does not return scores, without a budget, or for batches of anything else.
+        UserError: if the network does not return scores, without a target, or for batches of anything else.
     """
     say, seed = settings.pop("say", None), settings.pop("seed", 0)
     method = checked_settings(Method, settings)
     if isinstance(network, torch.jit.ScriptModule):
         raise UserError("the network was compiled by TorchScript, which hides its layers: give the module before that")
+    if hasattr(network, "_orig_mod"):  # the wrapper of torch.compile, which would compile again for every hook
+        raise UserError(
+            "the network was compiled by torch.compile: give network._orig_mod, and compile what is returned"
+        )
     if flops is None and parameters is None:
-        raise UserError("compress has no budget: give flops= or parameters=, for example flops=0.5 for half")
-    for name, budget in (("flops", flops), ("parameters", parameters)):
-        if budget is not None and (budget <= 0 or 1 < budget <= 100):
-            raise UserError(f"{name} is {budget:g}: give a share above 0 and up to 1, such as 0.5, or their number")
+        raise UserError("compress has no target: give flops= or parameters=, for example flops=0.5 for half")
+    for name, target in (("flops", flops), ("parameters", parameters)):
+        if target is not None and (target <= 0 or 1 < target <= 100):
+            raise UserError(
+                f"{name} is {target:g}: give a share above 0 and up to 1, such as 0.5, or a number above 100"
+            )
     if not callable(batches):
         loader, batches = batches, lambda: loader
     draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)
@@ -74,8 +80,8 @@ def compress(
     cost = cost_on(network, x[:1], forward)
     least = least_of(*_reachable(network, survey(network, *passes.probe(x, labels)), cost, method))
     limits = [
-        None if budget is None else max(budget * whole if budget <= 1 else budget, few)
-        for budget, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
+        None if target is None else max(target * whole if target <= 1 else target, few)
+        for target, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
     ]
     pruned = prune_once(network, passes, cost=cost, goal=Goal(flops=limits[0], parameters=limits[1]), method=method)
     pruned.network.report = Report.of(pruned, cost, cost_on(pruned.network, x[:1], forward))
@@ -92,7 +98,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
         goal: where to stop.
 
     Raises:
-        UserError: if the budget cannot be reached, or the criterion does not suit the network.
+        UserError: if the target cannot be reached, or the criterion does not suit the network.
     """
     x, labels = next(passes.on(network))
     found = survey(network, *passes.probe(x, labels))
@@ -112,7 +118,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
 def check_goal(
     network: nn.Module, image_size: Size, goal: Goal, method: Method, forward: Forward = nn.Module.__call__
 ) -> None:
-    """Refuse budgets that ``network`` cannot be brought to, before anything is measured.
+    """Refuse targets that ``network`` cannot be brought to, before anything is measured.
 
     Raises:
         UserError: says what can be reached, and which setting prevents more.

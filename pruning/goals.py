@@ -1,4 +1,4 @@
-"""Where pruning stops: budgets of FLOPs and parameters, shares, and what can be reached."""
+"""Where pruning stops: targets for FLOPs and parameters, shares, and what can be reached."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ OBJECTIVES = ("saliency", "flops", "parameters")
 
 @dataclass(frozen=True)
 class Goal:
-    """Where an iteration stops: at budgets or, without any, after a share is removed."""
+    """Where an iteration stops: at targets or, without any, after a share is removed."""
 
     prune_ratio: float = 0.0
     flops: float | None = None  # of the whole network, for one image
     parameters: float | None = None
 
     @property
-    def is_budget(self) -> bool:
+    def has_target(self) -> bool:
         return self.flops is not None or self.parameters is not None
 
     @property
     def kinds(self) -> list[int]:
-        """The budgeted quantities: FLOPs (0), parameters (1) or both."""
+        """The quantities that have a target: FLOPs (0), parameters (1) or both."""
         return [k for k, limit in enumerate((self.flops, self.parameters)) if limit is not None]
 
     @property
     def limits(self) -> np.ndarray:
-        """The budget of each of ``kinds``."""
+        """The target of each of ``kinds``."""
         return np.array([limit for limit in (self.flops, self.parameters) if limit is not None], dtype=float)
 
 
@@ -38,14 +38,14 @@ def part_of_the_way(now: float, target: float | None, iterations: int) -> float 
     return None if target is None else max(target, now * (target / now) ** (1 / iterations))
 
 
-def as_budget(goal: Goal, now: Sequence[float], least: Sequence[float], objective: str) -> Goal:
+def as_target(goal: Goal, now: Sequence[float], least: Sequence[float], objective: str) -> Goal:
     """The goal itself or, for a share, the present FLOPs (or parameters, if they are the objective) less that share.
 
     Args:
         now: FLOPs and parameters of the network as it is.
         least: the fewest of each that can be reached.
     """
-    if goal.is_budget:
+    if goal.has_target:
         return goal
     kind = int(objective == "parameters")
     limit = float(max((1 - goal.prune_ratio) * now[kind], least[kind]))
@@ -64,7 +64,7 @@ def least_of(costs: Sequence[np.ndarray], fixed: Sequence[float]) -> tuple[int, 
 
 
 def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], by: str = "the layers") -> str | None:
-    """Why no choice of forms meets the budgets, with the least that can be reached; None if one does.
+    """Why no choice of forms meets the targets, with the least that can be reached; None if one does.
 
     Args:
         costs, fixed: as of ``least_of``.

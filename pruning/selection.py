@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pruning.combinations import Ways, least_regretted, undominated
-from pruning.goals import Goal, as_budget, least_of, shortfall
+from pruning.goals import Goal, as_target, least_of, shortfall
 from utils.errors import UserError
 
 
@@ -73,11 +73,11 @@ def select(
     """The directions that each side of each group keeps, ascending.
 
     With the objective "saliency" all directions compete under one threshold, as in EigenDamage (arXiv:1905.05934),
-    section 4, until the share of them is gone or the budgets are met; counts are raised to the next that is allowed.
-    Otherwise, of all combinations of counts within the budgets, the one that loses least saliency is taken: a single
-    direction often saves nothing, since its rotation costs FLOPs itself, and a pair of directions that is removed with
-    one side is not counted again on the other.  A share is then one of the FLOPs or parameters, see
-    ``pruning.goals.as_budget``.
+    section 4, until the share of them is gone or the targets are reached; counts are raised to the next that is
+    allowed.  Otherwise, of all combinations of counts that reach the targets, the one that loses least saliency is
+    taken: a single direction often saves nothing, since its rotation costs FLOPs itself, and a pair of directions that
+    is removed with one side is not counted again on the other.  A share is then one of the FLOPs or parameters, see
+    ``pruning.goals.as_target``.
 
     Args:
         groups: what can be dropped, by layer or block.
@@ -87,7 +87,7 @@ def select(
         indices, by group and side.  Equal saliencies go in the order of groups, sides and indices.
 
     Raises:
-        UserError: if the groups cannot reach the budget.
+        UserError: if the groups cannot reach the target.
     """
     if objective == "saliency":
         chosen = _one_threshold(groups, goal, fixed)
@@ -122,7 +122,7 @@ def _one_threshold(groups: Mapping[str, Group], goal: Goal, fixed: tuple[int, in
         used = sum((np.array(group.cost(*counts[name])) for name, group in groups.items()), np.asarray(fixed))
         return bool((used[goal.kinds] <= goal.limits).all())
 
-    if not goal.is_budget:
+    if not goal.has_target:
         return kept(min(round(goal.prune_ratio * sum(len(side) for _, side in sides)), len(order)))
     dropped = bisect_left(range(len(order) + 1), True, key=met)
     if dropped > len(order):
@@ -136,7 +136,7 @@ def _least_saliency(
     forms = [group.forms() for group in groups.values()]
     costs = [own[1] for own in forms]
     now = sum((own[-1] for own in costs), np.asarray(fixed))
-    goal = as_budget(goal, now, least_of(costs, fixed), objective)
+    goal = as_target(goal, now, least_of(costs, fixed), objective)
     ways = [Ways(own[:, goal.kinds], lost) for _, own, lost in forms]
     worthwhile = [undominated(own) for own in ways]
     ways = [Ways(own.costs[some], own.regrets[some]) for own, some in zip(ways, worthwhile, strict=True)]

@@ -44,8 +44,8 @@ ROWS = {
     "cascade of the family, a quarter of the FLOPs": (CIFAR_10, "curve", "share", 0.25),
     "cascade of the family, an eighth": (CIFAR_10, "curve", "share", 0.125),
     "ResNet-32, width 32, trained for 12 epochs": (CIFAR_100, "networks", "name", "resnet32"),
-    "pruned to 46 %, four epochs": (CIFAR_100, "networks", "name", "resnet32 at 46%"),
-    "pruned to 22 %, ten epochs in all": (CIFAR_100, "networks", "name", "resnet32 at 22%"),
+    "pruned to 46 % of the FLOPs, four epochs": (CIFAR_100, "networks", "name", "resnet32 at 46%"),
+    "pruned to 22 % of the FLOPs, ten epochs in all": (CIFAR_100, "networks", "name", "resnet32 at 22%"),
 }
 
 

@@ -102,6 +102,6 @@ def row(name: str, left: int, **more):
 def test_table_counts_networks_within_two_percent_of_the_budget_and_exported_ones():
     rows = [row("low", 686, deviation=1e-6), row("lower", 685, not_exported="it has branches"), row("above", 715)]
     first, *_, lower, above, last = table(rows, 0.7).split("\n")
-    assert first == "3 networks to 70% of their FLOPs: 1 within 2% of the budget, 1 exported."
+    assert first == "3 networks to 70% of their FLOPs: 1 within 2% of the target, 1 exported."
     assert lower == "| lower | 64 | 0.000 | 68.5% | 25.0% | no | 1.5 | 1 |"
     assert above.startswith("| above | 64 | 0.000 | 71.5%") and last == ""

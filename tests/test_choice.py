@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 from pruning.choice import choose_forms, form_costs
 from pruning.combinations import Ways, least_regretted, undominated
 from pruning.forms import TUCKER, Form
-from pruning.goals import Goal, as_budget, least_of
+from pruning.goals import Goal, as_target, least_of
 from utils.errors import UserError
 
 
@@ -147,10 +147,10 @@ def test_a_share_goes_of_what_the_objective_counts_and_no_more_than_there_is():
         used(forms, dict.fromkeys(forms, 0), fixed),
         least_of([form_costs(own) for own in forms.values()], fixed),
     )
-    assert as_budget(goal, now, least, "flops") == Goal(flops=0.6 * now[0])
-    assert as_budget(goal, now, least, "parameters") == Goal(parameters=0.6 * now[1])
-    assert as_budget(Goal(prune_ratio=0.99), now, least, "flops") == Goal(flops=least[0])
-    assert as_budget(Goal(flops=7.0), now, least, "flops") == Goal(flops=7.0)
+    assert as_target(goal, now, least, "flops") == Goal(flops=0.6 * now[0])
+    assert as_target(goal, now, least, "parameters") == Goal(parameters=0.6 * now[1])
+    assert as_target(Goal(prune_ratio=0.99), now, least, "flops") == Goal(flops=least[0])
+    assert as_target(Goal(flops=7.0), now, least, "flops") == Goal(flops=7.0)
     chosen = choose_forms(forms, rises, goal, fixed, "parameters")
     assert used(forms, chosen, fixed)[1] <= 0.6 * now[1]
     least_lost = least_rise(forms, rises, Goal(parameters=0.6 * now[1]), fixed)

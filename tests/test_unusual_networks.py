@@ -162,6 +162,11 @@ def test_torchscript_is_refused():
         compress(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(432, CLASSES))), images, flops=0.5)
 
 
+def test_a_compiled_network_is_refused():
+    with pytest.raises(UserError, match=r"compiled by torch\.compile: give network\._orig_mod"):
+        compress(torch.compile(Network()), images, flops=0.5)
+
+
 def test_a_loader_is_passed_over_as_it_is():
     torch.manual_seed(0)
     network = Network()
