@@ -78,7 +78,9 @@ def compress(
     passes = passes if say is None else replace(passes, say=say)
     x, labels = next(passes.on(network))
     cost = cost_on(network, x[:1], forward)
-    least = least_of(*_reachable(network, survey(network, *passes.probe(x, labels)), cost, method))
+    least = least_of(
+        *_reachable(network, survey(network, *passes.probe(x, labels), method.ignored_layers), cost, method)
+    )
     limits = [
         None if target is None else max(target * whole if target <= 1 else target, few)
         for target, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
@@ -101,7 +103,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
         UserError: if the target cannot be reached, or the criterion does not suit the network.
     """
     x, labels = next(passes.on(network))
-    found = survey(network, *passes.probe(x, labels))
+    found = survey(network, *passes.probe(x, labels), method.ignored_layers)
     if method.forms_compete:
         pruned = prune_to_forms(network, found, passes, cost, goal, method)
     else:
@@ -124,7 +126,7 @@ def check_goal(
         UserError: says what can be reached, and which setting prevents more.
     """
     cost, parameter = network_cost(network, image_size), next(network.parameters())
-    found = survey(network, parameter.new_zeros(2, 3, *height_width(image_size)), forward)
+    found = survey(network, parameter.new_zeros(2, 3, *height_width(image_size)), forward, method.ignored_layers)
     short = shortfall(goal, *_reachable(network, found, cost, method))
     if short is None:
         return

@@ -30,6 +30,11 @@ CRITERIA = EIGENBASIS_CRITERIA + CHANNEL_CRITERIA
 DECOMPOSITIONS = ("best", "tucker", "depthwise", "truncate")
 
 
+def _check_names(names: list) -> None:
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f'ignored_layers is {reprlib.repr(names)}: it takes a list of names, such as ["classifier"]')
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """How an iteration of pruning measures, chooses and rebuilds."""
@@ -61,6 +66,9 @@ class Method:
     prune_ratio_limit: float = setting(
         0.9, "largest share of a layer's input or output directions that may be removed in total", low=0, below=1
     )
+    ignored_layers: list = setting(
+        [], "names of layers, or of modules that hold some, that stay as they are", check=_check_names
+    )
     normalize: bool = setting(
         False, "rank single directions or channels by their share of the layer's saliency, not by the saliency"
     )
@@ -85,6 +93,12 @@ class Method:
             raise UserError(
                 f"normalize ranks single directions, where decomposition {self.decomposition} compares whole forms of "
                 "a layer: use decomposition truncate, or normalize false"
+            )
+
+        if self.ignored_layers and not self.forms_compete:
+            raise UserError(
+                "ignored_layers needs forms of layers that compete: use criterion eigendamage with decomposition best, "
+                "tucker or depthwise"
             )
 
     @property

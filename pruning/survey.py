@@ -1,7 +1,7 @@
 """The layers of a network that can take another form, found by running it once."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from models import LOW_RANK
 from models.convolution import SafeConv2d
 from pruning.capture import Forward, differentiable
+from utils.errors import UserError
 from utils.hooks import hooked, layer_input
 
 # The forwards that are known: a subclass may use its weight in another way.
@@ -46,15 +47,29 @@ class _Runs:
     mixing: set[str] = field(default_factory=set)
 
 
-def survey(network: nn.Module, x: Tensor, forward: Forward) -> Survey:
+def survey(network: nn.Module, x: Tensor, forward: Forward, ignored: Sequence[str] = ()) -> Survey:
     """Run ``network`` on the inputs ``x`` in evaluation mode and record how its layers are used.
 
     The readers of an output are found in autograd's graph, so functions count as well as modules.
+
+    Args:
+        ignored: names of layers, or of modules that hold some, that are to stay as they are.
+
+    Raises:
+        UserError: if the network has no layer of such a name.
     """
     layers = dict(outermost(network))
     norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm) and m.running_var is not None}
     alone = {name: reason for name, m in layers.items() if (reason := unsuited(m))}
     alone |= {name: "weights are shared" for name in sharing(layers)}
+    for module in ignored:
+        inside = [name for name in layers if f"{name}.".startswith(f"{module}.")]
+        if not inside:
+            some = ", ".join([*layers][:3])
+            raise UserError(
+                f"ignored_layers names {module}, which is or holds no layer of the network: it has {some}, ..."
+            )
+        alone |= dict.fromkeys(inside, "ignored")
     runs, edges = _run(network, layers, norms, x, forward)
     found = {}
     for name, node in runs.nodes.items():

@@ -121,6 +121,25 @@ def test_what_cannot_be_replaced_is_left_alone_and_said():
         assert smaller(torch.randn(2, 3, 16, 16))["scores"].isfinite().all()
 
 
+def test_ignored_layers_stay_as_they_are():
+    network = Odd()
+    scores = lambda outputs: outputs["scores"]  # noqa: E731
+    smaller = compress(network, labelled(40, 16), flops=0.8, logits=scores, round_to=1, ignored_layers=["tall", "head"])
+    for name in ("tall", "head"):
+        assert smaller.report.left_alone[name] == "ignored"
+        assert torch.equal(smaller.get_submodule(name).weight, network.get_submodule(name).weight)
+    assert smaller.report.flops[1] < smaller.report.flops[0]
+    assert survey(network, torch.randn(2, 3, 16, 16), nn.Module.__call__, ["attention"]).left_alone[
+        "attention.out_proj"
+    ]
+    with pytest.raises(UserError, match=r"ignored_layers names hea, which is or holds no layer .* it has stem, "):
+        compress(network, labelled(40, 16), flops=0.8, logits=scores, ignored_layers=["hea"])
+    with pytest.raises(UserError, match=r"ignored_layers is \[3\]: it takes a list of names"):
+        compress(network, labelled(40, 16), flops=0.8, ignored_layers=[3])
+    with pytest.raises(UserError, match="ignored_layers needs forms of layers that compete"):
+        compress(network, labelled(40, 16), flops=0.8, ignored_layers=["head"], decomposition="truncate")
+
+
 def test_layers_of_every_shape_equal_their_composed_kernels():
     network = Odd().eval()
     smaller = compress(network, labelled(40, 16), flops=0.5, logits=lambda outputs: outputs["scores"], round_to=1)
