@@ -148,9 +148,3 @@ def test_truncation_leaves_separable_layers_alone(images, separated):
     other = pruned_by(separated.network, images, Goal(prune_ratio=0.3), METHOD).network
     assert other.architecture["depthwise"] == separated.network.architecture["depthwise"]
     assert len(other.architecture["ranks"]) > len(separated.network.architecture["ranks"])
-
-
-@pytest.mark.parametrize("ranks", [{}, {"blocks.1.conv1": [4, None]}, {"blocks.1.conv1": [4, 5]}])
-def test_a_depthwise_layer_without_equal_ranks_is_refused(ranks):
-    with pytest.raises(ValueError, match="no two equal ranks"):
-        build_network("resnet", depth=8, num_classes=3, width=8, ranks=ranks, depthwise=["blocks.1.conv1"])

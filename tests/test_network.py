@@ -34,21 +34,6 @@ def test_published_counts():
     assert build_network("resnet", depth=32, num_classes=100).switches == 14
 
 
-@pytest.mark.parametrize("depth", [7, 9, 31, 33, 2])
-def test_depth_must_be_6n_plus_2(depth):
-    with pytest.raises(ValueError, match=r"6n\+2"):
-        build_network("resnet", depth=depth, num_classes=10)
-
-
-def test_other_names_are_refused():
-    with pytest.raises(ValueError, match="vgg"):
-        build_network("vgg", depth=14, num_classes=10)
-    with pytest.raises(ValueError, match="wormhole"):
-        build_network("resnet", depth=14, num_classes=10, gate="wormhole")
-    with pytest.raises(ValueError, match=r"no\.such\.layer"):
-        build_network("resnet", depth=14, num_classes=10, ranks={"no.such.layer": [2, 2]})
-
-
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
