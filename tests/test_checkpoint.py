@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import call
+from compare import assert_close
 from conftest import MakesAFolder
 from networks import NORMALISATION, checkpoint_file, lively_network, varied_images
 
@@ -71,16 +72,9 @@ def test_the_network_comes_back_with_identical_logits(tmp_path: Path, stage: str
 def test_everything_else_comes_back_too(written: tuple[Path, Checkpoint]):
     path, before = written
     after = load_checkpoint(path)
-    for field in fields(Checkpoint):
-        if field.name not in ("weights", "training", "data"):
-            assert getattr(after, field.name) == getattr(before, field.name), field.name
-    assert torch.equal(after.data.pop("set_aside"), before.data["set_aside"])
-    assert after.data == {key: value for key, value in before.data.items() if key != "set_aside"}
+    assert_close(vars(after), {**vars(before), "weights": dict(before.weights)}, "checkpoint")
     assert after.normaliser() == Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6))
-    momentum, expected = (c.training["optimiser"]["state"] for c in (after, before))
-    assert momentum.keys() == expected.keys() and len(momentum) > 10
-    for key, state in expected.items():
-        assert torch.equal(momentum[key]["momentum_buffer"], state["momentum_buffer"])
+    assert len(after.training["optimiser"]["state"]) > 10
 
 
 def test_others_may_read_a_checkpoint(written: tuple[Path, Checkpoint]):
@@ -164,16 +158,17 @@ def test_a_foreign_file_is_refused(tmp_path: Path, written: tuple[Path, Checkpoi
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_file_that_carries_code_is_refused_and_does_not_run(tmp_path: Path, written, write):
+def test_a_file_that_carries_code_is_refused_and_does_not_run(tmp_path: Path, written, write, recwarn):
     victim, path = tmp_path / "victim", tmp_path / "hostile.pt"
     write({**plain(written[1]), "progress": {"step": MakesAFolder(victim)}}, path)
     torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
     assert victim.exists(), "the test's own file must be able to do harm"
     victim.rmdir()
 
+    recwarn.clear()
     with pytest.raises(UserError, match=f"checkpoint {path} cannot be read"):
         load_network(path)
-    assert not victim.exists()
+    assert not victim.exists() and not recwarn.list
 
 
 def test_a_kept_checkpoint_has_half_the_size_and_the_same_network_within_bf16(tmp_path: Path):
