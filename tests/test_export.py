@@ -18,10 +18,10 @@ from deploy import export
 from deploy.folding import deployable
 from deploy.graphs import IR_VERSION, OPSET, onnx_model
 from deploy.int8 import quantised
-from deploy.labels import INT8, LABELS, NETWORK, ROUTED
+from deploy.labels import LABELS, NETWORK, ROUTED
 from deploy.session import AT_ONCE, TOLERANCE, ExportedNetwork, check_session, open_session, run_session
 from deploy.trace import TRACED_BATCH, Graph
-from models import GATES, build_network
+from models import GATES
 from utils.errors import UserError
 
 SWITCHED = [gate for gate in GATES if gate != "none"]
@@ -158,18 +158,6 @@ def test_command_writes_a_folder(tmp_path):
     plain = checkpoint_file(tmp_path / "plain.pt", lively_network("pruned", "none"))
     call(export, "--checkpoint", plain, "--output", tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {NETWORK, LABELS}, "no file of the earlier export is left"
-
-
-def test_int8_version_comes_with_its_accuracy(tmp_path, shapes):
-    network = build_network("resnet", depth=8, num_classes=3, width=8)
-    checkpoint = checkpoint_file(tmp_path / "best.pt", network, "sp", 8, classes=["left", "middle", "right"])
-    arguments = ("--checkpoint", checkpoint, "--output", tmp_path / "out", "--data_dir", shapes, "--int8")
-    call(export, *arguments)
-    measured = json.loads((tmp_path / "out" / LABELS).read_text())["files"][INT8]
-    assert measured["test_images"] == 30
-    assert abs(measured["int8_accuracy"] - measured["float_accuracy"]) < 0.2
-    session = open_session(tmp_path / "out" / INT8)
-    assert run_session(session, np.zeros((3, 3, 8, 8), np.uint8))["logits"].shape == (3, 3)
 
 
 @pytest.mark.parametrize("closed", [False, True])

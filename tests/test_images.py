@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import arguments, call_stage, interrupted_at, run_folder
-from conftest import write_shapes
 from test_data import UNCHANGED, numbered
 from test_fine_tuning import small
 
@@ -17,7 +16,6 @@ from utils.data.augment import colour_histogram, normalisation_of
 from utils.data.batches import TrainingBatches, plain_batches, split_data, training_normalisation
 from utils.data.folder import load_data
 from utils.data.images import FetchedSet, HostPixels, ImageSet
-from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.run import BEST, LAST
 
@@ -95,16 +93,6 @@ def test_only_a_few_batches_are_fetched_ahead(monkeypatch: pytest.MonkeyPatch, s
     next(batches)
     batches.close()
     assert 10 <= len(seen) <= 10 * (images.AHEAD + 1)
-
-
-def test_a_file_that_cannot_be_read_is_named_when_its_batch_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = write_shapes(tmp_path / "data", {"train": 4, "test": 2})
-    broken = root / "train" / "middle" / "002.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    monkeypatch.setattr(memory, "available_memory", lambda: 0.0)
-    train = load_data(str(root), "png", 8, 2).train
-    with pytest.raises(UserError, match=f"image {broken} cannot be read"):
-        list(train.batches(torch.arange(12).split(4)))
 
 
 def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(chain, shapes, tmp_path, monkeypatch):
