@@ -32,38 +32,38 @@ def python(code: str, **given) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PREPARED + code], **given)
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_a_signal_ends_a_command_in_one_sentence(name: str):
-    done = python(f"print('so far')\nos.kill(os.getpid(), signal.{name})\nprint('more')")
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "so far\n", SAID[name])
+# As Python does with what is raised in a finalizer.
+SWALLOWED = (
+    "class Finalized:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+    "        return [i for i in range(1000)]\nFinalized()\nprint('goes on')"
+)
+TWICE = (
+    "ended = os._exit\n"
+    "def exit(code):\n    os.kill(os.getpid(), signal.SIGINT)\n    ended(code)\n"
+    "os._exit = exit\nos.kill(os.getpid(), signal.SIGTERM)"
+)
+# Python gives handlers back before it clears modules: the default action would end it without a word.
+AFTER_THE_END = (
+    "class Cleared:\n"
+    "    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGHUP):\n        kill(me, number)\n"
+    "cleared = Cleared()\nprint('all is done')"
+)
+SENT = "print('so far')\nos.kill(os.getpid(), signal.{})\nprint('more')"
 
 
-def test_nothing_swallows_a_signal():
-    """As Python does with what is raised in a finalizer."""
-    done = python(
-        "class Finalized:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
-        "        return [i for i in range(1000)]\nFinalized()\nprint('goes on')"
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", SAID["SIGINT"])
-
-
-def test_a_second_signal_changes_nothing():
-    done = python(
-        "ended = os._exit\n"
-        "def exit(code):\n    os.kill(os.getpid(), signal.SIGINT)\n    ended(code)\n"
-        "os._exit = exit\nos.kill(os.getpid(), signal.SIGTERM)"
-    )
-    assert (done.returncode, done.stderr) == (143, SAID["SIGTERM"])
-
-
-def test_a_signal_after_the_end_changes_nothing():
-    """Python gives handlers back before it clears modules: the default action would end it without a word."""
-    done = python(
-        "class Cleared:\n"
-        "    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGHUP):\n        kill(me, number)\n"
-        "cleared = Cleared()\nprint('all is done')"
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "all is done\n", "")
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [
+        *((SENT.format(name), (128 + signal.Signals[name], "so far\n", said)) for name, said in SAID.items()),
+        (SWALLOWED, (130, "", SAID["SIGINT"])),
+        (TWICE, (143, "", SAID["SIGTERM"])),
+        (AFTER_THE_END, (0, "all is done\n", "")),
+    ],
+    ids=[*SAID, "swallowed", "twice", "after the end"],
+)
+def test_a_signal_ends_a_command_in_one_sentence(code: str, ends: tuple[int, str, str]):
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == ends
 
 
 def test_what_was_ignored_before_still_is():

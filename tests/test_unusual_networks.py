@@ -81,20 +81,6 @@ def test_single_directions_of_any_network():
     assert isinstance(smaller[0].one, LowRankConv2d) and not isinstance(smaller[0].two, LowRankConv2d)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"decomposition": "bst"}, "decomposition is 'bst', but takes one of best, tucker, depthwise, truncate"),
-        ({"round_to": 0}, "round_to is 0, out of range"),
-        ({"criterion": "c_obs"}, "criterion c_obs removes channels inside the blocks of this program's ResNet"),
-        ({"flop": 0.5}, "unknown key 'flop'"),
-    ],
-)
-def test_bad_settings_are_one_sentence(settings, message):
-    with pytest.raises(UserError, match=message):
-        compress(Network(), images, flops=0.5, **settings)
-
-
 @pytest.mark.parametrize("network", [NamesArguments, GradientsOff, AsksForTypes, Words])
 def test_unusual_networks_are_compressed(network):
     torch.manual_seed(0)
@@ -157,16 +143,6 @@ def test_the_weight_of_a_rebuilt_linear_layer():
     assert counter.get_total_flops() == 0
 
 
-def test_torchscript_is_refused():
-    with pytest.raises(UserError, match="TorchScript, which hides its layers: give the module before that"):
-        compress(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(432, CLASSES))), images, flops=0.5)
-
-
-def test_a_compiled_network_is_refused():
-    with pytest.raises(UserError, match=r"compiled by torch\.compile: give network\._orig_mod"):
-        compress(torch.compile(Network()), images, flops=0.5)
-
-
 def test_a_loader_is_passed_over_as_it_is():
     torch.manual_seed(0)
     network = Network()
@@ -175,18 +151,33 @@ def test_a_loader_is_passed_over_as_it_is():
         assert torch.equal(mine, theirs), name
 
 
+NOTHING = r"batches\(\) gives nothing: each call has to start a new pass"
+
+
 @pytest.mark.parametrize(
-    ("batches", "flops", "message"),
+    ("make", "batches", "settings", "message"),
     [
-        (lambda: [{"pixels": torch.zeros(2, 3, 8, 8)}], 0.5, r"batches\(\) gives a dict, where \(inputs, labels\) is"),
-        (lambda: [torch.zeros(2, 3, 8, 8)], 0.5, r"batches\(\) gives a Tensor, where"),
-        ([(torch.zeros(3, 8, 8), 4)], 0.5, r"the labels of a batch are no tensor \[N\] of classes"),
-        ([], 0.5, r"batches\(\) gives nothing: each call has to start a new pass"),
-        (iter(images()), 0.5, r"batches\(\) gives nothing: each call has to start a new pass"),
-        (images, 50, "flops is 50: give a share above 0 and up to 1, such as 0.5"),
-        (images, 0, "flops is 0: give a share above 0"),
+        (Network, images, {"decomposition": "bst"},
+         "decomposition is 'bst', but takes one of best, tucker, depthwise, truncate"),
+        (Network, images, {"round_to": 0}, "round_to is 0, out of range"),
+        (Network, images, {"criterion": "c_obs"},
+         "criterion c_obs removes channels inside the blocks of this program's ResNet"),
+        (Network, images, {"flop": 0.5}, "unknown key 'flop'"),
+        (Network, images, {"flops": 50}, "flops is 50: give a share above 0 and up to 1, such as 0.5"),
+        (Network, images, {"flops": 0}, "flops is 0: give a share above 0"),
+        (Network, lambda: [{"pixels": torch.zeros(2, 3, 8, 8)}], {},
+         r"batches\(\) gives a dict, where \(inputs, labels\) is"),
+        (Network, lambda: [torch.zeros(2, 3, 8, 8)], {}, r"batches\(\) gives a Tensor, where"),
+        (Network, [(torch.zeros(3, 8, 8), 4)], {}, r"the labels of a batch are no tensor \[N\] of classes"),
+        (Network, [], {}, NOTHING),
+        (Network, iter(images()), {}, NOTHING),
+        (
+            lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(432, CLASSES))), images, {},
+            "TorchScript, which hides its layers: give the module before that",
+        ),
+        (lambda: torch.compile(Network()), images, {}, r"compiled by torch\.compile: give network\._orig_mod"),
     ],
-)
-def test_bad_batches_and_budgets_are_one_sentence(batches, flops, message):
+)  # fmt: skip
+def test_what_cannot_be_compressed_is_refused_in_one_sentence(make, batches, settings, message):
     with pytest.raises(UserError, match=message):
-        compress(Network(), batches, flops=flops)
+        compress(make(), batches, **{"flops": 0.5, **settings})
