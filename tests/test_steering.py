@@ -10,27 +10,27 @@ from gating.steering import INTEGRAL, LARGEST_ERROR, PROPORTIONAL, SMOOTHING, Bu
 CPU = torch.device("cpu")
 
 
-def test_accuracy_budget_prefers_fewest_flops_within():
-    budget = Budget(floor=0.90)
-    epochs = {"a": (0.95, 0.9), "b": (0.91, 0.5), "c": (0.899, 0.1), "d": (0.90, 0.6)}
-    assert max(epochs, key=lambda name: budget.score(*epochs[name])) == "b"
-    only_bad = {"a": (0.80, 0.2), "b": (0.85, 0.9)}
-    assert max(only_bad, key=lambda name: budget.score(*only_bad[name])) == "b"
-    assert budget.met(0.90, 1.0) and not budget.met(0.8999, 0.1)
+FLOOR, TARGET = Budget(floor=0.90), Budget(floor=0.0, target_computation=0.6)
 
 
-def test_of_equal_computation_the_better_accuracy_is_chosen():
-    epochs = {"a": (0.910, 0.848), "b": (0.930, 0.849), "c": (0.950, 0.90)}
-    assert max(epochs, key=lambda name: Budget(floor=0.90).score(*epochs[name])) == "b"
-    tied = {"a": (0.910, 0.60), "b": (0.910, 0.55)}
-    assert max(tied, key=lambda name: Budget(0.0, target_computation=0.6).score(*tied[name])) == "b"
+@pytest.mark.parametrize(
+    ("budget", "epochs", "chosen"),
+    [
+        (FLOOR, {"a": (0.95, 0.9), "b": (0.91, 0.5), "c": (0.899, 0.1), "d": (0.90, 0.6)}, "b"),
+        (FLOOR, {"a": (0.80, 0.2), "b": (0.85, 0.9)}, "b"),
+        (TARGET, {"a": (0.95, 0.7), "b": (0.91, 0.60), "c": (0.90, 0.3)}, "b"),
+        # Of equal computation the better accuracy, and the other way round.
+        (FLOOR, {"a": (0.910, 0.848), "b": (0.930, 0.849), "c": (0.950, 0.90)}, "b"),
+        (TARGET, {"a": (0.910, 0.60), "b": (0.910, 0.55)}, "b"),
+    ],
+)
+def test_the_fewest_flops_above_a_floor_and_the_best_accuracy_within_a_target(budget, epochs, chosen):
+    assert max(epochs, key=lambda name: budget.score(*epochs[name])) == chosen
 
 
-def test_computation_target_prefers_accuracy_within():
-    budget = Budget(floor=0.0, target_computation=0.6)
-    epochs = {"a": (0.95, 0.7), "b": (0.91, 0.60), "c": (0.90, 0.3)}
-    assert max(epochs, key=lambda name: budget.score(*epochs[name])) == "b"
-    assert budget.met(0.1, 0.605) and not budget.met(0.99, 0.606)
+def test_what_meets_a_budget():
+    assert FLOOR.met(0.90, 1.0) and not FLOOR.met(0.8999, 0.1)
+    assert TARGET.met(0.1, 0.605) and not TARGET.met(0.99, 0.606)
 
 
 def test_far_below_the_floor_is_lost():
