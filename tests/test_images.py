@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import arguments, call_stage, interrupted_at, run_folder
+from networks import small_network
 from test_data import UNCHANGED, numbered
-from test_fine_tuning import small
 
 from training.evaluate import evaluate
 from utils import parallel
@@ -76,7 +76,8 @@ def test_subsets_and_evaluations_are_those_of_images_in_memory():
         assert torch.equal(fetched[index].pixels, held[index].pixels)
         assert torch.equal(fetched[index][1:].labels, held[index][1:].labels)
     assert len(fetched) == 30
-    a, b = (evaluate(small(), s, UNCHANGED, network_cost(small(), 8), batch_size=8) for s in (fetched, held))
+    network = small_network()
+    a, b = (evaluate(network, s, UNCHANGED, network_cost(network, 8), batch_size=8) for s in (fetched, held))
     assert (a.loss, a.accuracy) == (b.loss, b.accuracy) and torch.equal(a.decisions, b.decisions)
 
 
