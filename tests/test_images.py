@@ -70,7 +70,7 @@ def loaded(shapes: Path):
 
 
 def test_subsets_and_evaluations_are_those_of_images_in_memory():
-    held = numbered(30)
+    held = numbered(range(1, 31))
     fetched = FetchedSet(HostPixels(held.pixels), torch.arange(30), held.labels, CPU)
     for index in (slice(3, 20), slice(None, None, 4), torch.tensor([5, 1, 28])):
         assert torch.equal(fetched[index].pixels, held[index].pixels)
@@ -117,7 +117,7 @@ def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(chain, shap
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_images_that_do_not_fit_on_the_gpu_come_there_batch_by_batch(monkeypatch: pytest.MonkeyPatch):
-    device, held = torch.device("cuda"), numbered(30)
+    device, held = torch.device("cuda"), numbered(range(1, 31))
     resident = held.to(device)
     monkeypatch.setattr(images, "fits_on", lambda device, size: False)
     fetched = held.to(device)
