@@ -21,8 +21,6 @@ from utils.data.augment import Normalisation
 from utils.data.images import ImageSet
 from utils.flops import network_cost
 
-CPU = torch.device("cpu")
-
 
 class EasyAndHard(nn.Module):
     """Two classes, two blocks: easy images are decided by the stem, hard ones only where the second block runs.
