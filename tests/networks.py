@@ -40,6 +40,12 @@ def varied_images(count: int, size: int = 16, seed: int = 1) -> Tensor:
     return (255 * (colour + slope * ramp + strength * noise)).clamp(0, 255).to(torch.uint8)
 
 
+def small_network(gate: str = "rnn", classes: int = 3, width: int = 4, **more) -> ResNet:
+    """A network of depth 8 as it starts; ``more`` goes to ``build_network``."""
+    torch.manual_seed(0)
+    return build_network("resnet", depth=8, num_classes=classes, width=width, gate=gate, **more)
+
+
 def lively_network(stage: str, gate: str, seed: int = 0) -> ResNet:
     """A copy of a network of depth 8 and 10 classes whose batch norms have run on images.
 

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from commands import SCRIPTS, arguments, call_stage  # noqa: E402
+from networks import small_network  # noqa: E402
 from simulated_gpu import simulated  # noqa: E402
 
 from deploy import speeds  # noqa: E402
 from gating.reinforce import Reinforcement, reinforce_epoch  # noqa: E402
 from gating.steering import SteeredAlpha  # noqa: E402
-from models import ResNet, all_on, build_network, thresholded  # noqa: E402
+from models import ResNet, all_on, thresholded  # noqa: E402
 from pruning.capture import Passes  # noqa: E402
 from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
 from pruning.factors import collect_factors  # noqa: E402
@@ -61,8 +62,7 @@ def images() -> ImageSet:
 
 
 def network(gate: str = "rnn", device: torch.device = CPU) -> ResNet:
-    torch.manual_seed(0)
-    return placed(build_network("resnet", depth=8, num_classes=3, width=4, gate=gate), device)
+    return placed(small_network(gate), device)
 
 
 def batches(epoch: int, size: int = BATCH, device: torch.device = CPU):

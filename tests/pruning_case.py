@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import LowRankConv2d, all_on, build_network
 from pruning.compress import prune_once
+from pruning.factors import Factors
 from pruning.selection import least_kept
 from pruning.settings import Method
 from utils.flops import every_block, network_cost
@@ -68,6 +69,14 @@ def check_limits(network, smaller, limit):
                 assert module.core.out_channels >= least_kept(whole.out_channels, limit)
     for block, inner in smaller.architecture["inner"].items():
         assert inner >= least_kept(network.get_submodule(block).conv2.out_channels, limit)
+
+
+def random_factors(inputs: int, outputs: int, rows: int = 20, power: int = 1, seed: int | None = None) -> Factors:
+    """Of that many random rows, each number raised to the power."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    a, g = (torch.randn(rows, n, dtype=torch.float64) ** power for n in (inputs, outputs))
+    return Factors(a.t() @ a / rows, g.t() @ g / rows)
 
 
 def quadratic_rise(change: Tensor, A: Tensor, G: Tensor) -> Tensor:

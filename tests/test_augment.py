@@ -9,11 +9,6 @@ from torchvision.transforms import functional as reference
 from utils.data.augment import PADDING, Normalisation, colour_histogram, crop_and_flip, draw_crops, normalisation_of
 
 
-def augmented(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    top, left, mirrored = draw_crops(len(pixels), generator, flip).unbind(1)
-    return crop_and_flip(pixels, torch.arange(len(pixels)), top, left, mirrored == 1)
-
-
 def measure_normalisation(pixels: Tensor) -> Normalisation:
     return normalisation_of(colour_histogram(pixels))
 
@@ -43,7 +38,8 @@ def test_offsets_are_uniform_and_half_of_the_images_are_mirrored(flip: bool):
     n = 9000
     pixels = torch.zeros(n, 3, 16, 16, dtype=torch.uint8)
     pixels[:, :, 8, 8], pixels[:, :, 8, 9] = 200, 100
-    result = augmented(pixels, torch.Generator().manual_seed(0), flip)[:, 0]
+    top, left, mirrored = draw_crops(n, torch.Generator().manual_seed(0), flip).unbind(1)
+    result = crop_and_flip(pixels, torch.arange(n), top, left, mirrored == 1)[:, 0]
     bright, dim = ((result == value).flatten(1).int().argmax(dim=1) for value in (200, 100))
     row, column = bright // 16, bright % 16
     mirrored = dim < bright

@@ -279,14 +279,6 @@ def test_the_last_step_of_an_epoch_may_ruin_the_network(shapes: Path, tmp_path: 
     assert not (run_folder(tmp_path, "sp") / "best.pt").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "3", '[{"method": 1}]'])
-def test_a_damaged_record_of_another_stage_is_named(content: str, copied: Path, shapes: Path, capsys):
-    record = run_folder(copied, "pruned") / "record.json"
-    record.write_text(content)
-    given = [*arguments("sp", shapes, copied), "--resume"]
-    assert f"{record} cannot be read" in error_line("sp", given, capsys)
-
-
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_unknown_and_abbreviated_flags_are_refused(stage: str, shapes: Path, tmp_path: Path, capsys):
     long, short = ("--config_path", "--config") if stage == "pruned" else ("--weight_decay", "--weight")

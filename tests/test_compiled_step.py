@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import arguments, call_stage, metrics, run_folder
+from networks import small_network
 from test_simulated_gpu import Training
 from torch.nn import functional as F
 
-from models import ResNet, build_network, sampled, straight_through
+from models import ResNet, sampled, straight_through
 from training.forward import training_forward
 from training.norms import placed, with_shared_norms
 from training.optimisers import sgd
@@ -34,11 +35,6 @@ def traced(monkeypatch: pytest.MonkeyPatch):
     ``fullgraph`` refuses any part that a compiler would leave to Python.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-
-
-def network(gate: str = "rnn") -> ResNet:
-    torch.manual_seed(0)
-    return build_network("resnet", depth=8, num_classes=5, width=8, gate=gate).train()
 
 
 def drawn(rule: str, gate: str = "rnn") -> tuple:
@@ -64,7 +60,7 @@ def assert_same_step(plain: ResNet, other: ResNet, forward, given: tuple, rtol: 
 
 @pytest.mark.parametrize(("gate", "rule"), [("rnn", "sp"), ("rnn", "rl"), ("ff1", "straight-through")])
 def test_compiled(gate: str, rule: str, traced):
-    plain = network(gate)
+    plain = small_network(gate, 5, 8)
     other = copy.deepcopy(plain)
     keys = list(other.state_dict())
     x, y, function, numbers = drawn(rule, gate)
@@ -78,14 +74,14 @@ def test_compiled(gate: str, rule: str, traced):
 
 def test_compiled_with_shared_norms(traced):
     """One graph, as of plain ones."""
-    plain = network()
+    plain = small_network(classes=5, width=8)
     shared = with_shared_norms(copy.deepcopy(plain))
     assert_same_step(plain, shared, training_forward(shared, compiled=True), drawn("sp"), 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_channels_last(rule: str):
-    plain = network()
+    plain = small_network(classes=5, width=8)
     other = placed(copy.deepcopy(plain), CPU)
     assert other.blocks[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert_same_step(plain, other, training_forward(other), drawn(rule), 1e-3, 1e-5)
@@ -94,7 +90,7 @@ def test_channels_last(rule: str):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_bf16_autocast(compiled: bool, traced):
     """bf16 keeps 8 bits: a relative error of 2^-9 an operation, here over some twenty in a row."""
-    plain = network()
+    plain = small_network(classes=5, width=8)
     other = copy.deepcopy(plain)
     forward = training_forward(plain)
     loss, _ = step(plain, forward, *drawn("sp"))
@@ -141,7 +137,7 @@ def test_drawn_numbers_decide_and_each_switch_has_its_own():
 
 
 def test_an_optimiser_keeps_its_own_kernels_when_its_state_comes_from_another_device():
-    net = network()
+    net = small_network(classes=5, width=8)
     optimiser = sgd(net, 0.1, 0.9, 0.0)
     state = optimiser.state_dict()
     for group in state["param_groups"]:
@@ -158,7 +154,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.mark.parametrize("stage", ["sp", "greedy"])
 def test_a_step_does_not_wait_for_the_gpu(stage: str):
     """As many synchronisations in an epoch of twenty steps as in one of ten."""
-    training = Training(stage, network(), network())
+    training = Training(stage, small_network(classes=5, width=8), small_network(classes=5, width=8))
 
     def epoch(steps: int) -> int:
         batches = training.batches(steps)
@@ -180,7 +176,7 @@ def test_the_fused_optimiser_takes_the_same_step():
     x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 5, (16,))
     results = []
     for device in (CPU, torch.device("cuda")):
-        net = placed(network(), device)
+        net = placed(small_network(classes=5, width=8), device)
         optimiser = sgd(net, 0.1, 0.9, 5e-4)
         assert all(bool(group["fused"]) == (device.type == "cuda") for group in optimiser.param_groups)
         for _ in range(2):

@@ -1,8 +1,13 @@
-"""Images from folders: what is read, how it is split and served."""
+"""Images from folders: what is read, how it is split and served.
 
+Which images a run set aside: later stages keep to them, whatever becomes of the files, or stop with a sentence.
+"""
+
+import hashlib
 import os
 import shutil
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +18,19 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from utils.data.augment import Normalisation
-from utils.data.batches import TrainingBatches, batch_ends, plain_batches, split_data
+from utils.data.batches import Splits, TrainingBatches, batch_ends, plain_batches, split_as_before, split_data
 from utils.data.folder import DataSet, load_data
-from utils.data.identity import fingerprints, stratified_split
+from utils.data.identity import digest, fingerprints, first_copies, stratified_split
 from utils.data.images import ImageSet
 from utils.errors import UserError
 
 UNCHANGED = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def numbered(images: int, size: int = 8) -> ImageSet:
-    """Images of one value each, 1, 2, 3, ..., which survive any crop and flip; the label of value v is v % 3."""
-    values = torch.arange(1, images + 1)
-    return ImageSet(values.to(torch.uint8)[:, None, None, None].expand(-1, 3, size, size).contiguous(), values % 3)
+def numbered(values: Sequence[int], labels: list[int] | None = None) -> ImageSet:
+    """Images of one value each, which survives any crop and flip; the label of value v is v % 3."""
+    pixels = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+    return ImageSet(pixels, torch.tensor(labels or [value % 3 for value in values]))
 
 
 def two_classes(root: Path, *parts: str) -> Path:
@@ -33,16 +38,6 @@ def two_classes(root: Path, *parts: str) -> Path:
         for name in ("cat", "dog"):
             write_image(root / part / name / "0.png", Image.new("RGB", (8, 8), (1, 2, 3)))
     return root
-
-
-def test_reads_pixels_and_labels_in_the_order_of_the_names(shapes: Path):
-    data = load_data(str(shapes), "png", 8, 2)
-    assert (data.name, data.classes, data.val) == ("shapes", ("left", "middle", "right"), None)
-    for part, images in (("train", data.train), ("test", data.test)):
-        files = sorted((shapes / part).glob("*/*.png"))
-        expected = np.stack([np.asarray(Image.open(file)) for file in files]).transpose(0, 3, 1, 2)
-        assert np.array_equal(images.pixels.numpy(), expected)
-        assert images.labels.tolist() == [data.classes.index(file.parent.name) for file in files]
 
 
 def test_a_file_belongs_by_its_ending_in_any_case(tmp_path: Path, capsys):
@@ -76,10 +71,11 @@ def test_what_is_not_read_is_named_in_a_line(tmp_path: Path, capsys):
 
 def test_files_are_those_of_torchvisions_image_folder_in_its_order(tmp_path: Path):
     two_classes(tmp_path, "train", "test")
-    for i, name in enumerate(("b/2.jpg", "b/a/1.tif", "a.PNG", "b/0.tiff", "b-c/1.ppm", "z.jpeg", "c.pgm", "d.webp")):
-        for label, folder in enumerate(("cat", "dog")):
-            image = Image.new("L" if "pgm" in name else "RGB", (8, 8), 9 * i + label)
-            write_image(tmp_path / "train" / folder / name, image)
+    generator = np.random.default_rng(0)
+    for name in ("b/2.jpg", "b/a/1.tif", "a.PNG", "b/0.tiff", "b-c/1.ppm", "z.jpeg", "c.pgm", "d.webp"):
+        for folder in ("cat", "dog"):
+            image = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            write_image(tmp_path / "train" / folder / name, image.convert("L" if "pgm" in name else "RGB"))
     (tmp_path / "train" / "cat" / "linked").symlink_to(tmp_path / "test" / "cat")
     expected = ImageFolder(str(tmp_path / "train"))
     train = load_data(str(tmp_path), "any", 8, 1).train
@@ -159,7 +155,7 @@ def test_the_split_depends_on_the_seed_alone():
 
 def test_one_image_is_too_few_to_train_on():
     with pytest.raises(UserError, match="leaves 1 image to train on"):
-        split_data(DataSet("numbers", ("a",), numbered(1), None, numbered(1)), 0.0, 0)
+        split_data(DataSet("numbers", ("a",), numbered([1]), None, numbered([1])), 0.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +164,7 @@ def test_one_image_is_too_few_to_train_on():
 )
 def test_no_training_batch_holds_a_single_image(images: int, batch_size: int, ends: list[int]):
     assert batch_ends(images, batch_size) == ends
-    batches = TrainingBatches(numbered(images), batch_size, torch.manual_seed(0), UNCHANGED, True)
+    batches = TrainingBatches(numbered(range(1, images + 1)), batch_size, torch.manual_seed(0), UNCHANGED, True)
     assert np.cumsum([len(labels) for _, labels in batches]).tolist() == ends
 
 
@@ -176,7 +172,7 @@ def test_an_epoch_visits_every_image_once_under_its_label():
     generator = torch.Generator().manual_seed(5)
     orders = []
     for _ in range(2):
-        epoch = list(TrainingBatches(numbered(50), 16, generator, UNCHANGED, flip=True))
+        epoch = list(TrainingBatches(numbered(range(1, 51)), 16, generator, UNCHANGED, flip=True))
         values = torch.cat([x.amax(dim=(1, 2, 3)) for x, _ in epoch]).mul(255).round().long()
         assert sorted(values.tolist()) == list(range(1, 51))
         assert torch.equal(torch.cat([y for _, y in epoch]), values % 3)
@@ -185,7 +181,7 @@ def test_an_epoch_visits_every_image_once_under_its_label():
 
 
 def test_plain_batches_keep_order_and_pixels():
-    images = numbered(10)
+    images = numbered(range(1, 11))
     batches = list(plain_batches(images, 4, UNCHANGED))
     assert [len(y) for _, y in batches] == [4, 4, 2]
     assert torch.equal(torch.cat([x for x, _ in batches]), images.pixels.float() / 255)
@@ -252,3 +248,134 @@ def test_classes_that_differ_are_named(tmp_path: Path, part: str):
     write_image(tmp_path / part / "eel" / "0.png", Image.new("RGB", (8, 8)))
     with pytest.raises(UserError, match=f"classes differ between .*train and .*{part}: eel are in only one of them"):
         load_data(str(tmp_path), "png", 8, 1)
+
+
+def data_of(
+    train: list[int], test: list[int], val: list[int] | None = None, labels: list[int] | None = None
+) -> DataSet:
+    own = None if val is None else numbered(val)
+    return DataSet("numbers", ("a", "b", "c"), numbered(train, labels), own, numbered(test))
+
+
+def values(images: ImageSet) -> list[int]:
+    return images.pixels[:, 0, 0, 0].tolist()
+
+
+TRAIN, TEST = list(range(1, 41)), list(range(101, 111))
+
+
+def first_split(**given) -> tuple[Splits, set[int]]:
+    splits = split_data(data_of(TRAIN, TEST, **given), 0.25, 3)
+    return splits, set(values(splits.val))
+
+
+def test_a_fingerprint_is_that_of_the_pixels():
+    images = ImageSet(torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
+    expected = [hashlib.blake2b(p.numpy().tobytes(), digest_size=8).digest() for p in images.pixels]
+    assert [int(f).to_bytes(8, "little", signed=True) for f in fingerprints(images)] == expected
+    assert len(fingerprints(images[:0])) == 0
+
+
+def test_first_copies():
+    assert first_copies(torch.tensor([5, 7, 5, -1, 7, 5])).tolist() == [True, True, False, True, False, False]
+    assert digest(torch.tensor([5, 7, 5])) == digest(torch.tensor([7, 5, 5])) != digest(torch.tensor([5, 7]))
+
+
+def test_without_copies_the_split_is_stratified_over_all_images():
+    data = data_of(TRAIN, TEST)
+    kept, aside = stratified_split(data.train.labels, 0.25, 3)
+    splits = split_data(data, 0.25, 3)
+    assert torch.equal(splits.train.pixels, data.train[kept].pixels)
+    assert torch.equal(splits.val.pixels, data.train[aside].pixels)
+
+
+def test_what_was_set_aside_stays_so_whatever_the_order_and_whatever_is_new():
+    """A split by position and seed would train on some of them."""
+    splits, aside = first_split()
+    for train in (TRAIN[::-1], [*range(50, 90), *TRAIN], [*TRAIN[:20], 60, *TRAIN[20:]]):
+        later = split_as_before(data_of(train, TEST), splits.identity)
+        assert set(values(later.val)) == aside
+        assert sorted(values(later.train)) == sorted(set(train) - aside)
+        assert len(later.notes) == (len(train) > len(TRAIN))
+        assert torch.equal(later.identity["set_aside"], splits.identity["set_aside"])
+
+
+def test_those_that_vanished_are_counted_and_stay_set_aside_if_they_come_back():
+    splits, aside = first_split()
+    gone = sorted(aside)[:3]
+    later = split_as_before(data_of([v for v in TRAIN if v not in gone], TEST), splits.identity)
+    assert set(values(later.val)) == aside - set(gone)
+    assert later.notes == (
+        f"3 of {len(aside)} images that were set aside for validation are no longer in the data: {len(aside) - 3} are "
+        f"left",
+    )
+    again = split_as_before(data_of(TRAIN, TEST), later.identity)
+    assert set(values(again.val)) == aside and not set(values(again.train)) & aside
+
+
+@pytest.mark.parametrize("labels", [None, [i % 3 for i in range(44)]], ids=["class by class", "of several classes"])
+def test_copies_go_where_their_image_goes(labels):
+    train = [*TRAIN, *TRAIN[:4]]
+    for seed in range(5):
+        splits = split_data(data_of(train, TEST, labels=labels), 0.25, seed)
+        assert not set(values(splits.train)) & set(values(splits.val))
+        assert sorted(values(splits.train) + values(splits.val)) == sorted(train)
+        later = split_as_before(data_of(train[::-1], TEST, labels=labels and labels[::-1]), splits.identity)
+        assert sorted(values(later.val)) == sorted(values(splits.val))
+
+
+def test_a_copy_of_a_validation_image_among_new_ones_is_not_trained_on():
+    splits, aside = first_split()
+    copied = min(aside)
+    later = split_as_before(data_of([*TRAIN, copied, copied], TEST), splits.identity)
+    assert copied not in values(later.train) and values(later.val).count(copied) == 3
+
+
+def test_other_data_is_refused():
+    splits, _ = first_split()
+    for data, why in (
+        (data_of(list(range(41, 81)), TEST), r"lacks 10 of the 10 images .* set aside"),
+        (data_of(TRAIN, TEST[1:]), "the test images of data numbers are not those"),
+        (data_of(TRAIN, [*TEST[1:], 1]), "the test images of data numbers are not those"),
+    ):
+        with pytest.raises(UserError, match=why):
+            split_as_before(data, splits.identity)
+
+
+def test_a_resumed_run_takes_no_other_training_images():
+    splits, aside = first_split()
+    same = split_as_before(data_of(TRAIN[::-1], TEST), splits.identity, resumed=True)
+    assert set(values(same.val)) == aside and same.notes == ()
+    with pytest.raises(UserError, match=r"the training images of data numbers have changed .* without --resume"):
+        split_as_before(data_of([*TRAIN, 50], TEST), splits.identity, resumed=True)
+    with pytest.raises(UserError, match="the validation images of data numbers have changed"):
+        split_as_before(data_of([v for v in TRAIN if v != min(aside)], TEST), splits.identity, resumed=True)
+
+
+def test_images_of_a_val_folder_are_neither_trained_on_nor_taken_from_training():
+    splits, aside = first_split(val=[201, 202, 203, 204])
+    assert aside == {201, 202, 203, 204} and len(splits.train) == 40
+    # One moved to train/, one removed, and one that was trained on moved to val/.
+    later = split_as_before(data_of([*TRAIN[1:], 201], TEST, [203, 204, 1]), splits.identity)
+    assert values(later.train) == TRAIN[1:] and values(later.val) == [203, 204]
+    assert "2 of 4 images that were set aside" in later.notes[0]
+
+
+def test_where_none_was_set_aside_none_is_later():
+    splits = split_data(data_of(TRAIN, TEST), 0.0, 3)
+    later = split_as_before(data_of(TRAIN, TEST, [201, 202]), splits.identity)
+    assert splits.val_is_test and later.val_is_test and values(later.val) == TEST and values(later.train) == TRAIN
+
+
+def test_renamed_files_are_known_in_memory_and_batch_by_batch(tmp_path: Path, shapes: Path, monkeypatch):
+    data = tmp_path / "shapes"
+    shutil.copytree(shapes, data, ignore=shutil.ignore_patterns(".decoded"))
+    splits = split_data(load_data(str(data), "png", 8, 1), 0.2, 0)
+    for i, file in enumerate(sorted(data.glob("train/*/*.png"), reverse=True)):
+        file.rename(file.with_name(f"{i * 7919 % 1000:03d}-new.png"))
+    for available in (None, 0):
+        if available is not None:
+            monkeypatch.setattr("utils.data.memory.available_memory", lambda: 0)
+        later = split_as_before(load_data(str(data), "png", 8, 1), splits.identity, resumed=True)
+        assert later.notes == () and type(later.train).__name__ == ("ImageSet" if available is None else "FetchedSet")
+        assert set(fingerprints(later.val).tolist()) == set(fingerprints(splits.val).tolist())

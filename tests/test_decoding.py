@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_image, write_shapes
 from PIL import ExifTags, Image, features
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
+from utils.data import memory
 from utils.data.folder import load_data
 from utils.data.images import read_image
 from utils.errors import UserError
@@ -104,22 +106,27 @@ def test_a_cmyk_jpeg_becomes_rgb(tmp_path: Path):
     assert np.abs(pixels.astype(int) - (0, 255, 0)).max() <= 3  # JPEG is not exact
 
 
-@pytest.mark.parametrize("shape", [(12, 20), (5, 8), (8, 8)])
+@pytest.mark.parametrize(("size", "sides"), [(8, [8, 8]), ("12x16", [12, 16])])
+@pytest.mark.parametrize("shape", [(12, 20), (5, 8), (8, 8), (30, 20)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
-def test_images_are_resized_as_torchvision_does(tmp_path: Path, shape: tuple[int, int], mode: str):
+def test_images_are_resized_as_torchvision_does(tmp_path: Path, shape, mode: str, size: int | str, sides: list[int]):
+    """Height stands before width."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)).convert(mode)
     path = write_image(tmp_path / "image.png", image)
-    expected = reference.resize(Image.open(path).convert("RGB"), [8, 8], InterpolationMode.BILINEAR)
-    assert np.array_equal(read_image(path, 8), np.asarray(expected))
+    expected = reference.resize(Image.open(path).convert("RGB"), sides, InterpolationMode.BILINEAR)
+    assert np.array_equal(read_image(path, size), np.asarray(expected))
 
 
+@pytest.mark.parametrize("available", [float("inf"), 0.0])
 @pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "webp"])
-def test_a_truncated_image_is_named(tmp_path: Path, kind: str):
+def test_a_truncated_image_is_named(tmp_path: Path, kind: str, available: float, monkeypatch: pytest.MonkeyPatch):
+    """At once, or when its batch comes."""
+    monkeypatch.setattr(memory, "available_memory", lambda: available)
     write_shapes(tmp_path, {"train": 3, "test": 3}, suffix=kind)
     broken = tmp_path / "train" / "middle" / f"001.{kind}"
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size * 2 // 3])
     with pytest.raises(UserError, match=f"image {broken} cannot be read"):
-        load_data(str(tmp_path), kind, 8, 2)
+        list(load_data(str(tmp_path), kind, 8, 2).train.batches(torch.arange(9).split(4)))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bad"), EOFError(), KeyError(3), MemoryError(), ZeroDivisionError("x")])

@@ -33,6 +33,7 @@ def test_executed_flops_equal_the_counters_over_an_evaluation(stage, gate):
         measured = evaluate(network, images, NORMALISATION, cost, batch_size=32)
     assert measured.flops_all == cost.flops
     assert measured.executed.sum().item() == counter.get_total_flops()
+    assert cost.shares.sum().item() == pytest.approx(int(gate != "none"), abs=1e-6)
     if stage == "rl_pruned" and gate != "none":
         assert 0.2 < measured.decisions.mean() < 0.8
 

@@ -2,18 +2,13 @@
 
 import pytest
 import torch
+from networks import small_network
 from torch.nn import functional as F
 
-from models import build_network
 from pruning.changes import eigenvalues_picture, layer_ranks, ranks_picture
 from pruning.eigenbasis import Eigenbasis
 from training.distillation import TEMPERATURE, distillation_loss, distillation_loss_fn
 from training.supervised import Supervision, supervised_epoch
-
-
-def small(gate: str = "rnn"):
-    torch.manual_seed(0)
-    return build_network("resnet", depth=8, num_classes=3, width=4, gate=gate)
 
 
 def test_distillation_weighs_two_losses_and_vanishes_where_predictions_agree():
@@ -28,7 +23,7 @@ def test_distillation_weighs_two_losses_and_vanishes_where_predictions_agree():
 
 
 def test_a_distilled_epoch_brings_predictions_together():
-    teacher, network = small("none").eval(), small("none")
+    teacher, network = small_network("none").eval(), small_network("none")
     for parameter in network.parameters():
         parameter.data.mul_(1 + 0.3 * torch.randn_like(parameter))
     x, y = torch.randn(32, 3, 8, 8), torch.randint(3, (32,))
@@ -46,7 +41,7 @@ def test_a_distilled_epoch_brings_predictions_together():
 
 
 def test_the_picture_of_ranks_is_drawn(tmp_path):
-    network = small()
+    network = small_network()
     ranks = layer_ranks(network)
     assert ranks["blocks.1.conv1"] == (4, 8) and "blocks.1.shortcut.0" not in ranks
     ranks_picture([("stage 1", ranks), ("iteration 1", {n: (1, 2) for n in ranks})]).savefig(tmp_path / "ranks.png")

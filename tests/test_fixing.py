@@ -20,7 +20,7 @@ from gating.fixing import fix_switches, fixed_blocks_text, uniform_decisions, wi
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import Budget, FixedAlpha
 from gating.temperature import rescale_gate_logits
-from models import all_on, build_network, sampled, thresholded
+from models import all_on, sampled, thresholded
 from pruning.compress import check_goal
 from pruning.goals import Goal
 from pruning.settings import Method
@@ -130,14 +130,6 @@ def test_checkpoint_says_what_is_fixed(tmp_path):
     assert loaded.architecture["ranks"].keys() == RANKS.keys(), "what the residual was is still told"
     images = NORMALISATION.apply(varied_images(8))
     assert torch.equal(outputs(loaded.network(), images).logits, outputs(network, images).logits)
-
-
-@pytest.mark.parametrize("fixed", [{"blocks.0": 0}, {"blocks.9": 0}, {"blocks.1": 2}, {"stem": 1}])
-def test_switch_that_does_not_exist_is_refused(fixed):
-    with pytest.raises(ValueError, match="fixed_switches"):
-        build_network("resnet", depth=8, num_classes=3, width=4, fixed_switches=fixed)
-    with pytest.raises(ValueError, match="fixed_switches"):
-        build_network("resnet", depth=8, num_classes=3, width=4, gate="none", fixed_switches={"blocks.1": 0})
 
 
 def test_decisions_settle_at_the_share_asked_for():

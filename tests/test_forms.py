@@ -1,15 +1,23 @@
-"""The forms of a layer: what each costs by independent counters, which are worth having, and how they are built."""
+"""The forms of a layer: what each costs by independent counters, which are worth having, and how they are built.
 
+Rotation into the eigenbasis, the rise of the loss that it predicts, and layers that are rebuilt there.
+"""
+
+import itertools
+
+import numpy as np
 import pytest
 import torch
-from pruning_case import quadratic_rise
+from pruning_case import quadratic_rise, random_factors, switched_network
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import LowRankConv2d
+from models import LowRankConv2d, all_on, build_network
+from pruning.capture import Passes, visit_gradients
 from pruning.costs import LayerShape
-from pruning.eigenbasis import eigenbasis
-from pruning.factors import Factors
+from pruning.eigenbasis import curvature, eigenbasis, eigendamage, rotate, share
+from pruning.factors import Factors, input_factor, output_factor, rotated_gradient_squares
 from pruning.forms import (
     DEPTHWISE,
     KINDS,
@@ -24,8 +32,10 @@ from pruning.forms import (
     trials,
     two_factors,
 )
-from pruning.layers import composed
+from pruning.layers import composed, prunable_layers, read_weights
+from pruning.surgery import merged, rebuild, truncated
 from pruning.tucker import coordinates
+from utils.flops import every_block
 
 SIZE, INPUTS, OUTPUTS = 6, 16, 24
 
@@ -55,12 +65,6 @@ def counted(layer: nn.Module) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter:
         layer(torch.zeros(1, INPUTS, SIZE, SIZE))
     return counter.get_total_flops(), sum(p.numel() for p in layer.parameters())
-
-
-def factors(seed: int) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    a, g = (torch.randn(60, n, generator=generator, dtype=torch.float64) ** 3 for n in (INPUTS, OUTPUTS))
-    return Factors(a.t() @ a / 60, g.t() @ g / 60)
 
 
 def test_costs_equal_those_of_the_layers_that_are_built():
@@ -96,7 +100,7 @@ def test_levels(most, least, step, expected):
 
 @pytest.mark.parametrize("kind", [TUCKER, DEPTHWISE])
 def test_what_is_built_has_the_form_and_a_trial_loses_little_more(kind):
-    own = factors(1)
+    own = random_factors(INPUTS, OUTPUTS, 60, 3, seed=1)
     kernel = Kernel(torch.randn(OUTPUTS, INPUTS, 3, 3, dtype=torch.float64), eigenbasis(own))
     everything = quadratic_rise(kernel.weight, own.A, own.G).item()
     found = [form for form in forms(round_to=4) if form.kind == kind]
@@ -114,7 +118,8 @@ def test_what_is_built_has_the_form_and_a_trial_loses_little_more(kind):
 
 
 def test_corners_are_nested_and_the_whole_core_is_the_kernel():
-    own, weight = factors(2), torch.randn(OUTPUTS, INPUTS, 3, 3, dtype=torch.float64)
+    own = random_factors(INPUTS, OUTPUTS, 60, 3, seed=2)
+    weight = torch.randn(OUTPUTS, INPUTS, 3, 3, dtype=torch.float64)
     at = coordinates(weight, eigenbasis(own))
     torch.testing.assert_close(at.corner(INPUTS, OUTPUTS), weight, rtol=1e-9, atol=1e-9)
     rises = [quadratic_rise(weight - at.corner(c, OUTPUTS), own.A, own.G).item() for c in range(1, INPUTS + 1)]
@@ -140,3 +145,111 @@ def test_two_factors_of_a_pointwise_layer_are_the_best_of_their_rank(inputs, out
         assert rise == pytest.approx(0.5 * values[rank:].square().sum().item(), rel=1e-4)
         tried = trials({"x": kernel}, {"x": [present(), Form(TWO_FACTORS, (inputs, rank), 0, 0)]})["x"]
         assert tried.corners == [(m, rank)]
+
+
+def test_the_basis_diagonalises_both_factors_and_rotation_is_undone_by_its_transpose():
+    factors, weight = random_factors(5, 4, seed=0), torch.randn(4, 5, 3, 3, dtype=torch.float64)
+    basis = eigenbasis(factors)
+    torch.testing.assert_close(basis.Q_a @ torch.diag(basis.d_a) @ basis.Q_a.t(), factors.A, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(basis.Q_g @ torch.diag(basis.d_g) @ basis.Q_g.t(), factors.G, rtol=1e-12, atol=1e-12)
+    back = torch.einsum("pjhw,op,ij->oihw", rotate(weight, basis), basis.Q_g, basis.Q_a)
+    torch.testing.assert_close(back, weight, rtol=1e-12, atol=1e-12)
+
+
+def test_a_singular_factor_has_no_negative_eigenvalue():
+    a = torch.randn(2, 6)
+    basis = eigenbasis(Factors(a.t() @ a, torch.zeros(3, 3)))
+    assert basis.d_a.min() >= 0 and basis.d_g.min() >= 0
+
+
+def test_kfac_saliency_is_the_quadratic_form_of_the_kronecker_product():
+    factors, weight = random_factors(5, 4, seed=0), torch.randn(4, 5, 3, 3, dtype=torch.float64)
+    basis = eigenbasis(factors)
+    saliency = eigendamage(rotate(weight, basis), curvature(basis, weight), 0.0)
+    vectors = weight.flatten(2).permute(2, 1, 0).flatten(1)  # one vec(W) a tap
+    expected = 0.5 * torch.einsum("tp,pq,tq->", vectors, torch.kron(factors.A, factors.G), vectors)
+    torch.testing.assert_close(saliency.sum(), expected, rtol=1e-12, atol=0)
+
+
+def test_shares_sum_to_one_and_zeros_stay_zeros():
+    assert share(torch.tensor([1.0, 3.0])).tolist() == [0.25, 0.75]
+    assert share(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_zeroing_one_rotated_entry_changes_the_loss_as_predicted_to_second_order():
+    """Where the labels are the network's own prediction it stands at a minimum, and the Fisher is the Hessian.
+
+    The entry is shrunk by a share e: the rise must be e^2 times the saliency, with an error that falls as e.
+    """
+    network = build_network("resnet", depth=8, num_classes=3, width=2, gate="none").double().eval()
+    x, layer = torch.randn(6, 3, 6, 6, dtype=torch.float64), network.blocks[2].conv2
+    with torch.no_grad():
+        target = network(x).logits.softmax(1)
+    A = G = 0
+    pairs = []
+    for n, c in itertools.product(range(6), range(3)):
+
+        def visit(_, layer, a, g, p=target[n, c]):
+            pairs.append((a, g * p.sqrt()))
+
+        passes = Passes(lambda n=n, c=c: [(x[n : n + 1], torch.tensor([c]))], None, "empirical", forward=every_block)
+        visit_gradients(network, {"x": layer}, passes, visit)
+    for a, g in pairs:
+        A, G = A + input_factor(layer, a) / 18, G + output_factor(g) / 6
+    basis = eigenbasis(Factors(A, G))
+    s = sum(rotated_gradient_squares(layer, a, g, basis.Q_a, basis.Q_g) for a, g in pairs) / 6
+    weight = layer.weight.detach().clone()
+    rotated = rotate(weight, basis)
+    saliency = eigendamage(rotated, s, 0.0)
+
+    @torch.no_grad()
+    def rise(entry: tuple[int, ...], share: float) -> float:
+        moved = rotated.clone()
+        moved[entry] *= 1 - share
+        layer.weight.copy_(torch.einsum("pjhw,op,ij->oihw", moved, basis.Q_g, basis.Q_a))
+        log = network(x, decide=all_on).logits.log_softmax(1)
+        layer.weight.copy_(weight)
+        return F.kl_div(log, target, reduction="batchmean").item()
+
+    for flat in saliency.flatten().argsort(descending=True)[:5].tolist():
+        entry = tuple(map(int, np.unravel_index(flat, tuple(saliency.shape))))
+        predicted = saliency[entry].item()
+        errors = [abs(rise(entry, e) / e**2 / predicted - 1) for e in (0.1, 0.01, 0.001)]
+        assert errors[1] < 0.05 and errors[2] < 0.005, (entry, errors)
+
+
+def rotated_whole(network, seed: int):
+    """Every layer rotated on both sides, nothing dropped."""
+    replaced = {}
+    for name in prunable_layers(network):
+        weights = read_weights(network, name)
+        outputs, inputs = weights.core.shape[:2]
+        basis = eigenbasis(random_factors(inputs, outputs, seed=seed))
+        replaced[name] = merged(weights, truncated(weights.core, basis, torch.arange(inputs), torch.arange(outputs)))
+    return rebuild(network, replaced)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_ten_iterations_without_dropping_still_equal_the_input_network(dtype, tolerance):
+    network = switched_network(8, 6).to(dtype)
+    turned = network
+    for iteration in range(10):
+        turned = rotated_whole(turned, iteration)
+    x = torch.randn(4, 3, 8, 8, dtype=dtype)
+    with torch.no_grad():
+        before, after = (net(x, decide=all_on).logits for net in (network, turned))
+    assert (before - after).norm() < tolerance * before.norm()
+    convolutions = [m for m in turned.blocks.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 3 * 6 + 2  # six 3x3 layers, never more than three each, and two 1x1 shortcuts
+
+
+def test_dropping_a_direction_zeroes_its_entries_in_the_rotated_weight():
+    network = switched_network(8, 6).double()
+    weights = read_weights(network, "blocks.1.conv2")
+    outputs, inputs = weights.core.shape[:2]
+    basis = eigenbasis(random_factors(inputs, outputs, seed=0))
+    keep_in, keep_out = torch.tensor([0, 2, 3, 7]), torch.tensor([1, 4, 5])
+    reduced = merged(weights, truncated(weights.core, basis, keep_in, keep_out))
+    expected = torch.zeros_like(weights.core)
+    expected[keep_out[:, None], keep_in] = rotate(weights.core, basis)[keep_out[:, None], keep_in]
+    torch.testing.assert_close(rotate(composed(reduced), basis), expected, rtol=1e-10, atol=1e-12)

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import arguments, call_stage, interrupted_at, run_folder
-from conftest import write_shapes
+from networks import small_network
 from test_data import UNCHANGED, numbered
-from test_fine_tuning import small
 
 from training.evaluate import evaluate
 from utils import parallel
@@ -17,7 +16,6 @@ from utils.data.augment import colour_histogram, normalisation_of
 from utils.data.batches import TrainingBatches, plain_batches, split_data, training_normalisation
 from utils.data.folder import load_data
 from utils.data.images import FetchedSet, HostPixels, ImageSet
-from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.run import BEST, LAST
 
@@ -72,13 +70,14 @@ def loaded(shapes: Path):
 
 
 def test_subsets_and_evaluations_are_those_of_images_in_memory():
-    held = numbered(30)
+    held = numbered(range(1, 31))
     fetched = FetchedSet(HostPixels(held.pixels), torch.arange(30), held.labels, CPU)
     for index in (slice(3, 20), slice(None, None, 4), torch.tensor([5, 1, 28])):
         assert torch.equal(fetched[index].pixels, held[index].pixels)
         assert torch.equal(fetched[index][1:].labels, held[index][1:].labels)
     assert len(fetched) == 30
-    a, b = (evaluate(small(), s, UNCHANGED, network_cost(small(), 8), batch_size=8) for s in (fetched, held))
+    network = small_network()
+    a, b = (evaluate(network, s, UNCHANGED, network_cost(network, 8), batch_size=8) for s in (fetched, held))
     assert (a.loss, a.accuracy) == (b.loss, b.accuracy) and torch.equal(a.decisions, b.decisions)
 
 
@@ -95,16 +94,6 @@ def test_only_a_few_batches_are_fetched_ahead(monkeypatch: pytest.MonkeyPatch, s
     next(batches)
     batches.close()
     assert 10 <= len(seen) <= 10 * (images.AHEAD + 1)
-
-
-def test_a_file_that_cannot_be_read_is_named_when_its_batch_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = write_shapes(tmp_path / "data", {"train": 4, "test": 2})
-    broken = root / "train" / "middle" / "002.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    monkeypatch.setattr(memory, "available_memory", lambda: 0.0)
-    train = load_data(str(root), "png", 8, 2).train
-    with pytest.raises(UserError, match=f"image {broken} cannot be read"):
-        list(train.batches(torch.arange(12).split(4)))
 
 
 def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(chain, shapes, tmp_path, monkeypatch):
@@ -128,7 +117,7 @@ def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(chain, shap
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_images_that_do_not_fit_on_the_gpu_come_there_batch_by_batch(monkeypatch: pytest.MonkeyPatch):
-    device, held = torch.device("cuda"), numbered(30)
+    device, held = torch.device("cuda"), numbered(range(1, 31))
     resident = held.to(device)
     monkeypatch.setattr(images, "fits_on", lambda device, size: False)
     fetched = held.to(device)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import call
-from conftest import MakesAFolder
 from networks import NORMALISATION, checkpoint_file, lively_network, varied_images
 from PIL import Image
 
 from deploy import export, predict
-from utils.errors import UserError, run_command
+from utils.errors import UserError
 from utils.flops import network_cost
 
 ROOT = Path(__file__).parents[1]
@@ -80,18 +78,6 @@ def test_names_that_cannot_be_printed_are_escaped(folder, tmp_path, encoding, mo
     shown = "käse" if encoding == "utf-8" else r"k\xe4se"
     names = [r"caf\udce9.png", f"{shown}.png", "plain.png"]
     assert [line.split(": ")[0] for line in done.stdout.splitlines()] == [f"{tmp_path}/{name}" for name in names]
-
-
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_checkpoint_is_refused_in_one_sentence_and_not_executed(write, folder, tmp_path, capsys, recwarn):
-    victim = tmp_path / "victim.pt"
-    write({"format": MakesAFolder(tmp_path / "ran")}, victim)
-    with pytest.raises(SystemExit) as exit:
-        run_command(lambda: call(predict, "--checkpoint", victim, folder / "0.png"))
-    printed = capsys.readouterr()
-    assert exit.value.code == 2
-    assert len(printed.err.splitlines()) == 1 and printed.err.startswith("error: ") and str(victim) in printed.err
-    assert printed.out == "" and not recwarn.list and not (tmp_path / "ran").exists()
 
 
 def test_files_of_different_exports_are_refused(folder, tmp_path):

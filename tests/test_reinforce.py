@@ -21,8 +21,6 @@ from utils.data.augment import Normalisation
 from utils.data.images import ImageSet
 from utils.flops import network_cost
 
-CPU = torch.device("cpu")
-
 
 class EasyAndHard(nn.Module):
     """Two classes, two blocks: easy images are decided by the stem, hard ones only where the second block runs.
@@ -128,25 +126,6 @@ def test_batch_norms_move_only_where_they_follow(frozen):
     assert torch.equal(statistics(network), before) == frozen
 
 
-def test_reestimated_statistics_are_the_means_over_the_batches():
-    network = small_network()
-    network.eval()
-    batches = [(torch.randn(16, 3, 8, 8), None) for _ in range(4)]
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    reestimate_batch_norms(network, batches, thresholded)
-    assert not network.training
-    stem = network.stem[1]
-    with torch.no_grad():
-        outputs = [network.stem[0](x).double() for x, _ in batches]
-    mean = torch.stack([o.mean(dim=(0, 2, 3)) for o in outputs]).mean(dim=0)
-    variance = torch.stack([o.var(dim=(0, 2, 3)) for o in outputs]).mean(dim=0)
-    torch.testing.assert_close(stem.running_mean.double(), mean, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(stem.running_var.double(), variance, rtol=1e-4, atol=1e-6)
-    assert stem.momentum == 0.1
-    for key, value in network.state_dict().items():
-        assert torch.equal(before[key], value) or key.endswith(("mean", "var", "tracked")), key
-
-
 @pytest.mark.parametrize("gate", ["rnn", "ff1"])
 def test_softened_switches_doubt_and_decide_as_before(gate):
     network = small_network(gate).eval()
@@ -164,15 +143,6 @@ def test_softened_switches_doubt_and_decide_as_before(gate):
     assert torch.logit(after.double()).abs().mean().item() == pytest.approx(LOGIT, rel=1e-4)
     rescale_gate_logits(network, images)  # what doubts already is left alone
     torch.testing.assert_close(network(images, decide=all_on).probabilities.detach(), after, rtol=1e-4, atol=1e-6)
-
-
-def test_freezing_lasts_until_the_next_train():
-    network = small_network()
-    network.train()
-    freeze_batch_norms(network)
-    assert not any(n.training for n in batch_norms(network)) and network.training
-    network.train()
-    assert all(n.training for n in batch_norms(network))
 
 
 @pytest.mark.parametrize("gate", ["rnn", "ff1", "ff2"])
@@ -305,6 +275,7 @@ def test_reestimated_statistics_weigh_images_and_not_batches():
     batches = [torch.randn(16, 3, 8, 8) for _ in range(2)]
     taken = [torch.zeros(16).index_fill(0, torch.tensor([5]), 1.0), torch.ones(16)]
     asked = iter([decision for one in taken for decision in (one, torch.zeros(16))])
+    before = {key: value.clone() for key, value in network.state_dict().items()}
     seen = []
     handle = network.blocks[1].bn1.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0].double()))
     reestimate_batch_norms(network, [(x, None) for x in batches], lambda p: next(asked))
@@ -315,6 +286,9 @@ def test_reestimated_statistics_weigh_images_and_not_batches():
     variance = (seen[0].var((0, 2, 3)) + 16 * seen[1].var((0, 2, 3))) / 17
     torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+    assert norm.momentum == 0.1 and not network.training
+    for key, value in network.state_dict().items():
+        assert torch.equal(before[key], value) or key.endswith(("mean", "var", "tracked")), key
 
 
 def test_network_and_gates_have_rates_of_their_own():

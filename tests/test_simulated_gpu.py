@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from networks import small_network
 from simulated_gpu import SimulatedTensor, Trace, simulated
 from torch import nn
 
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import SteeredAlpha
-from models import ResNet, all_on, build_network, thresholded
+from models import ResNet, all_on, thresholded
 from models.decisions import DecisionRule
 from pruning.compress import prune_once
 from pruning.factors import collect_factors
@@ -37,10 +38,8 @@ BATCH = 8
 NORMALISATION = Normalisation((0.5,) * 3, (0.2,) * 3)
 
 
-def network(gate: str = "rnn", pruned: bool = True) -> ResNet:
-    torch.manual_seed(0)
-    ranks = {"blocks.1.conv2": (4, 4)} if pruned else {}
-    return build_network("resnet", depth=8, num_classes=5, width=4, gate=gate, ranks=ranks)
+def network(gate: str = "rnn", **more) -> ResNet:
+    return small_network(gate, 5, ranks={"blocks.1.conv2": (4, 4)}, **more)
 
 
 def images(count: int) -> ImageSet:
@@ -95,29 +94,24 @@ class Training:
             supervised_epoch(training, batches, lambda _: 1e-3, "")
 
 
+# Some or all of the gate is not used.
+FIXED = ({"blocks.2": 1}, {"blocks.1": 1}, {"blocks.1": 0, "blocks.2": 0})
+
+
 @pytest.mark.parametrize(
-    ("stage", "gate", "frozen"),
+    ("stage", "gate", "frozen", "fixed"),
     [
-        ("sp", "rnn", False), ("sp", "ff1", False), ("sp", "ff2", False), ("sp", "none", False),
-        ("pruned", "rnn", False), ("greedy", "rnn", True), ("greedy", "ff1", False), ("published", "rnn", False),
-        ("closing", "rnn", True), ("closing", "ff1", False),
+        ("sp", "rnn", False, {}), ("sp", "ff1", False, {}), ("sp", "ff2", False, {}), ("sp", "none", False, {}),
+        ("pruned", "rnn", False, {}), ("greedy", "rnn", True, {}), ("greedy", "ff1", False, {}),
+        ("published", "rnn", False, {}), ("closing", "rnn", True, {}), ("closing", "ff1", False, {}),
+        *((stage, "rnn", True, fixed) for stage in ("sp", "greedy") for fixed in FIXED),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("free", [2**30, 0])
-def test_a_step_waits_for_nothing(stage: str, gate: str, frozen: bool, free: int):
+def test_a_step_waits_for_nothing(stage: str, gate: str, frozen: bool, fixed: dict[str, int], free: int):
     """As many waits in an epoch of five steps as in one of two, wherever the images are."""
     with simulated(free_memory=free) as trace:
-        training = Training(stage, network(gate), network(gate), frozen)
-        assert training.waits(trace, 2) == training.waits(trace, 5)
-
-
-@pytest.mark.parametrize("fixed", [{"blocks.2": 1}, {"blocks.1": 1}, {"blocks.1": 0, "blocks.2": 0}])
-@pytest.mark.parametrize("stage", ["sp", "greedy"])
-def test_fixed_switches(stage: str, fixed: dict[str, int]):
-    """Some or all of the gate is not used."""
-    with simulated() as trace:
-        net = build_network("resnet", depth=8, num_classes=5, width=4, gate="rnn", fixed_switches=fixed)
-        training = Training(stage, net, network())
+        training = Training(stage, network(gate, fixed_switches=fixed), network(gate), frozen)
         assert training.waits(trace, 2) == training.waits(trace, 5)
 
 
@@ -158,7 +152,7 @@ def test_pruning(criterion: str, decomposition: str):
     """Every criterion and decomposition; no batch of the factors waits."""
     with simulated():
         device = pick_device()
-        net, given = placed(network(pruned=False), device).eval(), images(24).to(device)
+        net, given = placed(small_network(classes=5), device).eval(), images(24).to(device)
         method = Method(criterion=criterion, decomposition=decomposition, round_to=1, objective="saliency")
         draws = torch.Generator(device).manual_seed(0)
         passes = method.passes(lambda: plain_batches(given, 8, NORMALISATION), draws, every_block)

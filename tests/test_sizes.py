@@ -3,18 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from commands import answer_of_both, arguments, call, run, run_folder
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import functional as reference
-from torchvision.transforms.functional import InterpolationMode
 
 from deploy import export
-from utils.data.images import read_image
 from utils.runs.checkpoint import load_checkpoint
 from utils.sizes import height_width, parse_size
 
@@ -32,13 +27,6 @@ def test_sizes_are_numbers_for_squares_and_text_otherwise(given, size, sides):
 def test_other_sizes_are_refused_by_name(given):
     with pytest.raises(ValueError, match=r"^resize is .*: it takes "):
         parse_size(given)
-
-
-def test_height_stands_before_width(tmp_path: Path):
-    path = tmp_path / "image.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)).save(path)
-    expected = reference.resize(Image.open(path), [12, 16], InterpolationMode.BILINEAR)
-    assert np.array_equal(read_image(path, "12x16"), np.asarray(expected))
 
 
 def test_all_stages_an_export_and_a_prediction(shapes: Path, tmp_path: Path, capsys):
