@@ -24,7 +24,7 @@ from training.evaluate import Evaluator
 from training.norms import placed
 from training.report import Chosen, report
 from utils import parallel
-from utils.data.batches import Splits, same_validation, split_as_before
+from utils.data.batches import Splits, split_as_before
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
 from utils.device import device_text, pick_device
@@ -95,7 +95,7 @@ def validation(data: DataSet, networks: Found) -> Splits:
     """
     (first_path, first), *others = networks
     for path, checkpoint in others:
-        if not same_validation(first.data, checkpoint.data):
+        if not torch.equal(first.data["set_aside"], checkpoint.data["set_aside"]):
             raise UserError(
                 f"{path} and {first_path} have set different validation images aside, so one of them was trained on "
                 f"validation images of the other: name --networks that were made with the same split"

@@ -36,8 +36,8 @@ from utils.data.batches import (
     TrainingBatches,
     batch_parts_by_process,
     check_batches,
+    plain_batches,
     split_as_before,
-    whole_batches_by_process,
 )
 from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
@@ -207,7 +207,8 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     cut = ready = stage.evaluated(smaller, all_on)
     rise = cut.loss - stage.evaluated(network, all_on).loss
     if settings.reestimate_batch_norm and not settings.refit:
-        reestimate_batch_norms(smaller, whole_batches_by_process(fisher, settings.batch_size, normalisation), all_on)
+        share = (parallel.world_size(), parallel.rank())  # of the batches for this process
+        reestimate_batch_norms(smaller, plain_batches(fisher, settings.batch_size, normalisation, *share), all_on)
         ready = stage.evaluated(smaller, all_on)
     compression = stage.start.compression(network_cost(smaller, settings.resize))
     progress.step += 1

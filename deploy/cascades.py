@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, compose, helper, numpy_helper
+from onnx import NodeProto, TensorProto, compose, helper
 
-from deploy.graphs import DECISIONS, IMAGES, IR_VERSION, LOGITS, OPSET, PROBABILITIES
+from deploy.graphs import DECISIONS, IMAGES, IR_VERSION, LOGITS, OPSET, PROBABILITIES, Graph
 
-TINY = float(np.finfo(np.float32).tiny)
+TINY, HALF, ZERO = (np.array(value, np.float32) for value in (np.finfo(np.float32).tiny, 0.5, 0))
 
 
 def cascade_model(members: Sequence[onnx.ModelProto], thresholds: Sequence[float], answer: str) -> onnx.ModelProto:
@@ -22,63 +22,64 @@ def cascade_model(members: Sequence[onnx.ModelProto], thresholds: Sequence[float
         members: graphs of uint8 images to logits (``deploy.graphs``), in float32 or int8.
         thresholds, answer: see ``models.cascade.Cascade``.
     """
-    graph = _Graph()
-    own = [compose.add_prefix(model, f"member_{i + 1}.").graph for i, model in enumerate(members)]
-    graph.initializers.extend(own[0].initializer)
-    graph.nodes += [*_run(own[0], IMAGES)]
-    graph.add("Softmax", [_logits(own[0])], "answer_1", axis=1)
-    graph.add("Identity", ["answer_1"], "total_1")
-    columns = {PROBABILITIES: [], DECISIONS: []}
-    for i, (member, threshold) in enumerate(zip(own[1:], thresholds, strict=True), start=1):
-        doubt, handed_on = _switch(graph, i, threshold)
-        rows = graph.add("Transpose", [graph.add("NonZero", [handed_on], f"found_{i}")], f"rows_{i}", perm=[1, 0])
-        some = graph.add("Greater", [graph.add("Size", [rows], f"size_{i}"), graph.constant(0, np.int64)], f"some_{i}")
-        run, leave = _branches(member, i, answer, graph)
-        outputs = [f"answer_{i + 1}", f"total_{i + 1}"]
-        graph.nodes.append(helper.make_node("If", [some], outputs, f"hand_on_{i}", then_branch=run, else_branch=leave))
+    graph = Graph()
+    first, *others = [compose.add_prefix(model, f"member_{i + 1}.").graph for i, model in enumerate(members)]
+    graph.initializers.extend(first.initializer)
+    graph.nodes += _run(first, IMAGES)
+    so_far = [graph.add("Softmax", _logits(first).name, axis=1)] * 2  # the answers, and the sums of all that ran
+    columns, before = {PROBABILITIES: [], DECISIONS: []}, None
+    for i, (member, threshold) in enumerate(zip(others, thresholds, strict=True), start=1):
+        confidence = graph.add("ReduceMax", so_far[0], np.array([1]), keepdims=0)
+        below = graph.add("Sub", np.array(threshold, np.float32), confidence)
+        doubt = graph.add("Add", graph.add("Mul", below, HALF), HALF)
+        handed_on = graph.add("Greater", doubt, HALF)
+        if before is not None:
+            doubt, handed_on = graph.add("Where", before, doubt, ZERO), graph.add("And", before, handed_on)
+        before = handed_on
+        rows = graph.add("Transpose", graph.add("NonZero", handed_on), perm=[1, 0])
+        some = graph.add("Greater", graph.add("Size", rows), np.array(0))
+        run, leave = _run_branch(member, i, answer, rows, *so_far), _leave_branch(i, so_far)
+        so_far = graph.add("If", some, outputs=2, then_branch=run, else_branch=leave)
         columns[PROBABILITIES].append(doubt)
-        columns[DECISIONS].append(graph.add("Cast", [handed_on], f"decided_{i}", to=TensorProto.FLOAT))
-    last = f"answer_{len(own)}"
-    graph.add("Log", [graph.add("Clip", [last, graph.constant(TINY, np.float32)], "clipped")], LOGITS)
+        columns[DECISIONS].append(graph.add("Cast", handed_on, to=TensorProto.FLOAT))
+    outputs = {LOGITS: graph.add("Log", graph.add("Clip", so_far[0], TINY))}
     for name, found in columns.items():
-        axis = graph.constant([1], np.int64)
-        graph.add("Concat", [graph.add("Unsqueeze", [c, axis], f"{c}_column") for c in found], name, axis=1)
-    return _model(graph, own[0], len(thresholds))
+        outputs[name] = graph.add("Concat", *(graph.add("Unsqueeze", c, np.array([1])) for c in found), axis=1)
+    graph.nodes += [helper.make_node("Identity", [found], [name], name=name) for name, found in outputs.items()]
+    classes = _logits(first).type.tensor_type.shape.dim[1].dim_value
+    widths = {LOGITS: classes, PROBABILITIES: len(others), DECISIONS: len(others)}
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", n]) for name, n in widths.items()]
+    images = helper.make_tensor_value_info(IMAGES, TensorProto.UINT8, ["N", *_image_shape(first)])
+    body = helper.make_graph(graph.nodes, "cascade", [images], infos, graph.initializers)
+    return helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
-def _switch(graph: "_Graph", i: int, threshold: float) -> tuple[str, str]:
-    """Names of the uncertainty of the answers so far, and of whether each image is handed on."""
-    axis, half = graph.constant([1], np.int64), graph.constant(0.5, np.float32)
-    confidence = graph.add("ReduceMax", [f"answer_{i}", axis], f"confidence_{i}", keepdims=0)
-    below = graph.add("Sub", [graph.constant(threshold, np.float32), confidence], f"below_{i}")
-    doubt = graph.add("Add", [graph.add("Mul", [below, half], f"half_{i}"), half], f"doubt_{i}")
-    unsure = graph.add("Greater", [doubt, half], f"unsure_{i}")
-    if i == 1:
-        return doubt, unsure
-    before = f"handed_on_{i - 1}" if i > 2 else "unsure_1"
-    reached = graph.add("Where", [before, doubt, graph.constant(0, np.float32)], f"reached_{i}")
-    return reached, graph.add("And", [before, unsure], f"handed_on_{i}")
-
-
-def _branches(member: onnx.GraphProto, i: int, answer: str, outer: "_Graph") -> tuple[onnx.GraphProto, onnx.GraphProto]:
-    """The branches of an ``If``, with and without images handed on: answers and totals of all images."""
-    run, leave, names = _Graph(), _Graph(), (f"run_{i}.answer", f"run_{i}.total")
-    images = run.add("GatherND", [IMAGES, f"rows_{i}"], f"run_{i}.images")
-    run.nodes += _run(member, images)
-    run.initializers.extend(member.initializer)
-    own = run.add("Softmax", [_logits(member)], f"run_{i}.own", axis=1)
-    sum_ = run.add("Add", [run.add("GatherND", [f"total_{i}", f"rows_{i}"], f"run_{i}.before"), own], f"run_{i}.sum")
+def _run_branch(member: onnx.GraphProto, i: int, answer: str, rows: str, answers: str, totals: str) -> onnx.GraphProto:
+    """The branch of an ``If`` with images handed on: answers and totals of all images."""
+    graph = Graph()
+    graph.prefix = f"run_{i}."
+    images = graph.add("GatherND", IMAGES, rows)
+    graph.nodes += _run(member, images)
+    graph.initializers.extend(member.initializer)
+    own = graph.add("Softmax", _logits(member).name, axis=1)
+    total = graph.add("Add", graph.add("GatherND", totals, rows), own)
     if answer == "mean":
-        own = run.add("Div", [sum_, outer.constant(i + 1, np.float32)], f"run_{i}.mean")
-    run.add("ScatterND", [f"answer_{i}", f"rows_{i}", own], names[0])
-    run.add("ScatterND", [f"total_{i}", f"rows_{i}", sum_], names[1])
-    kept = [leave.add("Identity", [f"{what}_{i}"], f"leave_{i}.{what}") for what in ("answer", "total")]
+        own = graph.add("Div", total, np.array(i + 1, np.float32))
+    outputs = [graph.add("ScatterND", before, rows, new) for before, new in ((answers, own), (totals, total))]
     known = [helper.make_tensor_value_info(images, TensorProto.UINT8, [f"handed_on_{i}", *_image_shape(member)])]
-    graphs = []
-    for name, graph, outputs, shapes in (("run", run, names, known), ("leave", leave, kept, [])):
-        infos = [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs]
-        graphs.append(helper.make_graph(graph.nodes, f"{name}_{i}", [], infos, graph.initializers, value_info=shapes))
-    return graphs[0], graphs[1]
+    return helper.make_graph(graph.nodes, f"run_{i}", [], _floats(outputs), graph.initializers, value_info=known)
+
+
+def _leave_branch(i: int, so_far: Sequence[str]) -> onnx.GraphProto:
+    """The same without images handed on."""
+    graph = Graph()
+    graph.prefix = f"leave_{i}."
+    outputs = [graph.add("Identity", name) for name in so_far]
+    return helper.make_graph(graph.nodes, f"leave_{i}", [], _floats(outputs))
+
+
+def _floats(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
 
 
 def _run(member: onnx.GraphProto, images: str) -> list[NodeProto]:
@@ -90,32 +91,5 @@ def _image_shape(member: onnx.GraphProto) -> list[int]:
     return [d.dim_value for d in member.input[0].type.tensor_type.shape.dim[1:]]
 
 
-def _logits(member: onnx.GraphProto) -> str:
-    return next(output.name for output in member.output if output.name.endswith(f".{LOGITS}"))
-
-
-class _Graph:
-    """Nodes and constants in the making."""
-
-    def __init__(self):
-        self.nodes, self.initializers = [], []
-
-    def add(self, operator: str, inputs: list[str], output: str, **attributes: object) -> str:
-        """A node with one output, whose name is returned."""
-        self.nodes.append(helper.make_node(operator, inputs, [output], output, **attributes))
-        return output
-
-    def constant(self, value: float | list[int], kind: type) -> str:
-        name = f"constant_{len(self.initializers)}"
-        self.initializers.append(numpy_helper.from_array(np.array(value, kind), name))
-        return name
-
-
-def _model(graph: _Graph, first: onnx.GraphProto, switches: int) -> onnx.ModelProto:
-    classes = next(o for o in first.output if o.name == _logits(first)).type.tensor_type.shape.dim[1].dim_value
-    images = helper.make_tensor_value_info(IMAGES, TensorProto.UINT8, ["N", *_image_shape(first)])
-    shapes = {LOGITS: classes, PROBABILITIES: switches, DECISIONS: switches}
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", n]) for name, n in shapes.items()]
-    body = helper.make_graph(graph.nodes, "cascade", [images], outputs, graph.initializers)
-    opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION)
+def _logits(member: onnx.GraphProto) -> onnx.ValueInfoProto:
+    return next(output for output in member.output if output.name.endswith(f".{LOGITS}"))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deploy.exported import exported_model
 from deploy.folder import write_together
-from deploy.labels import INT8, LABELS, NETWORK, NETWORK_HELP, ROUTED, describe
+from deploy.labels import INT8, LABELS, NETWORK, NETWORK_HELP, describe
 from deploy.session import ExportedNetwork, check_session, open_session
 from gating.fixing import fixed_blocks_text
 from models import ResNet, allow
@@ -119,7 +119,7 @@ def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[
     contents = {name: model.SerializeToString() for name, model in models.items()}
     contents[LABELS] = (json.dumps(labels, indent=2) + "\n").encode()
     try:
-        write_together(folder, contents, {NETWORK, ROUTED, INT8} - set(contents))
+        write_together(folder, contents, {NETWORK, INT8} - set(contents))
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}): free disk space or choose another --output") from None
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import onnx
 
 from deploy.cascades import cascade_model
-from deploy.folding import deployable, without_switches
+from deploy.folding import folded, without_switches
 from deploy.general import general_model
 from deploy.graphs import onnx_model
 from models import Cascade, OwnNetwork, ResNet
@@ -35,8 +35,8 @@ def exported_model(
     if isinstance(network, OwnNetwork):
         model, _ = general_model(network.network, normalisation, *height_width(image_size))
         return model if finish is None else finish(model)
-    folded = deployable(network, normalisation)
-    model = onnx_model(folded if switches else without_switches(folded), image_size)
+    plain = folded(network)
+    model = onnx_model(plain if switches else without_switches(plain), normalisation, image_size)
     return model if finish is None else finish(model)
 
 

@@ -3,6 +3,7 @@
 The graphs of the switched ResNet, which gather the images that a block runs on, are those of ``deploy.graphs``.
 """
 
+import copy
 import io
 import warnings
 from unittest import mock
@@ -29,7 +30,7 @@ def general_model(
     """The graph of a network in evaluation mode: uint8 images [N, 3, height, width] to logits [N, classes].
 
     Args:
-        network: of normalised images [N, 3, height, width] to logits; left in the modes in which it was.
+        network: of normalised images [N, 3, height, width] to logits; left as it was, on any device.
 
     Returns:
         the graph, and the largest deviation of its logits from PyTorch's on random images, as a share of the largest.
@@ -38,6 +39,8 @@ def general_model(
         UserError: if the network does not run on such images, cannot be translated, or the graph deviates by more than
             ``TOLERANCE``.
     """
+    if next(network.parameters(), torch.empty(0)).device.type != "cpu":
+        network = copy.deepcopy(network).cpu()
     whole = _Normalised(network, normalisation)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (sum(CHECKED_BATCHES), 3, height, width), generator=generator, dtype=torch.uint8)

@@ -5,11 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.exported import members
 from deploy.folder import finish
-from deploy.folding import deployable
 from models import Cascade, OwnNetwork, ResNet
-from utils.data.augment import Normalisation
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
@@ -18,7 +15,7 @@ from utils.sizes import Size, parse_size
 NETWORK_HELP = "functions that build your own networks, as given to main_prune.py; the checkpoint may call them"
 FORMAT = "switched-resnet-onnx-1"
 NETWORK, INT8, LABELS = "network.onnx", "network_int8.onnx", "labels.json"
-ROUTED = "routed.onnx"  # of earlier versions, which skipped blocks on single images only, in a graph of its own
+Network = ResNet | OwnNetwork | Cascade
 
 
 @dataclass(frozen=True)
@@ -33,29 +30,18 @@ class Labels:
     members: list[float] = field(default_factory=list)  # of a cascade: FLOPs of each with every block run
 
 
-def describe(checkpoint: Checkpoint, network: ResNet | Cascade) -> dict[str, Any]:
-    """The content of labels.json: classes, image size, FLOPs of one image, origin of the network.
-
-    The FLOPs are those of the folded network, which may have fewer than the checkpoint's.
-    """
+def describe(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
+    """The content of labels.json: classes, image size, FLOPs of one image, origin of the network."""
     size = checkpoint.data["image_size"]
-    if isinstance(network, Cascade):
-        flops = [_flops_run(*member, size) for member in members(network)]
-        cost, fixed = network_cost(network, size), []
-    elif isinstance(network, OwnNetwork):
-        cost, flops, fixed = network_cost(network, size), [], []
-    else:
-        deployed = deployable(network, checkpoint.normaliser())
-        cost, flops = network_cost(deployed, size), []
-        fixed = [switch + 2 for switch in sorted(deployed.fixed_switches)]  # the first block has no switch
+    cost = network_cost(network, size)
     return {
         "format": FORMAT,
         "classes": checkpoint.classes,
         "image_size": size,
         "flops": cost.flops,
         "flops_of_switched_blocks": list(cost.blocks),
-        "fixed_blocks": fixed,
-        "members": flops,
+        "fixed_blocks": [switch + 2 for switch in sorted(_fixed(network))],  # the first block has no switch
+        "members": [_flops_run(own, size) for own in network.members] if isinstance(network, Cascade) else [],
         "stage": checkpoint.stage,
         "dataset": checkpoint.data["name"],
         "metrics": checkpoint.metrics,
@@ -63,13 +49,15 @@ def describe(checkpoint: Checkpoint, network: ResNet | Cascade) -> dict[str, Any
     }
 
 
-def _flops_run(network: ResNet | OwnNetwork, normalisation: Normalisation, image_size: Size) -> int:
+def _fixed(network: Network) -> dict[int, int]:
+    """What the switches that no longer decide are fixed to."""
+    return network.fixed_switches if isinstance(network, ResNet) else {}
+
+
+def _flops_run(network: Network, image_size: Size) -> int:
     """FLOPs of an image with every remaining block run."""
-    if isinstance(network, OwnNetwork):
-        return network_cost(network, image_size).flops
-    network = deployable(network, normalisation)
     cost = network_cost(network, image_size)
-    return cost.flops - sum(cost.blocks[switch] for switch, on in network.fixed_switches.items() if not on)
+    return cost.flops - sum(cost.blocks[switch] for switch, on in _fixed(network).items() if not on)
 
 
 def read_labels(folder: Path) -> Labels:

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deploy.folding import deployable
-from deploy.labels import NETWORK, NETWORK_HELP, ROUTED, Labels, describe, read_labels
+from deploy.labels import NETWORK, NETWORK_HELP, Labels, describe, read_labels
 from deploy.session import open_session, run_session
-from models import Cascade, OwnNetwork, allow
+from models import allow
 from utils.data.images import read_image
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import load_checkpoint
@@ -58,21 +57,15 @@ def main() -> None:
 
 
 def from_checkpoint(path: Path) -> tuple[Classifier, Labels]:
-    """The folded network of a checkpoint, run by PyTorch; skipped blocks are not computed."""
+    """The network of a checkpoint, run by PyTorch; skipped blocks are not computed."""
     checkpoint = load_checkpoint(path)
     network = checkpoint.network()
     content = describe(checkpoint, network)
-    if isinstance(network, OwnNetwork):
-        normalise = checkpoint.normaliser().apply
-        run = lambda pixels: network(normalise(pixels))  # noqa: E731
-    elif isinstance(network, Cascade):
-        run = lambda pixels: network(pixels / 255)  # noqa: E731
-    else:
-        run = deployable(network, checkpoint.normaliser())
+    normalise = checkpoint.normaliser().apply  # to [0, 1] for a cascade, whose members normalise by themselves
 
     @torch.no_grad()
     def classify(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        output = run(pixels)
+        output = network(normalise(pixels))
         return output.logits[0], output.decisions[0]
 
     return classify, Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
@@ -86,11 +79,6 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
     """
     labels = read_labels(folder)
     path = folder / NETWORK
-    if (folder / ROUTED).exists():
-        print(
-            f"note: {folder} is from an earlier version, whose {NETWORK} also computes skipped blocks: export again",
-            file=sys.stderr,
-        )
     session = open_session(path)
     takes, gives = session.get_inputs()[0], session.get_outputs()[0]
     if (takes.name, takes.shape[1:], gives.name, gives.shape[1:]) != (

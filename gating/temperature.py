@@ -1,7 +1,7 @@
 """Scale down the gates' logits, so that confident switches explore again; thresholded decisions do not change."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import ResNet, all_on
 from utils.modes import evaluation_mode
@@ -27,9 +27,5 @@ def rescale_gate_logits(network: ResNet, images: Tensor) -> None:
     sizes = torch.logit(p).abs().mean(dim=0)  # of each switch that decides
     last = network.gate.last_layers
     for layer, size in zip(last, [sizes.mean()] if len(last) == 1 else sizes, strict=True):
-        _scale(layer, min(1.0, LOGIT / size.item()))
-
-
-def _scale(layer: nn.Linear, factor: float) -> None:
-    layer.weight.mul_(factor)
-    layer.bias.mul_(factor)
+        for parameter in layer.parameters():
+            parameter.mul_(min(1.0, LOGIT / size.item()))

@@ -55,18 +55,11 @@ class Cascade(nn.Module):
             "thresholds": [float(threshold) for threshold in thresholds],
             "answer": answer,
         }
+        self.thresholds, self.answer = self.architecture["thresholds"], answer
         self.members = nn.ModuleList(member.network for member in members)
         for name in ("mean", "std"):
             values = torch.tensor([list(getattr(member, name)) for member in members])
             self.register_buffer(name, values, persistent=False)
-
-    @property
-    def thresholds(self) -> list[float]:
-        return self.architecture["thresholds"]
-
-    @property
-    def answer(self) -> str:
-        return self.architecture["answer"]
 
     @property
     def switches(self) -> int:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FEATURES = 10
+OPENING = 2.0  # initial logit, positive so that training starts from the whole network
 
 
 class RecurrentGate(nn.Module):
@@ -19,20 +20,18 @@ class RecurrentGate(nn.Module):
 
     Args:
         channels: input channels of each switched block, in order.
-        opening: initial bias of the last layer; sigmoid(opening) is about the probability that an untrained switch
-            runs its block, positive so that training starts from the whole network.
     """
 
     recurrent = True  # a later switch depends on the state that the earlier ones left
 
-    def __init__(self, channels: list[int], opening: float = 2.0):
+    def __init__(self, channels: list[int]):
         super().__init__()
         self.projections = nn.ModuleList(
             nn.Sequential(nn.Linear(c, FEATURES, bias=False), nn.BatchNorm1d(FEATURES)) for c in channels
         )
         self.lstm = nn.LSTMCell(FEATURES, FEATURES)
         self.decision = nn.Linear(FEATURES, 1)
-        nn.init.constant_(self.decision.bias, opening)
+        nn.init.constant_(self.decision.bias, OPENING)
 
     @property
     def last_layers(self) -> list[nn.Linear]:
@@ -73,19 +72,18 @@ class FeedForwardGate(nn.Module):
     Args:
         channels: input channels of each switched block, in order.
         kind: "ff1" or "ff2".
-        opening: as in ``RecurrentGate``.
     """
 
     recurrent = False
 
-    def __init__(self, channels: list[int], kind: str, opening: float = 2.0):
+    def __init__(self, channels: list[int], kind: str):
         super().__init__()
         self.pools = kind == "ff1"
         strides = (1, 2) if kind == "ff1" else (2,)
         self.features = nn.ModuleList(nn.Sequential(*(_convolution(c, stride) for stride in strides)) for c in channels)
         self.decisions = nn.ModuleList(nn.Linear(c, 1) for c in channels)
         for decision in self.decisions:
-            nn.init.constant_(decision.bias, opening)
+            nn.init.constant_(decision.bias, OPENING)
 
     @property
     def last_layers(self) -> list[nn.Linear]:

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from models import LowRankLinear
 from utils import parallel
 from utils.errors import UserError
-from utils.hooks import hooked, layer_input
-from utils.modes import evaluation_mode
+from utils.modes import evaluation_mode, hooked, layer_input
 
 FISHER_TYPES = ("true", "empirical")
 

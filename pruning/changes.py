@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from models import LowRankConv2d
 from pruning.eigenbasis import Eigenbasis
 from pruning.layers import low_rank_layers, prunable_layers
-from utils.flops import NetworkCost
 
 SMALLEST_DRAWN = 1e-20  # eigenvalue: zero has no logarithm
 
@@ -58,12 +57,6 @@ class Report:
     predicted_rise: float  # of the loss, in nats, before the refit
     flops: tuple[int, int]  # before and after
     parameters: tuple[int, int]
-
-    @classmethod
-    def of(cls, pruned: Pruned, before: NetworkCost, after: NetworkCost) -> "Report":
-        """From the pruned network and the costs before and after."""
-        counts = ((before.flops, after.flops), (before.parameters, after.parameters))
-        return cls(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
 
     def __str__(self) -> str:
         lines = [changes_table(self)]

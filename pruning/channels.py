@@ -48,21 +48,15 @@ def kron_obd(weight: Tensor, A: Tensor, G: Tensor, regularization: float) -> Ten
 
     Source: Kron-OBD, EigenDamage (arXiv:1905.05934), section 3.
     """
-    return 0.5 * (
-        A.double().diagonal() * _through(weight, G) + regularization * weight.double().square().sum((0, 2, 3))
-    )
-
-
-def kron_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
-    """1/2 sum over taps of W_j^T G W_j / [A^-1]_jj as channels go one by one, the others at their optimum.
-
-    Source: Kron-OBS, EigenDamage (arXiv:1905.05934), section 3; in turn, see ``removed_in_turn``.
-    """
-    return removed_in_turn(weight, A, G)
+    weight = weight.double()
+    errors = (weight * torch.einsum("op,pihw->oihw", G.double(), weight)).sum(dim=(0, 2, 3))
+    return 0.5 * (A.double().diagonal() * errors + regularization * weight.square().sum((0, 2, 3)))
 
 
 def removed_in_turn(weight: Tensor, A: Tensor, price: Tensor) -> Tensor:
     """The cost of each channel, [in], when channels are removed one by one, the cheapest first, and the others updated.
+
+    With the price G it is Kron-OBS, EigenDamage (arXiv:1905.05934), section 3.
 
     Priced all at once, a channel would rely on compensation by others that are removed at the same time.  Here W and
     A^-1 are those of the channels that are left: W_K -= W_j [A^-1]_jK / [A^-1]_jj, and A^-1 is downdated by column j.
@@ -118,9 +112,3 @@ def compensated(weight: Tensor, A: Tensor, kept: Tensor) -> Tensor:
     gone[kept] = False
     update = torch.linalg.solve(A[kept][:, kept], A[kept][:, gone])  # [kept, gone]
     return weight[:, kept].double() + torch.einsum("oghw,kg->okhw", weight[:, gone].double(), update)
-
-
-def _through(weight: Tensor, G: Tensor) -> Tensor:
-    """[in]: sum over taps of W_j^T G W_j."""
-    weight = weight.double()
-    return (weight * torch.einsum("op,pihw->oihw", G.double(), weight)).sum(dim=(0, 2, 3))

@@ -86,7 +86,9 @@ def compress(
         for target, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
     ]
     pruned = prune_once(network, passes, cost=cost, goal=Goal(flops=limits[0], parameters=limits[1]), method=method)
-    pruned.network.report = Report.of(pruned, cost, cost_on(pruned.network, x[:1], forward))
+    after = cost_on(pruned.network, x[:1], forward)
+    counts = ((cost.flops, after.flops), (cost.parameters, after.parameters))
+    pruned.network.report = Report(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
     passes.say(str(pruned.network.report))
     return pruned.network
 

@@ -5,7 +5,6 @@ approximated by A (x) G.  Sources: KFC (arXiv:1602.01407), section 3, for convol
 (arXiv:1905.05934), section 4, for factors of the size of the channels.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,16 +27,6 @@ class Factors:
     importance: Tensor | None = None  # [out], E[mean over positions of g^2], of a pointwise layer, too
 
 
-def window_counts(size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int = 1) -> Tensor:
-    """How many windows of a convolution touch each pixel along one axis, [size]: 2, 3, ..., 3, 2 for 3, 1, (1, 1)."""
-    padded = size + sum(padding)
-    windows = (padded - dilation * (kernel - 1) - 1) // stride + 1
-    counts = torch.zeros(padded)
-    for start in range(0, windows * stride, stride):
-        counts[start : start + dilation * (kernel - 1) + 1 : dilation] += 1
-    return counts[padding[0] : padding[0] + size]
-
-
 def paddings(layer: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
     """Pixels of zeros that a convolution adds before and after, along each axis; "same" may add one more after."""
     if layer.padding == "same":
@@ -52,18 +41,6 @@ def padded(layer: nn.Module, a: Tensor) -> Tensor:
     return F.pad(a, (left, right, top, bottom)) if top or bottom or left or right else a
 
 
-@functools.lru_cache(maxsize=64)  # cached: a GPU would be waited for twice per layer and batch
-def _windows(axes: tuple[tuple, tuple], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float | None]:
-    """How many windows touch each pixel, [height, width] on the device, and this number where it is one for all.
-
-    Args:
-        axes: arguments of ``window_counts``.
-    """
-    counts = torch.outer(*(window_counts(*axis) for axis in axes))
-    common = counts[0, 0].item() if (counts == counts[0, 0]).all() else None
-    return counts.to(device, dtype), common
-
-
 def input_factor(layer: nn.Module, a: Tensor) -> Tensor:
     """Sum over images of (1/T) sum over taps and output positions of a a^T, [in, in].
 
@@ -74,11 +51,12 @@ def input_factor(layer: nn.Module, a: Tensor) -> Tensor:
         layer: a convolution without groups, or what has replaced one.
         a: [N, in, H, W].
     """
-    axes = tuple(zip(a.shape[2:], layer.kernel_size, layer.stride, paddings(layer), layer.dilation, strict=True))
-    weights, common = _windows(axes, a.device, a.dtype)
-    taps = layer.kernel_size[0] * layer.kernel_size[1]
-    weighted, scale = (a * weights, 1.0) if common is None else (a, common)
-    return _gram(weighted, a) * (scale / taps)
+    window = {"kernel_size": layer.kernel_size, "dilation": layer.dilation, "stride": layer.stride}
+    (top, _), (left, _) = paddings(layer)
+    ones = padded(layer, torch.ones_like(a[:1, :1]))
+    counts = F.fold(F.unfold(ones, **window), ones.shape[2:], **window)  # of the windows that contain each pixel
+    counts = counts[:, :, top : top + a.shape[2], left : left + a.shape[3]]
+    return _gram(a * counts, a) / (layer.kernel_size[0] * layer.kernel_size[1])
 
 
 def output_factor(g: Tensor) -> Tensor:

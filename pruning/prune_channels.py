@@ -135,7 +135,7 @@ def _saliency(
         case "kron_obd":
             return channels.kron_obd(weight, factors.A, factors.G, method.regularization)
         case "kron_obs":
-            return channels.kron_obs(weight, factors.A, factors.G)
+            return channels.removed_in_turn(weight, factors.A, factors.G)
         case "magnitude":
             return channels.magnitude(block.conv1.weight.detach(), weight)
         case "random":

@@ -20,8 +20,7 @@ from pruning.capture import Passes, as_images
 from pruning.channels import damped
 from pruning.factors import padded
 from utils import parallel
-from utils.hooks import hooked, layer_input
-from utils.modes import evaluation_mode
+from utils.modes import evaluation_mode, hooked, layer_input
 
 # Enough images to determine a core: a quarter of 2,000 is nearly as good (ResNet-8 and 14, 16x16 pixels).
 IMAGES = 512

@@ -15,7 +15,7 @@ from models import LOW_RANK
 from models.convolution import SafeConv2d
 from pruning.capture import Forward, differentiable
 from utils.errors import UserError
-from utils.hooks import hooked, layer_input
+from utils.modes import hooked, layer_input
 
 # The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)

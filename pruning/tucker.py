@@ -12,9 +12,7 @@ from pruning.layers import ConvWeights
 SWEEPS = 20  # of orthogonal iteration, each starting from the last
 
 
-def tucker(
-    core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Tensor | None, sweeps: int = SWEEPS
-) -> ConvWeights:
+def tucker(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Tensor | None) -> ConvWeights:
     """A convolution with the ranks of the kept directions, in the subspaces that lose least.
 
     Truncation keeps eigendirections as they are; among all forms of the same ranks K-FAC's quadratic model
@@ -29,7 +27,7 @@ def tucker(
     scaled = in_metric(core, basis)
     U_in = None if keep_in is None else _first(basis.Q_a, keep_in)
     U_out = None if keep_out is None else _first(basis.Q_g, keep_out)
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         if U_in is not None:
             part = scaled if U_out is None else torch.einsum("oihw,or->rihw", scaled, U_out)
             U_in = _leading(part.transpose(0, 1).flatten(1), U_in.shape[1])

@@ -40,8 +40,8 @@ from utils.data.augment import Normalisation  # noqa: E402
 from utils.data.batches import (  # noqa: E402
     TrainingBatches,
     batch_parts_by_process,
+    plain_batches,
     training_normalisation,
-    whole_batches_by_process,
 )
 from utils.data.images import ImageSet  # noqa: E402
 from utils.device import pick_device  # noqa: E402
@@ -121,7 +121,9 @@ def measured() -> dict:
     net.gate.decision.weight.data.mul_(30)
     net.gate.decision.bias.data.zero_()
     for rule in (all_on, thresholded):
-        reestimate_batch_norms(net, whole_batches_by_process(images(), 8, NORMALISATION), rule)
+        reestimate_batch_norms(
+            net, plain_batches(images(), 8, NORMALISATION, parallel.world_size(), parallel.rank()), rule
+        )
         found[rule.__name__] = {key: value.clone() for key, value in net.state_dict().items()}
     evaluation = evaluate(net, images(), NORMALISATION, network_cost(net, 8), batch_size=6)
     found["evaluation"] = vars(evaluation)

@@ -11,7 +11,7 @@ from pruning import channels
 from pruning.surgery import rebuild_channels
 
 IN, OUT = 5, 4
-CRITERIA = (channels.c_obs, channels.kron_obs, partial(channels.kron_obd, regularization=0.0))
+CRITERIA = (channels.c_obs, channels.removed_in_turn, partial(channels.kron_obd, regularization=0.0))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def in_turn(price) -> list[float]:
 def test_kron_obs_is_what_each_channel_adds_to_the_rise_at_the_dense_optimum(example):
     weight, A, G = example
     expected = in_turn(lambda gone: dense_optimum(weight, A, G, gone)[0] if gone else 0.0)
-    found = channels.kron_obs(weight, A, G)
+    found = channels.removed_in_turn(weight, A, G)
     assert found.tolist() == pytest.approx(expected, rel=1e-8)
     assert len(set(found.tolist())) == IN, "sorting keeps the order"
 
@@ -97,7 +97,7 @@ def test_channels_that_make_up_for_each_other_do_not_go_together(example):
     mixing = torch.eye(IN + 1, IN, dtype=torch.float64)
     mixing[IN, 0] = 1
     twins = torch.cat([weight, weight[:, :1]], dim=1)
-    costs = channels.kron_obs(twins, mixing @ A @ mixing.t(), G)[[0, IN]].sort().values
+    costs = channels.removed_in_turn(twins, mixing @ A @ mixing.t(), G)[[0, IN]].sort().values
     assert costs[0] < 1e-4 * costs[1]
 
 

@@ -26,7 +26,7 @@ from models import ResNet
 from scripts import keep
 from utils.data.augment import Normalisation
 from utils.errors import UserError
-from utils.runs.checkpoint import FORMAT, Checkpoint, atomic_save, describe, load_checkpoint, load_network
+from utils.runs.checkpoint import FORMAT, Checkpoint, describe, load_checkpoint, load_network
 from utils.runs.checkpoint import save_checkpoint as save
 from utils.runs.contents import NEEDED
 
@@ -105,27 +105,6 @@ def test_files_of_older_and_newer_versions(tmp_path: Path, written: tuple[Path, 
     torch.save({**content, "more": 1}, path)
     with pytest.raises(UserError, match=r"was written by a newer version of this program \(more\): update this one"):
         load_checkpoint(path)
-
-
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, UserError])
-def test_a_signal_in_the_middle_of_writing_stays_what_it_is(written, monkeypatch, raised):
-    """PyTorch turns what a signal's handler raises while it writes into a writing error."""
-    path, _ = written
-    before = path.read_bytes()
-
-    class Interrupted(io.FileIO):
-        writes = 0
-
-        def write(self, content):
-            self.writes += 1
-            if self.writes == 3:
-                raise raised("by a signal")
-            return super().write(content)
-
-    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, mode))
-    with pytest.raises(raised, match="by a signal"):
-        atomic_save(path, {"a": torch.zeros(10), "b": torch.zeros(5)})
-    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize(("share", "noise"), [(0.0, 0), (0.25, 0), (0.5, 0), (0.999, 0), (0.5, 20_000), (0.0, 100)])

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from examples.cifar_resnet import resnet20
 from models import LowRankConv2d, LowRankLinear
 from pruning import apply_edits, compress, edits_of, prune_forms
-from pruning.factors import window_counts
 from pruning.layers import composed, read_weights
 from pruning.survey import survey
 from utils.errors import UserError
@@ -212,15 +211,6 @@ def test_edits_that_do_not_fit_are_one_sentence():
         apply_edits(resnet20(), [{**edit, "name": "layer9"}])
     with pytest.raises(UserError, match="do not fit the layer 'linear'"):
         apply_edits(resnet20(), [{**edit, "name": "linear"}])
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "dilation"), [(3, 1, (2, 2), 2), (4, 2, (1, 2), 1), (2, 3, (0, 1), 3)]
-)
-def test_window_counts_equal_a_convolution_of_ones(kernel, stride, padding, dilation):
-    ones = torch.ones(1, 1, 11, requires_grad=True)
-    F.conv1d(F.pad(ones, padding), torch.ones(1, 1, kernel), None, stride, 0, dilation).sum().backward()
-    assert torch.equal(window_counts(11, kernel, stride, padding, dilation), ones.grad[0, 0])
 
 
 CLASSES = 5

@@ -12,15 +12,13 @@ from commands import call
 from networks import NORMALISATION, STAGES, checkpoint_file, lively_network, varied_images
 from onnx import numpy_helper
 from torch import nn
-from torch.nn import functional as F
 
 from deploy import export
-from deploy.folding import deployable
+from deploy.folding import folded
 from deploy.graphs import onnx_model
 from deploy.int8 import quantised
-from deploy.labels import LABELS, NETWORK, ROUTED
+from deploy.labels import LABELS, NETWORK
 from deploy.session import AT_ONCE, TOLERANCE, ExportedNetwork, check_session, open_session, run_session
-from deploy.trace import TRACED_BATCH
 from models import GATES
 from utils.errors import UserError
 
@@ -31,7 +29,7 @@ def outputs_beside_pytorch(network, pixels, batches):
     """Outputs of the exported network by batch and of PyTorch's, of the images on which every switch is decided."""
     with torch.no_grad():
         expected = network(NORMALISATION.apply(pixels))
-    model = onnx_model(deployable(network, NORMALISATION), pixels.shape[-1])
+    model = onnx_model(folded(network), NORMALISATION, pixels.shape[-1])
     onnx.checker.check_model(model, full_check=True)
     session = open_session(model, threads=1)
     sure = ((expected.probabilities - 0.5).abs() > TOLERANCE).all(dim=1).numpy()
@@ -69,7 +67,7 @@ def test_exported_graph_agrees_with_pytorch_in_any_batch(stage, gate):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 3, AT_ONCE, AT_ONCE + 1, 5 * AT_ONCE])
 def test_parts_of_a_batch_give_what_the_batch_gives(batch, threads):
-    model = onnx_model(deployable(lively_network("rl_pruned", "rnn"), NORMALISATION), 16)
+    model = onnx_model(folded(lively_network("rl_pruned", "rnn")), NORMALISATION, 16)
     pixels = varied_images(5 * AT_ONCE)[:batch].numpy()
     expected = run_session(open_session(model, threads=1), pixels)
     outputs = ExportedNetwork(model, threads=threads)(pixels)
@@ -80,7 +78,7 @@ def test_parts_of_a_batch_give_what_the_batch_gives(batch, threads):
 
 
 def test_no_images_are_refused_before_onnx_runtime_sees_them():
-    exported = ExportedNetwork(onnx_model(deployable(lively_network("rl_pruned", "rnn"), NORMALISATION), 16), threads=1)
+    exported = ExportedNetwork(onnx_model(folded(lively_network("rl_pruned", "rnn")), NORMALISATION, 16), threads=1)
     with pytest.raises(ValueError, match="no images"):
         exported(varied_images(1)[:0].numpy())
 
@@ -96,59 +94,17 @@ def test_all_images_may_skip_or_take_every_block(gate, bias):
         np.testing.assert_allclose(outputs["logits"], expected.logits, rtol=1e-4, atol=1e-4)
 
 
-class InFull(nn.Module):
-    """Pools in float32, and normalises what no convolution can take in."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(6)
-
-    def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
-            return self.norm(F.avg_pool2d(x, x.shape[-1])).view(x.shape[0], -1)
-
-
-class ConvolutionalGate(nn.Module):
-    """A gate without a state, of convolutions, batch norms and pooling of two kinds."""
-
-    def __init__(self, channels):
-        super().__init__()
-        pools = (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), InFull())
-        self.parts = nn.ModuleList(
-            nn.Sequential(
-                nn.MaxPool2d(2), nn.Conv2d(c, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), pool, nn.Linear(6, 1)
-            )
-            for c, pool in zip(channels, pools, strict=True)
-        )
-
-    def forward(self, switch, features, state):
-        return torch.sigmoid(2 * self.parts[switch](features)).squeeze(1), state
-
-
-def test_gate_of_another_kind_is_exported():
-    network = lively_network("pruned", "rnn")
-    torch.manual_seed(0)
-    network.gate = ConvolutionalGate([8, 16]).eval()
-    for norm in (module for module in network.gate.modules() if isinstance(module, nn.BatchNorm2d)):
-        nn.init.normal_(norm.running_mean)
-        norm.running_var.uniform_(0.5, 2)
-    deployed = deployable(network, NORMALISATION)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in deployed.modules()) == 1
-    probabilities = check_outputs(network, varied_images(64), (1, TRACED_BATCH, 64)).probabilities
-    assert probabilities.min() > 0.01 and probabilities.max() < 0.99, "they say what the gate computes"
-
-
 def test_check_refuses_a_graph_of_another_network():
     network, other = lively_network("sp", "rnn"), lively_network("sp", "rnn", seed=1)
-    session = open_session(onnx_model(deployable(other, NORMALISATION), 16), threads=1)
+    session = open_session(onnx_model(folded(other), NORMALISATION, 16), threads=1)
     with pytest.raises(UserError, match="deviates"):
         check_session(session, network, NORMALISATION, varied_images(8), NETWORK)
 
 
 @pytest.mark.parametrize("gate", SWITCHED)
 def test_blocks_see_only_the_images_that_take_them(gate, tmp_path):
-    deployed, pixels = deployable(lively_network("rl_pruned", gate), NORMALISATION), varied_images(64)
-    session = open_session(onnx_model(deployed, 16), threads=1, profile=tmp_path / "run")
+    network, pixels = folded(lively_network("rl_pruned", gate)), varied_images(64)
+    session = open_session(onnx_model(network, NORMALISATION, 16), threads=1, profile=tmp_path / "run")
     decisions = run_session(session, pixels.numpy())["decisions"]
     events = json.loads(Path(session.end_profiling()).read_text())
     rows = {}
@@ -162,8 +118,6 @@ def test_blocks_see_only_the_images_that_take_them(gate, tmp_path):
 
 def test_command_writes_a_folder(tmp_path):
     checkpoint = checkpoint_file(tmp_path / "best.pt", lively_network("rl_pruned", "rnn"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ROUTED).write_bytes(b"of an earlier version")
     call(export, "--checkpoint", checkpoint, "--output", tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {NETWORK, LABELS}
     labels = json.loads((tmp_path / "out" / LABELS).read_text())
@@ -183,7 +137,7 @@ def test_int8_version_decides_and_answers_alike(closed):
     if closed:  # no image says what the values of a block are like that none takes
         for layer, bias in zip(network.gate.last_layers, (-1e3, 1e3), strict=True):
             nn.init.constant_(layer.bias, bias)
-    model = onnx_model(deployable(network, NORMALISATION), 16)
+    model = onnx_model(folded(network), NORMALISATION, 16)
     smaller = quantised(model, pixels)
     quantised_blocks = {n.name.split(".")[0] for n in smaller.graph.node if "Conv" in n.name and "Quantize" in n.name}
     assert ("block_1" in quantised_blocks) == (not closed) and "block_2" in quantised_blocks
@@ -196,7 +150,7 @@ def test_int8_version_decides_and_answers_alike(closed):
 def test_int8_version_answers_on_any_cpu_as_its_integers_say(gate):
     """Without optimisations ONNX Runtime multiplies the dequantised numbers in float32, which holds them exactly."""
     pixels = varied_images(128).numpy()
-    smaller = quantised(onnx_model(deployable(lively_network("rl_pruned", gate), NORMALISATION), 16), pixels)
+    smaller = quantised(onnx_model(folded(lively_network("rl_pruned", gate)), NORMALISATION, 16), pixels)
     integers = [numpy_helper.to_array(tensor) for tensor in smaller.graph.initializer]
     largest = max(abs(array.astype(int)).max() for array in integers if array.dtype == np.int8)
     assert 2 * 255 * largest < 2**15, "CPUs without VNNI add two products in 16 bits"
@@ -220,15 +174,3 @@ def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         call(export, "--checkpoint", checkpoint, "--output", tmp_path / "file")
-
-
-class Summed(ConvolutionalGate):
-    def forward(self, switch, features, state):
-        return super().forward(switch, features.cumsum(1), state)
-
-
-def test_unknown_operator_is_named():
-    network = lively_network("pruned", "rnn")
-    network.gate = Summed([8, 16])
-    with pytest.raises(UserError, match="cumsum"):
-        onnx_model(deployable(network, NORMALISATION), 16)

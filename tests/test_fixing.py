@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deploy import export, predict
-from deploy.folding import deployable, folded
+from deploy.folding import folded
 from deploy.graphs import onnx_model
 from deploy.session import check_session, open_session, run_session
 from gating.fixing import fix_switches, fixed_blocks_text, uniform_decisions, with_fixed_switches
@@ -93,8 +93,7 @@ def test_cost_is_what_runs_and_blocks_that_left_still_count(gate, fixed):
 def test_fixed_network_is_exported(gate, fixed):
     smaller = with_fixed_switches(lively_network("rl_pruned", gate), fixed)
     pixels = varied_images(64)
-    deployed = deployable(smaller, NORMALISATION)
-    model = onnx_model(deployed, 16)
+    model = onnx_model(folded(smaller), NORMALISATION, 16)
     session = open_session(model, threads=1)
     check_session(session, smaller, NORMALISATION, pixels, "network.onnx")
     gathered = {node.name.split(".")[0] for node in model.graph.node if node.op_type == "GatherND"}
@@ -300,7 +299,7 @@ def test_predict_tells_what_left_from_what_is_skipped(tmp_path, capsys):
     network = exported(tmp_path, {0: 0, 1: 1})
     capsys.readouterr()
     call(predict, "--onnx", tmp_path / "out", tmp_path / "image.png")
-    cost = network_cost(deployable(network, NORMALISATION), 16)
+    cost = network_cost(network, 16)
     left = (cost.flops - cost.blocks[0]) / 1e6
     assert capsys.readouterr().out.endswith(f"{left:.4g} MFLOPs  no switches\n")
     labels = tmp_path / "out" / "labels.json"

@@ -97,12 +97,3 @@ def test_damaged_export_is_refused_in_one_sentence(name, content, folder, tmp_pa
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
         call(predict, "--onnx", tmp_path, folder / "0.png")
-
-
-def test_export_of_an_earlier_version_is_answered_from_with_a_note(folder, tmp_path, capsys):
-    for path in (folder / "onnx").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "routed.onnx").write_bytes((folder / "onnx" / "network.onnx").read_bytes())
-    call(predict, "--onnx", tmp_path, folder / "0.png")
-    printed = capsys.readouterr()
-    assert len(printed.out.splitlines()) == len(printed.err.splitlines()) == 1 and "export again" in printed.err

@@ -10,6 +10,7 @@ from networks import small_network
 from simulated_gpu import SimulatedTensor, Trace, simulated
 from torch import nn
 
+from deploy.general import general_model
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch
 from gating.steering import SteeredAlpha
 from models import ResNet, all_on, thresholded
@@ -265,3 +266,10 @@ def test_images_on_a_full_gpu_stay_there():
     with simulated(free_memory=0):
         again = given.to(pick_device())
         assert isinstance(next(iter(again.batches([torch.arange(4)]))), SimulatedTensor)
+
+
+def test_a_network_on_a_gpu_is_exported():
+    with simulated():
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).to("cuda").eval()
+        assert general_model(network, NORMALISATION, 8, 8)[1] <= 1e-4
+        assert next(network.parameters()).is_cuda

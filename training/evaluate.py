@@ -93,9 +93,7 @@ def evaluate(
         loss=loss / len(images),
         accuracy=correct / len(images),
         flops_all=float(cost.flops),
-        executed=cost.executed(decisions)
-        if network.switches
-        else torch.full((len(images),), float(cost.flops)).double(),
+        executed=cost.executed(decisions),
         decisions=decisions,
         logits=parallel.all_reduced(logits),
         probabilities=probabilities,

@@ -55,13 +55,9 @@ def _check_compiler(device: torch.device) -> None:
         UserError: if nothing can be compiled here.
     """
     try:
-        torch.compile(_doubled)(torch.ones(2, device=device))
+        torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))
     except Exception as error:  # of many kinds, by version and by what is missing
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"PyTorch cannot compile here ({reason[:160]}): install a C++ compiler such as g++, or leave --compile out"
         ) from None
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return 2 * x

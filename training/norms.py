@@ -9,8 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models import ResNet, build_network
 from models.decisions import DecisionRule
 from utils import parallel
-from utils.hooks import hooked
-from utils.modes import evaluation_mode
+from utils.modes import evaluation_mode, hooked
 
 
 class SharedBatchNorm(_BatchNorm):

@@ -23,28 +23,18 @@ def run_command(main: Callable[[], None], goes_on: str | None = WITH_RESUME) -> 
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may have what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
-    except (UserError, KeyboardInterrupt) as error:
-        sys.exit(report_error(error, goes_on))
+        return main()
+    except UserError as error:
+        line, code = f"error: {' '.join(str(error).split())}", 2  # a library's message may run over many lines
+    except KeyboardInterrupt:
+        line, code = f"interrupted{kept(goes_on)}", 130
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        name = error.filename or "a file"
-        what = UserError(
-            f"{name} cannot be written ({error.strerror}): free disk space or fix permissions{kept(goes_on)}"
-        )
-        sys.exit(report_error(what))
-
-
-def report_error(error: UserError | KeyboardInterrupt, goes_on: str | None = WITH_RESUME) -> int:
-    """Report an error in one line on standard error; the exit code that goes with it."""
-    if isinstance(error, UserError):
-        # What a library says of a damaged file may run over many lines.
-        line, code = f"error: {' '.join(str(error).split())}", 2
-    else:
-        line, code = f"interrupted{kept(goes_on)}", 130
+        name, code = error.filename or "a file", 2
+        line = f"error: {name} cannot be written ({error.strerror}): free disk space or fix permissions{kept(goes_on)}"
     print(line, file=sys.stderr, flush=True)
-    return code
+    sys.exit(code)
 
 
 def kept(goes_on: str | None) -> str:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import Cascade, OwnNetwork, ResNet, all_on, build_network
-from utils.hooks import hooked, layer_input
-from utils.modes import evaluation_mode
+from utils.modes import evaluation_mode, hooked, layer_input
 from utils.sizes import Size, height_width
 
 

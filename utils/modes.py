@@ -1,10 +1,12 @@
-"""Evaluation mode and plain attention, for a while."""
+"""What is so for a while: hooks on modules, evaluation mode, plain attention."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -28,3 +30,20 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that were registered, removed at the end.
+
+    Meanwhile PyTorch's fused transformer layers are off: they do not call the layers that they are made of.
+    """
+    with plain_attention(), ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a layer that was called with these arguments: PyTorch's layers call it ``input``."""
+    return args[0] if args else kwargs["input"]

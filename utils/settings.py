@@ -7,6 +7,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -249,7 +250,7 @@ def checked_value(name: str, value: Any, rule: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: if it is outside of the setting's range.
     """
-    if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+    if isinstance(value, str) and ("\0" in value or value.encode(errors="ignore").decode() != value):
         raise ValueError(f"{name} is {value!r}: it takes text in UTF-8 without zero bytes")
     if rule["parse"]:
         return rule["parse"](value)
@@ -270,10 +271,6 @@ def checked_value(name: str, value: Any, rule: Mapping[str, Any]) -> Any:
     if rule["check"]:
         rule["check"](value)
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    return text.encode(errors="ignore").decode() == text
 
 
 def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str]) -> Settings:
@@ -308,22 +305,15 @@ def _override(cls: type, key: str, text: str) -> Any:
     return text if takes_text and not isinstance(value, str) else value
 
 
-def _parsed(text: str | bytes) -> Any:
-    """JSON without repeated keys.
-
-    Raises:
-        UserError: for a key that does.
-        ValueError, RecursionError: if it is no JSON.
-    """
-    return json.loads(text, object_pairs_hook=_without_duplicates)
-
-
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     for key, _ in pairs if len(content) < len(pairs) else ():
         if [name for name, _ in pairs].count(key) > 1:
             raise UserError(f"the key {key!r} appears twice in the settings: keep one")
     return content
+
+
+_parsed = partial(json.loads, object_pairs_hook=_without_duplicates)
 
 
 def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Settings:

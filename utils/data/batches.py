@@ -53,7 +53,11 @@ def split_data(data: DataSet, val_fraction: float, seed: int) -> Splits:
     Raises:
         UserError: if fewer than two images are left to train on.
     """
-    return _drawn(data, val_fraction, seed, first_copies(data.fingerprints["train"]))
+    if data.val is not None:
+        return _splits(data, data.fingerprints["val"])
+    candidates = first_copies(data.fingerprints["train"]).nonzero().squeeze(1)
+    _, aside = stratified_split(data.train.labels[candidates], val_fraction, seed)
+    return _splits(data, data.fingerprints["train"][candidates[aside]])
 
 
 def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = False) -> Splits:
@@ -109,23 +113,9 @@ def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
     return ""
 
 
-def same_validation(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two checkpoints have set the same images aside, by their entries on the data."""
-    return torch.equal(one["set_aside"], other["set_aside"])
-
-
 def _missing(data: DataSet, set_aside: Tensor) -> int:
     """How many of the set-aside images (by fingerprint) are missing in the data."""
     return int((~torch.isin(set_aside, data.fingerprints["train" if data.val is None else "val"])).sum())
-
-
-def _drawn(data: DataSet, val_fraction: float, seed: int, among: Tensor) -> Splits:
-    """The data's own validation images, or some of the training images for which ``among``, bool [N], is true."""
-    if data.val is not None:
-        return _splits(data, data.fingerprints["val"])
-    candidates = among.nonzero().squeeze(1)
-    _, aside = stratified_split(data.train.labels[candidates], val_fraction, seed)
-    return _splits(data, data.fingerprints["train"][candidates[aside]])
 
 
 def _splits(data: DataSet, set_aside: Tensor) -> Splits:
@@ -240,13 +230,6 @@ def plain_batches(
 def _labels(images: Images) -> Tensor:
     """All labels, where batches are."""
     return images.labels.to(images.device)
-
-
-def whole_batches_by_process(
-    images: Images, batch_size: int, normalisation: Normalisation
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``plain_batches``, of which each process gets every ``world_size``-th."""
-    return plain_batches(images, batch_size, normalisation, parallel.world_size(), parallel.rank())
 
 
 def batch_parts_by_process(

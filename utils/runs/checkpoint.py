@@ -19,7 +19,7 @@ from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flops import NetworkCost
-from utils.runs.contents import check_archive, check_contents, in_full
+from utils.runs.contents import check_archive, check_contents
 from utils.sizes import Size
 
 FORMAT = "switched-resnet-checkpoint-1"
@@ -67,21 +67,6 @@ class Checkpoint:
         return Normalisation(tuple(self.normalisation["mean"]), tuple(self.normalisation["std"]))
 
 
-def atomic_save(path: Path, content: Any) -> None:
-    """``torch.save`` to a temporary file beside ``path``, then rename: a reader sees the old file or the new one."""
-    path = Path(path)
-    try:
-        with atomic_write(path) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:
-        # What a signal raises in the middle of torch.save comes out as a writing error of its own.
-        if isinstance(error.__context__, KeyboardInterrupt | UserError):
-            raise error.__context__ from None
-        raise UserError(
-            f"checkpoint {path} cannot be written ({error}): free disk space or choose another folder"
-        ) from error
-
-
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``path``, weights on the CPU.  Of several processes one writes and the others wait.
 
@@ -93,7 +78,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             return
         content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
         content["weights"] = {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()}
-        atomic_save(path, {"format": FORMAT, **content})
+        try:
+            with atomic_write(Path(path)) as file:
+                torch.save({"format": FORMAT, **content}, file)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"checkpoint {path} cannot be written ({error}): free disk space or choose another folder"
+            ) from error
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -130,7 +121,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         check_contents(vars(checkpoint))
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} cannot be used, {error}: use another one or make it again") from error
-    checkpoint.weights = {name: weight.to(in_full(weight.dtype)) for name, weight in checkpoint.weights.items()}
+    checkpoint.weights = {  # bf16, which halves a file, becomes float32
+        name: weight.float() if weight.dtype == torch.bfloat16 else weight
+        for name, weight in checkpoint.weights.items()
+    }
     return checkpoint
 
 

@@ -61,8 +61,3 @@ def check_contents(content: Mapping[str, Any]) -> None:
             raise ValueError(f"the weight {name!r} is no dense tensor")
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise ValueError(f"the weight {name!r} is not finite (its training diverged)")
-
-
-def in_full(dtype: torch.dtype) -> torch.dtype:
-    """The type that weights of a file have in the network: bf16, which halves a file, becomes float32."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype

@@ -61,7 +61,7 @@ def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]
     found, unfit = _saved(settings, "sp", data, BEST)
     if not found:
         raise _nothing_fits(settings, "sp", data, unfit)
-    ended = [item for item in found if has_ended(item[0])]
+    ended = [item for item in found if (item[0].parent / RECORD).exists() or epochs_missing(item[0]) == 0]
     path, trained = (ended or found)[-1]
     why = "the newest run of stage 1 that fits" + ("" if ended else "; no finished run fits")
     notes = [f"starting from {_described(path, trained, settings)}: {why}", *_others(path, found, unfit, settings)]
@@ -236,11 +236,6 @@ def _made_from(origin: str | None, found: Found) -> Found:
 
 def _within_budget(found: Found, drop: float) -> Found:
     return [(path, c) for path, c in found if c.metrics["accuracy"] >= c.original["accuracy"] - drop - 1e-9]
-
-
-def has_ended(path: Path) -> bool:
-    """Whether the run that wrote a checkpoint of stage 1 has trained all its epochs, as far as its folder tells."""
-    return (path.parent / RECORD).exists() or epochs_missing(path) == 0
 
 
 def epochs_missing(path: Path) -> int | None:

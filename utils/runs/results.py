@@ -80,7 +80,7 @@ def cells(record: Record) -> list[str]:
     computation = record["computation"] if record["stage"] in DYNAMIC else 1.0
     return [
         f"{shown_accuracy(record):.2%}",
-        _three_digits(record["gflops"]),
+        f"{record['gflops']:.3g}" if record["gflops"] < 1 else f"{record['gflops']:.2f}",
         f"{record['compression']:.1%}",
         f"{record['parameters']:,}",
         f"{computation:.1%}",
@@ -96,16 +96,11 @@ def _marks(before: Record | None, record: Record, footnotes: dict[str, str]) -> 
     if not record["within_budget"]:
         text = "no network met the budget; this is the closest, or the network that the stage started from."
         texts.append((text, "budget"))
-    if _other_source(before, record):
+    if before is not None and Path(record["source"]) != Path(before["checkpoint"]):
         others = sum(mark.startswith("source") for mark in footnotes.values())
         text = f"made from {record['source']}, not from the network of the row above."
         texts.append((text, f"source{others + 1 if others else ''}"))
     return "".join(f"[^{footnotes.setdefault(text, mark)}]" for text, mark in texts)
-
-
-def _other_source(before: Record | None, record: Record) -> bool:
-    """Whether a row was made from another network than the one in the row above."""
-    return before is not None and Path(record["source"]) != Path(before["checkpoint"])
 
 
 def shown_accuracy(record: Record) -> float:
@@ -117,10 +112,6 @@ def _or_dash(record: Record, key: str, form: str) -> str:
     """The value, or a dash where it was not measured."""
     value = record[key]
     return "–" if value is None else form.format(value)
-
-
-def _three_digits(gflops: float) -> str:
-    return f"{gflops:.3g}" if gflops < 1 else f"{gflops:.2f}"
 
 
 def results_picture(records: list[Record]) -> Figure:

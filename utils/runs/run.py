@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,6 @@ class Run:
         if run._board is not None:
             run._board.describe(arguments, charts)
         return run
-
-    @classmethod
-    def reopened(cls, last: "LastRun") -> "Run":
-        """An earlier run, to be continued; what it recorded after its last checkpoint is removed."""
-        return cls(last.path, purge_after=last.checkpoint.progress["step"])
 
     def say(self, message: str) -> None:
         """Print a line and keep it in ``log.txt``."""
@@ -222,7 +217,7 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
         charts: that TensorBoard shows several curves of a new run in.
     """
     if last is not None:
-        return Run.reopened(last)
+        return Run(last.path, purge_after=last.checkpoint.progress["step"])
     arguments = as_dictionary(settings)
     earlier = started_runs(parent)
     run = Run.new(parent, arguments, charts, arguments.get("exp_name", ""))
@@ -255,7 +250,7 @@ def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
         path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
             path.mkdir(parents=True)
-            write_json(path / ARGUMENTS, {**arguments, STARTED: _now(path).isoformat()})
+            write_json(path / ARGUMENTS, {**arguments, STARTED: datetime.now(timezone.utc).isoformat()})
             return path
         except FileExistsError:  # of a run that started in the same second
             if parent.is_dir():
@@ -264,15 +259,6 @@ def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
         except OSError as other:
             error = str(other)
         raise UserError(f"result folder {parent} cannot be written ({error}): choose another --result_dir")
-
-
-def _now(new: Path) -> datetime:
-    """The time in UTC, later than the start of all runs with this data and network: clocks may be set back."""
-    network, data = new.parent, new.parent.parent
-    others = data.parent.parent.glob(f"*/{data.name}/{network.name}/*")
-    latest = max((_started(other) for other in others if other != new), default=0.0)
-    earliest = datetime.fromtimestamp(latest, timezone.utc) + timedelta(microseconds=1)
-    return max(datetime.now(timezone.utc), earliest)
 
 
 def _lines(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
