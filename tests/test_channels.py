@@ -130,7 +130,7 @@ def test_a_dead_block_is_the_least_salient(example, dead):
     factors = {"A": A, "G": G}
     for name in factors if dead == "both" else dead:
         factors[name] = torch.zeros_like(factors[name])
-    for saliency in (criterion(weight, **factors) for criterion in CRITERIA):
+    for saliency in (criterion(weight, *factors.values()) for criterion in CRITERIA):
         assert saliency.isfinite().all() and saliency.max() < 1e-20
 
 
