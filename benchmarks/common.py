@@ -1,69 +1,11 @@
-"""Shared by the benchmarks: the trained network and its data, the machine, and files that let runs resume."""
+"""Shared by the benchmarks: the machine, and files that let runs resume."""
 
-import argparse
 import json
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime
 import torch
-
-from models import ResNet
-from training.norms import placed
-from utils.data.augment import Normalisation
-from utils.data.batches import Splits, split_as_before
-from utils.data.folder import load_data
-from utils.device import pick_device
-from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
-from utils.settings import image_type
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained network with its training, validation and test images."""
-
-    checkpoint: Checkpoint
-    splits: Splits
-    device: torch.device
-
-    @property
-    def image_size(self) -> int:
-        return self.checkpoint.data["image_size"]
-
-    @property
-    def normalisation(self) -> Normalisation:
-        return self.checkpoint.normaliser()
-
-    def network(self) -> ResNet:
-        """A fresh copy."""
-        return placed(self.checkpoint.network(), self.device)
-
-
-def add_trained_arguments(parser: argparse.ArgumentParser, checkpoint: str = "best.pt of stage 1") -> None:
-    """``--checkpoint``, of what it says, and the data.
-
-    Args:
-        checkpoint: what the help says of it.
-    """
-    parser.add_argument("--checkpoint", required=True, help=checkpoint)
-    parser.add_argument("--data_dir", required=True, help="data folder it was trained on")
-    parser.add_argument("--img_type", type=image_type, default="png", help="image files to read")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode images")
-
-
-def load_trained(args: argparse.Namespace) -> Trained:
-    """The checkpoint and its data, split as in training.
-
-    Raises:
-        UserError: if either is missing or they do not belong together.
-    """
-    checkpoint, device = load_checkpoint(args.checkpoint), pick_device()
-    size = checkpoint.data["image_size"]
-    data = load_data(args.data_dir, args.img_type, size, args.num_workers)
-    check_data(checkpoint, data, size)
-    splits = split_as_before(data, checkpoint.data)
-    return Trained(checkpoint, splits.to(device), device)
 
 
 def machine() -> dict[str, str | int]:

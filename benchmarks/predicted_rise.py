@@ -19,20 +19,23 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from scipy.stats import spearmanr
 from torch.nn import functional as F
 
-from benchmarks import required
-from benchmarks.common import Trained, add_trained_arguments, append_line, beside, load_trained, machine, read_lines
+from benchmarks.common import append_line, beside, machine, read_lines
 from models import all_on
 from pruning.compress import prune_once
 from pruning.goals import Goal
 from pruning.settings import Method
 from training.norms import placed
-from utils.data.batches import plain_batches
+from utils.data.batches import plain_batches, split_as_before
+from utils.data.folder import load_data
+from utils.data.images import Images
+from utils.device import pick_device
 from utils.errors import UserError, run_command
 from utils.flops import every_block, network_cost
-
-spearmanr = required("scipy.stats").spearmanr
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
+from utils.settings import image_type
 
 BASE = Method(prune_ratio_limit=0.97, objective="flops", round_to=1, refit=False)
 FORMS = {
@@ -49,7 +52,9 @@ SETTINGS = ("checkpoint", "images", "fisher_draws", "seed")
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predicted against measured rise of the loss.", allow_abbrev=False)
-    add_trained_arguments(parser)
+    parser.add_argument("--checkpoint", required=True, help="best.pt of stage 1")
+    parser.add_argument("--data_dir", required=True, help="data folder it was trained on")
+    parser.add_argument("--img_type", type=image_type, default="png", help="image files to read")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.25])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--images", type=int, default=2000, help="training images for the Fisher and the divergence")
@@ -65,7 +70,12 @@ def main() -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     lines, settings = beside(out, ".jsonl"), {key: getattr(args, key) for key in SETTINGS}
-    trained = load_trained(args)
+    checkpoint = load_checkpoint(args.checkpoint)
+    data = load_data(args.data_dir, args.img_type, checkpoint.data["image_size"], workers=2)
+    check_data(checkpoint, data, checkpoint.data["image_size"])
+    train = split_as_before(data, checkpoint.data).train
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
+    images = train[order[: args.images]].to(pick_device())
     earlier = read_lines(lines)
     other = next((m["settings"] for m in earlier if m["settings"] != settings), None)
     if other is not None:
@@ -74,7 +84,7 @@ def main() -> None:
     plan = [(form, share) for share in args.shares for form in args.forms]
     for form, share in plan:
         if (form, share) not in done:
-            append_line(lines, {**measure(args, trained, form, share), "settings": settings})
+            append_line(lines, {**measure(args, checkpoint, images, form, share), "settings": settings})
     points = [m for m in read_lines(lines) if (m["form"], m["share"]) in set(plan)]
     correlations = {
         name: float(spearmanr([p[name] for p in points], [p["divergence"] for p in points]).statistic)
@@ -89,24 +99,22 @@ def main() -> None:
     print("Spearman: " + ", ".join(f"{name} {value:.3f}" for name, value in correlations.items()))
 
 
-def measure(args: argparse.Namespace, trained: Trained, form: str, share: float) -> dict:
-    network = trained.network().eval()
-    order = torch.randperm(len(trained.splits.train), generator=torch.Generator().manual_seed(args.seed))
-    images = trained.splits.train[order[: args.images]]
+def measure(args: argparse.Namespace, checkpoint: Checkpoint, images: Images, form: str, share: float) -> dict:
+    network, size = placed(checkpoint.network(), images.device), checkpoint.data["image_size"]
 
     def batches():
-        return plain_batches(images, args.batch_size, trained.normalisation)
+        return plain_batches(images, args.batch_size, checkpoint.normaliser())
 
-    draws = torch.Generator(trained.device).manual_seed(args.seed)
-    cost = network_cost(network, trained.image_size)
+    draws = torch.Generator(images.device).manual_seed(args.seed)
+    cost = network_cost(network, size)
     method = replace(FORMS[form], fisher_draws=args.fisher_draws)
     passes = method.passes(batches, draws, every_block)
     pruned = prune_once(network, passes, cost=cost, goal=Goal(flops=share * cost.flops), method=method)
-    smaller = placed(pruned.network, trained.device).eval()
+    smaller = placed(pruned.network, images.device).eval()
     return {
         "form": form,
         "share": share,
-        "flops": network_cost(smaller, trained.image_size).flops / cost.flops,
+        "flops": network_cost(smaller, size).flops / cost.flops,
         "sum": sum(change.predicted_rise for change in pruned.changes),
         "together": pruned.predicted_rise,
         "divergence": divergence(network, smaller, batches()),

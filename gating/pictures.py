@@ -36,14 +36,16 @@ def draw_executed(executed: Tensor, flops_all: float) -> Figure:
     return figure
 
 
-def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str], count: int = 5) -> Iterator[Figure]:
+def draw_easy_and_hard(
+    images: Images, executed: Tensor, classes: Sequence[str], count: int = 5
+) -> Iterator[tuple[str, Figure]]:
     """The cheapest (left) and most expensive (right) images of each class with their executed MFLOPs, page by page.
 
     Args:
         executed: [N], FLOPs.
     """
     chosen = list(zip(classes, extremes_by_class(executed, images.labels.cpu(), len(classes), count), strict=True))
-    for first in range(0, len(classes), CLASSES_A_PAGE):
+    for number, first in enumerate(range(0, len(classes), CLASSES_A_PAGE), start=1):
         page = chosen[first : first + CLASSES_A_PAGE]
         size = (1.05 * (2 * count + 1), 1.25 * len(page))
         figure = Figure(figsize=size, layout="constrained")
@@ -57,13 +59,7 @@ def draw_easy_and_hard(images: Images, executed: Tensor, classes: Sequence[str],
                     row[column].imshow(images[i : i + 1].pixels[0].cpu().permute(1, 2, 0).numpy())
                     row[column].set_title(f"{executed[i].item() / 1e6:.2f}", fontsize=7, pad=2)
         figure.suptitle("cheapest test images  <  class  >  most expensive test images (executed MFLOPs)")
-        yield figure
-
-
-def easy_and_hard_pictures(images: Images, executed: Tensor, classes: Sequence[str]) -> Iterator[tuple[str, Figure]]:
-    """``draw_easy_and_hard`` with a name for each page."""
-    for page, figure in enumerate(draw_easy_and_hard(images, executed, classes), start=1):
-        yield ("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{page:02d}"), figure
+        yield ("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{number:02d}"), figure
 
 
 def draw_path(accuracies: Sequence[float], executed: Sequence[float], floor: float) -> Figure:

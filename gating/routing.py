@@ -4,10 +4,10 @@ import torch
 
 from gating.pictures import (
     class_averages,
+    draw_easy_and_hard,
     draw_executed,
     draw_passing,
     draw_path,
-    easy_and_hard_pictures,
     passing_by_class,
 )
 from training.evaluate import Evaluator
@@ -33,7 +33,7 @@ def record_routing(run: Run, best: Checkpoint, test: Images, floor: float, devic
     passing = passing_by_class(measured.decisions, labels, len(classes))
     run.picture("passing_by_class", draw_passing(passing, classes))
     run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all))
-    for name, figure in easy_and_hard_pictures(test, measured.executed, classes):
+    for name, figure in draw_easy_and_hard(test, measured.executed, classes):
         run.picture(name, figure)
     epochs = [values for values in run.recorded() if "Overview/accuracy_val" in values]
     path = [[values[tag] for values in epochs] for tag in ("Overview/accuracy_val", "Overview/executed_flops")]

@@ -121,9 +121,9 @@ def refusal(program: str, *given: str) -> str | None:
 
 
 def _unknown_flags(module: Path, given: tuple[str, ...]) -> str | None:
-    sources = [path.read_text() for path in (module, module.with_name("common.py")) if path.exists()]
-    missing = [flag for flag in re.findall(r"--\w+", " ".join(given)) if not any(f'"{flag}"' in s for s in sources)]
-    return None if sources and not missing else f"{module.name} does not exist or has no {', '.join(missing)}"
+    source = module.read_text() if module.exists() else ""
+    missing = [flag for flag in re.findall(r"--\w+", " ".join(given)) if f'"{flag}"' not in source]
+    return None if source and not missing else f"{module.name} does not exist or has no {', '.join(missing)}"
 
 
 def figures() -> dict[str, tuple[str, ...]]:

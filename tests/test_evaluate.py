@@ -41,9 +41,9 @@ def test_executed_flops_equal_the_counters_over_an_evaluation(stage, gate):
 def test_every_class_has_its_row_on_a_page():
     classes = [f"class {i}" for i in range(23)]
     labels = torch.arange(46) % 23
-    pages = list(
-        draw_easy_and_hard(ImageSet(varied_images(46), labels), torch.rand(46).double() * 1e6, classes, count=2)
-    )
+    drawn = draw_easy_and_hard(ImageSet(varied_images(46), labels), torch.rand(46).double() * 1e6, classes, count=2)
+    names, pages = zip(*drawn, strict=True)
+    assert names == ("easy_and_hard_01", "easy_and_hard_02", "easy_and_hard_03")
     assert [len(page.axes) // 5 for page in pages] == [CLASSES_A_PAGE, CLASSES_A_PAGE, 3]
     shown = [text.get_text() for page in pages for axis in page.axes for text in axis.texts]
     assert shown == classes
@@ -74,8 +74,8 @@ NAME = r"a$\nothing{$b"  # no mathematics that there is
 
 
 def test_names_with_dollar_signs_can_be_drawn():
-    pages = draw_easy_and_hard(ImageSet(varied_images(4), torch.arange(4) % 2), torch.rand(4), [NAME, "b"], count=1)
+    (page,) = draw_easy_and_hard(ImageSet(varied_images(4), torch.arange(4) % 2), torch.rand(4), [NAME, "b"], count=1)
     layers = ranks_picture([("start", {NAME: (1, 2)})])
     results = results_picture([record("sp", "1", dataset=NAME)])
-    for figure in (draw_passing(torch.rand(2, 3), [NAME, "b"]), *pages, results, layers):
+    for figure in (draw_passing(torch.rand(2, 3), [NAME, "b"]), page[1], results, layers):
         figure.savefig(io.BytesIO(), format="png")
