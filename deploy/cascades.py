@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, compose, helper
 
-from deploy.graphs import DECISIONS, IMAGES, IR_VERSION, LOGITS, OPSET, PROBABILITIES, Graph
+from deploy.graphs import DECISIONS, IMAGES, INTS, IR_VERSION, LOGITS, OPSET, PROBABILITIES, Graph
 
 TINY, HALF, ZERO = (np.array(value, np.float32) for value in (np.finfo(np.float32).tiny, 0.5, 0))
 
@@ -29,7 +29,7 @@ def cascade_model(members: Sequence[onnx.ModelProto], thresholds: Sequence[float
     so_far = [graph.add("Softmax", _logits(first).name, axis=1)] * 2  # the answers, and the sums of all that ran
     columns, before = {PROBABILITIES: [], DECISIONS: []}, None
     for i, (member, threshold) in enumerate(zip(others, thresholds, strict=True), start=1):
-        confidence = graph.add("ReduceMax", so_far[0], np.array([1]), keepdims=0)
+        confidence = graph.add("ReduceMax", so_far[0], INTS([1]), keepdims=0)
         below = graph.add("Sub", np.array(threshold, np.float32), confidence)
         doubt = graph.add("Add", graph.add("Mul", below, HALF), HALF)
         handed_on = graph.add("Greater", doubt, HALF)
@@ -37,14 +37,14 @@ def cascade_model(members: Sequence[onnx.ModelProto], thresholds: Sequence[float
             doubt, handed_on = graph.add("Where", before, doubt, ZERO), graph.add("And", before, handed_on)
         before = handed_on
         rows = graph.add("Transpose", graph.add("NonZero", handed_on), perm=[1, 0])
-        some = graph.add("Greater", graph.add("Size", rows), np.array(0))
+        some = graph.add("Greater", graph.add("Size", rows), INTS(0))
         run, leave = _run_branch(member, i, answer, rows, *so_far), _leave_branch(i, so_far)
         so_far = graph.add("If", some, outputs=2, then_branch=run, else_branch=leave)
         columns[PROBABILITIES].append(doubt)
         columns[DECISIONS].append(graph.add("Cast", handed_on, to=TensorProto.FLOAT))
     outputs = {LOGITS: graph.add("Log", graph.add("Clip", so_far[0], TINY))}
     for name, found in columns.items():
-        outputs[name] = graph.add("Concat", *(graph.add("Unsqueeze", c, np.array([1])) for c in found), axis=1)
+        outputs[name] = graph.add("Concat", *(graph.add("Unsqueeze", c, INTS([1])) for c in found), axis=1)
     graph.nodes += [helper.make_node("Identity", [found], [name], name=name) for name, found in outputs.items()]
     classes = _logits(first).type.tensor_type.shape.dim[1].dim_value
     widths = {LOGITS: classes, PROBABILITIES: len(others), DECISIONS: len(others)}

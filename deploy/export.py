@@ -94,10 +94,10 @@ def int8_version(
     return smaller, {**measured, "test_images": len(data.test)}
 
 
-def accuracy(model: onnx.ModelProto, images: Images, batch_size: int = 256) -> float:
+def accuracy(model: onnx.ModelProto, images: Images) -> float:
     """Share of ``images`` that the graph classifies as they are labelled."""
     exported = ExportedNetwork(model)
-    batches = images.batches(torch.arange(len(images)).split(batch_size))
+    batches = images.batches(torch.arange(len(images)).split(256))
     answers = [exported(pixels.numpy())["logits"].argmax(axis=1) for pixels in batches]
     return float((np.concatenate(answers) == images.labels.numpy()).mean())
 
@@ -119,7 +119,9 @@ def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[
     contents = {name: model.SerializeToString() for name, model in models.items()}
     contents[LABELS] = (json.dumps(labels, indent=2) + "\n").encode()
     try:
-        write_together(folder, contents, {NETWORK, INT8} - set(contents))
+        write_together(
+            folder, contents, {NETWORK, INT8, "routed.onnx"} - set(contents)
+        )  # the last is of earlier versions
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}): free disk space or choose another --output") from None
 

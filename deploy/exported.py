@@ -40,7 +40,7 @@ def exported_model(
     return model if finish is None else finish(model)
 
 
-def members(cascade: Cascade) -> list[tuple[ResNet, Normalisation]]:
+def members(cascade: Cascade) -> list[tuple[ResNet | OwnNetwork, Normalisation]]:
     """The networks of a cascade and what each expects."""
     described = cascade.architecture["members"]
     return [

@@ -1,5 +1,6 @@
 """The ONNX graph of a folded network: one for any number of images, in which skipped blocks are not computed."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from utils.sizes import Size, height_width
 
 SWITCH, BLOCK = "switch_", "block_"  # starts of the names of a gate's and a block's nodes, its number behind
 OPSET, IR_VERSION = 18, 9  # read by ONNX Runtime 1.14 (2023) and later
+INTS = partial(np.array, dtype=np.int64)  # sizes and axes
 IMAGES, LOGITS, PROBABILITIES, DECISIONS = "images", "logits", "probabilities", "decisions"
 
 
@@ -78,11 +80,11 @@ def onnx_model(network: ResNet, normalisation: Normalisation, image_size: Size) 
             if network.asks(switch):
                 column, state = _gate(graph, network.gate, switch, x, state)
             if switch in network.fixed_switches:
-                shape = graph.add("Concat", graph.add("Shape", IMAGES, start=0, end=1), np.array([1]), axis=0)
+                shape = graph.add("Concat", graph.add("Shape", IMAGES, start=0, end=1), INTS([1]), axis=0)
                 value = helper.make_tensor("value", TensorProto.FLOAT, [1], [network.fixed_switches[switch]])
                 column = graph.add("ConstantOfShape", shape, value=value)
             else:
-                decision = _passes(graph, graph.add("Squeeze", column, np.array([1])))
+                decision = _passes(graph, graph.add("Squeeze", column, INTS([1])))
             columns.append(column)
         graph.prefix = f"{BLOCK}{index}."
         carried = x if block.shortcut is None else graph.layers(block.shortcut, x)
@@ -122,17 +124,18 @@ def _gate(graph: Graph, gate: nn.Module, switch: int, x: str, state: list[str]) 
     if not isinstance(gate, RecurrentGate):
         if gate.pools:
             x = graph.add("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
-        pooled = graph.add("ReduceMean", graph.layers(gate.features[switch], x), np.array([2, 3]), keepdims=0)
+        pooled = graph.add("ReduceMean", graph.layers(gate.features[switch], x), INTS([2, 3]), keepdims=0)
         return graph.add("Sigmoid", graph.layers(gate.decisions[switch], pooled)), state
     # One step of ONNX's LSTM over sequences of length 1; PyTorch orders the gates i, f, c, o, ONNX i, o, f, c.
-    cell, hidden = gate.lstm, gate.lstm.hidden_size
+    # The projection of the pooled features is multiplied into its weights: docs/notebook.md.
+    cell, hidden, projection = gate.lstm, gate.lstm.hidden_size, gate.projections[switch][0]
     order = torch.arange(4 * hidden).view(4, hidden)[[0, 3, 1, 2]].flatten()
-    weights = [weight[order][None] for weight in (cell.weight_ih, cell.weight_hh)]
-    bias = torch.cat([cell.bias_ih[order], cell.bias_hh[order]])[None]
-    pooled = graph.layers(gate.projections[switch], graph.add("ReduceMean", x, np.array([2, 3]), keepdims=0))
-    inputs = [graph.add("Unsqueeze", pooled, np.array([0])), *weights, bias, *(["", *state] if state else [])]
+    weights = [weight[order][None] for weight in (cell.weight_ih @ projection.weight, cell.weight_hh)]
+    bias = torch.cat([(cell.bias_ih + cell.weight_ih @ projection.bias)[order], cell.bias_hh[order]])[None]
+    pooled = graph.add("ReduceMean", x, INTS([2, 3]), keepdims=0)
+    inputs = [graph.add("Unsqueeze", pooled, INTS([0])), *weights, bias, *(["", *state] if state else [])]
     _, *state = graph.add("LSTM", *inputs, outputs=3, hidden_size=hidden)
-    return graph.add("Sigmoid", graph.layers(gate.decision, graph.add("Squeeze", state[0], np.array([0])))), state
+    return graph.add("Sigmoid", graph.layers(gate.decision, graph.add("Squeeze", state[0], INTS([0])))), state
 
 
 def _passes(graph: Graph, probability: str) -> str:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+MOST = 200  # rounds
 # Runs item i (an image, or a batch) to its end.
 Run = Callable[[int], object]
 Name = TypeVar("Name", bound=Hashable)
@@ -20,19 +21,15 @@ class Timing:
     median: float
     lower_quartile: float
     upper_quartile: float
-    rounds: int
-    items: int
 
 
-def alternated(
-    competitors: Mapping[Name, Run], items: int, seconds: float, least: int = 5, most: int = 200
-) -> dict[Name, Timing]:
+def alternated(competitors: Mapping[Name, Run], items: int, seconds: float, least: int = 5) -> dict[Name, Timing]:
     """Time every competitor on every item, in turns whose order changes, after a round that is not counted.
 
     Args:
         items: number of items of each round.
         seconds: about how long all of it may take.
-        least, most: bounds of the number of rounds; the lower one holds even if it takes longer.
+        least: rounds at least, even if they take longer.
     """
     order = list(competitors)
     shuffle = random.Random(0).shuffle
@@ -41,7 +38,7 @@ def alternated(
         for name in order:
             competitors[name](item)
     once = time.perf_counter() - started
-    rounds = max(least, min(most, int(seconds / max(once, 1e-9)) - 1))
+    rounds = max(least, min(MOST, int(seconds / max(once, 1e-9)) - 1))
     taken = {name: np.empty((rounds, items)) for name in order}
     for round_ in range(rounds):
         for item in range(items):
@@ -56,4 +53,4 @@ def alternated(
 def _summary(taken: np.ndarray) -> Timing:
     """Median and quartiles of the seconds [rounds, items]."""
     lower, median, upper = np.quantile(taken, (0.25, 0.5, 0.75), axis=0).mean(axis=1).tolist()
-    return Timing(median, lower, upper, *taken.shape)
+    return Timing(median, lower, upper)

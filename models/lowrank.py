@@ -76,7 +76,6 @@ class LowRankConv2d(nn.Module):
         bias: bool = False,
     ):
         super().__init__()
-        self.in_channels, self.out_channels, self.depthwise = in_channels, out_channels, depthwise
         core_in = in_channels if rank_in is None else rank_in
         core_out = out_channels if rank_out is None else rank_out
         groups = core_in if depthwise else 1
@@ -85,11 +84,33 @@ class LowRankConv2d(nn.Module):
             core_in, core_out, kernel_size, stride, padding, dilation, groups, bias=bias and rank_out is None
         )
         self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=bias)
-        self.kernel_size, self.stride = self.core.kernel_size, self.core.stride
-        self.padding, self.dilation = self.core.padding, self.core.dilation
 
     # These describe the whole layer, as those of the plain convolution that it replaces.
     groups, padding_mode, transposed, output_padding = 1, "zeros", False, (0, 0)
+
+    @property
+    def in_channels(self) -> int:
+        return (self.rotate_in or self.core).in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return (self.rotate_out or self.core).out_channels
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.core.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.core.stride
+
+    @property
+    def padding(self) -> tuple[int, int] | str:
+        return self.core.padding
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self.core.dilation
 
     @property
     def weight(self) -> ComposedKernel:
@@ -111,6 +132,10 @@ class LowRankConv2d(nn.Module):
     @property
     def bias(self) -> nn.Parameter | None:
         return (self.rotate_out or self.core).bias
+
+    @property
+    def depthwise(self) -> bool:
+        return self.core.groups > 1
 
     @property
     def ranks(self) -> list[int | None]:
@@ -135,11 +160,16 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
         self.core = nn.Linear(in_features, rank, bias=False)
         self.rotate_out = nn.Linear(rank, out_features, bias=bias)
 
-    depthwise = False
+    @property
+    def in_features(self) -> int:
+        return self.core.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.rotate_out.out_features
 
     @property
     def weight(self) -> ComposedKernel:
@@ -155,6 +185,10 @@ class LowRankLinear(nn.Module):
     def ranks(self) -> list[int | None]:
         """[None, rank], as those of a 1x1 convolution."""
         return [None, self.core.out_features]
+
+    @property
+    def depthwise(self) -> bool:
+        return False
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -59,9 +59,11 @@ def compress(
     method = checked_settings(Method, settings)
     if isinstance(network, torch.jit.ScriptModule):
         raise UserError("the network was compiled by TorchScript, which hides its layers: give the module before that")
-    if hasattr(network, "_orig_mod"):  # the wrapper of torch.compile, which would compile again for every hook
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules()):
+        # It would be compiled again for every hook.
         raise UserError(
-            "the network was compiled by torch.compile: give network._orig_mod, and compile what is returned"
+            "the network, or a part of it, was compiled by torch.compile: give it before that, or network._orig_mod, "
+            "and compile what is returned"
         )
     if flops is None and parameters is None:
         raise UserError("compress has no target: give flops= or parameters=, for example flops=0.5 for half")
@@ -135,12 +137,17 @@ def check_goal(
     freed = {
         ("round_to",): replace(method, round_to=1),
         ("prune_ratio_limit",): replace(method, prune_ratio_limit=math.nextafter(1, 0)),
+        ("ignored_layers",): replace(method, ignored_layers=[]),
         ("round_to", "prune_ratio_limit"): replace(method, round_to=1, prune_ratio_limit=math.nextafter(1, 0)),
     }
-    remedies = {"round_to": "lower round_to", "prune_ratio_limit": "raise prune_ratio_limit"}
+    remedies = {
+        "round_to": "lower round_to",
+        "prune_ratio_limit": "raise prune_ratio_limit",
+        "ignored_layers": "ignore fewer layers",
+    }
     for names, freer in freed.items():
         if shortfall(goal, *_reachable(network, found, cost, freer)) is None:
-            by = " and ".join(f"{name} {getattr(method, name):g}" for name in names)
+            by = " and ".join(f"{name} {getattr(method, name)}" for name in names)
             short = shortfall(goal, *_reachable(network, found, cost, method), by)
             raise UserError(f"{short}: raise the target, or {' and '.join(remedies[name] for name in names)}")
     raise UserError(f"{short}, whatever round_to and prune_ratio_limit are: raise the target")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruning.eigenbasis import Eigenbasis
 from pruning.layers import ConvWeights
-from pruning.tucker import in_metric, inverse_root
+from pruning.tucker import inverse_root
 
 # Sweeps of least squares stop once WINDOW of them lower the error by less than this share of it.
 WINDOW, TOLERANCE = 50, 1e-3
@@ -29,18 +29,6 @@ PENALTY = 1e-2
 RIDGE = 1e-9  # the same, only to keep equations solvable
 
 
-def separable(kernel: Tensor, basis: Eigenbasis, terms: int, sweeps: int = MOST_SWEEPS) -> ConvWeights:
-    """A depthwise separable convolution of so many terms, see ``separable_terms``.
-
-    Args:
-        kernel: [out, in, kh, kw].
-        sweeps: of least squares at most; none leaves the terms as they start.
-    """
-    scaled = in_metric(kernel, basis).flatten(2)
-    factors = separable_terms(scaled[None], basis.Q_a[None], terms, sweeps)
-    return mixtures(*(factor[0] for factor in factors), basis, kernel.shape[2:])
-
-
 def mixtures(U: Tensor, V: Tensor, D: Tensor, basis: Eigenbasis, window: tuple[int, int]) -> ConvWeights:
     """The layer of the terms U [out, R], V [in, R], D [taps, R], which are in the metric of ``basis``."""
     mix_in, mix_out = inverse_root(basis.Q_a, basis.d_a) @ V, inverse_root(basis.Q_g, basis.d_g) @ U
@@ -49,7 +37,7 @@ def mixtures(U: Tensor, V: Tensor, D: Tensor, basis: Eigenbasis, window: tuple[i
     return ConvWeights(filters, _unit(mix_in).t(), _unit(mix_out), depthwise=True)
 
 
-def separable_terms(tensor: Tensor, Q_a: Tensor, terms: int, sweeps: int = MOST_SWEEPS) -> tuple[Tensor, ...]:
+def separable_terms(tensor: Tensor, Q_a: Tensor, terms: int, sweeps: int) -> tuple[Tensor, ...]:
     """Sums of so many terms for B kernels of one shape at once: U [B, out, R], V [B, in, R], D [B, taps, R].
 
     Among all sums of so many terms each is a local minimum of the quadratic model 1/2 tr(G D A D^T) of K-FAC, with a

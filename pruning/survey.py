@@ -63,7 +63,8 @@ def survey(network: nn.Module, x: Tensor, forward: Forward, ignored: Sequence[st
     alone = {name: reason for name, m in layers.items() if (reason := unsuited(m))}
     alone |= {name: "weights are shared" for name in sharing(layers)}
     for module in ignored:
-        inside = [name for name in layers if f"{name}.".startswith(f"{module}.")]
+        # Stage 2 holds a network of the user's own as ``network``.
+        inside = [name for name in layers if f"{name}.".startswith((f"{module}.", f"network.{module}."))]
         if not inside:
             some = ", ".join([*layers][:3])
             raise UserError(

@@ -48,13 +48,9 @@ def line(
     )
 
 
-def box(
-    axis: Axes, left: float, bottom: float, width: float, height: float, *, face: str, edge: str, rounding: float = 5
-) -> None:
-    style = f"round,pad=0,rounding_size={rounding}"
-    axis.add_patch(
-        FancyBboxPatch((left, bottom), width, height, boxstyle=style, facecolor=face, edgecolor=edge, linewidth=1.5)
-    )
+def box(axis: Axes, left: float, bottom: float, width: float, height: float, *, face: str, edge: str) -> None:
+    look = {"boxstyle": "round,pad=0,rounding_size=5", "facecolor": face, "edgecolor": edge, "linewidth": 1.5}
+    axis.add_patch(FancyBboxPatch((left, bottom), width, height, **look))
 
 
 def heading(axis: Axes, x: float, y: float, words: str) -> None:

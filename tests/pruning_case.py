@@ -6,9 +6,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import LowRankConv2d, all_on, build_network
 from pruning.compress import prune_once
+from pruning.depthwise import MOST_SWEEPS, mixtures, separable_terms
 from pruning.factors import Factors
 from pruning.selection import least_kept
 from pruning.settings import Method
+from pruning.tucker import in_metric
 from utils.flops import every_block, network_cost
 
 SIZE = 8
@@ -21,6 +23,12 @@ def switched_network(depth=14, width=12, gate="rnn"):
     for _ in range(3):
         network(torch.randn(16, 3, SIZE, SIZE))
     return network.eval()
+
+
+def separable(kernel, basis, terms, sweeps=MOST_SWEEPS):
+    """A depthwise separable convolution of so many terms."""
+    factors = separable_terms(in_metric(kernel, basis).flatten(2)[None], basis.Q_a[None], terms, sweeps)
+    return mixtures(*(factor[0] for factor in factors), basis, kernel.shape[2:])
 
 
 def labelled_images():

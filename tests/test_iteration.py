@@ -18,6 +18,7 @@ from pruning_case import (
     pruned_by,
     quadratic_rise,
     random_factors,
+    separable,
     switched_network,
 )
 
@@ -25,7 +26,6 @@ from deploy.folding import folded
 from models import LowRankConv2d, all_on, build_network
 from pruning import depthwise
 from pruning.compress import check_goal
-from pruning.depthwise import separable
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors
 from pruning.goals import OBJECTIVES, Goal
@@ -135,6 +135,13 @@ def test_a_budget_out_of_reach_names_the_setting_that_stands_in_the_way(
         f"raise the target, or {remedy}"
     )
     check_goal(network, SIZE, Goal(flops=target), replace(method, **freed), every_block)
+
+
+def test_ignored_layers_that_stand_in_the_way_are_named(network):
+    goal, method = Goal(flops=0.3 * counted(network)[0]), replace(METHOD, decomposition="best", objective="flops")
+    check_goal(network, SIZE, goal, method, every_block)
+    with pytest.raises(UserError, match=r"but ignored_layers \['blocks'\] can leave .*, or ignore fewer layers"):
+        check_goal(network, SIZE, goal, replace(method, ignored_layers=["blocks"]), every_block)
 
 
 def test_channel_criteria_refuse_a_network_with_low_rank_layers(network, images):

@@ -80,7 +80,11 @@ def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):
 def test_an_iteration_is_pruned_further(pruned, shapes, tmp_path, monkeypatch):
     """``checkpoint`` also takes a file of stage 2: its normalisation, validation images and unpruned size are kept."""
     (start,) = pruned[0].glob("pruned/shapes/small/*/iteration_01.pt")
-    run("pruned", settings(shapes, tmp_path, checkpoint=start, max_iter=1, prune_ratio=0.2))
+    ignored = json.dumps(["head"])  # the user's name of the layer
+    said = run(
+        "pruned", settings(shapes, tmp_path, checkpoint=start, max_iter=1, prune_ratio=0.2, ignored_layers=ignored)
+    )
+    assert "ignored: network.head" in said.stdout
     monkeypatch.setattr(own, "_allowed", [f"{SOURCE}:small"])
     (found,) = tmp_path.glob("pruned/shapes/small/*/iteration_01.pt")
     before, after = load_checkpoint(start), load_checkpoint(found)

@@ -234,9 +234,9 @@ def _flag_type(kind: type, name: str, rule: Mapping[str, Any]) -> Callable[[str]
     return parse
 
 
-def number(kind: type, low: float | None = None, high: float | None = None, below: float | None = None) -> Callable:
-    """An argparse type: an int or float in a range, see ``setting``."""
-    return _flag_type(kind, "the value", setting(0, "", low=low, high=high, below=below).metadata)
+def number(kind: type, low: float) -> Callable:
+    """An argparse type: an int or float of at least ``low``."""
+    return _flag_type(kind, "the value", setting(0, "", low=low).metadata)
 
 
 def image_type(text: str) -> str:
