@@ -130,8 +130,13 @@ def check_goal(
         UserError: says what can be reached, and which setting prevents more.
     """
     cost, parameter = network_cost(network, image_size), next(network.parameters())
-    found = survey(network, parameter.new_zeros(2, 3, *height_width(image_size)), forward, method.ignored_layers)
-    short = shortfall(goal, *_reachable(network, found, cost, method))
+    x = parameter.new_zeros(2, 3, *height_width(image_size))
+
+    def short_of(method: Method, by: str = "the layers") -> str | None:
+        found = survey(network, x, forward, method.ignored_layers)
+        return shortfall(goal, *_reachable(network, found, cost, method), by)
+
+    short = short_of(method)
     if short is None:
         return
     freed = {
@@ -146,9 +151,8 @@ def check_goal(
         "ignored_layers": "ignore fewer layers",
     }
     for names, freer in freed.items():
-        if shortfall(goal, *_reachable(network, found, cost, freer)) is None:
-            by = " and ".join(f"{name} {getattr(method, name)}" for name in names)
-            short = shortfall(goal, *_reachable(network, found, cost, method), by)
+        if short_of(freer) is None:
+            short = short_of(method, " and ".join(f"{name} {getattr(method, name)}" for name in names))
             raise UserError(f"{short}: raise the target, or {' and '.join(remedies[name] for name in names)}")
     raise UserError(f"{short}, whatever round_to and prune_ratio_limit are: raise the target")
 
