@@ -188,7 +188,7 @@ def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, w
     )
     run.say(f"worst case, all members run: {worst.flops / 1e9:.4g} GFLOPs; {worst.parameters:,} parameters together")
     if not within_budget:
-        run.say("no cascade met the budget; kept the most accurate: raise --max_accuracy_drop or add --networks")
+        run.say("no cascade met the budget, so the most accurate is kept: raise --max_accuracy_drop or add --networks")
 
 
 def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:

@@ -309,9 +309,12 @@ def smallest_within_budget(
         run.say(f"chosen: iteration {best.progress['iteration']}, the smallest network within the budget")
         return best, True
     if iterations:
-        run.say("no iteration met the budget; kept the unpruned network: try a smaller prune_ratio")
+        run.say(
+            "no iteration met the budget, so the unpruned network is kept: try a "
+            "smaller prune_ratio or, with a target, a larger max_iter"
+        )
     else:
-        run.say("nothing was pruned; kept the network of stage 1")
+        run.say("nothing was pruned, so the network of stage 1 is kept")
     kept = {"source": start.source, "seed": start.seed, "progress": PruningProgress().state_dict(), "training": {}}
     return replace(unpruned, stage="pruned", **kept), not iterations
 

@@ -294,7 +294,7 @@ def finish(stage: Stage, test: Images) -> None:
     """Log the choice, draw what its switches do, and report."""
     run, settings, best = stage.run, stage.settings, stage.keeper.best()
     within_budget = best.progress["best"][0]
-    met = "the best within the budget" if within_budget else "no epoch met the budget; kept the closest"
+    met = "the best within the budget" if within_budget else "no epoch met the budget, so the closest one is kept"
     run.say(f"chosen: epoch {best.progress['step']}, {met}")
     if (run.path / BEFORE_FIXING).exists():  # from a run that was interrupted after fixing
         best = load_checkpoint(run.path / BEFORE_FIXING)

@@ -42,7 +42,7 @@ def main() -> None:
     add("--depth", type=int, default=56)
     add("--data_dir", required=True, help="data folder")
     add("--img_type", type=image_type, default="png", help="image files to read")
-    add("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625], help="of the FLOPs")
+    add("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625], help="shares of the FLOPs to keep")
     add("--importance", choices=IMPORTANCES, default="Hessian")
     add("--epochs", type=int, default=2, help="fine-tuning epochs for the first share; each further share adds as many")
     add("--lr", type=float, default=0.005)

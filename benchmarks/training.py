@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Measure training.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--data_dir", help="folder with train/ and test/; without it images are made")
+    add("--data_dir", help="folder with train/ and test/; without it, random images are generated")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--images", type=number(int, 2), default=20000, help="training images of a round (all, if there are fewer)")
     add("--depth", type=number(int, 8), default=32, help="depth of the network, 6n+2")

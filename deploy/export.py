@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, help="checkpoint of any stage")
     add("--network", nargs="+", default=[], help=NETWORK_HELP)
     add("--output", type=Path, required=True, help="folder to write to")
-    add("--data_dir", help="check the files on its test images instead of random ones; --int8 needs it")
+    add("--data_dir", help="data folder, to check the files on its test images instead of random ones; --int8 needs it")
     add("--img_type", type=image_type, default="any", help="image files to read in --data_dir")
     add("--num_workers", type=number(int, 0), default=16, help="threads that decode images")
     add("--int8", action="store_true", help="add an int8 version, for CPUs with VNNI; calibrated on --data_dir")

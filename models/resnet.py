@@ -30,7 +30,8 @@ def check_depth(depth: int) -> None:
     """
     if not 8 <= depth <= DEEPEST or (depth - 2) % 6 != 0:
         raise ValueError(
-            f"depth {depth} is not of the form 6n+2 or above {DEEPEST}: use 8, 14, 20, 26, 32, 38, 44, 50, 56 or 110"
+            f"depth {depth} is not of the form 6n+2, or it is above {DEEPEST}: use 8, 14, 20, 26, 32, 38, 44, 50, 56 "
+            f"or 110"
         )
 
 

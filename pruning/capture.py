@@ -59,15 +59,15 @@ class Passes:
         for batch in self.batches():
             if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor)):
                 raise UserError(
-                    f"batches() gives a {type(batch).__name__}, where (inputs, labels) is needed, with the inputs in "
+                    f"batches() yields a {type(batch).__name__}, but (inputs, labels) is needed, with all inputs in "
                     "one tensor: pack them together, or wrap the network in a module that unpacks them"
                 )
             x, labels = batch
             if self.loss_fn is None and not (isinstance(labels, Tensor) and labels.dim() == 1):
-                raise UserError("the labels of a batch are no tensor [N] of classes: give loss_fn= for another task")
+                raise UserError("the labels of a batch are not a tensor [N] of classes: give loss_fn= for another task")
             yield x.to(device), labels.to(device) if isinstance(labels, Tensor) else labels
         if batch is None:
-            raise UserError("batches() gives nothing: each call has to start a new pass, over some thousand images")
+            raise UserError("batches() yields nothing: each call has to start a new pass over a few thousand images")
 
     def probe(self, x: Tensor, given: Any) -> tuple[Tensor, Forward]:
         """Inputs and a forward pass to see how the network is used: two images, or the batch where a loss is given.
@@ -184,7 +184,7 @@ def class_scores(outputs: Any) -> Tensor:
         return outputs
     found = f"a tensor of shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
     raise UserError(
-        f"the network returns {found}, where classification needs scores [N, classes]: pick them with logits=, or give "
+        f"the network returns {found}, but classification needs scores [N, classes]: pick them with logits=, or give "
         "loss_fn= for another task"
     )
 

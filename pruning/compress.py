@@ -58,12 +58,12 @@ def compress(
     say, seed = settings.pop("say", None), settings.pop("seed", 0)
     method = checked_settings(Method, settings)
     if isinstance(network, torch.jit.ScriptModule):
-        raise UserError("the network was compiled by TorchScript, which hides its layers: give the module before that")
+        raise UserError("the network was compiled by TorchScript, which hides its layers: give the original module")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules()):
         # It would be compiled again for every hook.
         raise UserError(
-            "the network, or a part of it, was compiled by torch.compile: give it before that, or network._orig_mod, "
-            "and compile what is returned"
+            "the network, or a part of it, was compiled by torch.compile: give the original network, or "
+            "network._orig_mod, and compile the result"
         )
     if flops is None and parameters is None:
         raise UserError("compress has no target: give flops= or parameters=, for example flops=0.5 for half")

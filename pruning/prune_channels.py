@@ -107,7 +107,7 @@ def _refuse_rebuilt(network: ResNet, method: Method) -> None:
         )
     if network.removed_blocks:
         raise UserError(
-            f"criterion {method.criterion} removes channels from whole blocks, but blocks have left the network: prune "
+            f"criterion {method.criterion} removes channels from whole blocks, but some blocks were removed: prune "
             f"a network of stage 1, or use criterion eigendamage"
         )
     if any(isinstance(module, LowRankConv2d) for module in network.modules()):

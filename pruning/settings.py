@@ -67,7 +67,7 @@ class Method:
         0.9, "largest share of a layer's input or output directions that may be removed in total", low=0, below=1
     )
     ignored_layers: list = setting(
-        [], "names of layers, or of modules that hold some, that stay as they are", check=_check_names
+        [], "names of layers that stay as they are, or of modules that hold them", check=_check_names
     )
     normalize: bool = setting(
         False, "rank single directions or channels by their share of the layer's saliency, not by the saliency"
@@ -91,7 +91,7 @@ class Method:
     def __post_init__(self) -> None:
         if self.normalize and self.forms_compete:
             raise UserError(
-                f"normalize ranks single directions, where decomposition {self.decomposition} compares whole forms of "
+                f"normalize ranks single directions, but decomposition {self.decomposition} compares whole forms of "
                 "a layer: use decomposition truncate, or normalize false"
             )
 

@@ -68,7 +68,8 @@ def survey(network: nn.Module, x: Tensor, forward: Forward, ignored: Sequence[st
         if not inside:
             some = ", ".join([*layers][:3])
             raise UserError(
-                f"ignored_layers names {module}, which is or holds no layer of the network: it has {some}, ..."
+                f"ignored_layers names {module}, which is neither a layer nor a module with layers: the network has "
+                f"{some}, ..."
             )
         alone |= dict.fromkeys(inside, "ignored")
     runs, edges = _run(network, layers, norms, x, forward)

@@ -16,7 +16,7 @@ import main_cascade
 import main_prune
 import main_rl_prune
 import main_sp
-from benchmarks.study import rows
+from benchmarks.study import rows, seeds_table
 from utils.errors import UserError
 from utils.runs.results import cells
 from utils.settings import settings_parser
@@ -164,6 +164,7 @@ def missing_rows() -> list[str]:
         [json.loads(path.read_text()) for path in sorted(RESULTS.rglob(name))] for name in ("study.json", "record.json")
     )
     wanted = [row for found in studies for kind in ("networks", "curve") for row in rows(found, kind)]
+    wanted += [row for path in RESULTS.rglob("seeds.json") for row in seeds_table(json.loads(path.read_text()))[2:]]
     wanted += [f"| {' | '.join([record['method'], *cells(record)])} |" for record in chains]
     return [row for row in wanted if row not in page]
 

@@ -82,7 +82,7 @@ def test_where_nothing_can_be_pruned_the_network_is_within_its_budget(chain: Pat
     given = arguments("pruned", shapes, tmp_path, source)
     call_stage("pruned", [*given, "--set=decomposition=truncate", "--set=prune_ratio_limit=0"])
     folder = run_folder(tmp_path, "pruned")
-    assert "nothing was pruned; kept the network of stage 1" in (folder / "log.txt").read_text()
+    assert "nothing was pruned, so the network of stage 1 is kept" in (folder / "log.txt").read_text()
     best, unpruned = load_checkpoint(folder / BEST), load_checkpoint(source)
     assert all(torch.equal(best.weights[name], weight) for name, weight in unpruned.weights.items())
     assert best.progress["iteration"] == 0

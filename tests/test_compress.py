@@ -112,7 +112,7 @@ def test_what_cannot_be_replaced_is_left_alone_and_said():
         "unused": "never run",
         "attention.out_proj": "never run",
     }
-    with pytest.raises(UserError, match=r"the network returns a dict, where classification needs .* logits="):
+    with pytest.raises(UserError, match=r"the network returns a dict, but classification needs .* logits="):
         compress(network, labelled(size=16), flops=0.6)
     assert network.training and network.head.weight.requires_grad and not network.head._forward_hooks
     scores = lambda outputs: outputs["scores"]  # noqa: E731
@@ -135,7 +135,9 @@ def test_ignored_layers_stay_as_they_are():
     assert survey(network, torch.randn(2, 3, 16, 16), nn.Module.__call__, ["attention"]).left_alone[
         "attention.out_proj"
     ]
-    with pytest.raises(UserError, match=r"ignored_layers names hea, which is or holds no layer .* it has stem, "):
+    with pytest.raises(
+        UserError, match=r"ignored_layers names hea, which is neither a layer .* the network has stem, "
+    ):
         compress(network, labelled(40, 16), flops=0.8, logits=scores, ignored_layers=["hea"])
     with pytest.raises(UserError, match=r"ignored_layers is \[3\]: it takes a list of names"):
         compress(network, labelled(40, 16), flops=0.8, ignored_layers=[3])
@@ -354,7 +356,7 @@ def test_a_loader_is_passed_over_as_it_is():
         assert torch.equal(mine, theirs), name
 
 
-NOTHING = r"batches\(\) gives nothing: each call has to start a new pass"
+NOTHING = r"batches\(\) yields nothing: each call has to start a new pass"
 
 
 @pytest.mark.parametrize(
@@ -369,16 +371,16 @@ NOTHING = r"batches\(\) gives nothing: each call has to start a new pass"
         (Network, images, {"flops": 50}, "flops is 50: give a share above 0 and up to 1, such as 0.5"),
         (Network, images, {"flops": 0}, "flops is 0: give a share above 0"),
         (Network, lambda: [{"pixels": torch.zeros(2, 3, 8, 8)}], {},
-         r"batches\(\) gives a dict, where \(inputs, labels\) is"),
-        (Network, lambda: [torch.zeros(2, 3, 8, 8)], {}, r"batches\(\) gives a Tensor, where"),
-        (Network, [(torch.zeros(3, 8, 8), 4)], {}, r"the labels of a batch are no tensor \[N\] of classes"),
+         r"batches\(\) yields a dict, but \(inputs, labels\) is"),
+        (Network, lambda: [torch.zeros(2, 3, 8, 8)], {}, r"batches\(\) yields a Tensor, but"),
+        (Network, [(torch.zeros(3, 8, 8), 4)], {}, r"the labels of a batch are not a tensor \[N\] of classes"),
         (Network, [], {}, NOTHING),
         (Network, iter(images()), {}, NOTHING),
         (
             lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(432, CLASSES))), images, {},
-            "TorchScript, which hides its layers: give the module before that",
+            "TorchScript, which hides its layers: give the original module",
         ),
-        (lambda: torch.compile(Network()), images, {}, r"compiled by torch\.compile: give it before that"),
+        (lambda: torch.compile(Network()), images, {}, r"compiled by torch\.compile: give the original network"),
         (lambda: nn.Sequential(torch.compile(Network())), images, {}, "or a part of it, was compiled"),
     ],
 )  # fmt: skip

@@ -313,5 +313,7 @@ def test_predict_tells_what_left_from_what_is_skipped(tmp_path, capsys):
 def test_channel_criteria_refuse_a_network_that_blocks_have_left():
     network = with_fixed_switches(lively_network("sp", "rnn"), {0: 0})
     method = Method(criterion="kron_obd")
-    with pytest.raises(UserError, match="criterion kron_obd removes channels from whole blocks, but blocks have left"):
+    with pytest.raises(
+        UserError, match="criterion kron_obd removes channels from whole blocks, but some blocks were removed"
+    ):
         check_goal(network, 16, Goal(prune_ratio=0.1), method, every_block)

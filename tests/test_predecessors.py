@@ -124,7 +124,7 @@ def test_where_none_fits_the_newest_is_named_and_why(tmp_path: Path):
         trained_network(settings(tmp_path), DATA)
     run_of(tmp_path, "1", checkpoint("sp", width=8))
     run_of(tmp_path, "2", checkpoint("sp", data=OTHER_DATA))
-    message = r"^sp/shapes/resnet8/2/best\.pt does not fit \(nor do 1 older ones\): the test images of data shapes"
+    message = r"^sp/shapes/resnet8/2/best\.pt does not fit \(older ones that do not fit either: 1\): the test images of"
     with pytest.raises(UserError, match=message):
         trained_network(settings(tmp_path), DATA)
 

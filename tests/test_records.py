@@ -117,7 +117,7 @@ def test_the_oldest_run_comes_first(tmp_path):
 def test_a_damaged_record_is_named(tmp_path, content):
     file = folder_of(tmp_path, record("sp", RUN_NAMES[0])) / "record.json"
     file.write_text(content)
-    message = rf"^{file} cannot be read \(.*\): move it away, and .* --resume makes a new one$"
+    message = rf"^{file} cannot be read \(.*\): move it away, then .* --resume, which makes a new one$"
     with pytest.raises(UserError, match=message):
         records.read_records(tmp_path)
 
@@ -151,7 +151,7 @@ def test_every_chain_has_a_table_of_its_own_the_newest_first():
     assert table_rows(table) == [["96.00%"], ["91.00%", "81.00%", "71.00%"], ["92.00%", "82.00%"]]
     assert "width 8, gate none\n" in table and "width 8, gate rnn\n" in table
     assert "Runs: `sp/shapes/resnet8/2`, `pruned/shapes/resnet8/3`" in table
-    assert table.count("Accuracy on the test images.") == 1
+    assert table.count("Accuracy is that on the test images.") == 1
 
 
 def test_two_networks_of_one_network_are_two_chains():
@@ -241,8 +241,8 @@ def test_times_are_averages_over_items_that_differ(monkeypatch):
 
     competitors = {"fast": takes("f", lambda i: 1.0), "slow": takes("s", lambda i: 10.0 * i)}
     timings = alternated(competitors, items=3, seconds=0, least=3)
-    assert timings["slow"] == Timing(10.0, 10.0, 10.0, rounds=3, items=3)  # items of 0, 10 and 20 s
-    assert timings["fast"] == Timing(1.0, 1.0, 1.0, rounds=3, items=3)
+    assert timings["slow"] == Timing(10.0, 10.0, 10.0)  # items of 0, 10 and 20 s
+    assert timings["fast"] == Timing(1.0, 1.0, 1.0)
     assert runs.count("f") == runs.count("s") == 12, "three rounds of three items, and one that is not counted"
     assert all(set(runs[i : i + 2]) == {"f", "s"} for i in range(0, len(runs), 2)), "competitors take turns"
 

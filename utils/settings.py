@@ -225,7 +225,7 @@ def _flag_type(kind: type, name: str, rule: Mapping[str, Any]) -> Callable[[str]
         try:
             value = text if rule["parse"] else kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
         try:
             return checked_value(name, value, rule)
         except ValueError as error:
@@ -266,7 +266,7 @@ def checked_value(name: str, value: Any, rule: Mapping[str, Any]) -> Any:
     outside = isinstance(value, float) and not math.isfinite(value)
     outside |= (low is not None and value < low) or (high is not None and value > high)
     if outside or (below is not None and value >= below):
-        upper = f" to {high}" if high is not None else f" and below {below}" if below is not None else " or more"
+        upper = f" to {high}" if high is not None else f" or more, below {below}" if below is not None else " or more"
         raise ValueError(f"{name} is {value}, out of range: it takes {'any number' if low is None else low}{upper}")
     if rule["check"]:
         rule["check"](value)
@@ -284,7 +284,7 @@ def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str
     except FileNotFoundError:
         raise UserError(f"settings file {path} does not exist: give --config_path config.json") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"settings file {path} is no valid JSON ({error}): correct it there") from None
+        raise UserError(f"settings file {path} is not valid JSON ({error}): correct it there") from None
     if not isinstance(content, dict):
         raise UserError(f"settings file {path} holds a {type(content).__name__}, not an object with keys and values")
     for override in overrides:

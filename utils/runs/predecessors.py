@@ -202,7 +202,7 @@ def _nothing_fits(settings: Any, stage: str, data: DataSet, unfit: dict[Path, Us
     """Why the newest run does not fit, or that there is none."""
     if unfit:
         path, error = list(unfit.items())[-1]
-        more = f" (nor do {len(unfit) - 1} older ones)" if len(unfit) > 1 else ""
+        more = f" (older ones that do not fit either: {len(unfit) - 1})" if len(unfit) > 1 else ""
         return UserError(f"{relative_to_results(path, settings.result_dir)} does not fit{more}: {error}")
     folder = stage_folder(settings.result_dir, stage, data.name, settings.network, settings.depth)
     return UserError(f"no checkpoint {folder}/*/{BEST}: run {COMMANDS[stage]} with the same data and network first")

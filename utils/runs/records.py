@@ -72,7 +72,7 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
     try:
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # running out of patience is an OSError, too
-        say(f"{result_dir} cannot be locked ({error}): when runs end together, results.md may lack one for a while")
+        say(f"{result_dir} cannot be locked ({error}): results.md may lack a row until the next run ends")
     try:
         yield
     finally:
@@ -116,8 +116,8 @@ def _content(path: Path) -> Record:
         return record
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}): move it away, and its stage with the same settings and --resume makes a "
-            "new one"
+            f"{path} cannot be read ({error}): move it away, then run its stage with the same settings and --resume, "
+            "which makes a new one"
         ) from None
 
 

@@ -66,10 +66,10 @@ def results_table(records: list[Record]) -> str:
     if any(r.get("latency_ms") is None for chain in found for r in chain):
         sections.append("–: not measured; it needs the row's checkpoint.\n")
     sections.append(
-        "Accuracy on the test images. FLOPS: two per multiply-add, one image. Every block is run and counted in the "
-        "first two methods; in the others switches decide, and FLOPS are the mean of what is executed. "
-        "Computation: executed share. Latency and throughput: exported networks with ONNX Runtime on the CPU, all rows "
-        "of a table in one run; what is skipped is not run, in batches as on single images.\n"
+        "Accuracy is that on the test images. FLOPS are for one image, two per multiply-add. In the first two methods "
+        "every block is run and counted. In the others switches decide, and FLOPS are the mean of what is executed. "
+        "Computation is the executed share. Latency and throughput are those of the exported networks in ONNX Runtime "
+        "on the CPU, all rows of a table measured in one run. What is skipped is not run, in batches or alone.\n"
     )
     sections += [f"[^{mark}]: {text}\n" for text, mark in footnotes.items()]
     return "\n".join(sections)
