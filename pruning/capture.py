@@ -1,9 +1,11 @@
 """Passes over images that record every layer's input and the gradient at its output, image by image."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -45,9 +47,9 @@ class Passes:
     loss_fn: LossFn | None = None  # from outputs and labels to each image's loss [N]; None: classification
     say: Callable[[str], None] = _silent  # called with the seconds of each phase
 
-    def first(self, count: int) -> "Passes":
-        """The same over the first ``count`` images only, counted over all processes."""
-        return replace(self, batches=lambda: first_images(self.batches(), count))
+    def some(self, count: int) -> "Passes":
+        """The same over ``count`` images only, counted over all processes, see ``some_images``."""
+        return replace(self, batches=lambda: some_images(self.batches(), count))
 
     def on(self, network: nn.Module) -> Iterator[tuple[Tensor, Any]]:
         """One pass, on the network's device.
@@ -232,11 +234,18 @@ def as_images(layer: nn.Module, t: Tensor, images: int) -> Tensor:
     return t.reshape(images, positions, t.shape[-1]).transpose(1, 2).unsqueeze(3)
 
 
-def first_images(batches: Iterable[tuple[Tensor, Any]], count: int) -> Iterator[tuple[Tensor, Any]]:
-    """The first batches, until they hold ``count`` labels, counted over all processes."""
-    seen = 0
-    for x, labels in batches:
+def some_images(batches: Iterable[tuple[Tensor, Any]], count: int) -> Iterator[tuple[Tensor, Any]]:
+    """Batches until they hold ``count`` labels, counted over all processes.
+
+    They are spaced evenly where their number is known, as that of a data loader: its images may be sorted by class.
+    """
+    seen, step = 0, None
+    for i, (x, labels) in enumerate(batches):
+        if step is None:
+            needed = math.ceil(count / max(1, len(labels)))
+            step = max(1, length_hint(batches, needed) // needed)
         if seen >= count:
             return
-        seen += len(labels)
-        yield x, labels
+        if i % step == 0:
+            seen += len(labels)
+            yield x, labels

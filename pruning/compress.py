@@ -116,7 +116,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     if method.refit and not pruned.nothing_changed:
         names = rebuilt_layers(network, pruned.network, found.names)
         with passes.phase(f"refit of {len(names)} layers"):
-            few = passes.first(min(IMAGES, BATCHES * max(1, len(x))))
+            few = passes.some(min(IMAGES, BATCHES * max(1, len(x))))
             refit(network, pruned.network, {name: found.norms[name] for name in names}, pruned.importances, few)
     return pruned
 

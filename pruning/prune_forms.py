@@ -48,7 +48,7 @@ def prune_to_forms(
     importances = {name: own.importance for name, own in factors.items()}
     with passes.phase("forms"):  # each layer's factors go as soon as its eigenbasis is there
         kernels = {name: _kernel(layers[name], factors.pop(name)) for name in list(factors)}
-    few, rises = passes.first(IMAGES), {name: torch.zeros(1) for name in forms}
+    few, rises = passes.some(IMAGES), {name: torch.zeros(1) for name in forms}
     # The first process decides for all, whose parts of a batch may differ by one image.
     entries = parallel.broadcast_object(_entries(layers, cost, passes.on(network)) if layers else ENTRIES)
     for group in _groups(able, kernels, entries):

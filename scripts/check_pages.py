@@ -111,11 +111,13 @@ def refusal(program: str, *given: str) -> str | None:
         elif given[0] == "main_prune.py":
             with mock.patch.object(sys, "argv", list(given)):
                 main_prune.parse_arguments()
+        elif given[0] == "-c":
+            compile(given[1], "page", "exec")
         elif given[0] == "-m":
             return _unknown_flags(ROOT / f"{given[1].replace('.', '/')}.py", given)
         else:
             return f"{given[0]} is no script that this check knows"
-    except (UserError, SystemExit) as error:
+    except (SyntaxError, UserError, SystemExit) as error:
         return str(error)
     return None
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from examples.cifar_resnet import resnet20
 from models import LowRankConv2d, LowRankLinear
 from pruning import apply_edits, compress, edits_of, prune_forms
+from pruning.capture import some_images
 from pruning.layers import composed, read_weights
 from pruning.survey import survey
 from utils.errors import UserError
@@ -346,6 +347,14 @@ def test_the_weight_of_a_rebuilt_linear_layer():
     with FlopCounterMode(display=False) as counter:
         assert layer.weight.shape == (5, 6) and layer.weight.device == x.device
     assert counter.get_total_flops() == 0
+
+
+@pytest.mark.parametrize(("count", "taken"), [(8, [0, 5]), (9, [0, 3, 6]), (40, list(range(10))), (1, [0])])
+def test_images_that_are_sorted_by_class_are_taken_from_all_classes(count, taken):
+    batches = [(torch.zeros(4, 3), torch.full((4,), label)) for label in range(10)]
+    assert [labels[0].item() for _, labels in some_images(batches, count)] == taken
+    unknown = (batch for batch in batches)
+    assert [labels[0].item() for _, labels in some_images(unknown, count)] == list(range(len(taken)))
 
 
 def test_a_loader_is_passed_over_as_it_is():
