@@ -86,7 +86,7 @@ def test_command_measures_every_competitor(data, shapes, monkeypatch, capsys):
 
 def test_the_table_follows_from_the_times():
     seconds = {"plain loop": 2.0, "stage 1": 1.0, "stage 1 without gates": 0.75}
-    timings = {name: Timing(t, t / 2, 2 * t, 5, 1) for name, t in seconds.items()}
+    timings = {name: Timing(t, t / 2, 2 * t) for name, t in seconds.items()}
     lines = training.table(timings, images=100).splitlines()
     assert lines[3] == "| stage 1 | 100 (50 to 200) | plain loop | 2.00x |"
     assert lines[-1] == "The gates take 25.0% of stage 1's step."
