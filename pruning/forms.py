@@ -98,9 +98,8 @@ def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -
         at, changes = coordinates(kernel.weight, kernel.basis), None
         counts = [form.ranks[0] for form in own if form.kind == DEPTHWISE]
         if counts:
-            sums = (torch.einsum("ok,ik,tk->oit", *terms[name, count]) for count in counts)
-            rotated = torch.stack([at.rotated(total) for total in sums]).unflatten(3, at.core.shape[2:])
-            changes = (rotated - at.core).float()
+            rotated = torch.stack([at.rotated(*terms[name, count]) for count in counts])
+            changes = (rotated.unflatten(3, at.core.shape[2:]) - at.core).float()
         if kernel.pointwise is not None:
             corners = [(len(at.core), r) for _, r in corners]
         found[name] = Trials(at, corners, changes, kernel.pointwise)

@@ -68,10 +68,12 @@ class Coordinates:
         """The kernel [out, in, kh, kw] of a Tucker form."""
         return torch.einsum("or,rchw,ic->oihw", self.P[:, :r], self.core[:r, :c], self.Q[:, :c])
 
-    def rotated(self, tensor: Tensor) -> Tensor:
-        """A tensor [out, in, ...] of the metric of the Fisher in the coordinates of the core."""
+    def rotated(self, U: Tensor, V: Tensor, D: Tensor) -> Tensor:
+        """The sum of terms U [out, R], V [in, R], D [taps, R] of the metric of the Fisher, in these coordinates."""
         out, into = self.to_core
-        return torch.einsum("op,oi...,ij->pj...", out, tensor, into)
+        return torch.einsum(
+            "jk,tk,pk->pjt", into.t() @ V, D, out.t() @ U
+        )  # in the order that makes the smallest tensors
 
 
 def coordinates(kernel: Tensor, basis: Eigenbasis) -> Coordinates:
