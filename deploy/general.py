@@ -81,12 +81,19 @@ class _Normalised(nn.Module):
         return self.network(self.normalisation.apply(pixels))
 
 
-class _PoolingAsProducts(TorchFunctionMode):
-    """ONNX has no adaptive pooling to sizes that do not divide the input's, as in VGG on small images."""
+class _Translatable(TorchFunctionMode):
+    """Functions that ONNX lacks, or that would slow the graph down.
+
+    It has no adaptive pooling to sizes that do not divide the input's, as in VGG on small images.  Padding by nothing,
+    as in the shortcuts of ``examples.cifar_resnet``, would become a node, and ONNX Runtime could not add the shortcut
+    within the convolution before it.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.adaptive_avg_pool2d:
             return _adaptive_pool(*args, **(kwargs or {}))
+        if function is F.pad and not any(args[1] if len(args) > 1 else kwargs["pad"]):
+            return args[0] if args else kwargs["input"]
         return function(*args, **(kwargs or {}))
 
 
@@ -114,7 +121,7 @@ def _translated(network: nn.Module, pixels: Tensor) -> onnx.ModelProto:
     # another is newer, and prints pages of what it could not translate.
     content = io.BytesIO()
     silent = mock.patch.object(torch._C, "_jit_onnx_log", create=True)
-    with warnings.catch_warnings(), silent, _PoolingAsProducts():
+    with warnings.catch_warnings(), silent, _Translatable():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network, (pixels,), content, dynamo=False, opset_version=OPSET, input_names=[IMAGES],

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from deploy.general import general_model
 from deploy.session import open_session, run_session
+from examples.cifar_resnet import resnet20
 from models import LowRankConv2d, LowRankLinear
 from pruning import compress
 from utils.errors import UserError
@@ -54,6 +55,13 @@ def test_adaptive_pooling_of_any_sizes(inputs, outputs):
             return F.adaptive_avg_pool2d(x, outputs).flatten(1)
 
     agrees(Pooled(), *inputs)
+
+
+def test_a_shortcut_that_pads_nothing_is_added_without_a_node():
+    """ONNX Runtime adds a shortcut within the convolution before it, if nothing lies between."""
+    model, _ = general_model(resnet20().eval(), NORMALISATION, 32, 32)
+    operators = [node.op_type for node in model.graph.node]
+    assert (operators.count("Pad"), operators.count("Add")) == (2, 9)  # two of the nine shortcuts add channels
 
 
 def test_a_compressed_network_whose_classifier_has_two_factors():
