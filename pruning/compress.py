@@ -80,9 +80,8 @@ def compress(
     passes = passes if say is None else replace(passes, say=say)
     x, labels = next(passes.on(network))
     cost = cost_on(network, x[:1], forward)
-    least = least_of(
-        *_reachable(network, survey(network, *passes.probe(x, labels), method.ignored_layers), cost, method)
-    )
+    found = survey(network, *passes.probe(x, labels), method.ignored_layers)
+    least = least_of(*_reachable(network, found, cost, replace(method, round_to=1)))
     limits = [
         None if target is None else max(target * whole if target <= 1 else target, few)
         for target, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
@@ -108,6 +107,10 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     """
     x, labels = next(passes.on(network))
     found = survey(network, *passes.probe(x, labels), method.ignored_layers)
+    rounded = _reaching(network, found, cost, goal, method)
+    if rounded.round_to < method.round_to:
+        passes.say(f"with round_to {method.round_to} the goal is out of reach: ranks in steps of {rounded.round_to}")
+    method = rounded
     if method.forms_compete:
         pruned = prune_to_forms(network, found, passes, cost, goal, method)
     else:
@@ -132,29 +135,34 @@ def check_goal(
     cost, parameter = network_cost(network, image_size), next(network.parameters())
     x = parameter.new_zeros(2, 3, *height_width(image_size))
 
-    def short_of(method: Method, by: str = "the layers") -> str | None:
-        found = survey(network, x, forward, method.ignored_layers)
-        return shortfall(goal, *_reachable(network, found, cost, method), by)
+    def short_of(by: str = "the layers", **freed: Any) -> str | None:
+        finest = replace(method, round_to=1, **freed)
+        found = survey(network, x, forward, finest.ignored_layers)
+        return shortfall(goal, *_reachable(network, found, cost, finest), by)
 
-    short = short_of(method)
+    short = short_of()
     if short is None:
         return
-    freed = {
-        ("round_to",): replace(method, round_to=1),
-        ("prune_ratio_limit",): replace(method, prune_ratio_limit=math.nextafter(1, 0)),
-        ("ignored_layers",): replace(method, ignored_layers=[]),
-        ("round_to", "prune_ratio_limit"): replace(method, round_to=1, prune_ratio_limit=math.nextafter(1, 0)),
-    }
-    remedies = {
-        "round_to": "lower round_to",
-        "prune_ratio_limit": "raise prune_ratio_limit",
-        "ignored_layers": "ignore fewer layers",
-    }
-    for names, freer in freed.items():
-        if short_of(freer) is None:
-            short = short_of(method, " and ".join(f"{name} {getattr(method, name)}" for name in names))
-            raise UserError(f"{short}: raise the target, or {' and '.join(remedies[name] for name in names)}")
-    raise UserError(f"{short}, whatever round_to and prune_ratio_limit are: raise the target")
+    for name, free, remedy in (
+        ("prune_ratio_limit", math.nextafter(1, 0), "raise prune_ratio_limit"),
+        ("ignored_layers", [], "ignore fewer layers"),
+    ):
+        if short_of(**{name: free}) is None:
+            short = short_of(f"{name} {getattr(method, name)}")
+            raise UserError(f"{short}: raise the target, or {remedy}")
+    raise UserError(f"{short}, whatever prune_ratio_limit is: raise the target")
+
+
+def _reaching(network: nn.Module, found: Survey, cost: NetworkCost, goal: Goal, method: Method) -> Method:
+    """The settings with ``round_to`` halved as often as the goal needs; if none reaches it, down to 1."""
+    if not goal.has_target:
+        if method.objective == "saliency":
+            return method  # a share of directions or channels
+        left = (1 - goal.prune_ratio) * np.array([cost.flops, cost.parameters])
+        goal = Goal(parameters=left[1]) if method.objective == "parameters" else Goal(flops=left[0])
+    while method.round_to > 1 and shortfall(goal, *_reachable(network, found, cost, method)):
+        method = replace(method, round_to=method.round_to // 2)
+    return method
 
 
 def _reachable(

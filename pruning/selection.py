@@ -47,11 +47,13 @@ def least_kept(channels: int, prune_ratio_limit: float) -> int:
 
 
 def step_of(channels: int, round_to: int) -> int:
-    """The rounding step for a side of so many channels: ``round_to``, halved until the side has four steps or more.
+    """The rounding step for a side of so many channels: ``round_to``, or in smaller ones half of the channels or less.
 
     Otherwise small layers would have no choice of ranks.
     """
-    while round_to > 1 and 4 * round_to > channels:
+    if channels >= round_to:
+        return round_to
+    while round_to > 1 and 2 * round_to > channels:
         round_to //= 2
     return round_to
 

@@ -59,7 +59,8 @@ class Method:
     )
     round_to: int = setting(
         16,
-        "kept ranks and channels are rounded up to multiples of this; to smaller ones if a layer has few channels",
+        "kept ranks and channels are multiples of this; of its half, and so on, in smaller layers and where the goal "
+        "cannot be reached otherwise",
         low=1,
         high=MOST_CHANNELS,
     )

@@ -146,7 +146,7 @@ def prune(trained: Path, data: Path, *settings: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("flops", ["objective=flops", "decomposition=tucker", "distill=0.5"]),
+        ("flops", ["objective=flops", "decomposition=tucker", "distill=0.5", "round_to=2"]),
         ("parameters", ["criterion=kron_obs", "reestimate_batch_norm=false", "prune_ratio_limit=0.95", "round_to=1"]),
     ],
 )

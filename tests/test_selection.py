@@ -217,12 +217,12 @@ def test_counts_that_may_be_kept():
     assert counts_kept(64, 64, 0.9, 16).tolist() == [16, 32, 48, 64]
     assert counts_kept(40, 64, 0.5, 16).tolist() == [32, 40]
     assert counts_kept(20, 64, 0.5, 16).tolist() == [20]  # within the limit no more can go
-    assert counts_kept(6, 6, 0.9, 16).tolist() == [1, 2, 3, 4, 5, 6]
+    assert counts_kept(6, 6, 0.9, 16).tolist() == [2, 4, 6]
     assert counts_kept(5, 5, 0.0, 1).tolist() == [5]
 
 
 def test_small_sides_are_rounded_in_smaller_steps():
-    assert [step_of(channels, 8) for channels in (3, 8, 16, 24, 32, 64, 256)] == [1, 2, 4, 4, 8, 8, 8]
+    assert [step_of(channels, 8) for channels in (3, 4, 7, 8, 16, 24, 256)] == [1, 2, 2, 8, 8, 8, 8]
     assert step_of(256, 1) == 1
 
 
