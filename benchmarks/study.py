@@ -14,7 +14,7 @@ several functions in --network, those of each.  Writes ``study.json``, ``study.m
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
@@ -22,6 +22,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
@@ -58,7 +59,7 @@ PUBLISHED = {
     "L1, 120 epochs": ((93.74, 2.0, 93.78),),
 }
 
-TICKS = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.4, 0.6, 1, 2]  # GFLOPs
+TICKS = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.4, 0.6, 1, 1.5, 2, 3]  # GFLOPs or milliseconds
 LABELS = {"DepGraph": (-16, 5), "L1, 120 epochs": (6, -2), "CHIP": (-22, -3)}  # places beside the points
 
 Row = dict[str, Any]
@@ -305,44 +306,49 @@ def members(row: Row) -> str:
 
 
 def draw(found: dict[str, Any]) -> Figure:
-    """Accuracy against executed GFLOPs on a log scale, with the published points."""
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axis = figure.subplots()
-    best, reference = {}, reference_of(found)
-    for row in found["networks"]:
-        best.setdefault(row["family"], []).append(row)
-    for family, rows in best.items():
-        rows = sorted(rows, key=lambda row: row["gflops"])
-        axis.plot(
-            [row["gflops"] for row in rows], [100 * row["accuracy"] for row in rows], marker="o", markersize=4,
-            linewidth=1, label=family if "switches" in family else f"{family}, pruned statically", alpha=0.8,
-        )  # fmt: skip
-    curve = sorted(found["curve"], key=lambda row: row["gflops"])
-    axis.plot(
-        [row["gflops"] for row in curve], [100 * row["accuracy"] for row in curve], color="black", marker="D",
-        markersize=4, label="cascades of these",
-    )  # fmt: skip
+    """Accuracy against executed GFLOPs, with the published points, and against the time of one image."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    by_flops, by_time = figure.subplots(1, 2, sharey=True)
+    draw_panel(by_flops, found, lambda row: row["gflops"])
+    draw_panel(by_time, found, lambda row: row["milliseconds"]["1"])
+    reference = reference_of(found)
     for name, points in PUBLISHED.items() if found["reference"] == YARDSTICK else ():
         for accuracy, times, _ in points:
             at = (reference["gflops"] / times, accuracy)
-            axis.plot(*at, marker="x", color="#7f7f7f", linestyle="none", label="published" if name == "PPSM" else None)
-            axis.annotate(name, at, LABELS.get(name, (4, -8)), textcoords="offset points", fontsize=6)
+            label = "published" if name == "PPSM" else None
+            by_flops.plot(*at, marker="x", color="#7f7f7f", linestyle="none", label=label)
+            by_flops.annotate(name, at, LABELS.get(name, (4, -8)), textcoords="offset points", fontsize=6)
+    best_accuracy = 100 * max(row["accuracy"] for row in [*found["networks"], *found["curve"]])
+    by_flops.set(
+        xlabel="executed GFLOPs per image (log scale)",
+        ylabel="accuracy on the test images, %",
+        ylim=(best_accuracy - 5, best_accuracy + 0.6),
+    )
+    by_time.set(xlabel="milliseconds for one image, ONNX Runtime, one CPU thread (log scale)")
+    by_flops.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def draw_panel(axis: Axes, found: dict[str, Any], cost: Callable[[Row], float]) -> None:
+    """Accuracy against a cost: a line for each family of networks, and one for the cascades."""
+    families: dict[str, list[Row]] = {}
+    for row in found["networks"]:
+        families.setdefault(row["family"], []).append(row)
+    for family, rows in families.items():
+        rows = sorted(rows, key=cost)
+        label = family if "switches" in family else f"{family}, pruned statically"
+        style = {"marker": "o", "markersize": 4, "linewidth": 1, "alpha": 0.8, "label": label}
+        axis.plot([cost(row) for row in rows], [100 * row["accuracy"] for row in rows], **style)
+    curve = sorted(found["curve"], key=cost)
+    style = {"color": "black", "marker": "D", "markersize": 4, "label": "cascades of these"}
+    axis.plot([cost(row) for row in curve], [100 * row["accuracy"] for row in curve], **style)
+    costs = [cost(row) for row in [*found["networks"], *curve]]
     axis.set_xscale("log")
     axis.set_xticks(TICKS, minor=False)
     axis.set_xticks([], minor=True)
+    axis.set_xlim(0.8 * min(costs), 1.2 * max(costs))  # the ticks would widen it
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    drawn = [*found["networks"], *curve]
-    least, most = (bound(row["gflops"] for row in drawn) for bound in (min, max))
-    best_accuracy = 100 * max(row["accuracy"] for row in drawn)
-    axis.set(
-        xlabel="executed GFLOPs per image (log scale)",
-        ylabel="accuracy on the test images, %",
-        xlim=(0.8 * least, 1.2 * most),
-        ylim=(best_accuracy - 5, best_accuracy + 0.6),
-    )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="lower right")
-    return figure
 
 
 if __name__ == "__main__":
