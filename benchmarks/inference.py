@@ -1,6 +1,6 @@
 """Is it really faster?  Networks of checkpoints in ONNX Runtime on the CPU, in turns: time against executed FLOPs.
 
-    python -m benchmarks.inference docs/checkpoints/cifar100_*.pt --data_dir data/cifar_100 --int8
+    python -m benchmarks.inference DENSE.pt SMALLER.pt... --data_dir data/cifar_100 --int8
 
 The other networks are compared with the first one in the same precision.  Times and FLOPs are means over the same test
 images, since cascades and switches run less on some images than on others; accuracies are of all test images.

@@ -60,7 +60,7 @@ PUBLISHED = {
 }
 
 TICKS = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.4, 0.6, 1, 1.5, 2, 3]  # GFLOPs or milliseconds
-LABELS = {"DepGraph": (-16, 5), "L1, 120 epochs": (6, -2), "CHIP": (-22, -3)}  # places beside the points
+LABELS = {"DepGraph": (-14, -10), "L1, 120 epochs": (6, -2), "CHIP": (-22, -3)}  # places beside the points
 
 Row = dict[str, Any]
 
