@@ -71,9 +71,8 @@ class Coordinates:
     def rotated(self, U: Tensor, V: Tensor, D: Tensor) -> Tensor:
         """The sum of terms U [out, R], V [in, R], D [taps, R] of the metric of the Fisher, in these coordinates."""
         out, into = self.to_core
-        return torch.einsum(
-            "jk,tk,pk->pjt", into.t() @ V, D, out.t() @ U
-        )  # in the order that makes the smallest tensors
+        # In the order that makes the smallest tensors.
+        return torch.einsum("jk,tk,pk->pjt", into.t() @ V, D, out.t() @ U)
 
 
 def coordinates(kernel: Tensor, basis: Eigenbasis) -> Coordinates:
