@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pruning.capture import Batches, Forward, LossFn, Passes
 from pruning.changes import Pruned, Report
 from pruning.choice import form_costs
-from pruning.goals import Goal, least_of, shortfall
+from pruning.goals import Goal, as_target, least_of, shortfall
 from pruning.layers import rebuilt_layers
 from pruning.prune_channels import channel_groups, prune_channels
 from pruning.prune_directions import direction_groups, prune_directions
@@ -107,10 +107,9 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     """
     x, labels = next(passes.on(network))
     found = survey(network, *passes.probe(x, labels), method.ignored_layers)
-    rounded = _reaching(network, found, cost, goal, method)
-    if rounded.round_to < method.round_to:
-        passes.say(f"with round_to {method.round_to} the goal is out of reach: ranks in steps of {rounded.round_to}")
-    method = rounded
+    asked, method = method.round_to, _fine_enough(network, found, cost, goal, method)
+    if method.round_to < asked:
+        passes.say(f"with round_to {asked} the goal is out of reach: ranks in steps of {method.round_to}")
     if method.forms_compete:
         pruned = prune_to_forms(network, found, passes, cost, goal, method)
     else:
@@ -153,13 +152,11 @@ def check_goal(
     raise UserError(f"{short}, whatever prune_ratio_limit is: raise the target")
 
 
-def _reaching(network: nn.Module, found: Survey, cost: NetworkCost, goal: Goal, method: Method) -> Method:
+def _fine_enough(network: nn.Module, found: Survey, cost: NetworkCost, goal: Goal, method: Method) -> Method:
     """The settings with ``round_to`` halved as often as the goal needs; if none reaches it, down to 1."""
-    if not goal.has_target:
-        if method.objective == "saliency":
-            return method  # a share of directions or channels
-        left = (1 - goal.prune_ratio) * np.array([cost.flops, cost.parameters])
-        goal = Goal(parameters=left[1]) if method.objective == "parameters" else Goal(flops=left[0])
+    if method.objective == "saliency" and not goal.has_target:
+        return method  # a share of directions or channels
+    goal = as_target(goal, (cost.flops, cost.parameters), (0, 0), method.objective)
     while method.round_to > 1 and shortfall(goal, *_reachable(network, found, cost, method)):
         method = replace(method, round_to=method.round_to // 2)
     return method
