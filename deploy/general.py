@@ -6,8 +6,11 @@ The graphs of the switched ResNet, which gather the images that a block runs on,
 import copy
 import io
 import warnings
+from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -84,17 +87,38 @@ class _Normalised(nn.Module):
 class _Translatable(TorchFunctionMode):
     """Functions that ONNX lacks, or that would slow the graph down.
 
-    It has no adaptive pooling to sizes that do not divide the input's, as in VGG on small images.  Padding by nothing,
-    as in the shortcuts of ``examples.cifar_resnet``, would become a node, and ONNX Runtime could not add the shortcut
-    within the convolution before it.
+    ONNX has no adaptive pooling to sizes that do not divide the input's, as in VGG on small images.  Shortcuts without
+    parameters, as in ``examples.cifar_resnet``, take every second pixel and add channels of zeros.  ONNX Runtime has
+    no blocked layout for either, and then adds no shortcut of this group of blocks within a convolution.  As a pooling
+    and a convolution they stay in that layout.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.adaptive_avg_pool2d:
-            return _adaptive_pool(*args, **(kwargs or {}))
-        if function is F.pad and not any(args[1] if len(args) > 1 else kwargs["pad"]):
-            return args[0] if args else kwargs["input"]
-        return function(*args, **(kwargs or {}))
+        own = {F.adaptive_avg_pool2d: _adaptive_pool, F.pad: _pad, Tensor.__getitem__: _selected}
+        return own.get(function, function)(*args, **(kwargs or {}))
+
+
+def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """``F.pad``; channels of zeros come from a 1x1 convolution."""
+    if not any(pad):
+        return input
+    only_channels = input.dim() == 4 and len(pad) == 6 and not any(pad[:4]) and min(pad) >= 0
+    if not only_channels or mode != "constant" or value:
+        return F.pad(input, pad, mode, value)
+    before, channels, after = int(pad[4]), int(input.shape[1]), int(pad[5])
+    # Made by NumPy: the graph then holds the numbers, not how they are made.
+    copies = np.eye(before + channels + after, channels, -before, dtype=np.float32)
+    return F.conv2d(input, torch.from_numpy(copies[:, :, None, None]).to(input.dtype))
+
+
+def _selected(x: Tensor, index: Any) -> Tensor:
+    """``x[index]``; every n-th row and column of images [N, C, H, W] comes from a pooling of single pixels."""
+    if x.dim() != 4 or not isinstance(index, tuple) or len(index) != 4:
+        return x[index]
+    steps = [of.step or 1 if isinstance(of, slice) else 0 for of in index]
+    if steps[:2] != [1, 1] or min(steps) < 1 or any(of != slice(None, None, of.step) for of in index):
+        return x[index]
+    return F.max_pool2d(x, 1, steps[2:]) if max(steps) > 1 else x
 
 
 def _adaptive_pool(x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
