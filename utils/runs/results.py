@@ -150,12 +150,9 @@ def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:
             style = {"marker": ".", "color": colour, "alpha": 0.4, "linewidth": 1}
             axis.plot(*zip(*points, strict=True), label=f"iterations, on the {images} images", **style)
         axis.plot(record[key], shown_accuracy(record), marker, color=colour, markersize=9, label=record["method"])
-    axis.set(xlabel=label, ylabel="accuracy on the test images")
+    axis.set(xlabel=label, ylabel="accuracy")
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(alpha=0.3)
     if chain:
-        axis.axhline(
-            shown_accuracy(chain[0]) - 0.01, color="#999999", linestyle=":", label="1 percentage point below stage 1"
-        )
         axis.legend(loc="best", fontsize=8)
