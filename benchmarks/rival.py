@@ -1,10 +1,10 @@
 """Torch-Pruning on a network of the yardstick, with the images, the schedule and the distillation of stage 2.
 
-    python -m benchmarks.rival --weights data/networks/resnet56.th --depth 56 --data_dir data/cifar10 --out rival
+    python -m benchmarks.rival --weights data/networks/resnet56.th --data_dir data/cifar10 --share 0.25 --epochs 6 \\
+        --out rival
 
-At each share of the FLOPs it is pruned from the trained network in one step, and fine-tuned for as many epochs as
-stage 2 took for its iterations down to that share, in one schedule.  The last epoch counts, on all test images.
-Finished measurements are kept in OUT.jsonl, so that the same command goes on.
+The trained network is pruned in one step and fine-tuned in one schedule.  The last epoch counts, on all test images.
+A line is added to OUT.jsonl.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import append_line, beside, machine, read_lines
+from benchmarks.common import append_line, beside, machine
 from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
 from models import ResNet, all_on, build_network
 from training.distillation import distillation_loss_fn
@@ -42,42 +42,36 @@ def main() -> None:
     add("--depth", type=int, default=56)
     add("--data_dir", required=True, help="data folder")
     add("--img_type", type=image_type, default="png", help="image files to read")
-    add("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625], help="shares of the FLOPs to keep")
+    add("--share", type=float, required=True, help="share of the FLOPs to keep")
     add("--importance", choices=IMPORTANCES, default="Hessian")
-    add("--epochs", type=int, default=2, help="fine-tuning epochs for the first share; each further share adds as many")
-    add("--lr", type=float, default=0.005)
+    add("--epochs", type=int, required=True, help="epochs of fine-tuning")
+    add("--lr", type=float, default=0.01)
     add("--precision", choices=PRECISIONS, default="auto")
     add("--out", type=Path, required=True, help="path of the results, without .jsonl")
     args = parser.parse_args()
-    device, lines = pick_device(), beside(args.out, ".jsonl")
+    device = pick_device()
     precision = pick_precision(args.precision, device)
     splits = split_data(load_data(args.data_dir, args.img_type, 32, 2), 0.0, seed=0).to(device)
     trained = placed(imported(args.weights, args.depth, len(splits.test.labels.unique())), device)
-    whole, measured = network_cost(trained, 32).flops, Evaluator(splits.test, NORMALISATION, 32)
+    measured = Evaluator(splits.test, NORMALISATION, 32)
     some = splits.train[torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:IMAGES]]
-    done = {line["share"] for line in read_lines(lines)}
-    for step, share in enumerate(args.shares, start=1):
-        if share in done:
-            continue
-        batches = list(plain_batches(some, 128, NORMALISATION))
-        how = Competitor(args.importance, everywhere=True)
-        smaller = placed(torch_pruned(trained, how, share * whole, 32, batches), device)
-        reestimate_batch_norms(smaller, batches, all_on)
-        before, cost = measured(smaller).accuracy, network_cost(smaller, 32)
-        optimiser = sgd(smaller, args.lr, 0.9, 5e-4)
-        training = Supervision(
-            network=smaller, optimiser=optimiser, draws=torch.Generator(device).manual_seed(0),
-            loss_fn=distillation_loss_fn(trained.eval(), 0.5, precision), forward=training_forward(smaller, precision),
-        )  # fmt: skip
-        train = TrainingBatches(splits.train, 128, torch.Generator().manual_seed(0), NORMALISATION, flip=True)
-        epochs = step * args.epochs
-        for epoch in range(1, epochs + 1):
-            rate = rates_of_epoch(epoch, epochs, args.lr, schedule="cosine")
-            supervised_epoch(training, train, rate, f"{share:.1%} epoch {epoch}/{epochs}")
-        found = {"share": share, "gflops": cost.flops / 1e9, "parameters": cost.parameters, "epochs": epochs}
-        found |= {"before_fine_tuning": before, "accuracy": measured(smaller).accuracy}
-        append_line(lines, {**found, "importance": args.importance, "machine": machine()})
-        print(json.dumps(found), flush=True)
+    batches = list(plain_batches(some, 128, NORMALISATION))
+    target, how = args.share * network_cost(trained, 32).flops, Competitor(args.importance, everywhere=True)
+    smaller = placed(torch_pruned(trained, how, target, 32, batches), device)
+    reestimate_batch_norms(smaller, batches, all_on)
+    before, cost = measured(smaller).accuracy, network_cost(smaller, 32)
+    training = Supervision(
+        network=smaller, optimiser=sgd(smaller, args.lr, 0.9, 5e-4), draws=torch.Generator(device).manual_seed(0),
+        loss_fn=distillation_loss_fn(trained.eval(), 0.5, precision), forward=training_forward(smaller, precision),
+    )  # fmt: skip
+    train = TrainingBatches(splits.train, 128, torch.Generator().manual_seed(0), NORMALISATION, flip=True)
+    for epoch in range(1, args.epochs + 1):
+        rate = rates_of_epoch(epoch, args.epochs, args.lr, schedule="cosine")
+        supervised_epoch(training, train, rate, f"{args.share:.1%} epoch {epoch}/{args.epochs}")
+    found = {"share": args.share, "gflops": cost.flops / 1e9, "parameters": cost.parameters, "epochs": args.epochs}
+    found |= {"before_fine_tuning": before, "accuracy": measured(smaller).accuracy}
+    append_line(beside(args.out, ".jsonl"), {**found, "importance": args.importance, "machine": machine()})
+    print(json.dumps(found))
 
 
 def imported(path: Path, depth: int, classes: int) -> ResNet:

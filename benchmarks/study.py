@@ -15,7 +15,7 @@ several functions in --network, those of each.  Writes ``study.json``, ``study.m
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,7 +28,7 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from benchmarks.common import machine
-from benchmarks.inference import TIMED_IMAGES, milliseconds
+from benchmarks.inference import milliseconds
 from deploy.exported import exported_model
 from deploy.session import ExportedNetwork
 from gating.cascade_report import what_is_known
@@ -47,8 +47,12 @@ from utils.settings import image_type, number
 
 DROPS = (-0.005, 0.0, 0.005, 0.01, 0.02)  # of accuracy against the best single network, as cascades are asked for
 SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.083)  # of its FLOPs, the curve of the picture
-ABOVE_ALL = 2.0  # a threshold that no confidence reaches
-TIMED_SECONDS = 60.0  # for each batch size
+TIMED_IMAGES, TIMED_SECONDS = 512, 60.0  # seconds for each batch size
+CASCADES = {
+    "budgets": "cascade: lost at most",
+    "curve": "cascade: FLOPs at most",
+    "one_family": "cascade of one network and its pruned versions: FLOPs at most",
+}
 YARDSTICK = "resnet56"
 # Published for this network on CIFAR-10: accuracy, times fewer FLOPs, accuracy before.
 PUBLISHED = {
@@ -60,6 +64,7 @@ PUBLISHED = {
 }
 
 TICKS = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.4, 0.6, 1, 1.5, 2, 3]  # GFLOPs or milliseconds
+STYLES = [("#0072b2", "o"), ("#e69f00", "s"), ("#009e73", "^"), ("#d55e00", "v")]  # of families: colour and marker
 LABELS = {"DepGraph": (-14, -10), "L1, 120 epochs": (6, -2), "CHIP": (-22, -3)}  # places beside the points
 
 Row = dict[str, Any]
@@ -156,27 +161,31 @@ def measured(results: Path, paths: Sequence[Path], splits: Splits) -> dict[str, 
         ]
         return mean_of(chosen, rounds, singles)
 
-    def of_share(share: float) -> Row | None:
-        return mean_of([best_under(found, share * whole) for found in searched], rounds, singles)
+    def curve(searched: list[list[Candidate]]) -> list[Row]:
+        chosen = ((share, [best_under(found, share * whole) for found in searched]) for share in SHARES)
+        return [{"share": share, **row} for share, one in chosen if (row := mean_of(one, rounds, singles))]
 
+    relatives = {i for i, row in enumerate(singles) if row["family"] == singles[reference]["family"]}
+    of_one = [[candidate for candidate in found if relatives.issuperset(candidate.members)] for found in searched]
     return {
         "reference": singles[reference]["name"],
         "networks": singles,
         "budgets": [{"drop": drop, **row} for drop in DROPS if (row := of_budget(drop))],
-        "curve": [{"share": share, **row} for share in SHARES if (row := of_share(share))],
+        "curve": curve(searched),
+        "one_family": curve(of_one) if len(relatives) < len(singles) else [],
     }
 
 
 def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, Any]:
-    """The record with milliseconds per image on one thread; of cascades, those that the first choice was."""
+    """The record with milliseconds per image on one thread; of cascades, the mean over what was chosen."""
     checkpoints = {row["name"]: load_checkpoint(results / row["path"]) for row in found["networks"]}
     timed: dict[str, Any] = {name: checkpoint.network() for name, checkpoint in checkpoints.items()}
-    cascades = [*found["budgets"], *found["curve"]]
-    for position, row in enumerate(cascades):
-        one = row["chosen"][0]
+    cascades = [row for kind in CASCADES for row in found[kind]]
+    for one in (one for row in cascades for one in row["chosen"]):
         own = [(timed[name], checkpoints[name].normaliser()) for name in one["members"]]
         chosen = [Member(network, list(norm.mean), list(norm.std)) for network, norm in own]
-        timed[str(position)] = own[0][0] if len(own) == 1 else Cascade(chosen, tuple(one["thresholds"]), one["answer"])
+        if len(own) > 1:
+            timed.setdefault(called(one), Cascade(chosen, tuple(one["thresholds"]), one["answer"]))
     reference = checkpoints[found["reference"]]
     exported = {
         name: ExportedNetwork(
@@ -185,9 +194,17 @@ def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, 
         for name, network in timed.items()
     }
     taken = milliseconds(exported, test[evenly_spaced(len(test), TIMED_IMAGES)].pixels, TIMED_SECONDS)
-    for row, own in zip([*found["networks"], *cascades], taken.values(), strict=True):
-        row["milliseconds"] = own
+    for row in found["networks"]:
+        row["milliseconds"] = taken[row["name"]]
+    for row in cascades:
+        own = [taken[called(one)] for one in row["chosen"]]
+        row["milliseconds"] = {size: mean(one[size] for one in own) for size in own[0]}
     return {**found, "machine": machine()}
+
+
+def called(chosen: Row) -> str:
+    """A name for a choice; a network alone keeps its own."""
+    return chosen["members"][0] if len(chosen["members"]) == 1 else json.dumps(chosen)
 
 
 def predictions_of(path: Path, images: Images) -> tuple[Row, Predictions]:
@@ -232,8 +249,6 @@ def mean_of(chosen: Sequence[Candidate | None], rounds: Sequence[Round], singles
         return None
     done = [outcome(r.measured_on, c, r.measured_labels) for c, r in zip(chosen, rounds, strict=True)]
     accuracies = [one.correct.double().mean().item() for one in done]
-    every = [replace(c, thresholds=(ABOVE_ALL,) * len(c.thresholds)) for c in chosen]
-    all_run = [outcome(r.measured_on, c, r.measured_labels) for r, c in zip(rounds, every, strict=True)]
     first, candidate = rounds[0], chosen[0]
     return {
         "accuracy": sum(accuracies) / len(rounds),
@@ -243,29 +258,29 @@ def mean_of(chosen: Sequence[Candidate | None], rounds: Sequence[Round], singles
             for c in chosen
         ],
         "accuracies": accuracies,
-        "accuracy_if_all_run": sum(one.correct.double().mean().item() for one in all_run) / len(rounds),
         "knows": what_is_known(done[0], [first.measured_on[i] for i in candidate.members], first.measured_labels),
     }
 
 
 def tables(found: dict[str, Any]) -> list[str]:
-    """Markdown: the single networks, the cascades by budget, and by share of the FLOPs."""
+    """Markdown: the single networks, and the cascades by budget and by share of the FLOPs."""
     sizes = reference_of(found)["milliseconds"]
     columns = " | ".join(["accuracy", "GFLOPs", "fewer FLOPs", *(f"speed-up, batch {size}" for size in sizes)])
-    firsts = {"networks": "network", "budgets": "cascade: lost at most", "curve": "cascade: FLOPs at most"}
     lines = []
-    for kind, first in firsts.items():
-        last = "parameters" if kind == "networks" else "if all ran | members"
+    for kind, first in {"networks": "network", **CASCADES}.items():
+        if not found[kind]:
+            continue
+        last = "parameters" if kind == "networks" else "members, answer"
         header = f"| {first} | {columns} | {last} |"
         lines += [header, "|---" * (header.count("|") - 1) + "|", *rows(found, kind), ""]
     return lines
 
 
 def rows(found: dict[str, Any], kind: str) -> list[str]:
-    """The rows of one of the tables: networks, budgets or curve."""
+    """The rows of one of the tables."""
     reference, lines = reference_of(found), []
     for row, following in zip(found[kind], [*found[kind][1:], {}], strict=True):
-        if kind == "curve" and row["chosen"] == following.get("chosen"):
+        if kind in ("curve", "one_family") and row["chosen"] == following.get("chosen"):
             continue  # fewer FLOPs are enough for the same cascade
         faster = [reference["milliseconds"][size] / taken for size, taken in row["milliseconds"].items()]
         ratios = " | ".join(f"{ratio:.1f}x" for ratio in (reference["gflops"] / row["gflops"], *faster))
@@ -273,7 +288,7 @@ def rows(found: dict[str, Any], kind: str) -> list[str]:
             first, last = row["name"], f"{row['parameters']:,}"
         else:
             first = f"{100 * row['drop']:.1f}" if kind == "budgets" else f"{row['share']:.1%}"
-            last = f"{row['accuracy_if_all_run']:.2%} | {members(row)}"
+            last = members(row)
         lines.append(f"| {first} | {row['accuracy']:.2%} | {row['gflops']:.3f} | {ratios} | {last} |")
     return lines
 
@@ -301,23 +316,24 @@ def reference_of(found: dict[str, Any]) -> Row:
 
 
 def members(row: Row) -> str:
-    """The members that were chosen on the two halves."""
-    return "; ".join(dict.fromkeys(", ".join(one["members"]) for one in row["chosen"]))
+    """The members that were chosen on the two halves, and whether the last one answers or the mean."""
+    chosen = (", ".join(one["members"]) + f" ({one['answer']})" * (len(one["members"]) > 1) for one in row["chosen"])
+    return "; ".join(dict.fromkeys(chosen))
 
 
 def draw(found: dict[str, Any]) -> Figure:
     """Accuracy against executed GFLOPs, with the published points, and against the time of one image."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     by_flops, by_time = figure.subplots(1, 2, sharey=True)
-    draw_panel(by_flops, found, lambda row: row["gflops"])
-    draw_panel(by_time, found, lambda row: row["milliseconds"]["1"])
+    draw_panel(by_flops, found, lambda row: row["gflops"], line="-")
+    draw_panel(by_time, found, lambda row: row["milliseconds"]["1"], line="none")  # not in the order of the FLOPs
     reference = reference_of(found)
     for name, points in PUBLISHED.items() if found["reference"] == YARDSTICK else ():
         for accuracy, times, _ in points:
             at = (reference["gflops"] / times, accuracy)
             label = "published" if name == "PPSM" else None
             by_flops.plot(*at, marker="x", color="#7f7f7f", linestyle="none", label=label)
-            by_flops.annotate(name, at, LABELS.get(name, (4, -8)), textcoords="offset points", fontsize=6)
+            by_flops.annotate(name, at, LABELS.get(name, (5, -9)), textcoords="offset points", fontsize=7)
     best_accuracy = 100 * max(row["accuracy"] for row in [*found["networks"], *found["curve"]])
     by_flops.set(
         xlabel="executed GFLOPs per image (log scale)",
@@ -329,20 +345,21 @@ def draw(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_panel(axis: Axes, found: dict[str, Any], cost: Callable[[Row], float]) -> None:
-    """Accuracy against a cost: a line for each family of networks, and one for the cascades."""
-    families: dict[str, list[Row]] = {}
+def draw_panel(axis: Axes, found: dict[str, Any], cost: Callable[[Row], float], line: str) -> None:
+    """Accuracy against a cost: a series for each family of networks, and for the cascades."""
+    series: dict[str, list[Row]] = {}
     for row in found["networks"]:
-        families.setdefault(row["family"], []).append(row)
-    for family, rows in families.items():
-        rows = sorted(rows, key=cost)
-        label = family if "switches" in family else f"{family}, pruned statically"
-        style = {"marker": "o", "markersize": 4, "linewidth": 1, "alpha": 0.8, "label": label}
+        pruned = "" if "switches" in row["family"] else ", pruned statically"
+        series.setdefault(row["family"] + pruned, []).append(row)
+    styles = [*STYLES[: len(series)], ("black", "D"), ("#888888", "d")]
+    series["cascades of these"] = found["curve"]
+    if found["one_family"]:
+        series[f"cascades of {found['reference']} and its pruned versions"] = found["one_family"]
+    for (label, rows), (colour, marker) in zip(series.items(), styles, strict=False):
+        rows = sorted(rows, key=lambda row: row["gflops"])
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1, "linestyle": line, "label": label}
         axis.plot([cost(row) for row in rows], [100 * row["accuracy"] for row in rows], **style)
-    curve = sorted(found["curve"], key=cost)
-    style = {"color": "black", "marker": "D", "markersize": 4, "label": "cascades of these"}
-    axis.plot([cost(row) for row in curve], [100 * row["accuracy"] for row in curve], **style)
-    costs = [cost(row) for row in [*found["networks"], *curve]]
+    costs = [cost(row) for rows in series.values() for row in rows]
     axis.set_xscale("log")
     axis.set_xticks(TICKS, minor=False)
     axis.set_xticks([], minor=True)
