@@ -34,11 +34,14 @@ def own_network(source: str) -> nn.Module:
     """Call the function that ``source`` names.
 
     Raises:
-        ValueError: in one sentence, if the function was not allowed, or if file, function or network are missing.
+        PermissionError: in one sentence, if the function was not allowed.
+        ValueError: in one sentence, if file, function or network are missing.
     """
     known = [allowed for allowed in _allowed if _tail(allowed) == _tail(source)]
     if not known:
-        raise ValueError(f"loading it would run its function {source}: add --network {source} to allow this")
+        raise PermissionError(
+            f"loading the checkpoint would run the function {source}: add --network {source} to allow this"
+        )
     source = known[-1]
     function = _function(source)
     try:

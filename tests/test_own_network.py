@@ -66,7 +66,9 @@ def test_the_given_network_is_the_first_row(pruned, monkeypatch):
 def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):
     (best,) = pruned[0].glob("pruned/shapes/small/*/best.pt")
     checkpoint = load_checkpoint(best)
-    with pytest.raises(UserError, match=r"loading it would run its function .*: add --network"):
+    with pytest.raises(
+        UserError, match=r"^loading the checkpoint would run the function \S*: add --network \S* to allow this$"
+    ):
         checkpoint.network()
     monkeypatch.setattr(own, "_allowed", ["elsewhere/own_networks.py:small", f"{SOURCE}:small"])
     network = checkpoint.network()
@@ -113,7 +115,7 @@ def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, caps
         assert f"{stage}/shapes/{name}/" in said.split("networks of ")[1].split("\n")[0]
     (best,) = pruned[0].glob("cascade/shapes/small/*/best.pt")
     given = ["--checkpoint", best, "--output", tmp_path]
-    with pytest.raises(UserError, match="loading it would run its function"):
+    with pytest.raises(UserError, match="loading the checkpoint would run the function"):
         fresh(export, *given)
     fresh(export, *given, *function)
     with mock.patch.object(own, "_allowed", []):

@@ -54,6 +54,8 @@ class Checkpoint:
         try:
             network = build_network(**self.architecture)
             network.load_state_dict(self.weights)
+        except PermissionError as error:
+            raise UserError(str(error)) from None
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(f"the checkpoint's network cannot be made ({reason}): use another one") from error
