@@ -87,7 +87,7 @@ def main() -> None:
     add("--data_dir", help="data folder")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--network", nargs="+", default=["resnet"], help="resnet, or functions that make networks of others")
-    add("--depth", type=number(int, 8), default=32, help="depth of resnet")
+    add("--depth", type=number(int, 8), nargs="+", default=[32], help="depths of resnet")
     add("--resize", type=number(int, 8), default=32, help="size of the images")
     add("--times", action="store_true", help="only measure the times of the record again")
     add("--seeds", type=Path, nargs="+", help="folders of the records of several seeds, to be compared")
@@ -111,7 +111,8 @@ def main() -> None:
         for source in filter(is_own, args.network):
             allow(source)
         data = load_data(args.data_dir, args.img_type, args.resize, workers=2)
-        paths = [*chain.from_iterable(networks(args, data.name, source) for source in args.network)]
+        kinds = [(source, 0) for source in args.network if is_own(source)] or product(["resnet"], args.depth)
+        paths = [*chain.from_iterable(networks(args.results, data.name, *kind) for kind in kinds)]
         if len(paths) < 2:
             raise UserError(f"{args.results[0]} holds {len(paths)} networks of {args.network}: run main_prune.py first")
         splits, root = split_as_before(data, load_checkpoint(paths[0]).data).to(pick_device()), args.results[0]
@@ -124,12 +125,12 @@ def main() -> None:
     print(text)
 
 
-def networks(args: argparse.Namespace, data: str, source: str) -> list[Path]:
+def networks(folders: Sequence[Path], data: str, source: str, depth: int) -> list[Path]:
     """The newest network of stage 1, the iterations of the newest run of stage 2, the newest network of stage 3."""
     found = []
     kinds = (("sp", "best.pt"), ("pruned", "iteration_*.pt"), ("rl_pruned", "best.pt"))
-    for results, (stage, name) in product(args.results, kinds):
-        paths = sorted(stage_folder(results, stage, data, source, args.depth).glob(f"*/{name}"))
+    for results, (stage, name) in product(folders, kinds):
+        paths = sorted(stage_folder(results, stage, data, source, depth).glob(f"*/{name}"))
         found += [path for path in paths if path.parent == paths[-1].parent]
     return found
 

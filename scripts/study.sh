@@ -3,9 +3,9 @@
 # Usage: bash scripts/study.sh yardstick|cifar100|small|full RESULT_DIR [SEEDS]
 #   yardstick  ResNet-20, 32, 44 and 56 that others trained on CIFAR-10, pruned, alone and in cascades;
 #              WEIGHTS_DIR (data/networks) holds resnet20*.th and so on of akamaster/pytorch_resnet_cifar10
-#   cifar100   ResNet-32, width 32: all stages, with and without switches
-#   small      the same for ResNet-20, width 16, 24x24 pixels, three seeds
-#   full       the same for ResNet-32, width 64, the published epochs: for a GPU
+#   cifar100   ResNet-32, width 32: all stages, with and without switches; a ResNet-20 for its cascade
+#   small      the same for ResNet-20 and ResNet-14, width 16, 24x24 pixels, three seeds
+#   full       the same for ResNet-32 and ResNet-20, width 64, the published epochs: for a GPU
 # DATA_DIR and IMG_TYPE say where the images are (data/cifar10, png), PRECISION how to train (auto; bf16 pays on CPUs
 # that multiply it).  After any interruption the same command continues.  SECONDS_A_PIECE stops a run by
 # itself after so long, for machines that are available for a limited time.
@@ -17,16 +17,18 @@ size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-png} precisio
 width=32 pixels=32 seeds=${3:-1}
 epochs=8 rate=0.02
 case $size in
-yardstick) depth=56 ;;
-cifar100)  depth=32 first=12 third=4 ;;
-small)     depth=20 width=16 pixels=24 first=8 third=3 epochs=4 seeds=${3:-3} ;;
-full)      depth=32 width=64 first=200 third=100 epochs=60 ;;
+yardstick) ;;
+cifar100)  depths=(20 32) first=12 third=4 ;;
+small)     depths=(14 20) width=16 pixels=24 first=8 third=3 epochs=4 seeds=${3:-3} ;;
+full)      depths=(20 32) width=64 first=200 third=100 epochs=60 ;;
 *)         echo "error: study $size is unknown: use yardstick, cifar100, small or full" >&2; exit 2 ;;
 esac
-network="$(basename "$(realpath "$data")")/resnet$depth"
-common=(--depth "$depth" --resize "$pixels" --img_type "$type" --data_dir "$data" --num_workers 4)
+common=(--resize "$pixels" --img_type "$type" --data_dir "$data" --num_workers 4)
 mkdir -p "$results"
 
+resnet() {  # resnet DEPTH: what the functions below work on
+    depth=$1 network="$(basename "$(realpath "$data")")/resnet$1"
+}
 run() {  # run COMMAND...: in pieces where SECONDS_A_PIECE asks for it; what it took is kept for the tables
     local line="" word code=0 start=$SECONDS
     for word; do line+="$([[ $word == *" "* ]] && echo "'$word'" || echo "$word") "; done
@@ -40,7 +42,7 @@ has() { compgen -G "$1/$2/$network/*/record.json" > /dev/null; }  # has FOLDER S
 
 first() {  # first FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
-    has "$folder" sp || run python main_sp.py "${common[@]}" --width "$width" --epochs "$first" --lr 0.1 --bs 128 \
+    has "$folder" sp || run python main_sp.py --depth "$depth" "${common[@]}" --width "$width" --epochs "$first" --lr 0.1 --bs 128 \
         --precision "$precision" --seed "$seed" --result_dir "$folder" "$@" --resume
 }
 prune() {  # prune FOLDER MORE...
@@ -62,20 +64,21 @@ newest() {  # newest FOLDER FILE
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
-    has "$folder" rl_pruned || run python main_rl_prune.py "${common[@]}" --epochs "$third" --lr 0.01 --bs 128 \
+    has "$folder" rl_pruned || run python main_rl_prune.py --depth "$depth" "${common[@]}" --epochs "$third" --lr 0.01 --bs 128 \
         --precision "$precision" --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
 }
-cascade() {  # cascade FOLDER
+cascade() {  # cascade FOLDER: of the networks of all depths
     local stage networks
     mapfile -t networks < <(for stage in sp/best pruned/iteration_ rl_pruned/best smaller/pruned/iteration_; do
-        compgen -G "$1/${stage%/*}/$network/*/${stage##*/}*.pt"; done)
-    has "$1" cascade || run python main_cascade.py "${common[@]}" --result_dir "$1" --networks "${networks[@]}"
+        compgen -G "$1/${stage%/*}/${network%/*}/*/*/${stage##*/}*.pt" || true; done)
+    has "$1" cascade ||
+        run python main_cascade.py --depth "$depth" "${common[@]}" --result_dir "$1" --networks "${networks[@]}"
 }
 
 yardstick() {  # yardstick FOLDER SEED
     local folder=$1 seed=$2 functions=() given target iterations least most
     for depth in 20 32 44 56; do
-        network="$(basename "$(realpath "$data")")/resnet$depth"
+        resnet "$depth"
         functions+=("examples/cifar_resnet.py:resnet$depth")
         # The middle of the family halved and not trained further, its ends halved twice and fine-tuned.
         target=0.25 iterations=2 least=2 most=12
@@ -104,12 +107,17 @@ fi
 for ((seed = 0; seed < seeds; seed++)); do
     for gate in none rnn; do
         chain=$results/gate_$gate/seed_$seed
-        first "$chain" "$seed" --gate "$gate"
-        second "$chain" "$seed"
+        own=("${depths[@]}")
+        [ "$gate" = none ] || own=("${depths[-1]}")
+        for one in "${own[@]}"; do
+            resnet "$one"
+            first "$chain" "$seed" --gate "$gate"
+            second "$chain" "$seed"
+        done
         smaller "$chain" "$seed"
         [ "$gate" = none ] || third "$chain" "$seed"
         cascade "$chain"
         [ -e "$chain/study/study.json" ] || run python -m benchmarks.study "$chain" "$chain/smaller" \
-            --data_dir "$data" --img_type "$type" --depth "$depth" --resize "$pixels" --out "$chain/study"
+            --data_dir "$data" --img_type "$type" --depth "${own[@]}" --resize "$pixels" --out "$chain/study"
     done
 done
