@@ -146,10 +146,12 @@ def test_every_stage_with_and_without_switches_piece_by_piece(tmp_path: Path):
     without = ["main_sp.py", "main_prune.py", "main_cascade.py", "benchmarks.study"]
     assert called == [*without[:2], *without, *without[:2], "main_rl_prune.py", *without[2:]]
     assert all(made.count(line) > 1 for line in made), "each was stopped once"
-    (first, *_) = [line for line in made if line.startswith("main_cascade.py")]
+    first, second = dict.fromkeys(line for line in made if line.startswith("main_cascade.py"))
+    assert "rl_pruned/pictures/resnet32/1/best.pt" in second, "although no iteration was found before it"
     assert first.count("best.pt") == 2, "of stage 1, both depths; the script above leaves no iterations"
     depths = [line.split("--depth ")[1].split(" --")[0] for line in dict.fromkeys(made) if line.startswith("-m")]
     assert depths == ["20 32", "32"]
-    assert "--gate none" in made[0] and all("bf16" in line for line in made if "main_sp" in line or "prune" in line)
+    trained = ("main_sp.py", "main_prune.py", "main_rl_prune.py")
+    assert "--gate none" in made[0] and all("bf16" in line for line in made if line.startswith(trained))
     taken = [line.split("\t") for line in (tmp_path / "results" / "commands.tsv").read_text().splitlines()]
     assert [line.replace("'", "").removeprefix("python ").strip() for _, line in taken] == made
