@@ -6,7 +6,7 @@ import pytest
 import torch
 from pruning_case import quadratic_rise, switched_network
 
-from models import all_on, build_network
+from models import all_on
 from pruning import channels
 from pruning.surgery import rebuild_channels
 
@@ -153,9 +153,3 @@ def test_removing_a_channel_is_zeroing_its_column_of_the_second_convolution():
         x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
         expected, found = (net(x, decide=all_on).logits for net in (network, smaller))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_inner_widths_are_part_of_the_architecture():
-    network = build_network("resnet", depth=8, num_classes=3, width=4, gate="none", inner={"blocks.1": 3})
-    assert network.blocks[1].conv1.out_channels == network.blocks[1].conv2.in_channels == 3
-    assert build_network(**network.architecture).architecture == network.architecture

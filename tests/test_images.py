@@ -1,11 +1,9 @@
 """Images that do not fit: fetched batch by batch, they are the same batches."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from commands import arguments, call_stage, interrupted_at, run_folder
 from networks import small_network
 from test_data import UNCHANGED, numbered
 
@@ -17,7 +15,6 @@ from utils.data.batches import TrainingBatches, plain_batches, split_data, train
 from utils.data.folder import load_data
 from utils.data.images import FetchedSet, HostPixels, ImageSet
 from utils.flops import network_cost
-from utils.runs.run import BEST, LAST
 
 CPU = torch.device("cpu")
 
@@ -94,25 +91,6 @@ def test_only_a_few_batches_are_fetched_ahead(monkeypatch: pytest.MonkeyPatch, s
     next(batches)
     batches.close()
     assert 10 <= len(seen) <= 10 * (images.AHEAD + 1)
-
-
-def test_streamed_and_interrupted_equals_in_memory_and_uninterrupted(chain, shapes, tmp_path, monkeypatch):
-    """Stage 1 to the last bit: weights, optimiser, random state and metrics."""
-    monkeypatch.setattr(memory, "available_memory", lambda: 0.0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    given = arguments("sp", shapes, tmp_path)
-    with interrupted_at(3):
-        call_stage("sp", given)
-    call_stage("sp", [*given, "--resume"])
-    streamed, whole = run_folder(tmp_path, "sp"), run_folder(chain, "sp")
-    assert "images decoded batch by batch" in (streamed / "log.txt").read_text()
-    for name in (BEST, LAST):
-        a, b = (torch.load(folder / name, weights_only=True) for folder in (streamed, whole))
-        assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in b["weights"])
-        assert a["metrics"] == b["metrics"] and a["normalisation"] == b["normalisation"]
-    assert torch.equal(a["training"]["random"]["data"], b["training"]["random"]["data"])
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (streamed, whole)]
-    assert [json.loads(line) for line in lines[0]] == [json.loads(line) for line in lines[1]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -76,21 +75,6 @@ def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes:
         assert [event.step for event in events.Tensors(tag)] == [line["step"] for line in recorded]
         values = [make_ndarray(event.tensor_proto).item() for event in events.Tensors(tag)]
         assert values == pytest.approx([r[tag] for r in recorded], rel=1e-6)
-
-
-def test_ctrl_c_from_outside(shapes: Path, tmp_path: Path):
-    """The signal of a terminal, somewhere in a run that would take hours."""
-    forked = Forked(ROOT / SCRIPTS["sp"], [*arguments("sp", shapes, tmp_path), "--epochs", "1000000"])
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("sp/*/*/*/best.pt")) and time.monotonic() < deadline and forked.process.is_alive():
-        time.sleep(0.02)
-    os.kill(forked.process.pid, signal.SIGINT)
-    done = forked.finished(timeout=240)
-    assert (done.returncode, done.stderr) == (130, SAID["SIGINT"])
-    folder = run_folder(tmp_path, "sp")
-    last = torch.load(folder / LAST, weights_only=True)
-    steps = [line["step"] for line in metrics(folder)]
-    assert steps == list(range(1, len(steps) + 1)) and last["progress"]["step"] in (steps[-1], steps[-1] - 1)
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(shapes: Path, tmp_path: Path):
