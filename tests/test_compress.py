@@ -344,9 +344,7 @@ def test_the_weight_of_a_rebuilt_convolution_is_what_it_multiplies_out_to(layer)
 def test_the_weight_of_a_rebuilt_linear_layer():
     layer, x = LowRankLinear(6, 5, 3, bias=True), torch.randn(4, 6)
     torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), layer(x))
-    with FlopCounterMode(display=False) as counter:
-        assert layer.weight.shape == (5, 6) and layer.weight.device == x.device
-    assert counter.get_total_flops() == 0
+    assert layer.weight.shape == (5, 6) and layer.weight.device == x.device
 
 
 @pytest.mark.parametrize(("count", "taken"), [(8, [0, 5]), (9, [0, 3, 6]), (40, list(range(10))), (1, [0])])

@@ -21,16 +21,11 @@ def checked(given: dict) -> PruneSettings:
     return checked_settings(PruneSettings, {"data_dir": "data", **given})
 
 
-def test_config_json_holds_every_key_and_no_other():
-    content = json.loads(CONFIG.read_text())
+def test_config_json_holds_every_key_and_no_other_with_its_default_but_for_folders():
+    content, defaults = json.loads(CONFIG.read_text()), as_dictionary(PruneSettings(data_dir=""))
     assert set(content) == {field.name for field in keys(PruneSettings)}
     assert as_dictionary(load_settings(PruneSettings, CONFIG, [])) == content
-
-
-def test_config_json_holds_the_defaults_but_for_its_folders():
-    content, defaults = json.loads(CONFIG.read_text()), as_dictionary(PruneSettings(data_dir=""))
-    differing = {key for key in content if content[key] != defaults[key]}
-    assert differing == {"data_dir", "result_dir"}
+    assert {key for key in content if content[key] != defaults[key]} == {"data_dir", "result_dir"}
 
 
 def test_keys_that_are_not_given_have_their_defaults(tmp_path: Path):
