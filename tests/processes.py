@@ -11,43 +11,34 @@ import sys
 from pathlib import Path
 
 import torch
+from commands import SCRIPTS, arguments, call_stage
+from networks import small_network
+from simulated_gpu import simulated
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from commands import SCRIPTS, arguments, call_stage  # noqa: E402
-from networks import small_network  # noqa: E402
-from simulated_gpu import simulated  # noqa: E402
-
-from deploy import speeds  # noqa: E402
-from gating.reinforce import Reinforcement, reinforce_epoch  # noqa: E402
-from gating.steering import SteeredAlpha  # noqa: E402
-from models import ResNet, all_on, thresholded  # noqa: E402
-from pruning.capture import Passes  # noqa: E402
-from pruning.eigenbasis import eigenbasis, gradient_squares  # noqa: E402
-from pruning.factors import collect_factors  # noqa: E402
-from pruning.layers import composed, prunable_layers, read_weights, rebuilt_layers  # noqa: E402
-from pruning.refit import refit  # noqa: E402
-from pruning.surgery import merged, rebuild  # noqa: E402
-from pruning.survey import survey  # noqa: E402
-from pruning.tucker import tucker  # noqa: E402
-from training.evaluate import evaluate  # noqa: E402
-from training.norms import placed, reestimate_batch_norms  # noqa: E402
-from training.optimisers import sgd  # noqa: E402
-from training.supervised import Supervision, supervised_epoch  # noqa: E402
-from utils import parallel  # noqa: E402
-from utils.data.augment import Normalisation  # noqa: E402
-from utils.data.batches import (  # noqa: E402
-    TrainingBatches,
-    batch_parts_by_process,
-    plain_batches,
-    training_normalisation,
-)
-from utils.data.images import ImageSet  # noqa: E402
-from utils.device import pick_device  # noqa: E402
-from utils.errors import UserError, run_command  # noqa: E402
-from utils.flops import every_block, network_cost  # noqa: E402
-from utils.runs.run import Run  # noqa: E402
+from deploy import speeds
+from gating.reinforce import Reinforcement, reinforce_epoch
+from gating.steering import SteeredAlpha
+from models import ResNet, all_on, thresholded
+from pruning.capture import Passes
+from pruning.eigenbasis import eigenbasis, gradient_squares
+from pruning.factors import collect_factors
+from pruning.layers import composed, prunable_layers, read_weights, rebuilt_layers
+from pruning.refit import refit
+from pruning.surgery import merged, rebuild
+from pruning.survey import survey
+from pruning.tucker import tucker
+from training.evaluate import evaluate
+from training.norms import placed, reestimate_batch_norms
+from training.optimisers import sgd
+from training.supervised import Supervision, supervised_epoch
+from utils import parallel
+from utils.data.augment import Normalisation
+from utils.data.batches import TrainingBatches, batch_parts_by_process, plain_batches, training_normalisation
+from utils.data.images import ImageSet
+from utils.device import pick_device
+from utils.errors import UserError, run_command
+from utils.flops import every_block, network_cost
+from utils.runs.run import Run
 
 CPU = torch.device("cpu")
 NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.3, 0.3, 0.3))
@@ -145,20 +136,16 @@ def all_figures() -> dict:
 
 def on_gpus() -> dict:
     """In float32, so that sums in another order are all that differs; no batch of two, which makes that much."""
-    with simulated() as trace:
+    with simulated():
         device = pick_device()
         found = {
             "supervised": supervised(12, device),
             "follow": reinforced("rnn", 12, device, frozen_norms=False),
             "frozen": reinforced("ff1", 12, device),
         }  # fmt: skip
-        trace.clear()
-        net, x = network(device=device), torch.randn(6, 3, 8, 8).to(device)
-        net(x, skip=False).logits.square().sum().backward()
-        waits = sum(trace.waits.values())
         for result in found.values():
             result["weights"] = {key: weight.cpu() for key, weight in result["weights"].items()}
-        return {**found, "waits": waits}
+        return found
 
 
 # Few steps: rounding grows from step to step.
