@@ -8,9 +8,8 @@ and every operation on it comes by ``dispatch``, which
 * notes every operation for which a GPU is waited for (``item``, ``nonzero``, masks, copies that are not pinned and
   asynchronous, decompositions that check for failure), with the line of the program that caused it.
 
-    with simulated() as trace:
+    with simulated() as waits:  # Counter of (operation, "file:line")
         ...                     # a program that uses torch.cuda.is_available(), torch.device("cuda"), ...
-    trace.waits                 # Counter of (operation, "file:line")
 
 What it does not show: speed, memory, the errors of cuDNN and cuBLAS, races between streams, inductor, NCCL.
 (``torch._subclasses.FakeTensorMode`` has no values, and its backward pass on CUDA tensors needs a GPU.)
@@ -43,20 +42,11 @@ WAITING = {
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
-class Trace:
-    """What was done on the simulated GPU."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        self.waits: Counter[tuple[str, str]] = Counter()
-
-    def wait(self, what: str) -> None:
-        self.waits[what, _line_of_the_program()] += 1
+WAITS: Counter[tuple[str, str]] = Counter()
 
 
-TRACE = Trace()
+def _wait(what: str) -> None:
+    WAITS[what, _line_of_the_program()] += 1
 
 
 def _line_of_the_program() -> str:
@@ -98,7 +88,7 @@ class SimulatedTensor(torch.Tensor):
         return self.to("cpu")
 
     def tolist(self) -> list:
-        TRACE.wait("tolist")
+        _wait("tolist")
         return self.inner.tolist()
 
     def pin_memory(self, *_, **__):
@@ -106,7 +96,7 @@ class SimulatedTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         # A file holds what torch.load(map_location="cpu") makes of a tensor on a GPU.
-        TRACE.wait("save")
+        _wait("save")
         if getattr(self, "_is_param", False):
             return torch._utils._rebuild_parameter, (self.inner, self.requires_grad, {})
         return self.inner.__reduce_ex__(protocol)
@@ -117,9 +107,6 @@ class SimulatedTensor(torch.Tensor):
         new = nn.Parameter(new, self.requires_grad) if is_parameter else new.requires_grad_(self.requires_grad)
         memo[id(self)] = new
         return new
-
-    def __repr__(self, **_) -> str:
-        return f"SimulatedTensor({self.inner}, device=cuda:0)"
 
 
 def dispatch(func, args, kwargs):
@@ -134,7 +121,7 @@ def dispatch(func, args, kwargs):
     for t in leaves:
         if isinstance(t, Tensor) and not isinstance(t, SimulatedTensor):
             if any(t is i for i in indices):
-                TRACE.wait(f"{name} by an index in main memory")
+                _wait(f"{name} by an index in main memory")
             elif t.dim() > 0 or name.startswith(("_fused", "_foreach")):
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
@@ -144,9 +131,9 @@ def dispatch(func, args, kwargs):
             _on_gpu(t, func).advance()
     without_replacement = name == "multinomial" and not (args[2] if len(args) > 2 else kwargs.get("replacement"))
     if name in WAITING or without_replacement or (name == "multinomial" and args[1] == 1):
-        TRACE.wait(name)
+        _wait(name)
     if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
-        TRACE.wait(f"{name} by a mask")
+        _wait(f"{name} by a mask")
     with _safe(name, args):
         return return_and_correct_aliasing(func, args, kwargs, _on_values(func, args, kwargs))
 
@@ -174,10 +161,10 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
     """Between main memory and the GPU."""
     if isinstance(target, SimulatedTensor):
         if source.dim() > 0 and not (non_blocking and _is_pinned(source)):
-            TRACE.wait("copy to the GPU")
+            _wait("copy to the GPU")
         target.inner.copy_(source)
     else:
-        TRACE.wait("copy from the GPU")
+        _wait("copy from the GPU")
         target.copy_(source.inner)
     return target
 
@@ -200,10 +187,10 @@ def _moved(self: Tensor, *args, **kwargs):
     if self.requires_grad and torch.is_grad_enabled() and not isinstance(self, nn.Parameter):
         raise NotImplementedError("a gradient through a copy between main memory and the GPU")
     if here:
-        TRACE.wait("copy from the GPU")
+        _wait("copy from the GPU")
         return REAL_TO(self.inner.clone(), dtype or self.dtype)
     if not (non_blocking and _is_pinned(self)):
-        TRACE.wait("copy to the GPU")
+        _wait("copy to the GPU")
     plain = self.detach() if type(self) is Tensor else torch.Tensor(self.detach())
     return SimulatedTensor(aten._to_copy.default(plain, dtype=dtype, **layout))
 
@@ -275,7 +262,7 @@ def _made_on_gpu(factory):
             return factory(*args, **kwargs)
         kwargs["device"] = torch.device("cpu")
         if factory.__name__ in ("tensor", "as_tensor"):
-            TRACE.wait("copy to the GPU")
+            _wait("copy to the GPU")
         if kwargs.get("generator") is not None:
             _on_gpu(kwargs["generator"], factory.__name__).advance()
         needs_gradient = kwargs.pop("requires_grad", False)
@@ -343,15 +330,14 @@ def _collective(func, args, kwargs):
 
 
 @contextmanager
-def simulated(free_memory: int = 100 * 2**30, capability: tuple[int, int] = (9, 0)) -> Iterator[Trace]:
-    """A GPU that is not there, for the time being; the trace of what is done on it.
+def simulated(free_memory: int = 100 * 2**30, capability: tuple[int, int] = (9, 0)) -> Iterator[Counter]:
+    """A GPU that is not there, for the time being; what is waited for on it.
 
     Args:
         free_memory: bytes that are free on it.
         capability: of its generation; bf16 came with (8, 0).
     """
-    global TRACE
-    TRACE = Trace()
+    WAITS.clear()
     cuda = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
         "mem_get_info": lambda *_: (free_memory, free_memory), "_lazy_init": lambda: None,
@@ -372,4 +358,4 @@ def simulated(free_memory: int = 100 * 2**30, capability: tuple[int, int] = (9, 
             stack.enter_context(mock.patch.object(target, name, value))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
-        yield TRACE
+        yield WAITS
