@@ -165,8 +165,6 @@ def test_ties_go_in_order_and_zero_layers_go_first():
     groups = {"a": group([1.0, 1.0, 1.0, 1.0]), "zero": group([0.0, 0.0, 0.0])}
     kept = select(groups, Goal(prune_ratio=3 / 7), (0, 0))
     assert kept["zero"][0].tolist() == [2] and kept["a"][0].tolist() == [1, 2, 3]
-    again = select(groups, Goal(prune_ratio=3 / 7), (0, 0))
-    assert all(torch.equal(kept[n][0], again[n][0]) for n in groups)
     everything_zero = {"zero": group([0.0] * 6), "other": group([0.0] * 6)}
     for objective in ("saliency", "flops", "parameters"):
         kept = select(everything_zero, Goal(flops=6), (0, 0), objective)
