@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from networks import checkpoint_file, lively_network
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
@@ -17,7 +16,6 @@ from test_checkpoint import files_of_at_most
 
 from utils.errors import UserError, run_command
 from utils.files import write_json
-from utils.runs.checkpoint import load_checkpoint
 from utils.runs.run import ARGUMENTS, FINISHED, LAST, METRICS, Run, age, choose_run
 from utils.runs.tensorboard import hyperparameters, settings_table
 from utils.settings import setting
@@ -92,9 +90,8 @@ def test_a_setting_that_is_newer_than_a_run_had_its_default_there(tmp_path: Path
 def test_a_temporary_file_of_a_killed_writer_is_overwritten(tmp_path: Path):
     (tmp_path / ".a.json.tmp").write_bytes(100 * b"half")
     write_json(tmp_path / "a.json", [1])
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and json.loads(
-        (tmp_path / "a.json").read_text()
-    ) == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
 
 
 def test_trimming_metrics_replaces_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -180,8 +177,6 @@ def finished(tmp_path: Path) -> Path:
         for step in (1, 2, 3):
             run.record(step, {"Overview/accuracy_val": step / 10}, **{"Layers/parameters/stem.0": 432})
         report(run, 0.7)
-    checkpoint = load_checkpoint(checkpoint_file(run.path / LAST, lively_network("sp", "rnn"), "sp"))
-    checkpoint.progress = {"step": 3}
     with Run(run.path, purge_after=3) as again:
         report(again, 0.8)
     return run.path
