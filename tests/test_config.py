@@ -5,6 +5,7 @@ from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
 import main_rl_prune
 import main_sp
@@ -13,7 +14,7 @@ from training.optimisers import scheduled
 from utils.errors import UserError
 from utils.settings import as_dictionary, checked_settings, keys, load_settings
 
-CONFIG = Path(__file__).parents[1] / "config.json"
+CONFIG = ROOT / "config.json"
 
 
 def checked(given: dict) -> PruneSettings:

@@ -2,21 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from commands import call
+from commands import ROOT, call
 from networks import NORMALISATION, checkpoint_file, lively_network, varied_images
 from PIL import Image
 
 from deploy import export, predict
 from utils.errors import UserError
 from utils.flops import network_cost
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +46,10 @@ def test_answers_are_the_networks(folder, source, capsys):
         assert float(rest[0]) * 1e6 == pytest.approx(spent, rel=1e-3)
 
 
-def command(*arguments, cwd=ROOT, encoding=None):
+def command(*arguments, encoding=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "deploy.predict", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, encoding=encoding)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, encoding=encoding)
 
 
 def test_image_that_cannot_be_read_is_named_and_the_others_answered(folder, tmp_path):
@@ -69,11 +67,11 @@ def test_image_that_cannot_be_read_is_named_and_the_others_answered(folder, tmp_
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_names_that_cannot_be_printed_are_escaped(folder, tmp_path, encoding, monkeypatch):
     """Not UTF-8, or not in the terminal's encoding: all images are answered."""
-    for name in (b"caf\xe9.png", "käse.png".encode(), b"plain.png"):
-        (tmp_path / os.fsdecode(name)).write_bytes((folder / "0.png").read_bytes())
+    images = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9.png", "käse.png".encode(), b"plain.png")]
+    for image in images:
+        image.write_bytes((folder / "0.png").read_bytes())
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
-    images = [os.fsencode(tmp_path) + b"/" + name for name in (b"caf\xe9.png", "käse.png".encode(), b"plain.png")]
-    done = command("--checkpoint", folder / "best.pt", *map(os.fsdecode, images), encoding=encoding)
+    done = command("--checkpoint", folder / "best.pt", *images, encoding=encoding)
     assert done.returncode == 0 and done.stderr == ""
     shown = "käse" if encoding == "utf-8" else r"k\xe4se"
     names = [r"caf\udce9.png", f"{shown}.png", "plain.png"]
@@ -81,8 +79,7 @@ def test_names_that_cannot_be_printed_are_escaped(folder, tmp_path, encoding, mo
 
 
 def test_files_of_different_exports_are_refused(folder, tmp_path):
-    for path in (folder / "onnx").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folder / "onnx", tmp_path, dirs_exist_ok=True)
     labels = json.loads((tmp_path / "labels.json").read_text())
     (tmp_path / "labels.json").write_text(json.dumps({**labels, "image_size": 32}))
     with pytest.raises(UserError, match="does not fit"):
@@ -92,8 +89,7 @@ def test_files_of_different_exports_are_refused(folder, tmp_path):
 @pytest.mark.parametrize("name", ["labels.json", "network.onnx"])
 @pytest.mark.parametrize("content", [None, b"{}", b"\x00\x01damaged"])
 def test_damaged_export_is_refused_in_one_sentence(name, content, folder, tmp_path):
-    for path in (folder / "onnx").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folder / "onnx", tmp_path, dirs_exist_ok=True)
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
         call(predict, "--onnx", tmp_path, folder / "0.png")

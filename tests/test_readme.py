@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import call
+from commands import ROOT, call
 from networks import NORMALISATION, checkpoint_file, lively_network, varied_images
 from PIL import Image
 from torch import nn
@@ -21,7 +21,6 @@ from scripts import check_pages, draw_idea
 from scripts.check_pages import FLAGS, README, commands, refusal
 from utils.settings import TrainingSettings, keys
 
-ROOT = Path(__file__).parents[1]
 KEPT_PICTURE = ROOT / "docs" / "idea.png"
 OUTPUTS, OWN_NETWORK = ROOT / "docs" / "outputs.md", ROOT / "docs" / "own_network.md"
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
