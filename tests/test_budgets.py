@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import arguments, call_stage, metrics, run_folder, source_of
+from compare import assert_close
 from networks import checkpoint_file
 
 import main_rl_prune
@@ -17,7 +18,7 @@ from utils.data.batches import split_data
 from utils.data.folder import load_data
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.runs.checkpoint import load_checkpoint
+from utils.runs.checkpoint import Checkpoint, load_checkpoint
 from utils.runs.run import BEST, LAST
 
 
@@ -57,6 +58,17 @@ def test_after_a_collapse_stage_3_goes_on_from_its_best_network(chain, shapes, t
     assert "back to the best network" in (run_folder(tmp_path, "rl_pruned") / "log.txt").read_text()
 
 
+def unpruned(results: Path, source: Path) -> tuple[Checkpoint, dict, str]:
+    """The checkpoint of a run of stage 2, which has the weights of the one it started from, its record and its log."""
+    folder = run_folder(results, "pruned")
+    best, start = load_checkpoint(folder / BEST), load_checkpoint(source)
+    assert best.stage == "pruned" and best.architecture == start.architecture
+    assert_close(dict(best.weights), dict(start.weights), "weights")
+    (record,) = json.loads((results / "results.json").read_text())
+    assert record["compression"] == 0
+    return best, record, (folder / "log.txt").read_text()
+
+
 def test_where_no_iteration_keeps_the_budget_the_unpruned_network_is_kept(chain, shapes, tmp_path):
     content = torch.load(run_folder(chain, "sp") / BEST, weights_only=True)
     # Which no iteration of so small a network reaches.
@@ -67,13 +79,8 @@ def test_where_no_iteration_keeps_the_budget_the_unpruned_network_is_kept(chain,
     spoiled = ["prune_ratio=0.9", "prune_ratio_limit=0.9", "max_accuracy_drop=0", "lr=0.5", "epochs_start=1"]
     spoiled += ["epochs_end=1", "max_iter=1", "reestimate_batch_norm=false", "refit=false"]
     call_stage("pruned", [*given, *(f"--set={key}" for key in spoiled)])
-    folder = run_folder(tmp_path, "pruned")
-    best, unpruned = load_checkpoint(folder / BEST), load_checkpoint(source)
-    assert best.stage == "pruned" and best.architecture == unpruned.architecture
-    assert all(torch.equal(best.weights[name], weight) for name, weight in unpruned.weights.items())
-    assert "no iteration met the budget" in (folder / "log.txt").read_text()
-    (record,) = json.loads((tmp_path / "results.json").read_text())
-    assert record["within_budget"] is False and record["compression"] == 0
+    _, record, log = unpruned(tmp_path, source)
+    assert "no iteration met the budget" in log and record["within_budget"] is False
     assert "[^budget]: no network met the budget" in (tmp_path / "results.md").read_text()
 
 
@@ -81,13 +88,9 @@ def test_where_nothing_can_be_pruned_the_network_is_within_its_budget(chain: Pat
     source = source_of(chain, "pruned")
     given = arguments("pruned", shapes, tmp_path, source)
     call_stage("pruned", [*given, "--set=decomposition=truncate", "--set=prune_ratio_limit=0"])
-    folder = run_folder(tmp_path, "pruned")
-    assert "nothing was pruned, so the network of stage 1 is kept" in (folder / "log.txt").read_text()
-    best, unpruned = load_checkpoint(folder / BEST), load_checkpoint(source)
-    assert all(torch.equal(best.weights[name], weight) for name, weight in unpruned.weights.items())
+    best, record, log = unpruned(tmp_path, source)
+    assert "nothing was pruned, so the network of stage 1 is kept" in log and record["within_budget"] is True
     assert best.progress["iteration"] == 0
-    (record,) = json.loads((tmp_path / "results.json").read_text())
-    assert record["within_budget"] is True and record["compression"] == 0
 
 
 def test_the_iterations_are_not_measured_on_the_test_images(chain, shapes, tmp_path, monkeypatch):
@@ -137,12 +140,6 @@ def trained(tmp_path, shapes) -> Path:
     return checkpoint_file(tmp_path / "trained.pt", network, "sp", 8, original=original, classes=classes, data=data)
 
 
-def prune(trained: Path, data: Path, *settings: str) -> None:
-    given = arguments("pruned", data, trained.parent / "results", str(trained))
-    epochs = ("epochs_start=1", "epochs_end=1", "max_accuracy_drop=1")
-    call_stage("pruned", [*given, *(f"--set={setting}" for setting in ("width=8", *epochs, *settings))])
-
-
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -150,9 +147,11 @@ def prune(trained: Path, data: Path, *settings: str) -> None:
         ("parameters", ["criterion=kron_obs", "reestimate_batch_norm=false", "prune_ratio_limit=0.95", "round_to=1"]),
     ],
 )
-def test_the_last_iteration_lands_on_the_target(trained, shapes, kind, settings):
-    prune(trained, shapes, f"target_{kind}=0.5", *settings)
-    run = run_folder(trained.parent / "results", "pruned")
+def test_the_last_iteration_lands_on_the_target(trained, shapes, tmp_path, kind, settings):
+    settings = [f"target_{kind}=0.5", "width=8", "epochs_start=1", "epochs_end=1", "max_accuracy_drop=1", *settings]
+    given = arguments("pruned", shapes, tmp_path / "results", str(trained))
+    call_stage("pruned", [*given, *(f"--set={setting}" for setting in settings)])
+    run = run_folder(tmp_path / "results", "pruned")
     whole = network_cost(load_checkpoint(trained).network(), 8)
     costs = [network_cost(load_checkpoint(run / f"iteration_0{i}.pt").network(), 8) for i in (1, 2)]
     shares = [getattr(cost, kind) / getattr(whole, kind) for cost in costs]

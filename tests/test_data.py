@@ -33,6 +33,15 @@ def numbered(values: Sequence[int], labels: list[int] | None = None) -> ImageSet
     return ImageSet(pixels, torch.tensor(labels or [value % 3 for value in values]))
 
 
+def read(folder: Path, kind: str = "png", **given: str) -> DataSet:
+    return load_data(str(folder), kind, 8, 1, **given)
+
+
+def refused(folder: Path, message: str, **given: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(folder, **given)
+
+
 def two_classes(root: Path, *parts: str) -> Path:
     for part in parts:
         for name in ("cat", "dog"):
@@ -46,11 +55,11 @@ def test_a_file_belongs_by_its_ending_in_any_case(tmp_path: Path, capsys):
             write_image(tmp_path / part / "x" / name, Image.new("RGB", (8, 8), (10 * i, 0, 0)))
         (tmp_path / part / "x" / "notes.txt").write_text("no image")
         (tmp_path / part / "x" / "._a.png").write_text("what macOS leaves behind")
-    counts = {kind: len(load_data(str(tmp_path), kind, 8, 1).train) for kind in ("png", "jpg", "jpeg", "bmp")}
+    counts = {kind: len(read(tmp_path, kind).train) for kind in ("png", "jpg", "jpeg", "bmp")}
     assert counts == {"png": 3, "jpg": 2, "jpeg": 2, "bmp": 1}
-    assert len(load_data(str(tmp_path), "webp", 8, 1).test) == 1
+    assert len(read(tmp_path, "webp").test) == 1
     capsys.readouterr()
-    assert len(load_data(str(tmp_path), "any", 8, 1).test) == 7
+    assert len(read(tmp_path, "any").test) == 7
     assert capsys.readouterr().out == f"note: files in {tmp_path} that are not read: 2 .txt\n"
 
 
@@ -60,12 +69,12 @@ def test_what_is_not_read_is_named_in_a_line(tmp_path: Path, capsys):
         (tmp_path / "train" / "dog" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "train" / "dog" / name).write_text("")
     (tmp_path / "test" / "stray.png").write_text("")
-    load_data(str(tmp_path), "png", 8, 1)
+    read(tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         f"note: folders in {tmp_path} that are not read: extra, valid",
         f"note: files in {tmp_path} that are not read: 3 .jpg, 1 without an ending, 1 outside of class folders",
     ]
-    load_data(str(two_classes(tmp_path / "plain", "train", "test")), "png", 8, 1)
+    read(two_classes(tmp_path / "plain", "train", "test"))
     assert capsys.readouterr().out == ""
 
 
@@ -78,7 +87,7 @@ def test_files_are_those_of_torchvisions_image_folder_in_its_order(tmp_path: Pat
             write_image(tmp_path / "train" / folder / name, image.convert("L" if "pgm" in name else "RGB"))
     (tmp_path / "train" / "cat" / "linked").symlink_to(tmp_path / "test" / "cat")
     expected = ImageFolder(str(tmp_path / "train"))
-    train = load_data(str(tmp_path), "any", 8, 1).train
+    train = read(tmp_path, "any").train
     assert train.labels.tolist() == expected.targets and len(train) == 19
     for pixels, (image, _) in zip(train.pixels, expected, strict=True):
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
@@ -86,11 +95,11 @@ def test_files_are_those_of_torchvisions_image_folder_in_its_order(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_val_is_the_validation_set_beside_test_whatever_the_fraction_and_else_the_test_set(tmp_path, name, capsys):
-    data = load_data(str(write_shapes(tmp_path / "three", {"train": 4, name: 3, "test": 2})), "png", 8, 1)
+    data = read(write_shapes(tmp_path / "three", {"train": 4, name: 3, "test": 2}))
     splits = split_data(data, 0.5, 0)
     assert (len(splits.train), len(splits.val), len(splits.test)) == (12, 9, 6)
     assert torch.equal(splits.val.pixels, data.val.pixels) and not splits.val_is_test
-    data = load_data(str(write_shapes(tmp_path / "two", {"train": 4, name: 3})), "png", 8, 1)
+    data = read(write_shapes(tmp_path / "two", {"train": 4, name: 3}))
     assert data.val is None and len(data.test) == 9 and not split_data(data, 0.25, 0).val_is_test
     assert capsys.readouterr().out == ""
 
@@ -102,7 +111,7 @@ def test_names_are_one_class_however_unicode_composes_them(tmp_path: Path):
     write_image(tmp_path / "test" / decomposed / "0.png", Image.new("RGB", (8, 8)))
     if len(os.listdir(tmp_path / "train")) < 3:
         pytest.skip("this file system composes names itself")
-    data = load_data(str(tmp_path), "png", 8, 1)
+    data = read(tmp_path)
     assert data.classes == (composed, "x") and data.train.labels.tolist() == [0, 0, 1]
     assert sorted(data.train.pixels[:2, 0, 0, 0].tolist()) == [0, 1] and data.test.labels.tolist() == [0, 1]
 
@@ -112,11 +121,10 @@ def test_names_that_are_not_utf8(tmp_path: Path):
     root = two_classes(tmp_path / name, "train", "test")
     write_image(tmp_path / "data" / "train" / "cat" / f"{name}.png", Image.new("RGB", (8, 8)))
     two_classes(tmp_path / "data", "train", "test")
-    assert len(load_data(str(tmp_path / "data"), "png", 8, 1).train) == 3, "names of files need not be UTF-8"
+    assert len(read(tmp_path / "data").train) == 3, "names of files need not be UTF-8"
     (tmp_path / "data" / "train" / "cat").rename(tmp_path / "data" / "train" / name)
     for folder in (root, tmp_path / "data"):
-        with pytest.raises(UserError, match=r"caf\\udce9' is not UTF-8: rename it"):
-            load_data(str(folder), "png", 8, 1)
+        refused(folder, r"caf\\udce9' is not UTF-8: rename it")
 
 
 @pytest.mark.parametrize("denied", [".", "train", "train/cat", "train/cat/deeper"])
@@ -133,8 +141,7 @@ def test_a_folder_without_permission(tmp_path: Path, denied: str, monkeypatch: p
             return original(path)
 
         monkeypatch.setattr(module, name, refusing)
-    with pytest.raises(UserError, match=f"data folder {tmp_path} cannot be read .*Permission denied.*{denied[1:]}"):
-        load_data(str(tmp_path), "png", 8, 1)
+    refused(tmp_path, f"data folder {tmp_path} cannot be read .*Permission denied.*{denied[1:]}")
 
 
 def test_the_split_sets_the_exact_share_of_every_class_aside():
@@ -193,14 +200,10 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path):
     for folder in (empty, two_classes(no_classes, "train") / "test", two_classes(no_images, "train", "test")):
         folder.mkdir(exist_ok=True)
     (no_images / "train" / "dog" / "0.png").rename(no_images / "train" / "dog" / "0.gif")
-    for folder, message in (
-        (tmp_path / "none", f"data folder {tmp_path / 'none'} does not exist"),
-        (empty, "holds nothing, but needs train/ and test/"),
-        (no_classes, f"{no_classes / 'test'} has no class folders"),
-        (no_images, f"class folder {no_images / 'train' / 'dog'} holds no .png file"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_data(str(folder), "png", 8, 1)
+    refused(tmp_path / "none", f"data folder {tmp_path / 'none'} does not exist")
+    refused(empty, "holds nothing, but needs train/ and test/")
+    refused(no_classes, f"{no_classes / 'test'} has no class folders")
+    refused(no_images, f"class folder {no_images / 'train' / 'dog'} holds no .png file")
 
 
 def test_a_tenth_of_train_alone_is_the_test_set(tmp_path: Path, capsys):
@@ -209,7 +212,7 @@ def test_a_tenth_of_train_alone_is_the_test_set(tmp_path: Path, capsys):
     copied = tmp_path / "train" / "left" / "000.png"
     for i in range(3):
         shutil.copyfile(copied, copied.with_name(f"copy{i}.png"))
-    first, again = (load_data(str(tmp_path), "png", 8, 1) for _ in range(2))
+    first, again = (read(tmp_path) for _ in range(2))
     assert torch.equal(first.test.pixels, again.test.pixels)
     assert f"note: {tmp_path} has no test/: {len(first.test)} of its training images" in capsys.readouterr().out
     train, test = (set(fingerprints(part).tolist()) for part in (first.train, first.test))
@@ -217,15 +220,15 @@ def test_a_tenth_of_train_alone_is_the_test_set(tmp_path: Path, capsys):
     assert torch.bincount(first.test.labels)[1:].tolist() == [2, 2] and len(test) == 6
     splits = split_data(first, 0.1, 0)
     assert not splits.val_is_test and len(splits.val) > 0
-    with pytest.raises(UserError, match="has only train/, with fewer than ten images per class: add test/"):
-        load_data(str(two_classes(tmp_path / "few", "train")), "png", 8, 1)
+    few = two_classes(tmp_path / "few", "train")
+    refused(few, "has only train/, with fewer than ten images per class: add test/")
 
 
 @pytest.mark.parametrize("parts", [{"train": 4, "test": 2}, {"train": 4, "val": 1, "test": 2}, {"train": 4, "val": 2}])
 def test_validation_images_of_another_folder(tmp_path: Path, parts: dict[str, int], capsys):
     write_shapes(tmp_path / "data", parts)
     aside = write_shapes(tmp_path / "aside", {"images": 3}, seed=1) / "images"
-    data = load_data(str(tmp_path / "data"), "png", 8, 1, val_dir=str(aside))
+    data = read(tmp_path / "data", val_dir=str(aside))
     assert (len(data.train), len(data.val), len(data.test)) == (12, 9, 6)
     assert ("are not read: val" in capsys.readouterr().out) == (len(parts) == 3)
     splits = split_data(data, 0.5, 0)
@@ -234,20 +237,16 @@ def test_validation_images_of_another_folder(tmp_path: Path, parts: dict[str, in
 
 def test_wrong_folders_of_validation_images(tmp_path: Path):
     root = write_shapes(tmp_path / "data", {"train": 4, "test": 2})
-    with pytest.raises(UserError, match=f"val_dir {tmp_path / 'none'} is not a folder"):
-        load_data(str(root), "png", 8, 1, val_dir=str(tmp_path / "none"))
-    with pytest.raises(
-        UserError, match=r"classes differ between .*: cat, dog, left, middle, right are in only one of them"
-    ):
-        load_data(str(root), "png", 8, 1, val_dir=str(two_classes(tmp_path, "val") / "val"))
+    refused(root, f"val_dir {tmp_path / 'none'} is not a folder", val_dir=str(tmp_path / "none"))
+    others = str(two_classes(tmp_path, "val") / "val")
+    refused(root, "classes differ between .*: cat, dog, left, middle, right are in only one of them", val_dir=others)
 
 
 @pytest.mark.parametrize("part", ["test", "val"])
 def test_classes_that_differ_are_named(tmp_path: Path, part: str):
     two_classes(tmp_path, "train", "val", "test")
     write_image(tmp_path / part / "eel" / "0.png", Image.new("RGB", (8, 8)))
-    with pytest.raises(UserError, match=f"classes differ between .*train and .*{part}: eel are in only one of them"):
-        load_data(str(tmp_path), "png", 8, 1)
+    refused(tmp_path, f"classes differ between .*train and .*{part}: eel are in only one of them")
 
 
 def data_of(
@@ -370,12 +369,12 @@ def test_where_none_was_set_aside_none_is_later():
 def test_renamed_files_are_known_in_memory_and_batch_by_batch(tmp_path: Path, shapes: Path, monkeypatch):
     data = tmp_path / "shapes"
     shutil.copytree(shapes, data, ignore=shutil.ignore_patterns(".decoded"))
-    splits = split_data(load_data(str(data), "png", 8, 1), 0.2, 0)
+    splits = split_data(read(data), 0.2, 0)
     for i, file in enumerate(sorted(data.glob("train/*/*.png"), reverse=True)):
         file.rename(file.with_name(f"{i * 7919 % 1000:03d}-new.png"))
     for available in (None, 0):
         if available is not None:
             monkeypatch.setattr("utils.data.memory.available_memory", lambda: 0)
-        later = split_as_before(load_data(str(data), "png", 8, 1), splits.identity, resumed=True)
+        later = split_as_before(read(data), splits.identity, resumed=True)
         assert later.notes == () and type(later.train).__name__ == ("ImageSet" if available is None else "FetchedSet")
         assert set(fingerprints(later.val).tolist()) == set(fingerprints(splits.val).tolist())
