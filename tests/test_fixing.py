@@ -102,10 +102,6 @@ def test_fixed_network_is_exported(gate, fixed):
     answers = run_session(session, pixels[:3].numpy())
     expected = outputs(smaller, NORMALISATION.apply(pixels[:3]))
     np.testing.assert_array_equal(answers["decisions"], expected.decisions)
-    images = NORMALISATION.apply(pixels)
-    torch.testing.assert_close(
-        outputs(folded(smaller), images).logits, outputs(smaller, images).logits, rtol=1e-4, atol=1e-4
-    )
 
 
 def test_checkpoint_says_what_is_fixed(tmp_path):
