@@ -12,8 +12,7 @@ from models import ResNet, build_network
 from utils.data.augment import Normalisation
 from utils.runs.checkpoint import Checkpoint, describe, save_checkpoint
 
-# Of every form: both sides, one side, a wide rotation, a strided core, a 1x1 shortcut, a
-# depthwise core.
+# Of every form: both sides, one side, a wide rotation, a strided core, a 1x1 shortcut, a depthwise core.
 RANKS = {
     "stem.0": (None, 4),
     "blocks.0.conv1": (4, 3),

@@ -1,8 +1,8 @@
-"""What several processes do together, and one alone: ``python processes.py TASK OUTPUT ARGUMENT...``, RANK etc. given.
+"""What several processes do together, and one alone: ``python processes.py TASK OUTPUT ARGUMENT...``, RANK etc. set.
 
-Tasks: ``all`` trains and measures small networks and saves everything that comes of it, runs the three stages, and ends
-with a mistake that one process finds; ``gpus`` trains on simulated GPUs; ``lose`` runs stage 1, in which
-one process is killed after the third epoch.
+PYTHONPATH has the root of the repository.  Tasks: ``all`` trains and measures small networks, runs the three stages and
+ends with a mistake that one process finds; ``gpus`` trains on simulated GPUs; ``lose`` runs stage 1, in which one
+process is killed after the third epoch.
 """
 
 import os

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from networks import NORMALISATION
+from test_compress import NAMES, torchvision_network
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,12 +32,9 @@ def agrees(network: nn.Module, height: int, width: int) -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "vgg11", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_networks_of_torchvision(name):
-    options = {"init_weights": False} if name == "googlenet" else {}
-    network = torchvision.models.get_model(name, num_classes=10, **options).eval()
+    network = torchvision_network(name).eval()
     if name == "vgg11":  # the same pooling to 7x7, without the 119 million parameters behind it
         network.classifier = nn.Linear(512 * 7 * 7, 10)
     agrees(network, 64, 64)
