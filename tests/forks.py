@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 from multiprocessing import forkserver
@@ -49,9 +48,6 @@ def _run(arguments: list[str], environment: dict[str, str], stdout: str, stderr:
     os.environ.update(environment)
     for number, path in enumerate((stdout, stderr), start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    # A shell that starts the tests in the background has SIGINT ignored, nohup SIGHUP, and children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).parent))
     runpy.run_path(arguments[0], run_name="__main__")

@@ -1,7 +1,4 @@
-"""Interrupted equals uninterrupted, bit by bit on the CPU, for all three stages; and what cannot be resumed.
-
-Signals, lost outputs, missing packages and rights: a command ends in one sentence or goes on.
-"""
+"""Interrupted equals uninterrupted, bit by bit on the CPU; commands end in one sentence or go on."""
 
 import io
 import json
@@ -19,7 +16,6 @@ from compare import assert_close
 from conftest import write_shapes
 from forks import ENVIRONMENT, Forked
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.util.tensor_util import make_ndarray
 from torch import nn
 
 from benchmarks import required
@@ -70,11 +66,6 @@ def test_interrupted_twice_equals_uninterrupted(stage: str, chain: Path, shapes:
     assert events.Tags() == uninterrupted.Tags()
     for tag in events.Tags()["tensors"]:  # of scalars, too
         assert [e.step for e in events.Tensors(tag)] == [e.step for e in uninterrupted.Tensors(tag)], tag
-    recorded = [line for line in metrics(whole) if "Overview/accuracy_val" in line]
-    for tag in ("Overview/accuracy_val", "Overview/loss_train"):
-        assert [event.step for event in events.Tensors(tag)] == [line["step"] for line in recorded]
-        values = [make_ndarray(event.tensor_proto).item() for event in events.Tensors(tag)]
-        assert values == pytest.approx([r[tag] for r in recorded], rel=1e-6)
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(shapes: Path, tmp_path: Path):
