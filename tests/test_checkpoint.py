@@ -1,7 +1,4 @@
-"""Checkpoints: what goes in comes out, a failing write costs nothing, and no file runs code.
-
-Damaged and foreign ones: each is refused in one sentence that names what is wrong.
-"""
+"""Checkpoints: what goes in comes out, a failing write costs nothing, no file runs code, damaged ones are refused."""
 
 import copy
 import io

@@ -112,7 +112,6 @@ def test_bf16_autocast(compiled: bool, traced):
 
 
 def test_stage_1_with_compile(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced):
-    """The flag, and a checkpoint that anyone can load."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         call_stage("sp", [*arguments("sp", shapes, tmp_path / name), "--epochs", "1", *more])

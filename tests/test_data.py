@@ -1,7 +1,4 @@
-"""Images from folders: what is read, how it is split and served.
-
-Which images a run set aside: later stages keep to them, whatever becomes of the files, or stop with a sentence.
-"""
+"""Images from folders: what is read, how it is split and served; later stages keep to what a run set aside."""
 
 import hashlib
 import os

@@ -1,7 +1,4 @@
-"""The forms of a layer: what each costs by independent counters, which are worth having, and how they are built.
-
-Rotation into the eigenbasis, the rise of the loss that it predicts, and layers that are rebuilt there.
-"""
+"""The forms of a layer: what each costs by independent counters, how they are built, and what they lose."""
 
 import itertools
 

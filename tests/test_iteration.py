@@ -1,7 +1,4 @@
-"""Whole iterations: budgets that are hit, limits that hold, costs by independent counters, every criterion.
-
-The terms of the depthwise separable form against gradient descent.
-"""
+"""Whole iterations: budgets that are hit, limits that hold, costs by independent counters, every form."""
 
 import itertools
 from dataclasses import replace

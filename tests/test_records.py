@@ -1,7 +1,4 @@
-"""The results of runs that end at the same moment, of damaged files and of folders without locks.
-
-Timing in turns, and the columns and the panel made from it.
-"""
+"""Results of runs that end at the same moment, of damaged files, without locks; their tables; timing in turns."""
 
 import errno
 import json
