@@ -16,6 +16,7 @@ What it does not show: speed, memory, the errors of cuDNN and cuBLAS, races betw
 """
 
 import copy
+import importlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -284,39 +285,6 @@ class _Autocast(torch.autocast):
         super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
-def _fused_cell(igates: Tensor, hgates: Tensor, c: Tensor, b_ih: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor]:
-    """Next h and c [N, H], from the products of both inputs with their weights [N, 4H]: a kernel of GPUs only."""
-    i, f, g, o = (igates + b_ih + hgates + b_hh).chunk(4, 1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
-
-
-class _LSTMCell(torch.autograd.Function):
-    """``_thnn_fused_lstm_cell``: on a GPU all that follows the two products is one kernel, and one in the backward."""
-
-    @staticmethod
-    def forward(ctx, *given):
-        ctx.set_materialize_grads(False)  # autograd would make them in main memory
-        with torch.enable_grad():
-            ctx.given = [t.inner.clone().requires_grad_() for t in given]
-            ctx.out = _fused_cell(*ctx.given)
-        return tuple(map(SimulatedTensor, ctx.out))
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        inner = [torch.zeros_like(o) if g is None else g.inner for o, g in zip(ctx.out, gradients, strict=True)]
-        return tuple(map(SimulatedTensor, torch.autograd.grad(ctx.out, ctx.given, inner)))
-
-
-REAL_LSTM_CELL = torch.lstm_cell
-
-
-def _lstm_cell(x, state, w_ih, w_hh, b_ih, b_hh):
-    if not isinstance(x, SimulatedTensor):
-        return REAL_LSTM_CELL(x, state, w_ih, w_hh, b_ih, b_hh)
-    return _LSTMCell.apply(torch.mm(x, w_ih.t()), torch.mm(state[0], w_hh.t()), state[1], b_ih, b_hh)
-
-
 def _collective(func, args, kwargs):
     """What NCCL would do, done by gloo; NCCL's conditions are checked."""
     for t in tree_leaves((args, kwargs)):
@@ -337,6 +305,7 @@ def simulated(free_memory: int = 100 * 2**30, capability: tuple[int, int] = (9, 
         free_memory: bytes that are free on it.
         capability: of its generation; bf16 came with (8, 0).
     """
+    importlib.import_module("torch._dynamo")  # which notes torch's functions as they are when it is first imported
     WAITS.clear()
     cuda = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
@@ -351,7 +320,6 @@ def simulated(free_memory: int = 100 * 2**30, capability: tuple[int, int] = (9, 
     replaced += [(Tensor, name, _made_on_gpu(getattr(Tensor, name))) for name in METHODS]
     replaced += [(torch, "Generator", _GeneratorOfDevice), (torch, "autocast", _Autocast)]
     replaced += [(Tensor, "to", _moved), (Tensor, "pin_memory", _pinned)]
-    replaced += [(owner, "lstm_cell", _lstm_cell) for owner in (torch, torch._VF)]
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
         for target, name, value in replaced:
