@@ -27,18 +27,12 @@ TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
 HELPER = ROOT / "tests" / "processes.py"
 
 
-def meeting(count: int = 2) -> tuple[torch.distributed.TCPStore, list[dict[str, str]]]:
-    """What torchrun tells each of its processes; they need the store, by which they meet, as long as they live."""
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {**shared, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    return store, [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-
-
 def together(*given: str) -> list[subprocess.CompletedProcess[str]]:
-    """What the helper's processes have said when they have ended."""
-    _store, environments = meeting()
-    started = [Forked(HELPER, given, environment) for environment in environments]
+    """What two of the helper's processes, told by torchrun's environment where to meet, have said when they ended."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as long as they live
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = [Forked(HELPER, given, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     return [forked.finished(timeout=300) for forked in started]
 
 
