@@ -17,9 +17,9 @@ SIZE = 8
 METHOD = Method(prune_ratio_limit=0.95, round_to=1, decomposition="truncate", objective="saliency", refit=False)
 
 
-def switched_network(depth=14, width=12, gate="rnn"):
+def switched_network(depth=14, width=12):
     torch.manual_seed(0)
-    network = build_network("resnet", depth=depth, num_classes=4, width=width, gate=gate)
+    network = build_network("resnet", depth=depth, num_classes=4, width=width)
     for _ in range(3):
         network(torch.randn(16, 3, SIZE, SIZE))
     return network.eval()

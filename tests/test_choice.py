@@ -14,11 +14,11 @@ from pruning.goals import Goal, as_target, least_of
 from utils.errors import UserError
 
 
-def made_up(seed: int, layers: int = 4) -> tuple[dict[str, list[Form]], dict[str, list[float]]]:
+def made_up(seed: int) -> tuple[dict[str, list[Form]], dict[str, list[float]]]:
     """Layers with forms of random costs; what they save costs more and more."""
     generator = np.random.default_rng(seed)
     forms, rises = {}, {}
-    for name in "abcdefgh"[:layers]:
+    for name in "abcd":
         shares = np.concatenate([[1.0], np.sort(generator.uniform(0.05, 0.9, 7))[::-1]])
         flops = (generator.integers(200, 2000) * shares).astype(int)
         parameters = (generator.integers(200, 2000) * shares * generator.uniform(0.5, 1, len(shares))).astype(int)

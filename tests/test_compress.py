@@ -21,9 +21,8 @@ from utils.flops import cost_on, network_cost
 NAMES = ["resnet18", "vgg11", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1"]
 
 
-def labelled(count=8, size=64, classes=10, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 3, size, size, generator=generator)
+def labelled(count=8, size=64, classes=10):
+    x = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     return lambda: [(x[i : i + 4], torch.arange(len(x[i : i + 4])) % classes) for i in range(0, count, 4)]
 
 

@@ -45,8 +45,8 @@ def present() -> Form:
     return Form(UNCHANGED, (INPUTS, OUTPUTS), *shape().cost(INPUTS, OUTPUTS))
 
 
-def forms(round_to=1, least=(2, 3), kinds=KINDS["best"]) -> list[Form]:
-    return possible_forms(present(), shape(), least, kinds, round_to)
+def forms(round_to=1, kinds=KINDS["best"]) -> list[Form]:
+    return possible_forms(present(), shape(), (2, 3), kinds, round_to)
 
 
 def layer_of(form: Form) -> nn.Module:

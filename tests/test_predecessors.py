@@ -54,11 +54,11 @@ def checkpoint(stage: str, gate="rnn", width=4, size=8, data=DATA, **changed) ->
     return replace(made, **changed)
 
 
-def run_of(folder: Path, name: str, best: Checkpoint | None, done: int = 5, epochs: int = 5, **iterations) -> Path:
+def run_of(folder: Path, name: str, best: Checkpoint | None, done: int = 5, **iterations) -> Path:
     """A run's folder as it is after some of its epochs; the path of its best.pt."""
     run = stage_folder(folder, best.stage if best else "sp", "shapes", "resnet", 8) / name
     run.mkdir(parents=True)
-    (run / "arguments.json").write_text(json.dumps({"epochs": epochs}))
+    (run / "arguments.json").write_text(json.dumps({"epochs": 5}))
     for file, saved in {"best": best, **iterations}.items():
         if saved is not None:
             save_checkpoint(run / f"{file}.pt", saved)
