@@ -1,6 +1,6 @@
 """Run a stage and send a signal to it at a chosen place: ``python interrupting.py SCRIPT PLACE STEP SIGNAL FLAGS...``.
 
-Signals from outside land anywhere; these land where it hurts, and always there.
+Signals from outside land anywhere; these land where it hurts, and always there.  PYTHONPATH has the repository's root.
 """
 
 import os
@@ -9,10 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from utils.runs.run import Run
 
-from utils.runs.run import Run  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:

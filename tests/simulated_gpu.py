@@ -312,7 +312,6 @@ def simulated(free_memory: int = 100 * 2**30, capability: tuple[int, int] = (9, 
         "mem_get_info": lambda *_: (free_memory, free_memory), "_lazy_init": lambda: None,
         "is_bf16_supported": lambda *_, **__: True, "synchronize": lambda *_: None, "set_device": lambda *_: None,
         "get_device_name": lambda *_: "simulated", "manual_seed_all": lambda *_: None, "manual_seed": lambda *_: None,
-        "max_memory_allocated": lambda *_: 0, "reset_peak_memory_stats": lambda *_: None,
         "get_device_capability": lambda *_: capability, "is_current_stream_capturing": lambda: False,
     }  # fmt: skip
     replaced = [(torch.cuda, name, value) for name, value in cuda.items()]
