@@ -120,8 +120,8 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
             starts.clear()
             # A copy, so that a network may change its input in place.
             outputs = passes.forward(network, x.clone())
-            count, losses = _losses(outputs, given, passes)
-            images += count * repeats
+            losses = _losses(outputs, given, passes)
+            images += images_of(x, given) * repeats
             if len(x) == 0:  # the last batch may be too small for all processes
                 continue
             for draw, loss in enumerate(losses):
@@ -159,21 +159,26 @@ def differentiable(network: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
             parameter.requires_grad_(True)
 
 
-def _losses(outputs: Any, given: Any, passes: Passes) -> tuple[int, list[Tensor]]:
-    """The images in this batch, over all processes, and this process's sum to differentiate for each draw."""
+def images_of(x: Tensor, labels: Any) -> int:
+    """The images in a batch, over all processes; labels that are no tensor, such as a dictionary, do not say."""
+    return len(labels) if isinstance(labels, Tensor) else len(x)
+
+
+def _losses(outputs: Any, given: Any, passes: Passes) -> list[Tensor]:
+    """This process's sum to differentiate for each draw."""
     if passes.loss_fn is not None:
         losses = passes.loss_fn(outputs, parallel.local_part(given) if isinstance(given, Tensor) else given)
         if losses.dim() != 1:
             raise UserError(
                 f"loss_fn returned a tensor of shape {list(losses.shape)}: it has to return a loss for each image, [N]"
             )
-        return len(given), [losses.sum()]
+        return [losses.sum()]
     logits = class_scores(outputs)
     if passes.drawn:
         signs = _signs((len(given), logits.shape[1], passes.repeats), logits, passes.draws)
         directions = score_directions(logits.detach(), parallel.local_part(signs))
-        return len(given), [(logits * v).sum() for v in directions.unbind(2)]
-    return len(given), [F.cross_entropy(logits, parallel.local_part(given), reduction="sum")]
+        return [(logits * v).sum() for v in directions.unbind(2)]
+    return [F.cross_entropy(logits, parallel.local_part(given), reduction="sum")]
 
 
 def class_scores(outputs: Any) -> Tensor:
@@ -235,17 +240,17 @@ def as_images(layer: nn.Module, t: Tensor, images: int) -> Tensor:
 
 
 def some_images(batches: Iterable[tuple[Tensor, Any]], count: int) -> Iterator[tuple[Tensor, Any]]:
-    """Batches until they hold ``count`` labels, counted over all processes.
+    """Batches until they hold ``count`` images, counted over all processes.
 
     They are spaced evenly where their number is known, as that of a data loader: its images may be sorted by class.
     """
     seen, step = 0, None
     for i, (x, labels) in enumerate(batches):
         if step is None:
-            needed = math.ceil(count / max(1, len(labels)))
+            needed = math.ceil(count / max(1, images_of(x, labels)))
             step = max(1, length_hint(batches, needed) // needed)
         if seen >= count:
             return
         if i % step == 0:
-            seen += len(labels)
+            seen += images_of(x, labels)
             yield x, labels

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.capture import Batches, Forward, LossFn, Passes
+from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
 from pruning.choice import form_costs
 from pruning.goals import Goal, as_target, least_of, shortfall
@@ -118,7 +118,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     if method.refit and not pruned.nothing_changed:
         names = rebuilt_layers(network, pruned.network, found.names)
         with passes.phase(f"refit of {len(names)} layers"):
-            few = passes.some(min(IMAGES, BATCHES * max(1, len(x))))
+            few = passes.some(min(IMAGES, BATCHES * images_of(x, labels)))
             refit(network, pruned.network, {name: found.norms[name] for name in names}, pruned.importances, few)
     return pruned
 

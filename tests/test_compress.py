@@ -1,6 +1,7 @@
 """``compress`` on networks that are not ours: torchvision's, and small ones that do what tracers stumble over."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from models import LowRankConv2d, LowRankLinear
 from pruning import apply_edits, compress, edits_of, prune_forms
 from pruning.capture import some_images
 from pruning.layers import composed, read_weights
+from pruning.refit import BATCHES
 from pruning.survey import survey
+from utils import parallel
 from utils.errors import UserError
 from utils.flops import cost_on, network_cost
 
@@ -161,6 +164,29 @@ def test_another_task_brings_its_own_loss():
 
     smaller = compress(network, batches, flops=0.5, loss_fn=lambda y, t: (y - t).square().mean((1, 2, 3)), round_to=1)
     assert 0.4 <= smaller.report.flops[1] / smaller.report.flops[0] <= 0.5
+
+
+def test_labels_in_a_dictionary_count_as_the_images_they_belong_to():
+    torch.manual_seed(0)
+    network, loss_fn = Network(), lambda outputs, labels: F.cross_entropy(outputs, labels["of"], reduction="none")
+    plain = compress(network, images, flops=0.6, round_to=4, loss_fn=lambda y, labels: loss_fn(y, {"of": labels}))
+    named = lambda: [(x, {"of": labels, "unused": None}) for x, labels in images()]  # noqa: E731
+    found = compress(network, named, flops=0.6, round_to=4, loss_fn=loss_fn)
+    assert str(found.report) == str(plain.report)
+    assert len([*some_images([(torch.zeros(4, 3), {"of": 0, "unused": 0})] * 10, 8)]) == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_refit_takes_as_many_images_for_any_number_of_processes(processes, monkeypatch):
+    for name in ("all_reduced", "broadcast_object"):
+        monkeypatch.setattr(parallel, name, lambda value: value)
+    monkeypatch.setattr(parallel, "world_size", lambda: processes)
+    asked = []
+    count = lambda *given: asked.append(sum(len(labels) for _, labels in given[-1].batches()))  # noqa: E731
+    monkeypatch.setattr(sys.modules["pruning.compress"], "refit", count)
+    batches = 5 * images()
+    compress(Network(), [(parallel.local_part(x), labels) for x, labels in batches], flops=0.6, round_to=4)
+    assert asked == [sum(len(labels) for _, labels in batches[:BATCHES])]
 
 
 def test_a_network_of_which_nothing_can_be_saved_comes_back_as_it_was():
