@@ -3,7 +3,7 @@
 from models.build import CASCADE, build_network
 from models.cascade import Cascade, Member
 from models.decisions import all_on, sampled, straight_through, thresholded
-from models.lowrank import LOW_RANK, LowRankConv2d, LowRankLinear, low_rank
+from models.lowrank import LOW_RANK, LowRankConv2d, LowRankLinear, low_rank, replace_layer
 from models.own import OwnNetwork, allow, is_own
 from models.resnet import GATES, NETWORKS, ResNet, RoutedOutput, check_depth
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_depth",
     "is_own",
     "low_rank",
+    "replace_layer",
     "sampled",
     "straight_through",
     "thresholded",

@@ -223,3 +223,11 @@ def low_rank(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.
             depthwise=depthwise, dilation=layer.dilation, bias=bias,
         )  # fmt: skip
     return smaller.to(weight.device, weight.dtype).train(layer.training)
+
+
+def replace_layer(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in every place of ``old``: a layer may have two names."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.decisions import DecisionRule, thresholded
-from models.lowrank import LOW_RANK, low_rank
+from models.lowrank import LOW_RANK, low_rank, replace_layer
 from models.resnet import RoutedOutput
 
 _allowed: list[str] = []
@@ -131,8 +131,7 @@ class OwnNetwork(nn.Module):
             layer = dict(self.network.named_modules()).get(name)
             if not isinstance(layer, nn.Conv2d | nn.Linear):
                 raise ValueError(f"{source} has no convolution or linear layer {name!r}: it is another network")
-            parent, _, child = name.rpartition(".")
-            setattr(self.network.get_submodule(parent), child, low_rank(layer, **form))
+            replace_layer(self.network, layer, low_rank(layer, **form))
 
     @property
     def architecture(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from models.convolution import SafeConv2d
 from models.decisions import DecisionRule, all_on, thresholded
 from models.gates import FeedForwardGate, RecurrentGate
-from models.lowrank import LOW_RANK, low_rank
+from models.lowrank import LOW_RANK, low_rank, replace_layer
 
 NETWORKS = ("resnet",)
 GATES = ("rnn", "ff1", "ff2", "none")
@@ -238,9 +238,7 @@ class ResNet(nn.Module):
         layer = dict(self.named_modules()).get(name)
         if not isinstance(layer, nn.Conv2d | nn.Linear) or name.startswith("gate."):
             raise ValueError(f"ranks name the layer {name!r}, which is no convolution of this network")
-        parent, _, child = name.rpartition(".")
-        replacement = low_rank(layer, ranks, depthwise, bias=layer.bias is not None)
-        setattr(self.get_submodule(parent), child, replacement)
+        replace_layer(self, layer, low_rank(layer, ranks, depthwise, bias=layer.bias is not None))
 
     def forward(self, images: Tensor, decide: DecisionRule = thresholded, skip: bool | None = None) -> RoutedOutput:
         """Classify normalised images.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import LOW_RANK, ResNet, build_network, low_rank
+from models import LOW_RANK, ResNet, build_network, low_rank, replace_layer
 from pruning.eigenbasis import Eigenbasis
 from pruning.layers import ConvWeights, low_rank_layers
 from pruning.survey import is_pointwise
@@ -71,16 +71,8 @@ def rebuild(network: nn.Module, replaced: Mapping[str, ConvWeights], with_bias: 
             if layer.bias is not None:
                 layer.bias.copy_(torch.zeros_like(layer.bias) if old.bias is None else old.bias)
         trainable = any(p.requires_grad for p in old.parameters())
-        _replace(smaller, old, layer.requires_grad_(trainable))
+        replace_layer(smaller, old, layer.requires_grad_(trainable))
     return smaller
-
-
-def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in every place of ``old``: a layer may have two names."""
-    for module in list(network.modules()):
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
 
 
 def edits_of(network: nn.Module) -> list[dict[str, Any]]:
@@ -110,7 +102,7 @@ def apply_edits(network: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Mo
             new = low_rank(old, tuple(edit["ranks"]), edit["form"] == DEPTHWISE, edit["bias"])
         except ValueError as error:
             raise UserError(f"the edits do not fit the layer {name!r} ({error}): {ANOTHER}") from error
-        _replace(network, old, new)
+        replace_layer(network, old, new)
     return network
 
 

@@ -38,6 +38,13 @@ def not_a_module() -> int:
     return 3
 
 
+def twice_named() -> Small:
+    """A network of which one layer has a second name."""
+    network = Small()
+    network.last = network.head
+    return network
+
+
 class Pair(Small):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x), x

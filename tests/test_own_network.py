@@ -13,7 +13,9 @@ from commands import ROOT, answer_of_both, call, run
 import main_cascade
 import main_prune
 from deploy import export
-from models import OwnNetwork, own
+from models import OwnNetwork, build_network, own
+from pruning.layers import ConvWeights
+from pruning.surgery import rebuild
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import load_checkpoint
@@ -149,3 +151,14 @@ def test_what_users_get_wrong(change: dict, message: str, pruned, shapes, tmp_pa
     with pytest.raises(UserError) as raised:
         fresh(main_prune, *settings(shapes, tmp_path, **change))
     assert message in str(raised.value)
+
+
+def test_a_pruned_layer_with_two_names_is_rebuilt_under_both(monkeypatch):
+    monkeypatch.setattr(own, "_allowed", [f"{SOURCE}:twice_named"])
+    network = OwnNetwork(f"{SOURCE}:twice_named", 3)
+    factors = ConvWeights(torch.randn(2, 32, 1, 1), None, torch.randn(3, 2))
+    smaller = rebuild(network, {"network.head": factors})
+    again = build_network(**smaller.architecture)
+    again.load_state_dict(smaller.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(again(x).logits, smaller(x).logits)
