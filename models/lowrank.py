@@ -84,33 +84,11 @@ class LowRankConv2d(nn.Module):
             core_in, core_out, kernel_size, stride, padding, dilation, groups, bias=bias and rank_out is None
         )
         self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=bias)
-
-    # These describe the whole layer, as those of the plain convolution that it replaces.
-    groups, padding_mode, transposed, output_padding = 1, "zeros", False, (0, 0)
-
-    @property
-    def in_channels(self) -> int:
-        return (self.rotate_in or self.core).in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return (self.rotate_out or self.core).out_channels
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        return self.core.kernel_size
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        return self.core.stride
-
-    @property
-    def padding(self) -> tuple[int, int] | str:
-        return self.core.padding
-
-    @property
-    def dilation(self) -> tuple[int, int]:
-        return self.core.dilation
+        # These describe the whole layer, as those of the plain convolution that it replaces.
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = self.core.kernel_size, self.core.stride
+        self.padding, self.dilation = self.core.padding, self.core.dilation
+        self.groups, self.padding_mode, self.transposed, self.output_padding = 1, "zeros", False, (0, 0)
 
     @property
     def weight(self) -> ComposedKernel:
@@ -160,16 +138,9 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.core = nn.Linear(in_features, rank, bias=False)
         self.rotate_out = nn.Linear(rank, out_features, bias=bias)
-
-    @property
-    def in_features(self) -> int:
-        return self.core.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.rotate_out.out_features
 
     @property
     def weight(self) -> ComposedKernel:
