@@ -97,15 +97,8 @@ class LowRankConv2d(nn.Module):
         return ComposedKernel.of(shape, self.core.weight, self._composed)
 
     def _composed(self) -> Tensor:
-        kernel = self.core.weight
-        if self.depthwise:
-            mixes = self.rotate_out.weight.flatten(1), kernel[:, 0], self.rotate_in.weight.flatten(1)
-            return torch.einsum("or,rhw,ri->oihw", *mixes)
-        if self.rotate_in is not None:
-            kernel = torch.einsum("rchw,ci->rihw", kernel, self.rotate_in.weight.flatten(1))
-        if self.rotate_out is not None:
-            kernel = torch.einsum("or,rihw->oihw", self.rotate_out.weight.flatten(1), kernel)
-        return kernel
+        sides = (None if side is None else side.weight.flatten(1) for side in (self.rotate_in, self.rotate_out))
+        return multiplied_out(self.core.weight, *sides, self.depthwise)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -127,6 +120,15 @@ class LowRankConv2d(nn.Module):
         """[N, in, H, W] -> [N, out, H', W']."""
         x = self.core(input if self.rotate_in is None else self.rotate_in(input))
         return x if self.rotate_out is None else self.rotate_out(x)
+
+
+def multiplied_out(core: Tensor, rotate_in: Tensor | None, rotate_out: Tensor | None, depthwise: bool) -> Tensor:
+    """The kernel [out, in, kh, kw] of a core between rotations [c, in] and [out, r]; None is the identity."""
+    if depthwise:
+        return torch.einsum("or,rhw,ri->oihw", rotate_out, core[:, 0], rotate_in)
+    if rotate_in is not None:
+        core = torch.einsum("rchw,ci->rihw", core, rotate_in)
+    return core if rotate_out is None else torch.einsum("or,rihw->oihw", rotate_out, core)
 
 
 class LowRankLinear(nn.Module):

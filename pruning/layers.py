@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import LOW_RANK, LowRankConv2d
+from models.lowrank import multiplied_out
 from pruning.survey import is_pointwise, outermost, sharing, unsuited
 
 
@@ -98,11 +99,5 @@ def _kernel(layer: nn.Module) -> Tensor:
 
 def composed(weights: ConvWeights) -> Tensor:
     """The kernel [out, in, kh, kw] that rotations and core multiply out to, in float64."""
-    kernel = weights.core.double()
-    if weights.depthwise:
-        return torch.einsum("or,rhw,ri->oihw", weights.rotate_out.double(), kernel[:, 0], weights.rotate_in.double())
-    if weights.rotate_in is not None:
-        kernel = torch.einsum("rchw,ci->rihw", kernel, weights.rotate_in.double())
-    if weights.rotate_out is not None:
-        kernel = torch.einsum("or,rihw->oihw", weights.rotate_out.double(), kernel)
-    return kernel
+    exact = weights.to(torch.float64)
+    return multiplied_out(exact.core, exact.rotate_in, exact.rotate_out, exact.depthwise)
