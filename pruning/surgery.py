@@ -121,19 +121,12 @@ def rebuild_channels(network: ResNet, kept: Mapping[str, Tensor], weights: Mappi
         kept: ascending indices of the channels that stay, by name of the block.
         weights: conv2's new kernel [out, kept, kh, kw], by name of the block.
     """
-    architecture = {**network.architecture, "inner": dict(network.architecture["inner"])}
-    state = network.state_dict()
+    architecture, state, parameter = network.architecture, network.state_dict(), next(network.parameters())
     for block, index in kept.items():
         architecture["inner"][block] = len(index)
         for name in ("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"):
             state[f"{block}.{name}"] = state[f"{block}.{name}"][index.to(state[f"{block}.{name}"].device)]
         state[f"{block}.conv2.weight"] = weights[block]
-    return _built(architecture, state, network)
-
-
-def _built(architecture: dict, weights: dict[str, Tensor], like: ResNet) -> ResNet:
-    network = build_network(**architecture)
-    parameter = next(like.parameters())
-    network = network.to(parameter.device, parameter.dtype)
-    network.load_state_dict(weights)
-    return network.train(like.training)
+    smaller = build_network(**architecture).to(parameter.device, parameter.dtype)
+    smaller.load_state_dict(state)
+    return smaller.train(network.training)
