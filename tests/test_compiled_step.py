@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def drawn_straight_through(drawn: torch.Tensor):
-    return straight_through(sampled(drawn))
+    return straight_through(sampled(drawn), torch.ones(()))
 
 
 RULES = {"sp": (half_held_open, 1), "rl": (sampled, 0), "straight-through": (drawn_straight_through, 0)}

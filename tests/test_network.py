@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import GATES, all_on, build_network, sampled, straight_through
+from models import GATES, all_on, build_network, sampled, straight_through, thresholded
 from models.convolution import BLOCK, SafeConv2d
 from utils.flops import network_cost
 
@@ -61,11 +61,11 @@ def test_skipping_equals_masking(gate, layout, dtype, tolerance, device):
 def test_skipped_training_has_the_gradients_of_masked_training(gate, layout):
     network = routed_network(gate, torch.float64, RANKS).to(memory_format=layout)
     images = torch.randn(12, 3, 16, 16, dtype=torch.float64).to(memory_format=layout).requires_grad_()
-    gradients = []
+    gradients, draws = [], torch.rand(12, network.switches)
     for skip in (False, True):
         network.zero_grad()
         images.grad = None
-        output = network(images, decide=sampled(torch.Generator().manual_seed(5)), skip=skip)
+        output = network(images, decide=sampled(draws), skip=skip)
         output.logits.square().sum().backward()
         gradients.append([None if p.grad is None else p.grad.clone() for p in (images, *network.parameters())])
     for masked, skipped in zip(*gradients, strict=True):
@@ -76,7 +76,7 @@ def test_skipped_training_has_the_gradients_of_masked_training(gate, layout):
 def test_straight_through_is_hard_forward_and_soft_backward():
     p = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    z = straight_through()(p)
+    z = straight_through(thresholded, torch.ones(3))(p)
     assert z.tolist() == [0.0, 0.0, 1.0]
     (z * weights).sum().backward()
     assert p.grad.tolist() == [1.0, 2.0, 3.0]  # as if z were p
@@ -84,8 +84,8 @@ def test_straight_through_is_hard_forward_and_soft_backward():
 
 def test_sampled_rules_follow_the_probability():
     p = torch.full((100_000,), 0.3, requires_grad=True)
-    drawn = sampled(torch.Generator().manual_seed(0))
-    for rule in (drawn, straight_through(drawn)):
+    draws = torch.rand(100_000, 1)
+    for rule in (sampled(draws), straight_through(sampled(draws), torch.ones(1))):
         z = rule(p)
         assert set(z.detach().unique().tolist()) == {0.0, 1.0}
         assert z.mean().item() == pytest.approx(0.3, abs=4 * (0.21 / 100_000) ** 0.5)  # four standard errors
@@ -95,7 +95,7 @@ def test_sampled_rules_follow_the_probability():
 
 def test_images_that_do_not_learn_have_no_gradient():
     p = torch.tensor([0.2, 0.7, 0.9], requires_grad=True)
-    straight_through(learning=torch.tensor([1.0, 0.0, 1.0]))(p).sum().backward()
+    straight_through(thresholded, torch.tensor([1.0, 0.0, 1.0]))(p).sum().backward()
     assert p.grad.tolist() == [1, 0, 1]
 
 

@@ -79,7 +79,7 @@ def test_a_baseline_moves_no_mean_and_lowers_the_variance():
         x, y, _ = easy_and_hard(16, generator)
         hopeless = torch.rand(16, generator=generator) < 0.3  # wrong labels: a large loss whatever is decided
         x, y = x.double(), torch.where(hopeless, 1 - y, y)
-        logits, p, z = network(x, decide=sampled(generator))
+        logits, p, z = network(x, decide=sampled(torch.rand(16, 2, generator=generator)))
         gained = returns(skip_rewards(z, shares, 0.5), F.cross_entropy(logits, y, reduction="none").detach(), 1.0)
         compared = thresholded_returns(setup, x, y, 0.5)
         for estimates, advantages in ((plain, gained), (judged, gained - compared)):
