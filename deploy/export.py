@@ -119,9 +119,7 @@ def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[
     contents = {name: model.SerializeToString() for name, model in models.items()}
     contents[LABELS] = (json.dumps(labels, indent=2) + "\n").encode()
     try:
-        write_together(
-            folder, contents, {NETWORK, INT8, "routed.onnx"} - set(contents)
-        )  # the last is of earlier versions
+        write_together(folder, contents, {NETWORK, INT8} - set(contents))
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}): free disk space or choose another --output") from None
 

@@ -1,7 +1,7 @@
 """The files of an exported network, and labels.json, which describes them."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ class Labels:
     image_size: Size
     flops: float  # of one image with every block run
     flops_of_switched_blocks: list[float]
-    fixed_blocks: list[int] = field(default_factory=list)  # whose switch no longer decides, counted from 1
-    members: list[float] = field(default_factory=list)  # of a cascade: FLOPs of each with every block run
+    fixed_blocks: list[int]  # whose switch no longer decides, counted from 1
+    members: list[float]  # of a cascade: FLOPs of each with every block run
 
 
 def describe(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def read_labels(folder: Path) -> Labels:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         parse_size(content["image_size"])
-        return Labels(**{key: content[key] for key in Labels.__dataclass_fields__ if key in content})
+        return Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give the folder that python -m deploy.export wrote") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
