@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 
 from deploy.exported import exported_model
-from deploy.folder import write_together
 from deploy.labels import INT8, LABELS, NETWORK, NETWORK_HELP, describe
 from deploy.session import ExportedNetwork, check_session, open_session
 from gating.fixing import fixed_blocks_text
@@ -28,6 +28,7 @@ from models import ResNet, allow
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images
 from utils.errors import UserError, run_command
+from utils.files import atomic_write
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.settings import image_type, number
 from utils.sizes import Size, height_width
@@ -111,15 +112,25 @@ def random_pixels(count: int, size: Size) -> Tensor:
 
 
 def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[str, Any]) -> None:
-    """Write the graphs and labels.json; files of an earlier export that are not among them are removed.
+    """Replace an export by the graphs and labels.json.
+
+    All files are written before the first is replaced.  labels.json leaves first and comes last: a folder that has it
+    holds a whole export, also where this was killed.
 
     Raises:
         UserError: if the folder cannot be written; an earlier export in it is left as it was.
     """
-    contents = {name: model.SerializeToString() for name, model in models.items()}
-    contents[LABELS] = (json.dumps(labels, indent=2) + "\n").encode()
+    contents = {LABELS: (json.dumps(labels, indent=2) + "\n").encode()}
+    contents |= {name: model.SerializeToString() for name, model in models.items()}
     try:
-        write_together(folder, contents, {NETWORK, INT8} - set(contents))
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as replaced:  # in the reverse order
+            for name, content in contents.items():
+                file = replaced.enter_context(atomic_write(folder / name))
+                file.write(content)
+                file.flush()
+            for name in (LABELS, INT8):
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}): free disk space or choose another --output") from None
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.folder import finish
 from models import Cascade, OwnNetwork, ResNet
 from utils.errors import UserError
 from utils.flops import network_cost
@@ -68,7 +67,6 @@ def read_labels(folder: Path) -> Labels:
     """
     path = folder / LABELS
     try:
-        finish(folder)
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")

@@ -1,19 +1,40 @@
-"""An export over an older one, killed before any of its file operations, leaves the old or the new files, whole."""
+"""An export over an older one, killed before any of its file operations, leaves no mixture of old and new files."""
 
+import json
 import os
 import sys
+from contextlib import contextmanager
 
+import onnx
 import pytest
 
-from deploy.folder import finish, write_together
+from deploy import export as export_module
+from deploy.export import write_folder
+from utils.errors import UserError
+from utils.files import atomic_write
 
-OLD = {"network.onnx": b"old network", "network_int8.onnx": b"old int8", "labels.json": b"old labels"}
-NEW = {"network.onnx": b"new network", "labels.json": b"new labels"}
-CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove")
 
 
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+def export(name: str, *files: str) -> tuple[dict, dict]:
+    """Graphs and labels, all named."""
+    return {file: onnx.ModelProto(producer_name=name) for file in files}, {"name": name}
+
+
+OLD, NEW = export("old", "network.onnx", "network_int8.onnx"), export("new", "network.onnx")
+
+
+def files(folder) -> dict[str, str]:
+    """Which export each file is of."""
+    found = {path.name: onnx.load(path).producer_name for path in folder.glob("*.onnx")}
+    return found | {path.name: json.loads(path.read_text())["name"] for path in folder.glob("*.json")}
+
+
+def names(kind: str, *graphs: str) -> dict[str, str]:
+    return dict.fromkeys((*graphs, "labels.json"), kind)
+
+
+WHOLE = (names("old", "network.onnx", "network_int8.onnx"), names("new", "network.onnx"))
 
 
 def write_killed(folder, before: int) -> bool:
@@ -30,37 +51,37 @@ def write_killed(folder, before: int) -> bool:
                     os._exit(9)
 
         sys.addaudithook(die)
-        write_together(folder, NEW, ["network_int8.onnx"])
+        write_folder(folder, *NEW)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-def test_killed_export_leaves_the_old_or_the_new_files(tmp_path):
+def test_what_a_killed_export_leaves_with_labels_is_the_old_or_the_new_one(tmp_path):
     found = []
     for before in range(100):
         folder = tmp_path / str(before)
-        write_together(folder, OLD, [])
+        write_folder(folder, *OLD)
         (folder / "notes.txt").write_bytes(b"of the user")
         if not write_killed(folder, before):
             break
-        finish(folder)  # as every reader of the folder does
         kept = files(folder)
-        assert kept.pop("notes.txt") == b"of the user"
-        assert kept in (OLD, NEW)
-        found.append(kept == NEW)
-        write_together(folder, NEW, ["network_int8.onnx"])
-        assert {p.name for p in folder.iterdir()} == {*NEW, "notes.txt"}, "nothing temporary is left"
-    assert found == sorted(found) and {False, True} == set(found)
-    assert files(folder) == NEW | {"notes.txt": b"of the user"}
+        found.append(WHOLE.index(kept) if "labels.json" in kept else None)
+        write_folder(folder, *NEW)
+        assert {p.name for p in folder.iterdir()} == {*WHOLE[1], "notes.txt"}
+    assert {0, None} <= set(found) and files(folder) == WHOLE[1]
+    assert (folder / "notes.txt").read_bytes() == b"of the user"
+
+
+@contextmanager
+def on_a_full_disk(path):
+    """``atomic_write`` where there is room for labels.json only."""
+    with atomic_write(path) as file, open("/dev/full", "wb") as full:
+        yield file if path.name == "labels.json" else full
 
 
 def test_what_cannot_be_written_leaves_the_old_files(tmp_path, monkeypatch):
-    write_together(tmp_path, OLD, [])
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_together(tmp_path, NEW, [])
-    assert files(tmp_path) == OLD and len(list(tmp_path.iterdir())) == len(OLD)
+    write_folder(tmp_path, *OLD)
+    monkeypatch.setattr(export_module, "atomic_write", on_a_full_disk)
+    with pytest.raises(UserError, match="No space"):
+        write_folder(tmp_path, *NEW)
+    assert files(tmp_path) == WHOLE[0] and len(list(tmp_path.iterdir())) == len(WHOLE[0])
