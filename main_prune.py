@@ -193,9 +193,9 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     fisher = splits.train[order[: settings.fisher_images]]
     cost = network_cost(network, settings.resize)
     passes = settings.passes(
-        lambda: batch_parts_by_process(fisher, settings.batch_size, normalisation), stage.randomness.draws, every_block
-    )
-    passes = replace(passes, say=stage.run.say)
+        lambda: batch_parts_by_process(fisher, settings.batch_size, normalisation), stage.randomness.draws,
+        every_block, say=stage.run.say,
+    )  # fmt: skip
     pruned = prune_once(network, passes, cost=cost, goal=next_goal(stage, progress, cost), method=settings)
     # All processes take the first one's choice: rounding could make theirs differ.
     pruned = parallel.broadcast_object(pruned)

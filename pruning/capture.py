@@ -25,10 +25,6 @@ LossFn = Callable[[Any, Any], Tensor]
 Visit = Callable[[str, nn.Module, Tensor, Tensor], None]
 
 
-def _silent(line: str) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Passes:
     """The measurements of pruning: images, the forward pass, and the loss.
@@ -39,13 +35,11 @@ class Passes:
 
     batches: Batches
     draws: torch.Generator | None = None  # of the random signs of the "true" Fisher, on the network's device
-    fisher_type: str = (
-        "true"  # of the network's own prediction, see ``score_directions``, or "empirical": of the labels
-    )
+    fisher_type: str = "true"  # of the network's own prediction (``score_directions``), or "empirical": of the labels
     fisher_draws: int = 1  # gradients of each image; the batch then runs forward once and backward so many times
     forward: Forward = nn.Module.__call__  # from network and inputs to logits [N, classes], or to what loss_fn takes
     loss_fn: LossFn | None = None  # from outputs and labels to each image's loss [N]; None: classification
-    say: Callable[[str], None] = _silent  # called with the seconds of each phase
+    say: Callable[[str], None] = lambda line: None  # called with the seconds of each phase
 
     def some(self, count: int) -> "Passes":
         """The same over ``count`` images only, counted over all processes, see ``some_images``."""

@@ -76,7 +76,7 @@ def compress(
         loader, batches = batches, lambda: loader
     draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)
     forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
-    passes = method.passes(batches, draws, forward, loss_fn)
+    passes = method.passes(batches, draws, forward, loss_fn=loss_fn)
     passes = passes if say is None else replace(passes, say=say)
     x, labels = next(passes.on(network))
     cost = cost_on(network, x[:1], forward)

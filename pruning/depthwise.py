@@ -51,11 +51,8 @@ def separable_terms(tensor: Tensor, Q_a: Tensor, terms: int, sweeps: int) -> tup
         Q_a: [B, in, in], eigenvectors of A.
         terms: at most as many for each input direction as there are taps or outputs.
     """
-    device, tensor, Q_a = (
-        tensor.device,
-        tensor.cpu(),
-        Q_a.cpu(),
-    )  # sweeps over small float64 matrices keep a GPU waiting
+    # On the CPU: sweeps over small float64 matrices keep a GPU waiting.
+    device, tensor, Q_a = tensor.device, tensor.cpu(), Q_a.cpu()
     batch = torch.arange(len(tensor))[:, None]
     along = torch.einsum("boit,bik->bkot", tensor, Q_a)
     left, values, right = torch.linalg.svd(along, full_matrices=False)

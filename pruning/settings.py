@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from pruning.capture import FISHER_TYPES, Batches, Forward, LossFn, Passes
+from pruning.capture import FISHER_TYPES, Batches, Forward, Passes
 from pruning.goals import OBJECTIVES
 from utils.errors import UserError
 from utils.settings import (
@@ -107,15 +106,9 @@ class Method:
         """Whether whole forms of layers compete, or directions or channels one by one."""
         return self.criterion in EIGENBASIS_CRITERIA and self.decomposition != "truncate"
 
-    def passes(
-        self,
-        batches: Batches,
-        draws: torch.Generator,
-        forward: Forward = nn.Module.__call__,
-        loss_fn: LossFn | None = None,
-    ) -> Passes:
+    def passes(self, batches: Batches, draws: torch.Generator, forward: Forward, **more: Any) -> Passes:
         """The passes that measure the Fisher, see ``pruning.capture.Passes``."""
-        return Passes(batches, draws, self.fisher_type, self.fisher_draws, forward, loss_fn)
+        return Passes(batches, draws, self.fisher_type, self.fisher_draws, forward, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
