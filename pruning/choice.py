@@ -1,11 +1,10 @@
 """The choice of a form for every layer: the least summed rise of the loss that meets a goal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pruning.combinations import Ways, least_regretted
-from pruning.forms import Form
 from pruning.goals import Goal, as_target, least_of, shortfall
 from utils.errors import UserError
 
@@ -14,18 +13,20 @@ from utils.errors import UserError
 TIE = 1e-9
 
 
-def choose_forms(
-    forms: Mapping[str, Sequence[Form]],
-    rises: Mapping[str, Sequence[float]],
+def choose(
+    costs: Sequence[np.ndarray],
+    rises: Sequence[np.ndarray],
+    now: Sequence[float],
     goal: Goal,
     fixed: tuple[int, int],
     objective: str,
-) -> dict[str, int]:
+) -> list[int]:
     """The index of each layer's form: of all combinations that reach the targets, the one with the least summed rise.
 
     Args:
-        forms: by layer, the present one first.
-        rises: predicted of the loss, one for each form.
+        costs: FLOPs and parameters [n, 2] of the forms of each layer or block.
+        rises: predicted of the loss, [n] for each.
+        now: FLOPs and parameters of the network as it is.
         goal: targets, or a share, see ``pruning.goals.as_target``.
         fixed: FLOPs and parameters of everything outside of the layers.
         objective: quantity that a share refers to.
@@ -33,19 +34,11 @@ def choose_forms(
     Raises:
         UserError: if the target cannot be reached.
     """
-    costs = [form_costs(own) for own in forms.values()]
-    now = sum((own[0] for own in costs), np.asarray(fixed))
     goal = as_target(goal, now, least_of(costs, fixed), objective)
-    ways = []
-    for name, own in zip(forms, costs, strict=True):
-        saved = ((own[0] - own)[:, goal.kinds] / now[goal.kinds]).mean(axis=1)
-        ways.append(Ways(own[:, goal.kinds], np.asarray(rises[name]) + TIE * saved))
-    chosen = least_regretted(ways, goal.limits - np.asarray(fixed)[goal.kinds])
+    whole, outside = (np.asarray(pair)[goal.kinds] for pair in (now, fixed))
+    used = [own[:, goal.kinds] for own in costs]
+    ways = [Ways(u, rise - TIE * (u / whole).mean(axis=1)) for u, rise in zip(used, rises, strict=True)]
+    chosen = least_regretted(ways, goal.limits - outside)
     if chosen is None:
         raise UserError(f"{shortfall(goal, costs, fixed)}: raise the target")
-    return dict(zip(forms, chosen, strict=True))
-
-
-def form_costs(forms: Sequence[Form]) -> np.ndarray:
-    """FLOPs and parameters of each form, [n, 2]."""
-    return np.array([(form.flops, form.parameters) for form in forms])
+    return chosen

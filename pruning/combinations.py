@@ -34,8 +34,9 @@ def least_regretted(layers: Sequence[Ways], budgets: np.ndarray) -> list[int] | 
     """
     if not layers:
         return [] if (np.asarray(budgets) >= 0).all() else None
-    layer = np.repeat(np.arange(len(layers)), [len(ways.regrets) for ways in layers])
-    index = np.concatenate([np.arange(len(ways.regrets)) for ways in layers])
+    kept = [undominated(ways) for ways in layers]
+    layers = [Ways(ways.costs[some], ways.regrets[some]) for ways, some in zip(layers, kept, strict=True)]
+    layer, index = np.repeat(np.arange(len(layers)), [len(some) for some in kept]), np.concatenate(kept)
     regrets = np.concatenate([ways.regrets - ways.regrets.min() for ways in layers])
     costs = np.concatenate([ways.costs - ways.costs.min(axis=0) for ways in layers])
     budgets = budgets - sum(ways.costs.min(axis=0) for ways in layers)

@@ -34,6 +34,11 @@ class Form:
     parameters: int
 
 
+def form_costs(forms: Sequence[Form]) -> np.ndarray:
+    """FLOPs and parameters of each form, [n, 2]."""
+    return np.array([(form.flops, form.parameters) for form in forms])
+
+
 def possible_forms(
     now: Form, shape: LayerShape, least: tuple[int, int], kinds: Sequence[str], round_to: int, bias: int = 0
 ) -> list[Form]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pruning.combinations import Ways, least_regretted, undominated
+from pruning.combinations import Ways, least_regretted
 
 OBJECTIVES = ("saliency", "flops", "parameters")
 
@@ -76,11 +76,8 @@ def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], b
             asked = f"target_{names[k].lower()} asks for {limit:,.0f} {names[k]}"
             return f"{asked}, but {by} can leave no fewer than {least[k]:,}"
     if len(goal.kinds) == 2:
-        fronts = [Ways(own[:, :1], own[:, 1]) for own in costs]
-        kept = [undominated(front) for front in fronts]
-        fronts = [Ways(front.costs[some], front.regrets[some]) for front, some in zip(fronts, kept, strict=True)]
-        chosen = least_regretted(fronts, goal.limits[:1] - fixed[0])
-        parameters = fixed[1] + sum(int(own.regrets[i]) for own, i in zip(fronts, chosen, strict=True))
+        chosen = least_regretted([Ways(own[:, :1], own[:, 1]) for own in costs], goal.limits[:1] - fixed[0])
+        parameters = fixed[1] + sum(int(own[i, 1]) for own, i in zip(costs, chosen, strict=True))
         if parameters > goal.parameters:
             return (
                 f"target_flops ({goal.flops:,.0f}) and target_parameters ({goal.parameters:,.0f}) can be met one by "

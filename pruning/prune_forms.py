@@ -8,16 +8,17 @@ Kronecker approximation, and decides among them.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
-from pruning.choice import choose_forms
+from pruning.choice import choose
 from pruning.costs import LayerShape, counted_layer, layer_shape
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors, collect_factors
-from pruning.forms import KINDS, UNCHANGED, Form, Kernel, build, possible_forms, trials
+from pruning.forms import KINDS, UNCHANGED, Form, Kernel, build, form_costs, possible_forms, trials
 from pruning.goals import Goal
 from pruning.layers import ConvWeights, composed, weights_of
 from pruning.prediction import predicted_rise, predicted_rises
@@ -60,9 +61,10 @@ def prune_to_forms(
             for name, own in tried.items():
                 rises[name] = rises[name].cpu() + 0.5 * method.regularization * own.squared_changes()
         del tried  # before the next group's are made
-    rises = {name: [0.0, *rises[name].tolist()] if name in able else [0.0] for name in forms}
+    rises = [np.array([0.0, *rises[name].tolist()] if name in able else [0.0]) for name in forms]
+    costs, now = [form_costs(own) for own in forms.values()], (cost.flops, cost.parameters)
     with passes.phase("choice"):
-        chosen = choose_forms(forms, rises, goal, fixed, method.objective)
+        chosen = dict(zip(forms, choose(costs, rises, now, goal, fixed, method.objective), strict=True))
 
     taken = {name: forms[name][i] for name, i in chosen.items() if i > 0}
     with passes.phase(f"decomposition of {len(taken)} layers"):

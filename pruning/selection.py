@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.combinations import Ways, least_regretted, undominated
-from pruning.goals import Goal, as_target, least_of, shortfall
+from pruning.choice import choose
+from pruning.goals import Goal, shortfall
 from utils.errors import UserError
 
 
@@ -138,13 +138,5 @@ def _least_saliency(
     forms = [group.forms() for group in groups.values()]
     costs = [own[1] for own in forms]
     now = sum((own[-1] for own in costs), np.asarray(fixed))
-    goal = as_target(goal, now, least_of(costs, fixed), objective)
-    ways = [Ways(own[:, goal.kinds], lost) for _, own, lost in forms]
-    worthwhile = [undominated(own) for own in ways]
-    ways = [Ways(own.costs[some], own.regrets[some]) for own, some in zip(ways, worthwhile, strict=True)]
-    chosen = least_regretted(ways, goal.limits - np.asarray(fixed)[goal.kinds])
-    if chosen is None:
-        raise UserError(f"{shortfall(goal, costs, fixed)}: raise the target")
-    return {
-        name: counts[some[i]] for name, (counts, _, _), some, i in zip(groups, forms, worthwhile, chosen, strict=True)
-    }
+    chosen = choose(costs, [lost for *_, lost in forms], now, goal, fixed, objective)
+    return {name: counts[i] for name, (counts, *_), i in zip(groups, forms, chosen, strict=True)}

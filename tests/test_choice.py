@@ -7,9 +7,9 @@ import pytest
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-from pruning.choice import choose_forms, form_costs
+from pruning.choice import choose
 from pruning.combinations import Ways, least_regretted, undominated
-from pruning.forms import TUCKER, Form
+from pruning.forms import TUCKER, Form, form_costs
 from pruning.goals import Goal, as_target, least_of
 from utils.errors import UserError
 
@@ -26,6 +26,13 @@ def made_up(seed: int) -> tuple[dict[str, list[Form]], dict[str, list[float]]]:
         forms[name] = [Form(TUCKER, (int(20 * s), int(30 * s)), f, p) for s, f, p in rows]
         rises[name] = (generator.uniform(0.5, 2) * (1 / shares - 1) * generator.uniform(0.8, 1.2, len(shares))).tolist()
     return forms, rises
+
+
+def choose_forms(forms, rises, goal, fixed, objective) -> dict[str, int]:
+    costs = [form_costs(own) for own in forms.values()]
+    now = used(forms, dict.fromkeys(forms, 0), fixed)
+    chosen = choose(costs, [np.asarray(rises[name]) for name in forms], now, goal, fixed, objective)
+    return dict(zip(forms, chosen, strict=True))
 
 
 def used(forms, chosen, fixed=(0, 0)):
