@@ -232,7 +232,7 @@ def begin(stage: Stage) -> None:
         rescale_gate_logits(network, stage.batches.normalisation.apply(pixels))
     stage.run.record(0, {}, **layer_scalars(network, stage.cost))
     stage.steering.begin(**start.metrics)
-    stage.keeper.offer(budget.score_of(start), start.metrics)
+    stage.keeper.offer(budget.score(**start.metrics), start.metrics)
     stage.keeper.save_last()
 
 
@@ -274,7 +274,7 @@ def offered(stage: Stage, at_half: Evaluation, stays: bool) -> Evaluation:
     with nullcontext() if stays else gate_biases_restored(network):
         if not stage.settings.published:
             found = find_operating_point(network, stage.evaluated, budget, stage.cost, at_half)
-        if stage.keeper.offer(budget.score_of(found), found.metrics):
+        if stage.keeper.offer(budget.score(**found.metrics), found.metrics):
             stage.steering.remember(found.computation)
     return found
 

@@ -52,7 +52,7 @@ def fix_switches(
         for fixed in (grown,) if every == grown else (every, grown):
             smaller = with_fixed_switches(network, fixed)
             after = evaluated(smaller)
-            if after.accuracy < before.accuracy - TOLERATED or not budget.met_by(after):
+            if after.accuracy < before.accuracy - TOLERATED or not budget.met(**after.metrics):
                 continue
             if fixed is grown:
                 kept = grown

@@ -64,19 +64,19 @@ def find_operating_point(
     for_accuracy = budget.target_computation is None
     if not for_accuracy:
         low, high = budget.target_computation - REACH, budget.target_computation + REACH
-    elif budget.met_by(at_half):
+    elif budget.met(**at_half.metrics):
         low, high = max(1 - cost.skippable, at_half.computation - REACH), at_half.computation
     else:
         low, high = at_half.computation, 1.0
-        if high - low < NEAR or not budget.met_by(measured_at(high)):  # then nothing between is worth a look
+        if high - low < NEAR or not budget.met(**measured_at(high).metrics):  # then nothing between is worth a look
             low = high
     for _ in range(SEARCH):
         if high - low < NEAR:
             break
         middle = (low + high) / 2
-        downwards = budget.met_by(measured_at(middle)) == for_accuracy
+        downwards = budget.met(**measured_at(middle).metrics) == for_accuracy
         low, high = (low, middle) if downwards else (middle, high)
-    offset, best = max(tried, key=lambda one: budget.score_of(one[1]))
+    offset, best = max(tried, key=lambda one: budget.score(**one[1].metrics))
     shift(offset)
     return best
 

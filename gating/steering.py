@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.evaluate import Evaluation
 from utils.errors import UserError
 from utils.flops import NetworkCost
 
@@ -47,9 +46,6 @@ class Budget:
             return accuracy >= self.floor - 1e-9
         return computation <= self.target_computation + 0.005
 
-    def met_by(self, measured: Evaluation) -> bool:
-        return self.met(measured.accuracy, measured.computation)
-
     def lost(self, accuracy: float) -> bool:
         """Whether the accuracy has collapsed: below the floor by more than the drop and two percentage points."""
         return self.target_computation is None and accuracy < self.floor - max(self.drop, 0.02)
@@ -64,9 +60,6 @@ class Budget:
         # Within the budget the objective comes first, outside of it the constraint.
         fewest_first = within == (self.target_computation is None)
         return (within, percent, accuracy) if fewest_first else (within, accuracy, percent)
-
-    def score_of(self, measured: Evaluation) -> tuple[bool, float, float]:
-        return self.score(measured.accuracy, measured.computation)
 
 
 def next_setpoint(budget: Budget, accuracy: float, computation: float, start: float, epoch: int, epochs: int) -> float:

@@ -208,7 +208,8 @@ def test_what_is_fixed_keeps_the_accuracy_and_costs_least(measured, fixed):
 
     def told(network):
         accuracy, flops = measured.get(tuple(sorted(network.fixed_switches)), (0.9, 1000))
-        return SimpleNamespace(accuracy=accuracy, computation=flops / 2000, flops_executed=flops, decisions=decisions)
+        known = {"accuracy": accuracy, "computation": flops / 2000}
+        return SimpleNamespace(**known, metrics=known, flops_executed=flops, decisions=decisions)
 
     found = fix_switches(lively_network("sp", "rnn"), told, Budget(0.0), 0.5)
     assert (found and set(found.network.fixed_switches)) == fixed
