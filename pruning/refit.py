@@ -219,11 +219,11 @@ def _free_part(layer: nn.Module, rows: int) -> tuple[nn.Module | None, int | Non
     return (last if last is not None and last.weight[0].numel() <= rows / ENOUGH else None), None
 
 
-def patches(layer: nn.Module, a: Tensor, positions: Tensor | None, part: nn.Module | None) -> Tensor:
+def patches(layer: nn.Module, a: Tensor, positions: Tensor, part: nn.Module | None) -> Tensor:
     """The inputs of a part of a layer, one row per image and position, for the layer's inputs a [N, in, H, W].
 
     Args:
-        positions: indices of the output positions; None: all.
+        positions: indices of the output positions.
         part: the core, or the layer itself where it is plain; the rotation behind the core; None: the layer's outputs
             without its bias.
     """
@@ -235,27 +235,22 @@ def patches(layer: nn.Module, a: Tensor, positions: Tensor | None, part: nn.Modu
     linear = isinstance(core, nn.Linear)
     # Not through hooks: one of this layer's hooks calls this.
     z = core.forward(a[..., 0].transpose(1, 2)).transpose(1, 2) if linear else core.forward(a).flatten(2)
+    z = z[:, :, positions]
     if part is None:
-        z = z if positions is None else z[:, :, positions]
         last = getattr(layer, "rotate_out", None)
         if last is not None:
             z = torch.einsum("nrs,or->nos", z, last.weight.flatten(1))
         elif core.bias is not None:
             z = z - core.bias[:, None]
-        return z.transpose(1, 2).flatten(0, 1)
-    return (z if positions is None else z[:, :, positions]).transpose(1, 2).flatten(0, 1)
+    return z.transpose(1, 2).flatten(0, 1)
 
 
-def _windows(core: nn.Module, a: Tensor, positions: Tensor | None) -> Tensor:
+def _windows(core: nn.Module, a: Tensor, positions: Tensor) -> Tensor:
     """[N * positions, in * taps], the windows that a convolution or a linear layer reads."""
     if isinstance(core, nn.Linear):
-        rows = a.flatten(2) if positions is None else a.flatten(2)[:, :, positions]
-        return rows.transpose(1, 2).flatten(0, 1)
+        return a.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
     a = padded(core, a)
-    spans = [d * (k - 1) + 1 for d, k in zip(core.dilation, core.kernel_size, strict=True)]
-    width = (a.shape[3] - spans[1]) // core.stride[1] + 1
-    if positions is None:
-        positions = torch.arange(((a.shape[2] - spans[0]) // core.stride[0] + 1) * width, device=a.device)
+    width = (a.shape[3] - core.dilation[1] * (core.kernel_size[1] - 1) - 1) // core.stride[1] + 1
     corners = positions // width * core.stride[0] * a.shape[3] + positions % width * core.stride[1]
     rows, columns = (torch.arange(k, device=a.device) * d for k, d in zip(core.kernel_size, core.dilation, strict=True))
     taps = (rows[:, None] * a.shape[3] + columns).flatten()

@@ -40,7 +40,8 @@ def rows_of(y: Tensor) -> Tensor:
 
 
 def read_by(layer, a: Tensor, positions=None) -> Tensor:
-    """What the part of a layer that is refitted reads."""
+    """What the part of a layer that is refitted reads, at all positions unless some are given."""
+    positions = torch.arange(layer(a)[0, 0].numel()) if positions is None else positions
     part = layer.rotate_out if getattr(layer, "depthwise", False) else getattr(layer, "core", layer)
     return patches(layer, a, positions, part).detach()
 
