@@ -9,6 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from gating.cascade_search import Candidate, Outcome, Predictions, frontier
+from gating.pictures import class_means
 
 
 def draw_frontier(found: Sequence[Candidate], chosen: Candidate, floor: float | None) -> Figure:
@@ -54,7 +55,7 @@ def draw_answered(done: Outcome, labels: Tensor, classes: Sequence[str]) -> Figu
 def answered_by_class(done: Outcome, labels: Tensor, classes: int) -> Tensor:
     """Share of each class's images that each member answers, [classes, members]; NaN for a class without images."""
     by_member = torch.stack([done.members_run == m for m in range(1, int(done.members_run.max()) + 1)], dim=1).double()
-    return torch.stack([by_member[labels == label].mean(dim=0) for label in range(classes)])
+    return class_means(by_member, labels, classes)
 
 
 def what_is_known(done: Outcome, predictions: Sequence[Predictions], labels: Tensor) -> dict[str, Any]:

@@ -83,14 +83,9 @@ def class_averages(executed: Tensor, labels: Tensor, classes: Sequence[str]) -> 
     return {name: torch.mean(values).item() for name, values in means.items() if len(values)}
 
 
-def passing_by_class(decisions: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Share of each class's images for which each switched block runs, [classes, K]; NaN for a class without images.
-
-    Args:
-        decisions: [N, K].
-        labels: int64 [N].
-    """
-    return torch.stack([decisions[labels == label].mean(dim=0) for label in range(classes)])
+def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Means over each class's images, [classes, K] for values [N, K]; NaN for a class without images."""
+    return torch.stack([values[labels == label].mean(dim=0) for label in range(classes)])
 
 
 def extremes_by_class(executed: Tensor, labels: Tensor, classes: int, count: int) -> list[tuple[Tensor, Tensor]]:

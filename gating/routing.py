@@ -4,11 +4,11 @@ import torch
 
 from gating.pictures import (
     class_averages,
+    class_means,
     draw_easy_and_hard,
     draw_executed,
     draw_passing,
     draw_path,
-    passing_by_class,
 )
 from training.evaluate import Evaluator
 from training.norms import placed
@@ -30,7 +30,7 @@ def record_routing(run: Run, best: Checkpoint, test: Images, floor: float, devic
     if not parallel.is_main_process():
         return
     labels = test.labels.cpu()
-    passing = passing_by_class(measured.decisions, labels, len(classes))
+    passing = class_means(measured.decisions, labels, len(classes))
     run.picture("passing_by_class", draw_passing(passing, classes))
     run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all))
     for name, figure in draw_easy_and_hard(test, measured.executed, classes):

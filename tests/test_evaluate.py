@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from gating.pictures import (
     CLASSES_A_PAGE,
     class_averages,
+    class_means,
     draw_easy_and_hard,
     draw_passing,
     extremes_by_class,
-    passing_by_class,
 )
 from pruning.changes import ranks_picture
 from training.evaluate import evaluate
@@ -53,8 +53,8 @@ DECISIONS = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
 LABELS = torch.tensor([0, 0, 1, 1])
 
 
-def test_passing_by_class():
-    assert passing_by_class(DECISIONS, LABELS, 2).tolist() == [[1.0, 0.5], [0.5, 0.0]]
+def test_means_of_classes():
+    assert class_means(DECISIONS, LABELS, 2).tolist() == [[1.0, 0.5], [0.5, 0.0]]
 
 
 def test_extremes_by_class_of_each_class():
