@@ -24,13 +24,8 @@ AT_ONCE = 16
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def open_session(
-    model: onnx.ModelProto | Path, device: str = "cpu", threads: int = 0, profile: Path | None = None
-) -> onnxruntime.InferenceSession:
+def open_session(model: onnx.ModelProto | Path, device: str = "cpu", threads: int = 0) -> onnxruntime.InferenceSession:
     """A session on ``device`` ("cpu" or "cuda"); ``threads`` 0 means ONNX Runtime's choice.
-
-    Args:
-        profile: start of the name of a profile to write, none by default.
 
     Raises:
         UserError: if the file is missing or no ONNX model.
@@ -40,9 +35,6 @@ def open_session(
     # Spinning threads of an idle session would take the cores from other work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
     source, name = (str(model), model) if isinstance(model, Path) else (model.SerializeToString(), "the graph")
     try:
         return onnxruntime.InferenceSession(source, options, providers=[PROVIDERS[device]])

@@ -98,7 +98,10 @@ def test_check_refuses_a_graph_of_another_network():
 @pytest.mark.parametrize("gate", SWITCHED)
 def test_blocks_see_only_the_images_that_take_them(gate, tmp_path):
     network, pixels = folded(lively_network("rl_pruned", gate)), varied_images(64)
-    session = open_session(onnx_model(network, NORMALISATION, 16), threads=1, profile=tmp_path / "run")
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "run")
+    model = onnx_model(network, NORMALISATION, 16).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     decisions = run_session(session, pixels.numpy())["decisions"]
     events = json.loads(Path(session.end_profiling()).read_text())
     rows = {}
