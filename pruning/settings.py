@@ -15,7 +15,6 @@ from utils.settings import (
     MOST_CHANNELS,
     MOST_EPOCHS,
     MOST_IMAGES,
-    NETWORK_HELP,
     SCHEDULES,
     StageSettings,
     check_network,
@@ -36,57 +35,20 @@ def _check_names(names: list) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How an iteration of pruning measures, chooses and rebuilds."""
+    """How an iteration of pruning measures, chooses and rebuilds; docs/options.md says what each setting means."""
 
-    criterion: str = setting(
-        "eigendamage",
-        "pruning criterion: directions of the eigenbasis (eigendamage), or whole channels inside blocks (the others)",
-        choices=CRITERIA,
-    )
-    decomposition: str = setting(
-        "best",
-        "forms that eigendamage can give a layer: 1x1 - core - 1x1 with the smallest loss (tucker), a depthwise "
-        "separable layer (depthwise), the better of both (best), or single directions one by one, as published "
-        "(truncate)",
-        choices=DECOMPOSITIONS,
-    )
-    objective: str = setting(
-        "flops",
-        "what prune_ratio is a share of: FLOPs or parameters; saliency (only with truncate or channels): directions or "
-        "channels, ranked under one threshold as published, also with a target",
-        choices=OBJECTIVES,
-    )
-    round_to: int = setting(
-        16,
-        "kept ranks and channels are multiples of this; of its half, and so on, in smaller layers and where the goal "
-        "cannot be reached otherwise",
-        low=1,
-        high=MOST_CHANNELS,
-    )
-    prune_ratio_limit: float = setting(
-        0.9, "largest share of a layer's input or output directions that may be removed in total", low=0, below=1
-    )
-    ignored_layers: list = setting(
-        [], "names of layers that stay as they are, or of modules that hold them", check=_check_names
-    )
-    normalize: bool = setting(
-        False, "rank single directions or channels by their share of the layer's saliency, not by the saliency"
-    )
-    fisher_type: str = setting(
-        "true",
-        "gradients of the network's own prediction (true), or of the data's labels (empirical)",
-        choices=FISHER_TYPES,
-    )
-    fisher_draws: int = setting(1, "random gradients of each image for the true Fisher", low=1, high=10**4)
-    correct_eigenvalues: bool = setting(
-        True, "with truncate, measure the curvature in the eigenbasis (EK-FAC), with one more pass"
-    )
-    refit: bool = setting(
-        True, "refit rebuilt layers to their earlier outputs, from input to output, in two passes over some images"
-    )
-    regularization: float = setting(
-        0.0, "curvature added to every weight or direction (eigendamage, c_obd and kron_obd)", low=0
-    )
+    criterion: str = setting("eigendamage", choices=CRITERIA)
+    decomposition: str = setting("best", choices=DECOMPOSITIONS)
+    objective: str = setting("flops", choices=OBJECTIVES)
+    round_to: int = setting(16, low=1, high=MOST_CHANNELS)
+    prune_ratio_limit: float = setting(0.9, low=0, below=1)
+    ignored_layers: list = setting([], check=_check_names)
+    normalize: bool = setting(False)
+    fisher_type: str = setting("true", choices=FISHER_TYPES)
+    fisher_draws: int = setting(1, low=1, high=10**4)
+    correct_eigenvalues: bool = setting(True)
+    refit: bool = setting(True)
+    regularization: float = setting(0.0, low=0)
 
     def __post_init__(self) -> None:
         if self.normalize and self.forms_compete:
@@ -94,7 +56,6 @@ class Method:
                 f"normalize ranks single directions, but decomposition {self.decomposition} compares whole forms of "
                 "a layer: use decomposition truncate, or normalize false"
             )
-
         if self.ignored_layers and not self.forms_compete:
             raise UserError(
                 "ignored_layers needs forms of layers that compete: use criterion eigendamage with decomposition best, "
@@ -113,62 +74,34 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(Method, StageSettings):
-    """Every key of ``config.json``.
+    """Every key of ``config.json``, see docs/options.md.
 
     Raises:
         UserError: for an unknown schedule or name, or for settings that exclude each other.
     """
 
-    network: str = setting("resnet", NETWORK_HELP, check=check_network)
-    width: int = setting(64, "width of the network of stage 1", low=1, high=MOST_CHANNELS)
-    checkpoint: str = path_setting(
-        "", "checkpoint to prune; empty: the newest run of stage 1 that fits; for a network of your own its state_dict"
-    )
-    mean: list = setting([], "for a network of your own: mean of each channel that it expects; empty: measured")
-    std: list = setting([], "for a network of your own: standard deviation of each channel that it expects")
-    val_fraction: float = setting(
-        0.1, "for a network of your own: share of the training images set aside, if there is no val/", low=0, below=1
-    )
-    no_flip: bool = setting(False, "for a network of your own: do not mirror images in fine-tuning")
-    batch_size: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
-    lr: float = setting(0.02, "initial learning rate of each fine-tuning", low=0)
-    scheduler_params: dict = setting(
-        {"name": "cosine"}, 'schedule of each fine-tuning: {"name": "cosine"}, or "step" with milestones and gamma'
-    )
-    epochs_start: int = setting(10, "epochs of fine-tuning when little has been removed", low=0, high=MOST_EPOCHS)
-    epochs_end: int = setting(
-        40, "epochs of fine-tuning when nearly everything has been removed", low=0, high=MOST_EPOCHS
-    )
-    prune_ratio: float = setting(
-        0.3,
-        "without a target: share of the FLOPs (or of what objective names) that one iteration removes",
-        low=0,
-        below=1,
-    )
-    target_flops: float = setting(
-        0.0, "FLOPs after the last iteration: up to 1, a share of stage 1's; above 1, their number; 0: no target", low=0
-    )
-    target_parameters: float = setting(
-        0.0,
-        "parameters after the last iteration: up to 1, a share of stage 1's; above 1, their number; 0: no target",
-        low=0,
-    )
-    fisher_images: int = setting(3000, "training images for the Fisher (all, if there are fewer)", low=1, high=10**9)
-    reestimate_batch_norm: bool = setting(
-        True, "measure the batch norms' statistics again after surgery, on the images of the Fisher (without refit)"
-    )
-    distill: float = setting(
-        0.5,
-        "weight of distillation from stage 1's network in fine-tuning; the labels have the remaining weight",
-        low=0,
-        high=1,
-    )
-    max_iter: int = setting(8, "iterations of prune, fine-tune, measure", low=1, high=10**4)
-    max_accuracy_drop: float = setting(
-        0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
-    )
-    log_interval: int = setting(1, "epochs of fine-tuning between two lines of the log", low=1, high=MOST_EPOCHS)
-    exp_name: str = setting("", "name added to the folder of the run")
+    network: str = setting("resnet", check=check_network)
+    width: int = setting(64, low=1, high=MOST_CHANNELS)
+    checkpoint: str = path_setting("")
+    mean: list = setting([])
+    std: list = setting([])
+    val_fraction: float = setting(0.1, low=0, below=1)
+    no_flip: bool = setting(False)
+    batch_size: int = setting(128, low=2, high=MOST_IMAGES)
+    lr: float = setting(0.02, low=0)
+    scheduler_params: dict = setting({"name": "cosine"})
+    epochs_start: int = setting(10, low=0, high=MOST_EPOCHS)
+    epochs_end: int = setting(40, low=0, high=MOST_EPOCHS)
+    prune_ratio: float = setting(0.3, low=0, below=1)
+    target_flops: float = setting(0.0, low=0)
+    target_parameters: float = setting(0.0, low=0)
+    fisher_images: int = setting(3000, low=1, high=10**9)
+    reestimate_batch_norm: bool = setting(True)
+    distill: float = setting(0.5, low=0, high=1)
+    max_iter: int = setting(8, low=1, high=10**4)
+    max_accuracy_drop: float = setting(0.01, low=0, high=1)
+    log_interval: int = setting(1, low=1, high=MOST_EPOCHS)
+    exp_name: str = setting("")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -131,7 +131,7 @@ def test_the_ends_of_the_ranges_are_accepted():
             if (value := field.metadata.get(end)) is not None:
                 assert getattr(checked({field.name: value}), field.name) == value
         given = field.default is not MISSING or field.default_factory is not MISSING
-        assert field.metadata["help"] and (given or field.name == "data_dir")
+        assert given or field.name == "data_dir"
 
 
 def test_the_schedule_that_is_set_is_the_one_used():

@@ -47,7 +47,7 @@ def check_network(name: str) -> None:
 
 def setting(
     default: Any,
-    help: str,
+    help: str = "",
     *,
     low: float | None = None,
     high: float | None = None,
@@ -60,7 +60,7 @@ def setting(
 
     Args:
         default: MISSING for one that has to be given.
-        help: its meaning in a sentence.
+        help: its meaning in a sentence, where ``--help`` shows it.
         low, high, below: its range, low <= value <= high and value < below.
         choices: the values that it takes.
         check: raises ValueError for an invalid value.
@@ -72,7 +72,7 @@ def setting(
     return field(default=default, metadata=rule)
 
 
-def path_setting(default: Any, help: str) -> Any:
+def path_setting(default: Any, help: str = "") -> Any:
     """A setting that names a file or folder, ``~`` being a user's home."""
     return setting(default, help, check=_check_home)
 
