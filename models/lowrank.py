@@ -54,41 +54,29 @@ class LowRankConv2d(nn.Module):
     convolution the core is the first of two factors.
 
     Args:
-        in_channels, out_channels: channels outside.
-        kernel_size, stride, padding, dilation: of the core, as of ``nn.Conv2d``; the rotations are 1x1 with stride 1.
-        rank_in: c, or None for a core that reads the input as it is.
-        rank_out: r, or None for a core that writes the output as it is.
+        layer: the convolution that it replaces, plain or of low rank.  The core has its kernel size, stride, padding
+            and dilation; the rotations are 1x1 with stride 1.
+        ranks: c, or None for a core that reads the input as it is; r, or None for one that writes the output as it is.
         depthwise: whether every channel of the core is filtered on its own, c = r: the depthwise separable form.
         bias: whether there is one, in the last convolution.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int],
-        padding: int | tuple[int, int] | str,
-        rank_in: int | None,
-        rank_out: int | None,
-        depthwise: bool = False,
-        dilation: int | tuple[int, int] = 1,
-        bias: bool = False,
-    ):
+    def __init__(self, layer: nn.Module, ranks: Ranks, depthwise: bool = False, bias: bool = False):
         super().__init__()
-        core_in = in_channels if rank_in is None else rank_in
-        core_out = out_channels if rank_out is None else rank_out
-        groups = core_in if depthwise else 1
-        self.rotate_in = None if rank_in is None else nn.Conv2d(in_channels, core_in, 1, bias=False)
-        self.core = SafeConv2d(
-            core_in, core_out, kernel_size, stride, padding, dilation, groups, bias=bias and rank_out is None
-        )
-        self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, out_channels, 1, bias=bias)
         # These describe the whole layer, as those of the plain convolution that it replaces.
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = self.core.kernel_size, self.core.stride
-        self.padding, self.dilation = self.core.padding, self.core.dilation
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride = layer.kernel_size, layer.stride
+        self.padding, self.dilation = layer.padding, layer.dilation
         self.groups, self.padding_mode, self.transposed, self.output_padding = 1, "zeros", False, (0, 0)
+        rank_in, rank_out = ranks
+        core_in = layer.in_channels if rank_in is None else rank_in
+        core_out = layer.out_channels if rank_out is None else rank_out
+        self.rotate_in = None if rank_in is None else nn.Conv2d(layer.in_channels, core_in, 1, bias=False)
+        self.core = SafeConv2d(
+            core_in, core_out, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            groups=core_in if depthwise else 1, bias=bias and rank_out is None,
+        )  # fmt: skip
+        self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, layer.out_channels, 1, bias=bias)
 
     @property
     def weight(self) -> ComposedKernel:
@@ -191,10 +179,7 @@ def low_rank(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.
             raise ValueError(f"ranks are {rank_in} and {rank_out}, but a linear layer takes None and a number")
         smaller = LowRankLinear(layer.in_features, layer.out_features, rank_out, bias)
     else:
-        smaller = LowRankConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, *ranks,
-            depthwise=depthwise, dilation=layer.dilation, bias=bias,
-        )  # fmt: skip
+        smaller = LowRankConv2d(layer, ranks, depthwise, bias)
     return smaller.to(weight.device, weight.dtype).train(layer.training)
 
 

@@ -231,9 +231,9 @@ def test_edits_that_do_not_fit_are_one_sentence():
 CLASSES = 5
 WORDS = 12
 LAYERS = {
-    "tucker": lambda: LowRankConv2d(6, 8, 3, 2, 1, 4, 5, bias=True),
-    "one side": lambda: LowRankConv2d(6, 8, 3, 1, 1, None, 5),
-    "depthwise": lambda: LowRankConv2d(6, 8, 3, 1, 2, 7, 7, depthwise=True, dilation=2),
+    "tucker": lambda: LowRankConv2d(nn.Conv2d(6, 8, 3, 2, 1), (4, 5), bias=True),
+    "one side": lambda: LowRankConv2d(nn.Conv2d(6, 8, 3, 1, 1), (None, 5)),
+    "depthwise": lambda: LowRankConv2d(nn.Conv2d(6, 8, 3, 1, 2, dilation=2), (7, 7), depthwise=True),
 }
 
 

@@ -54,7 +54,7 @@ def layer_of(form: Form) -> nn.Module:
         return nn.Conv2d(INPUTS, OUTPUTS, 3, padding=1, bias=False)
     sides = zip(form.ranks, (INPUTS, OUTPUTS), strict=True)
     ranks = form.ranks if form.kind == DEPTHWISE else [None if rank == whole else rank for rank, whole in sides]
-    return LowRankConv2d(INPUTS, OUTPUTS, 3, 1, 1, *ranks, depthwise=form.kind == DEPTHWISE)
+    return LowRankConv2d(nn.Conv2d(INPUTS, OUTPUTS, 3, 1, 1), ranks, form.kind == DEPTHWISE)
 
 
 @torch.no_grad()

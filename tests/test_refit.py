@@ -56,7 +56,7 @@ def example(rank_in, rank_out, stride, depthwise=False):
     """A whole layer, a low-rank one in its place, inputs and what the whole layer makes of others."""
     torch.manual_seed(0)
     whole = nn.Conv2d(6, 5, 3, stride, 1, bias=False).double()
-    layer = LowRankConv2d(6, 5, 3, stride, 1, rank_in, rank_out, depthwise).double()
+    layer = LowRankConv2d(whole, (rank_in, rank_out), depthwise).double()
     a = torch.randn(7, 6, 6, 6, dtype=torch.float64) + torch.rand(6, 1, 1, dtype=torch.float64)
     a[:, :, :, 1:] += 0.8 * a[:, :, :, :-1]  # taps are correlated
     y = whole(a + 0.3 * torch.randn_like(a)).detach() + 2
