@@ -47,7 +47,8 @@ FORMS = {
     "channels, kron_obs": replace(BASE, criterion="kron_obs"),
 }
 PREDICTIONS = ("sum", "together")
-SETTINGS = ("checkpoint", "images", "fisher_draws", "seed")
+SETTINGS = ("checkpoint", "images")
+BATCH = 128
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,9 +59,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.25])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--images", type=int, default=2000, help="training images for the Fisher and the divergence")
-    parser.add_argument("--fisher_draws", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="predicted_rise", help="path of the results, without .jsonl, .json and .png")
     return parser.parse_args()
 
@@ -74,7 +72,7 @@ def main() -> None:
     data = load_data(args.data_dir, args.img_type, checkpoint.data["image_size"], workers=2)
     check_data(checkpoint, data, checkpoint.data["image_size"])
     train = split_as_before(data, checkpoint.data).train
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     images = train[order[: args.images]].to(pick_device())
     earlier = read_lines(lines)
     other = next((m["settings"] for m in earlier if m["settings"] != settings), None)
@@ -84,7 +82,7 @@ def main() -> None:
     plan = [(form, share) for share in args.shares for form in args.forms]
     for form, share in plan:
         if (form, share) not in done:
-            append_line(lines, {**measure(args, checkpoint, images, form, share), "settings": settings})
+            append_line(lines, {**measure(checkpoint, images, form, share), "settings": settings})
     points = [m for m in read_lines(lines) if (m["form"], m["share"]) in set(plan)]
     correlations = {
         name: float(spearmanr([p[name] for p in points], [p["divergence"] for p in points]).statistic)
@@ -99,15 +97,14 @@ def main() -> None:
     print("Spearman: " + ", ".join(f"{name} {value:.3f}" for name, value in correlations.items()))
 
 
-def measure(args: argparse.Namespace, checkpoint: Checkpoint, images: Images, form: str, share: float) -> dict:
+def measure(checkpoint: Checkpoint, images: Images, form: str, share: float) -> dict:
     network, size = placed(checkpoint.network(), images.device), checkpoint.data["image_size"]
 
     def batches():
-        return plain_batches(images, args.batch_size, checkpoint.normaliser())
+        return plain_batches(images, BATCH, checkpoint.normaliser())
 
-    draws = torch.Generator(images.device).manual_seed(args.seed)
-    cost = network_cost(network, size)
-    method = replace(FORMS[form], fisher_draws=args.fisher_draws)
+    draws = torch.Generator(images.device).manual_seed(0)
+    cost, method = network_cost(network, size), FORMS[form]
     passes = method.passes(batches, draws, every_block)
     pruned = prune_once(network, passes, cost=cost, goal=Goal(flops=share * cost.flops), method=method)
     smaller = placed(pruned.network, images.device).eval()

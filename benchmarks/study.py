@@ -89,7 +89,6 @@ def main() -> None:
     add("--network", nargs="+", default=["resnet"], help="resnet, or functions that make networks of others")
     add("--depth", type=number(int, 8), nargs="+", default=[32], help="depths of resnet")
     add("--resize", type=number(int, 8), default=32, help="size of the images")
-    add("--times", action="store_true", help="only measure the times of the record again")
     add("--seeds", type=Path, nargs="+", help="folders of the records of several seeds, to be compared")
     add("--out", type=Path, required=True, help="folder of the record")
     args = parser.parse_args()
@@ -105,7 +104,7 @@ def main() -> None:
         (args.out / "seeds.json").write_text(json.dumps([accuracies(one) for one in found], indent=1))
         print("\n".join(seeds_table([accuracies(one) for one in found])))
         return
-    if not record.exists() and (args.times or not args.results):
+    if not record.exists() and not args.results:
         raise UserError(f"{record} does not exist: give RESULT_DIR and --data_dir to make it")
     if args.results:
         for source in filter(is_own, args.network):
@@ -116,8 +115,7 @@ def main() -> None:
         if len(paths) < 2:
             raise UserError(f"{args.results[0]} holds {len(paths)} networks of {args.network}: run main_prune.py first")
         splits, root = split_as_before(data, load_checkpoint(paths[0]).data).to(pick_device()), args.results[0]
-        found = json.loads(record.read_text()) if args.times else measured(root, paths, splits)
-        record.write_text(json.dumps(with_times(found, root, splits.test), indent=1))
+        record.write_text(json.dumps(with_times(measured(root, paths, splits), root, splits.test), indent=1))
     found = json.loads(record.read_text())
     text = "\n".join(tables(found))
     (args.out / "study.md").write_text(text)
