@@ -17,7 +17,7 @@ class SafeConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        pointwise = self.kernel_size == (1, 1) and self.padding == (0, 0) and self.stride != (1, 1)
+        pointwise = self.kernel_size == (1, 1) and self.padding in ((0, 0), "valid") and self.stride != (1, 1)
         if pointwise and self.in_channels < BLOCK and input.device.type == "cpu" and torch.is_grad_enabled():
             down, right = self.stride
             return F.conv2d(input[:, :, ::down, ::right], self.weight, self.bias, groups=self.groups)
