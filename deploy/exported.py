@@ -30,7 +30,12 @@ def exported_model(
         finish: applied to the graph, or to that of each member: for example ``deploy.int8.quantised``.
     """
     if isinstance(network, Cascade):
-        graphs = [exported_model(*member, image_size, switches, finish) for member in members(network)]
+        described = network.architecture["members"]
+        expected = [Normalisation(tuple(member["mean"]), tuple(member["std"])) for member in described]
+        graphs = [
+            exported_model(member, own, image_size, switches, finish)
+            for member, own in zip(network.members, expected, strict=True)
+        ]
         return cascade_model(graphs, network.thresholds, network.answer)
     if isinstance(network, OwnNetwork):
         model, _ = general_model(network.network, normalisation, *height_width(image_size))
@@ -38,12 +43,3 @@ def exported_model(
     plain = folded(network)
     model = onnx_model(plain if switches else without_switches(plain), normalisation, image_size)
     return model if finish is None else finish(model)
-
-
-def members(cascade: Cascade) -> list[tuple[ResNet | OwnNetwork, Normalisation]]:
-    """The networks of a cascade and what each expects."""
-    described = cascade.architecture["members"]
-    return [
-        (network, Normalisation(tuple(own["mean"]), tuple(own["std"])))
-        for network, own in zip(cascade.members, described, strict=True)
-    ]
