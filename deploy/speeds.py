@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from deploy.exported import exported_model
@@ -38,13 +39,13 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
         exported[name] = ExportedNetwork(model)
     images = [pixels[i : i + 1].numpy() for i in evenly_spaced(len(pixels), IMAGES).tolist()]
     batch = pixels[evenly_spaced(len(pixels), BATCH)].numpy()
-    run = lambda network: lambda item: network(images[item])  # noqa: E731
-    latency = alternated({name: run(network) for name, network in exported.items()}, len(images), SECONDS)
-    run_batch = lambda network: lambda item: network(batch)  # noqa: E731
-    whole = alternated({name: run_batch(network) for name, network in exported.items()}, 1, SECONDS)
-    return {
-        name: {"latency_ms": 1e3 * latency[name].median, "throughput": BATCH / whole[name].median} for name in exported
-    }
+
+    def seconds(items: list[np.ndarray]) -> dict[str, float]:
+        runs = {name: lambda i, network=network: network(items[i]) for name, network in exported.items()}
+        return {name: timing.median for name, timing in alternated(runs, len(items), SECONDS).items()}
+
+    latency, whole = seconds(images), seconds([batch])
+    return {name: {"latency_ms": 1e3 * latency[name], "throughput": BATCH / whole[name]} for name in exported}
 
 
 def _readable(checkpoints: dict[str, Path]) -> dict[str, Checkpoint]:
