@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deploy.graphs import DECISIONS, IMAGES, LOGITS
 from deploy.labels import NETWORK, NETWORK_HELP, Labels, describe, read_labels
 from deploy.session import open_session, run_session
 from models import allow
@@ -82,13 +83,13 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
     session = open_session(path)
     takes, gives = session.get_inputs()[0], session.get_outputs()[0]
     if (takes.name, takes.shape[1:], gives.name, gives.shape[1:]) != (
-        "images", [3, *height_width(labels.image_size)], "logits", [len(labels.classes)],
+        IMAGES, [3, *height_width(labels.image_size)], LOGITS, [len(labels.classes)],
     ):  # fmt: skip
         raise UserError(f"{path} does not fit the labels.json beside it: export the network again")
 
     def classify(pixels: Tensor) -> tuple[Tensor, Tensor]:
         outputs = {name: torch.from_numpy(value) for name, value in run_session(session, pixels.numpy()).items()}
-        return outputs["logits"][0], outputs.get("decisions", torch.empty(1, 0))[0]
+        return outputs[LOGITS][0], outputs.get(DECISIONS, torch.empty(1, 0))[0]
 
     return classify, labels
 
