@@ -112,9 +112,10 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
         passes.say(f"with round_to {asked} the goal is out of reach: ranks in steps of {method.round_to}")
     if method.forms_compete:
         pruned = prune_to_forms(network, found, passes, cost, goal, method)
+    elif method.criterion in EIGENBASIS_CRITERIA:
+        pruned = prune_directions(network, found, passes, cost, goal, method)
     else:
-        prune = prune_directions if method.criterion in EIGENBASIS_CRITERIA else prune_channels
-        pruned = prune(network, passes, cost, goal, method)
+        pruned = prune_channels(network, passes, cost, goal, method)
     if method.refit and not pruned.nothing_changed:
         names = rebuilt_layers(network, pruned.network, found.names)
         with passes.phase(f"refit of {len(names)} layers"):
@@ -169,6 +170,8 @@ def _reachable(
     if method.forms_compete:
         forms, fixed = layer_forms(network, found, cost, method)
         return [form_costs(own) for own in forms.values()], fixed
-    grouped = direction_groups if method.criterion in EIGENBASIS_CRITERIA else channel_groups
-    groups, fixed = grouped(network, cost, method, saliencies=None)
+    if method.criterion in EIGENBASIS_CRITERIA:
+        groups, fixed = direction_groups(network, found, cost, method, saliencies=None)
+    else:
+        groups, fixed = channel_groups(network, cost, method, saliencies=None)
     return group_costs(groups), fixed

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models import LOW_RANK, LowRankConv2d
 from models.lowrank import multiplied_out
-from pruning.survey import is_pointwise, outermost, sharing, unsuited
+from pruning.survey import Survey, is_pointwise, outermost, sharing, unsuited
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,21 @@ class ConvWeights:
         )
 
 
-def prunable_layers(network: nn.Module) -> dict[str, nn.Conv2d]:
+def prunable_layers(network: nn.Module, found: Survey | None = None) -> dict[str, nn.Conv2d]:
     """The convolutions whose single directions compete, by name: those larger than 1x1, outside of the gates.
 
     For a layer that was rebuilt before, the convolution is its core; the name is that of the whole layer.  Depthwise
     cores have no directions to rotate.
+
+    Args:
+        found: leaves out the layers that it leaves alone.
     """
     layers: dict[str, nn.Conv2d] = {}
-    found = dict(outermost(network))
-    shared = sharing(found)
-    for name, module in found.items():
+    every = dict(outermost(network))
+    shared = sharing(every)
+    for name, module in every.items():
         core = module.core if isinstance(module, LowRankConv2d) else module
-        if unsuited(module) or name in shared or name.startswith("gate."):
+        if unsuited(module) or name in shared or name.startswith("gate.") or (found and name not in found.norms):
             continue
         if isinstance(core, nn.Conv2d) and core.groups == 1 and not is_pointwise(core):
             layers[name] = core

@@ -20,12 +20,15 @@ from pruning.prediction import predicted_rise
 from pruning.selection import Group, counts_kept, select
 from pruning.settings import Method
 from pruning.surgery import merged, rebuild, truncated
+from pruning.survey import Survey
 from utils.flops import NetworkCost
 
 
-def prune_directions(network: nn.Module, passes: Passes, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
+def prune_directions(
+    network: nn.Module, found: Survey, passes: Passes, cost: NetworkCost, goal: Goal, method: Method
+) -> Pruned:
     """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
-    layers = prunable_layers(network)
+    layers = prunable_layers(network, found)
     bases, spectra = measured(network, layers, passes, method)
     weights = {name: read_weights(network, name) for name in layers}
     saliencies = {}
@@ -33,7 +36,7 @@ def prune_directions(network: nn.Module, passes: Passes, cost: NetworkCost, goal
         saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name], method.regularization)
         pairs = saliency.sum(dim=(2, 3)).t()  # of an input and an output direction
         saliencies[name] = share(pairs) if method.normalize else pairs
-    groups, fixed = direction_groups(network, cost, method, saliencies)
+    groups, fixed = direction_groups(network, found, cost, method, saliencies)
     kept = select(groups, goal, fixed, method.objective)
 
     replaced, changes, ranks = {}, {}, {}
@@ -51,7 +54,7 @@ def prune_directions(network: nn.Module, passes: Passes, cost: NetworkCost, goal
         shape = layer_shape(before, cost, name)
         flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks[name]), strict=True)
         table.append(LayerChange(name, shape.ranks, ranks[name], *parameters, *flops, predicted.layers.get(name, 0.0)))
-    return Pruned(rebuild(network, replaced), bases, table, predicted.together)
+    return Pruned(rebuild(network, replaced), bases, table, predicted.together, left_alone=found.left_alone)
 
 
 def measured(
@@ -69,6 +72,7 @@ def measured(
 
 def direction_groups(
     network: nn.Module,
+    found: Survey,
     cost: NetworkCost,
     method: Method,
     saliencies: Mapping[str, Tensor] | None,
@@ -79,7 +83,7 @@ def direction_groups(
         saliencies: of the pairs of directions [in, out], by layer; None counts them all as zero.
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
-    for name in prunable_layers(network):
+    for name in prunable_layers(network, found):
         shape = layer_shape(read_weights(network, name), cost, name)
         counts = tuple(
             counts_kept(rank, channels, method.prune_ratio_limit, method.round_to)

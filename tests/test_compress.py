@@ -338,6 +338,31 @@ def test_a_head_that_the_loss_does_not_reach_is_left_alone(flops):
     assert after <= 0.8 * before
 
 
+class Unusual(Network):
+    """One of three convolutions runs never, twice, or for nothing."""
+
+    def __init__(self, times: int, gradients: bool = True):
+        super().__init__()
+        self.odd, self.times, self.gradients = nn.Conv2d(32, 32, 3, padding=1), times, gradients
+
+    def features(self, x):
+        x = F.relu(self.one(x))
+        for _ in range(self.times):
+            with torch.set_grad_enabled(self.gradients):
+                x = F.relu(self.odd(x)) if self.gradients else (self.odd(x), x)[1]
+        return F.relu(self.two(x))
+
+
+@pytest.mark.parametrize(("times", "gradients"), [(0, True), (2, True), (1, False)])
+def test_single_directions_are_truncated_only_in_layers_that_run_once(times, gradients):
+    torch.manual_seed(0)
+    network = Unusual(times, gradients)
+    smaller = compress(network, images, flops=0.8, decomposition="truncate", round_to=4)
+    assert {change.name for change in smaller.report.changes} == {"one", "two"} and "odd" in smaller.report.left_alone
+    before, after = smaller.report.flops
+    assert before - after == sum(change.flops_before - change.flops_after for change in smaller.report.changes) > 0
+
+
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_the_weight_of_a_rebuilt_convolution_is_what_it_multiplies_out_to(layer):
     torch.manual_seed(0)
