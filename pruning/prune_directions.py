@@ -71,11 +71,7 @@ def measured(
 
 
 def direction_groups(
-    network: nn.Module,
-    found: Survey,
-    cost: NetworkCost,
-    method: Method,
-    saliencies: Mapping[str, Tensor] | None,
+    network: nn.Module, found: Survey, cost: NetworkCost, method: Method, saliencies: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Group], tuple[int, int]]:
     """The input and output directions of every layer, and the FLOPs and parameters of everything else.
 

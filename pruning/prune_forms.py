@@ -49,9 +49,9 @@ def prune_to_forms(
     importances = {name: own.importance for name, own in factors.items()}
     with passes.phase("forms"):  # each layer's factors go as soon as its eigenbasis is there
         kernels = {name: _kernel(layers[name], factors.pop(name)) for name in list(factors)}
-    few, rises = passes.some(IMAGES), {name: torch.zeros(1) for name in forms}
+    few, rises = passes.some(IMAGES), {}
     # The first process decides for all, whose parts of a batch may differ by one image.
-    entries = parallel.broadcast_object(_entries(layers, cost, passes.on(network)) if layers else ENTRIES)
+    entries = parallel.broadcast_object(_entries(layers, cost, passes.on(network)))
     for group in _groups(able, kernels, entries):
         with passes.phase(f"forms of {len(group)} layers"):
             tried = trials(kernels, group)
@@ -75,19 +75,13 @@ def prune_to_forms(
     table = []
     for name, i in chosen.items():
         before, after = forms[name][0], forms[name][i]
-        parameters, flops = ((before.parameters, after.parameters), (before.flops, after.flops))
+        parameters, flops = (before.parameters, after.parameters), (before.flops, after.flops)
         rise = predicted.layers.get(name, 0.0)
         table.append(LayerChange(name, before.ranks, after.ranks, *parameters, *flops, rise, after.kind))
     smaller = rebuild(network, replaced, [name for name in taken if found.norms[name] is None])
     alone = {**found.left_alone, **{name: "nothing to save" for name in forms if name not in able}}
-    return Pruned(
-        smaller,
-        {name: kernel.basis for name, kernel in kernels.items()},
-        table,
-        predicted.together,
-        importances,
-        alone,
-    )
+    bases = {name: kernel.basis for name, kernel in kernels.items()}
+    return Pruned(smaller, bases, table, predicted.together, importances, alone)
 
 
 def layer_forms(

@@ -109,8 +109,8 @@ def is_pointwise(layer: nn.Module) -> bool:
 
 def unsuited(layer: nn.Module) -> str | None:
     """Why a layer cannot be replaced, in a few words."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if is_parametrized(layer) or hooked:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if is_parametrized(layer) or hooks:
         return "has hooks"
     if isinstance(layer, LOW_RANK):
         return None
