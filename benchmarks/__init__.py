@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-import utils  # noqa: F401 (before matplotlib)
+import utils  # before matplotlib
 
 
 def required(name: str) -> ModuleType:

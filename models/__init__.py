@@ -6,27 +6,3 @@ from models.decisions import all_on, sampled, straight_through, thresholded
 from models.lowrank import LOW_RANK, LowRankConv2d, LowRankLinear, low_rank, replace_layer
 from models.own import OwnNetwork, allow, is_own
 from models.resnet import GATES, NETWORKS, ResNet, RoutedOutput, check_depth
-
-__all__ = [
-    "CASCADE",
-    "GATES",
-    "LOW_RANK",
-    "NETWORKS",
-    "Cascade",
-    "LowRankConv2d",
-    "LowRankLinear",
-    "Member",
-    "OwnNetwork",
-    "ResNet",
-    "RoutedOutput",
-    "all_on",
-    "allow",
-    "build_network",
-    "check_depth",
-    "is_own",
-    "low_rank",
-    "replace_layer",
-    "sampled",
-    "straight_through",
-    "thresholded",
-]
