@@ -31,7 +31,7 @@ def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goa
     """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
     _refuse_rebuilt(network, method)
     blocks = {f"blocks.{i}": block for i, block in enumerate(network.blocks)}
-    seconds = {f"{name}.conv2": block.conv2 for name, block in blocks.items()}
+    seconds = {name: block.conv2 for name, block in blocks.items()}
     factors: dict[str, Factors] = {}
     diagonals: dict[str, Tensor] = {}
     if method.criterion == "c_obd":
@@ -40,7 +40,7 @@ def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goa
         factors = collect_factors(network, seconds, passes)
     saliencies = {}
     for name, block in blocks.items():
-        values = _saliency(block, factors.get(f"{name}.conv2"), diagonals.get(f"{name}.conv2"), passes.draws, method)
+        values = _saliency(block, factors.get(name), diagonals.get(name), passes.draws, method)
         saliencies[name] = share(values) if method.normalize else values
     groups, fixed = channel_groups(network, cost, method, saliencies)
     kept = {
@@ -48,15 +48,12 @@ def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goa
         for name, (side,) in select(groups, goal, fixed, method.objective).items()
         if len(side) < blocks[name].conv1.out_channels
     }
-    weights = {
-        name: _kept_weight(block.conv2.weight.detach(), factors.get(f"{name}.conv2"), kept[name], method)
-        for name, block in blocks.items()
-        if name in kept
-    }
-    changes = {}
-    for name, weight in weights.items():
-        changes[f"{name}.conv2"] = blocks[name].conv2.weight.detach().double().neg()
-        changes[f"{name}.conv2"][:, kept[name].to(weight.device)] += weight.double()
+    weights, changes = {}, {}
+    for name, side in kept.items():
+        whole = seconds[name].weight.detach()
+        weights[name] = _kept_weight(whole, factors.get(name), side, method)
+        changes[name] = whole.double().neg()
+        changes[name][:, side.to(whole.device)] += weights[name].double()
     predicted = predicted_rise(network, seconds, changes, passes)
     table = []
     for name, block in blocks.items():
@@ -68,7 +65,7 @@ def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goa
             ranks = [(other, n) if layer == "conv1" else (n, other) for n in (before, after)]
             parameters = [other * n * 9 for n in (before, after)]
             flops = [2 * p * positions for p in parameters]
-            rise = predicted.layers.get(f"{name}.{layer}", 0.0)
+            rise = predicted.layers.get(name, 0.0) if layer == "conv2" else 0.0
             table.append(LayerChange(f"{name}.{layer}", *ranks, *parameters, *flops, rise))
     return Pruned(rebuild_channels(network, kept, weights), {}, table, predicted.together)
 
