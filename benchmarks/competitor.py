@@ -6,7 +6,6 @@ Source: DepGraph (arXiv:2301.12900), https://github.com/VainF/Torch-Pruning; imp
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -33,37 +32,31 @@ HESSIAN_IMAGES = 256  # their gradients are computed one by one
 OVER = 1.02  # channels go one by one: a network is taken up to this above the FLOPs asked for
 
 
-@dataclass(frozen=True)
-class Competitor:
-    """How Torch-Pruning prunes."""
-
-    importance: str  # one of IMPORTANCES
-    everywhere: bool  # all channels compete, as with ``global_pruning``, or every layer loses the same share
-    round_to: int | None = None  # channels that are left are multiples of this, which runtimes are fastest on
-
-
 def torch_pruned(
-    network: ResNet, how: Competitor, flops: float, image_size: int, batches: Iterable[tuple[Tensor, Tensor]]
+    network: ResNet, kind: str, flops: float, image_size: int, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> ResNet:
     """A network without switches of about ``flops`` FLOPs, found by bisection over the share of channels that go.
 
+    The channels of all layers compete.
+
     Args:
+        kind: one of ``IMPORTANCES``.
         batches: normalised images and labels for the gradients that Taylor and Hessian need.
     """
     plain = without_switches(network).eval()
-    gradients = _gradients(plain, how.importance, batches)
+    gradients = _gradients(plain, kind, batches)
     low, high, tried = 0.0, LARGEST_RATIO, []
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
-        pruned = _pruned(plain, how, ratio, gradients, image_size)
+        pruned = _pruned(plain, kind, ratio, gradients, image_size)
         cost = network_cost(pruned, image_size).flops
-        if cost <= OVER * flops or how.round_to is not None:  # which leaves few networks: the nearest has to do
+        if cost <= OVER * flops:
             tried.append((abs(cost - flops), len(tried), pruned))
         low, high = (ratio, high) if cost > flops else (low, ratio)
     return min(tried)[2]
 
 
-def _pruned(plain: ResNet, how: Competitor, ratio: float, gradients: list[Tensor] | None, image_size: int) -> ResNet:
+def _pruned(plain: ResNet, kind: str, ratio: float, gradients: list[Tensor] | None, image_size: int) -> ResNet:
     smaller = copy.deepcopy(plain)
     if gradients is not None:
         for parameter, gradient in zip(smaller.parameters(), gradients, strict=True):
@@ -71,11 +64,10 @@ def _pruned(plain: ResNet, how: Competitor, ratio: float, gradients: list[Tensor
     pruner = torch_pruning.pruner.BasePruner(
         smaller,
         torch.zeros(1, 3, image_size, image_size, device=next(plain.parameters()).device),
-        importance=IMPORTANCES[how.importance](),
+        importance=IMPORTANCES[kind](),
         pruning_ratio=ratio,
         max_pruning_ratio=LARGEST_RATIO,
-        global_pruning=how.everywhere,
-        round_to=how.round_to,
+        global_pruning=True,
         ignored_layers=[smaller.classifier],
         forward_fn=lambda model, x: model(x).logits,
     )

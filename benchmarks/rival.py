@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import append_line, beside, machine
-from benchmarks.competitor import IMPORTANCES, Competitor, torch_pruned
+from benchmarks.competitor import IMPORTANCES, torch_pruned
 from models import ResNet, all_on, build_network
 from training.distillation import distillation_loss_fn
 from training.evaluate import Evaluator
@@ -56,8 +56,8 @@ def main() -> None:
     measured = Evaluator(splits.test, NORMALISATION, 32)
     some = splits.train[torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:IMAGES]]
     batches = list(plain_batches(some, 128, NORMALISATION))
-    target, how = args.share * network_cost(trained, 32).flops, Competitor(args.importance, everywhere=True)
-    smaller = placed(torch_pruned(trained, how, target, 32, batches), device)
+    target = args.share * network_cost(trained, 32).flops
+    smaller = placed(torch_pruned(trained, args.importance, target, 32, batches), device)
     reestimate_batch_norms(smaller, batches, all_on)
     before, cost = measured(smaller).accuracy, network_cost(smaller, 32)
     training = Supervision(

@@ -8,7 +8,7 @@ from commands import call, run_folder
 from torch.nn import functional as F
 
 from benchmarks import inference, training
-from benchmarks.competitor import IMPORTANCES, Competitor, _gradients, torch_pruned
+from benchmarks.competitor import IMPORTANCES, _gradients, torch_pruned
 from benchmarks.torchvision_models import table
 from deploy.timing import Timing
 from models import build_network
@@ -18,12 +18,11 @@ from utils.runs.run import BEST
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_competitors_have_the_flops_asked_for_and_narrow_the_residual_stream(importance, everywhere):
+def test_competitors_have_the_flops_asked_for_and_narrow_the_residual_stream(importance):
     network = build_network("resnet", depth=8, num_classes=3, width=16, gate="rnn").eval()
     whole = network_cost(network, 8).flops
     batches = [(torch.randn(8, 3, 8, 8), torch.randint(3, (8,)))]
-    smaller = torch_pruned(network, Competitor(importance, everywhere), 0.4 * whole, 8, batches)
+    smaller = torch_pruned(network, importance, 0.4 * whole, 8, batches)
     assert 0.9 * 0.4 * whole < network_cost(smaller, 8).flops <= 1.02 * 0.4 * whole
     assert smaller.switches == 0 and smaller.stem[0].out_channels == smaller.blocks[0].conv2.out_channels
     assert smaller.classifier.in_features < network.classifier.in_features
