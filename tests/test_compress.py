@@ -20,6 +20,7 @@ from pruning.survey import survey
 from utils import parallel
 from utils.errors import UserError
 from utils.flops import cost_on, network_cost
+from utils.modes import plain_attention
 
 NAMES = ["resnet18", "vgg11", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1"]
 
@@ -382,6 +383,16 @@ def test_the_weight_of_a_rebuilt_linear_layer():
     layer, x = LowRankLinear(6, 5, 3, bias=True), torch.randn(4, 6)
     torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), layer(x))
     assert layer.weight.shape == (5, 6) and layer.weight.device == x.device
+
+
+def test_fused_attention_is_off_until_the_last_of_several_threads_has_ended():
+    first, second = plain_attention(), plain_attention()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize(("count", "taken"), [(8, [0, 5]), (9, [0, 3, 6]), (40, list(range(10))), (1, [0])])
