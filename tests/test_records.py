@@ -99,7 +99,7 @@ def test_speeds_go_into_the_records_of_the_chain(tmp_path):
 
 
 def test_the_oldest_run_comes_first(tmp_path):
-    """By the time in the folder's name; runs of one second by stage and name, whatever the file system's order."""
+    """Runs that do not say when they started by name, stage and file, whatever the file system's order."""
     names = {"rl_pruned": ["20250101-000000"], "pruned": ["20250101-000000", "20241231-235959-name"]}
     names["sp"] = ["20250101-000000-2", "20250101-000000"]
     made = [saved(tmp_path, record(stage, name)) for stage, own in names.items() for name in own]

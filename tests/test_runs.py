@@ -40,15 +40,13 @@ def folder(parent: Path, name: str, started: str | None = None, finished: bool =
 
 
 def test_runs_are_ordered_by_when_they_were_started(tmp_path: Path):
-    """In UTC, whatever their names say; runs of older versions by their names, and -2 comes before -10."""
+    """In UTC, whatever their names say; those that do not say it come first, by their names."""
     expected = [
-        folder(tmp_path, "20260101-000000"),
-        folder(tmp_path, "20260101-000000-2"),
-        folder(tmp_path, "20260101-000000-10"),
+        folder(tmp_path, "20270101-000000"),
+        folder(tmp_path, "20270102-000000"),
         folder(tmp_path, "20260701-110000-10", "2026-07-01T09:00:00+00:00"),
         folder(tmp_path, "20260701-060000", "2026-07-01T06:00:00-04:00"),
         folder(tmp_path, "20260701-100000-2", "2026-07-01T10:30:00.5+00:00"),
-        folder(tmp_path, "20260701-100000-10", "2026-07-01T10:30:00.5+00:00"),
     ]
     assert sorted(reversed(expected), key=age) == expected
 

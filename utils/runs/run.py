@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -174,22 +173,11 @@ def started_runs(parent: Path) -> list[Path]:
     return sorted((path for path in parent.glob("*") if (path / LAST).is_file()), key=age)
 
 
-def age(path: Path) -> tuple[float, list]:
-    """Sort key for run folders: the time of their start, then their names (-2 before -10).
-
-    Names are in local time, which changes with the time zone; they count for runs of older versions only.
-    """
-    name = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-    return _started(path), name
-
-
-def _started(path: Path) -> float:
-    """Seconds since 1970."""
+def age(path: Path) -> tuple[float, str]:
+    """Sort key for run folders: the time of their start in seconds since 1970, 0 where it cannot be read; the name."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return datetime.fromisoformat(json.loads((path / ARGUMENTS).read_text())[STARTED]).timestamp()
-    with suppress(ValueError):
-        return datetime.strptime(path.name[:15], "%Y%m%d-%H%M%S").timestamp()
-    return 0.0
+        return datetime.fromisoformat(json.loads((path / ARGUMENTS).read_text())[STARTED]).timestamp(), path.name
+    return 0.0, path.name
 
 
 def choose_run(parent: Path, settings: Any) -> Path | None:
@@ -265,7 +253,7 @@ def _now(new: Path) -> datetime:
     """The time in UTC, later than the start of all runs with this data and network: clocks may be set back."""
     network, data = new.parent, new.parent.parent
     others = data.parent.parent.glob(f"*/{data.name}/{network.name}/*")
-    latest = max((_started(other) for other in others if other != new), default=0.0)
+    latest = max((age(other)[0] for other in others if other != new), default=0.0)
     earliest = datetime.fromtimestamp(latest, timezone.utc) + timedelta(microseconds=1)
     return max(datetime.now(timezone.utc), earliest)
 
