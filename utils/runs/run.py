@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
         path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
             path.mkdir(parents=True)
-            write_json(path / ARGUMENTS, {**arguments, STARTED: _now(path).isoformat()})
+            write_json(path / ARGUMENTS, {**arguments, STARTED: datetime.now(timezone.utc).isoformat()})
             return path
         except FileExistsError:  # of a run that started in the same second
             if parent.is_dir():
@@ -247,15 +247,6 @@ def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
         except OSError as other:
             error = str(other)
         raise UserError(f"result folder {parent} cannot be written ({error}): choose another --result_dir")
-
-
-def _now(new: Path) -> datetime:
-    """The time in UTC, later than the start of all runs with this data and network: clocks may be set back."""
-    network, data = new.parent, new.parent.parent
-    others = data.parent.parent.glob(f"*/{data.name}/{network.name}/*")
-    latest = max((age(other)[0] for other in others if other != new), default=0.0)
-    earliest = datetime.fromtimestamp(latest, timezone.utc) + timedelta(microseconds=1)
-    return max(datetime.now(timezone.utc), earliest)
 
 
 def _lines(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -42,10 +42,7 @@ class TensorBoard:
         *subject, run = folder.parts[-4:]  # stage, data set, network
         self._name = f"{run} {'/'.join(subject)}"  # the part that differs first: TensorBoard shortens long names
         self._last_step = purge_after or 0
-        # TensorBoard reads the files of a folder in the order of their names, even if the clock was set back.
-        earlier = [int(path.name.split(".")[3]) for path in folder.glob(f"{EVENTS}.*")]
-        now = max([time.time(), *(seconds + 1 for seconds in earlier)])
-        self._path = folder / f"{EVENTS}.{now:017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / f"{EVENTS}.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         # It takes the first such mark for the start and purges at later ones: a new run needs one, too.
         start = 0 if purge_after is None else purge_after + 1
         self._write(Event(file_version="brain.Event:2"))
