@@ -1,12 +1,10 @@
 """Checkpoints: what goes in comes out, a failing write costs nothing, no file runs code, damaged ones are refused."""
 
-import copy
-import io
 import os
 import pickle
 import resource
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,7 +23,6 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 from utils.runs.checkpoint import FORMAT, Checkpoint, describe, load_checkpoint, load_network
 from utils.runs.checkpoint import save_checkpoint as save
-from utils.runs.contents import NEEDED
 
 
 def trained(network: ResNet) -> Checkpoint:
@@ -93,17 +90,6 @@ def test_a_full_disk_leaves_the_old_file(written: tuple[Path, Checkpoint]):
     assert os.listdir(path.parent) == [path.name], "no temporary file stays behind"
 
 
-def test_files_of_older_and_newer_versions(tmp_path: Path, written: tuple[Path, Checkpoint]):
-    """What an older one did not know has its default; what a newer one knows besides may matter."""
-    content, path = plain(written[1]), tmp_path / "other.pt"
-    torch.save({name: value for name, value in content.items() if name not in ("progress", "source")}, path)
-    older = load_checkpoint(path)
-    assert (older.progress, older.source, older.seed) == ({}, None, written[1].seed)
-    torch.save({**content, "more": 1}, path)
-    with pytest.raises(UserError, match=r"was written by a newer version of this program \(more\): update this one"):
-        load_checkpoint(path)
-
-
 @pytest.mark.parametrize(("share", "noise"), [(0.0, 0), (0.25, 0), (0.5, 0), (0.999, 0), (0.5, 20_000), (0.0, 100)])
 def test_a_truncated_or_overwritten_file_is_refused(written: tuple[Path, Checkpoint], share: float, noise: int):
     path, _ = written
@@ -124,10 +110,9 @@ def plain(checkpoint: Checkpoint) -> dict:
         lambda content: {**content, "format": "another-checkpoint-7"},
         lambda content: {k: v for k, v in content.items() if k != "format"},
         lambda content: {k: v for k, v in content.items() if k != "classes"},
-        lambda content: {**content, "architecture": "resnet"},
-        lambda content: {**content, "source": 3},
+        lambda content: {**content, "more": 1},
     ],
-    ids=["weights only", "list", "other format", "no format", "key missing", "wrong type", "wrong source"],
+    ids=["weights only", "list", "other format", "no format", "key missing", "key of another version"],
 )
 def test_a_foreign_file_is_refused(tmp_path: Path, written: tuple[Path, Checkpoint], change):
     path = tmp_path / "foreign.pt"
@@ -180,44 +165,16 @@ def refused(folder: Path, content: dict, message: str) -> None:
         load_network(saved(folder / "a.pt", content))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        *((lambda c, f=f, k=k: c[f].pop(k), f"{f}.{k} is missing") for f, keys in NEEDED.items() for k in sorted(keys)),
-        (lambda c: c["data"].update(image_size=0), ""),
-        (lambda c: c["data"].update(image_size=[8]), ""),
-        (lambda c: c["architecture"].update(members="two"), ""),
-        (lambda c: c["architecture"].update(num_classes=[3]), ""),
-        (lambda c: c["architecture"].update(num_classes=4), "classes has 3 different names for a network of 4 outputs"),
-        *(
-            (lambda c, names=names: c.update(classes=names), f"classes has {len(set(names))} .* of 3 outputs")
-            for names in (["left", "middle"], ["left", "middle", "right", "up"], ["left", "left", "right"])
-        ),
-    ],
-)
-def test_a_value_that_no_stage_saves(tmp_path: Path, content: dict, change: Callable, message: str):
-    changed = copy.deepcopy(content)
-    change(changed)
-    refused(tmp_path, changed, f"a.pt cannot be used, .*{message}")
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, content: dict):
+    spoiled = content["weights"]["stem.0.weight"] * float("nan")
+    message = r"a.pt cannot be used, the weight 'stem\.0\.weight' is not finite"
+    refused(tmp_path, {**content, "weights": {**content["weights"], "stem.0.weight": spoiled}}, message)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: {"stem.0.weight": "text"}, r"stem\.0\.weight"),
-        (lambda w: {"stem.0.weight": None}, r"stem\.0\.weight"),
-        (lambda w: {"stem.0.weight": w.to_sparse()}, r"stem\.0\.weight"),
-        (lambda w: {"stem.0.weight": w.to("meta")}, r"stem\.0\.weight"),
-        (lambda w: {"stem.0.weight": w[:1]}, r"stem\.0\.weight"),
-        (lambda w: {"stem.0.weight": w * float("nan")}, r"stem\.0\.weight"),
-        (lambda w: {}, r"cannot be made .*stem\.0\.weight"),
-        (lambda w: {"stem.0.weight": w, "more": torch.zeros(1)}, "cannot be made .*more"),
-    ],
-)
-def test_weights_that_no_stage_saves(tmp_path: Path, content: dict, change: Callable, message: str):
-    weights = dict(content["weights"])
-    weights |= change(weights.pop("stem.0.weight"))
-    refused(tmp_path, {**content, "weights": weights}, message)
+def test_a_weight_more_or_less(tmp_path: Path, content: dict):
+    weights = {name: w for name, w in content["weights"].items() if name != "stem.0.weight"}
+    refused(tmp_path, {**content, "weights": weights}, r"cannot be made .*stem\.0\.weight")
+    refused(tmp_path, {**content, "weights": {**content["weights"], "more": torch.zeros(1)}}, "cannot be made .*more")
 
 
 LAYER = "blocks.1.conv1"
@@ -269,18 +226,3 @@ def test_flipped_bits_are_found(tmp_path: Path, content: dict):
             load_checkpoint(path)
     path.write_bytes(before)
     load_checkpoint(path)
-
-
-@pytest.mark.parametrize("repeated", [False, True])
-def test_a_file_that_would_grow_is_not_read(tmp_path: Path, content: dict, repeated: bool, monkeypatch):
-    written = io.BytesIO()
-    torch.save(content, written)
-    path = tmp_path / "a.pt"
-    with zipfile.ZipFile(written) as before, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as after:
-        for part in before.namelist():
-            after.writestr(part, before.read(part), zipfile.ZIP_STORED if repeated else None)
-        if repeated:
-            after.filelist.extend(after.filelist * 9)
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
-    with pytest.raises(UserError, match=r"cannot be read \(it is compressed|its parts overlap"):
-        load_checkpoint(path)
