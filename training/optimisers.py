@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
@@ -12,8 +12,6 @@ from training.muon import Muon, filter_group
 
 MILESTONES = (0.5, 0.75)
 
-AnyOptimiser = TypeVar("AnyOptimiser", bound=Optimizer)
-
 
 def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD:
     """SGD with Nesterov's momentum (plain SGD where momentum is 0).
@@ -22,9 +20,7 @@ def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD
     """
     gates, others = split_parameters(network)
     groups = [{"params": others}, {"params": gates, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
-    nesterov = momentum > 0
-    return _portable(SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_on_gpu(network)))
+    return SGD(_filled(groups), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
 
 
 def muon(network: ResNet, lr: float, momentum: float, weight_decay: float) -> Muon:
@@ -35,9 +31,12 @@ def muon(network: ResNet, lr: float, momentum: float, weight_decay: float) -> Mu
         {"params": [p for p in others if p.dim() != 4]},
         {"params": gates, "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
-    nesterov = momentum > 0
-    return _portable(Muon(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_on_gpu(network)))
+    return Muon(_filled(groups), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+
+
+def _filled(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the group of the gates where there are none."""
+    return [group for group in groups if group["params"]]
 
 
 def reinforcement_optimisers(network: ResNet, momentum: float, weight_decay: float) -> tuple[SGD, Adam]:
@@ -47,31 +46,10 @@ def reinforcement_optimisers(network: ResNet, momentum: float, weight_decay: flo
     of the FLOPs; Adam's steps do not depend on its size.
     """
     gates, others = split_parameters(network)
-    fused = _on_gpu(network)
-    optimiser = SGD(others, 0.0, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
-    return _portable(optimiser), _portable(Adam(gates, 0.0, fused=fused))
+    return SGD(others, 0.0, momentum, weight_decay=weight_decay, nesterov=momentum > 0), Adam(gates, 0.0)
 
 
 OPTIMISERS = {"muon": muon, "sgd": sgd}  # of stage 1
-
-
-def _on_gpu(network: ResNet) -> bool | None:
-    """``fused`` of an optimiser: one kernel updates all weights on a GPU; on the CPU PyTorch chooses."""
-    return next(network.parameters()).is_cuda or None
-
-
-def _portable(optimiser: AnyOptimiser) -> AnyOptimiser:
-    """The optimiser, able to load the state of one that ran on another kind of device.
-
-    ``fused`` decides where Adam's counts of steps have to be, so it is set before the state is loaded.
-    """
-
-    def keep_fused(optimiser: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        groups = zip(state["param_groups"], optimiser.param_groups, strict=True)
-        return {**state, "param_groups": [{**saved, "fused": group["fused"]} for saved, group in groups]}
-
-    optimiser.register_load_state_dict_pre_hook(keep_fused)
-    return optimiser
 
 
 def split_parameters(network: ResNet) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -138,7 +138,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     total = all_reduced(torch.cat([p.grad.flatten() for p in parameters]))
     for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(gradient.view_as(p))  # in its own layout, as fused optimisers take it for that of the weight
+        p.grad.copy_(gradient.view_as(p))  # in its own layout, that of the weight
 
 
 def broadcast_weights(network: nn.Module) -> None:
