@@ -280,14 +280,13 @@ def offered(stage: Stage, at_half: Evaluation, stays: bool) -> Evaluation:
 
 
 def reestimate(network: ResNet, batches: TrainingBatches, gates: bool) -> None:
-    """Measure the batch norms under thresholded switches, each process on batches of its own.
+    """Measure the batch norms under thresholded switches.
 
     Args:
         gates: also those of the gates; without, the gates do not change.
     """
-    whole = iter(replace(batches, whole=True))
-    dealt = islice(whole, parallel.rank(), REESTIMATION_BATCHES, parallel.world_size())
-    reestimate_batch_norms(network, dealt, thresholded, gates)
+    some = islice(replace(batches, whole=True), REESTIMATION_BATCHES)
+    reestimate_batch_norms(network, some, thresholded, gates)
 
 
 def finish(stage: Stage, test: Images) -> None:

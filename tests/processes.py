@@ -112,9 +112,7 @@ def measured() -> dict:
     net.gate.decision.weight.data.mul_(30)
     net.gate.decision.bias.data.zero_()
     for rule in (all_on, thresholded):
-        reestimate_batch_norms(
-            net, plain_batches(images(), 8, NORMALISATION, parallel.world_size(), parallel.rank()), rule
-        )
+        reestimate_batch_norms(net, plain_batches(images(), 8, NORMALISATION), rule)
         found[rule.__name__] = {key: value.clone() for key, value in net.state_dict().items()}
     evaluation = evaluate(net, images(), NORMALISATION, network_cost(net, 8), batch_size=6)
     found["evaluation"] = vars(evaluation)

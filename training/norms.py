@@ -71,24 +71,24 @@ def reestimate_batch_norms(
     a batch by how many these are.
 
     Args:
-        batches: those of this process, where several deal out the batches; the averages are over all of them.
+        batches: whole ones; of several processes each takes all of them.
         gates: their norms as well, so that the switches move with what they see.
     """
     if parallel.world_size() == 1:
         _reestimate(network, batches, decide, gates)
         return
-    # Norms that share their statistics would wait for processes that skip their block: plain ones do not.
+    # Norms that share their statistics would add up those of all processes: plain ones do not.
     plain = build_network(**network.architecture).to(next(network.parameters()).device)
     plain.load_state_dict(network.state_dict())
     _reestimate(plain, batches, decide, gates)
     network.load_state_dict(plain.state_dict())
+    parallel.broadcast_weights(network)
 
 
 def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decide: DecisionRule, gates: bool) -> None:
     spared = set() if gates or network.gate is None else set(batch_norms(network.gate))
     norms = [norm for norm in batch_norms(network) if norm not in spared]
     momenta = [norm.momentum for norm in norms]
-    before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     images = dict.fromkeys(norms, 0)
 
     def weigh(norm: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -98,32 +98,13 @@ def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decid
     try:
         with hooked(norm.register_forward_pre_hook(weigh) for norm in norms), evaluation_mode(network):
             for norm in norms:
-                norm.reset_running_stats()
                 norm.train()
             for x, _ in batches:
                 if len(x) > 1:  # one image has no variance
                     network(x, decide=decide, skip=True)
-            for norm, buffers in zip(norms, before, strict=True):
-                if _average_over_processes(norm, images[norm]) == 0:  # a block that no image takes keeps what it had
-                    for buffer, own in zip(norm.buffers(), buffers, strict=True):
-                        buffer.copy_(own)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-
-
-def _average_over_processes(norm: _BatchNorm, images: int) -> int:
-    """Averages of each process's images to averages of all images, whose number is returned."""
-    if parallel.world_size() == 1:
-        return images
-    own = torch.cat([norm.running_mean, norm.running_var]).double() * images
-    counts = norm.num_batches_tracked.new_tensor([images, norm.num_batches_tracked]).double()
-    total = parallel.all_reduced(torch.cat([own, counts]))
-    if total[-2] > 0:
-        averages = (total[:-2] / total[-2]).split(norm.num_features)
-        for buffer, average in zip(norm.buffers(), (*averages, total[-1]), strict=True):
-            buffer.copy_(average)
-    return int(total[-2])
 
 
 BATCH_NORM_MODES = ("frozen", "reestimate")

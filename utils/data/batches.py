@@ -215,15 +215,9 @@ class TrainingBatches:
             yield normalise(crop_and_flip(pixels, numbers[: len(pixels)], *offset.unbind(1), mirror)), whole_labels
 
 
-def plain_batches(
-    images: Images, batch_size: int, normalisation: Normalisation, every: int = 1, first: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in their order, normalised and not augmented, with their labels.
-
-    Args:
-        every, first: give each ``every``-th batch only, beginning with the batch of index ``first``.
-    """
-    groups, labels = (t.split(batch_size)[first::every] for t in (torch.arange(len(images)), _labels(images)))
+def plain_batches(images: Images, batch_size: int, normalisation: Normalisation) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in their order, normalised and not augmented, with their labels."""
+    groups, labels = (t.split(batch_size) for t in (torch.arange(len(images)), _labels(images)))
     yield from zip(map(normalisation.on(images.device), images.batches(groups)), labels, strict=True)
 
 
