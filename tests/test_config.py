@@ -1,7 +1,7 @@
 """The settings of stage 2: config.json, --set, and what is refused."""
 
 import json
-from dataclasses import MISSING
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import main_sp
 from pruning.settings import PruneSettings
 from training.optimisers import scheduled
 from utils.errors import UserError
-from utils.settings import as_dictionary, checked_settings, keys, load_settings
+from utils.settings import checked_settings, load_settings
 
 CONFIG = ROOT / "config.json"
 
@@ -23,9 +23,9 @@ def checked(given: dict) -> PruneSettings:
 
 
 def test_config_json_holds_every_key_and_no_other_with_its_default_but_for_folders():
-    content, defaults = json.loads(CONFIG.read_text()), as_dictionary(PruneSettings(data_dir=""))
-    assert set(content) == {field.name for field in keys(PruneSettings)}
-    assert as_dictionary(load_settings(PruneSettings, CONFIG, [])) == content
+    content, defaults = json.loads(CONFIG.read_text()), asdict(PruneSettings(data_dir=""))
+    assert set(content) == {field.name for field in fields(PruneSettings)}
+    assert asdict(load_settings(PruneSettings, CONFIG, [])) == content
     assert {key for key in content if content[key] != defaults[key]} == {"data_dir", "result_dir"}
 
 
@@ -61,7 +61,7 @@ def test_overrides(override: str, key: str, value: object):
     settings = load_settings(PruneSettings, CONFIG, ["seed=4", "seed=3", override])
     assert getattr(settings, key) == value and type(getattr(settings, key)) is type(value)
     expected = {**json.loads(CONFIG.read_text()), "seed": 3, key: value}
-    assert as_dictionary(settings) == expected, "no other key changes"
+    assert asdict(settings) == expected, "no other key changes"
 
 
 def test_a_key_that_has_no_default_has_to_be_given():
@@ -120,13 +120,13 @@ def test_a_wrong_key_or_value_is_refused(given: dict, message: str):
 
 
 def test_every_key_refuses_a_wrong_type():
-    for field in keys(PruneSettings):
+    for field in fields(PruneSettings):
         with pytest.raises(UserError, match=f"^{field.name} is "):
             checked({field.name: None})
 
 
 def test_the_ends_of_the_ranges_are_accepted():
-    for field in keys(PruneSettings):
+    for field in fields(PruneSettings):
         for end in ("low", "high"):
             if (value := field.metadata.get(end)) is not None:
                 assert getattr(checked({field.name: value}), field.name) == value
@@ -201,7 +201,7 @@ def test_a_hostile_file_is_refused_in_one_sentence(tmp_path: Path, text: str | b
 
 @pytest.mark.parametrize("settings", [PruneSettings, main_sp.Settings, main_rl_prune.Settings])
 def test_every_integer_has_a_largest_value(settings: type):
-    for field in keys(settings):
+    for field in fields(settings):
         if field.type is int:
             assert field.name == "depth" or field.metadata["high"] is not None, field.name
             with pytest.raises(UserError, match=f"^{field.name} "):

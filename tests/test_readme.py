@@ -3,7 +3,7 @@
 import importlib
 import json
 import re
-from dataclasses import MISSING, Field
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import main_sp
 from pruning.settings import PruneSettings
 from scripts import check_pages, draw_idea
 from scripts.check_pages import FLAGS, README, commands, refusal
-from utils.settings import TrainingSettings, keys
+from utils.settings import TrainingSettings
 
 KEPT_PICTURE = ROOT / "docs" / "idea.png"
 OUTPUTS, OWN_NETWORK = ROOT / "docs" / "outputs.md", ROOT / "docs" / "own_network.md"
@@ -62,9 +62,9 @@ def default_flag(f: Field) -> str:
 
 def test_the_shared_flags_are_those_of_the_settings():
     first, third = (
-        {f.name: default_flag(f) for f in keys(settings)} for settings in (main_sp.Settings, main_rl_prune.Settings)
+        {f.name: default_flag(f) for f in fields(settings)} for settings in (main_sp.Settings, main_rl_prune.Settings)
     )
-    wanted = {f.name: f"{first[f.name]} / {third[f.name]}" for f in keys(TrainingSettings)}
+    wanted = {f.name: f"{first[f.name]} / {third[f.name]}" for f in fields(TrainingSettings)}
     wanted = {name: pair.split(" / ")[0] if len(set(pair.split(" / "))) == 1 else pair for name, pair in wanted.items()}
     assert {name: default for name, (default, _) in rows(SHARED).items()} == {**wanted, "resume": "off"}
 
@@ -74,14 +74,14 @@ def test_the_shared_flags_are_those_of_the_settings():
     [("main_sp.py", OF_STAGE_1), ("main_rl_prune.py", OF_STAGE_3), ("main_cascade.py", OF_CASCADE)],
 )
 def test_the_flags_of_a_stage_are_those_of_its_settings(script: str, heading: str):
-    shared = {f.name for f in keys(TrainingSettings)}
-    wanted = {f.name: default_flag(f) for f in keys(FLAGS[script]) if f.name not in shared}
+    shared = {f.name for f in fields(TrainingSettings)}
+    wanted = {f.name: default_flag(f) for f in fields(FLAGS[script]) if f.name not in shared}
     assert {name: default for name, (default, _) in rows(heading).items()} == wanted
 
 
 def test_the_keys_of_stage_2_are_those_of_config_json():
     config = json.loads((ROOT / "config.json").read_text())
-    wanted = {f.name: shown(config[f.name]) or "empty" for f in keys(PruneSettings)}
+    wanted = {f.name: shown(config[f.name]) or "empty" for f in fields(PruneSettings)}
     wanted |= {name: str(value).lower() for name, value in config.items() if isinstance(value, bool)}
     assert {name: default for name, (default, _) in rows(OF_STAGE_2).items()} == wanted
 
@@ -96,7 +96,7 @@ def test_the_keys_of_stage_2_are_those_of_config_json():
 )
 def test_every_value_that_can_be_chosen_is_named(settings: type, headings: tuple[str, ...]):
     described = {name: row for heading in headings for name, row in rows(heading).items()}
-    for f in keys(settings):
+    for f in fields(settings):
         for choice in f.metadata["choices"] or ():
             assert choice == str(f.default) or f"`{choice}`" in described[f.name][1], (f.name, choice)
 

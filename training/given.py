@@ -1,5 +1,6 @@
 """Registers a network of the user's own as the run of stage 1 that all other commands start from."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint, data_entry, describe, load_checkpoint, save_checkpoint
 from utils.runs.run import BEST, Run, stage_folder
-from utils.settings import as_dictionary
 from utils.sizes import height_width, shown_size
 
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the weights
@@ -56,7 +56,7 @@ def register_given(settings: Any, data: DataSet, device: torch.device, measure_s
     parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
     if parallel.from_main_process(lambda: any(_same(given, path) for path in parent.glob(f"*/{BEST}"))):
         return
-    with Run.new(parent, as_dictionary(settings), EPOCH_CHARTS) as run:
+    with Run.new(parent, asdict(settings), EPOCH_CHARTS) as run:
         run.say(f"{run.path}: {settings.network} as it was given, {cost.parameters:,} parameters, {cost.flops:,} FLOPs")
         given.metrics = Evaluator(splits.val, normalisation, settings.resize)(placed(network, device)).metrics
         given.original = {

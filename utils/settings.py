@@ -6,7 +6,7 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -148,19 +148,9 @@ class TrainingSettings(StageSettings):
     download: bool = setting(False, "download CIFAR-100 (CIFAR-10 if the folder's name says so) if missing")
 
 
-def keys(cls: type) -> list[Field]:
-    """The settings among the fields of a class."""
-    return [f for f in fields(cls) if "help" in f.metadata]
-
-
-def as_dictionary(settings: Any) -> dict[str, Any]:
-    content = asdict(settings)
-    return {f.name: content[f.name] for f in keys(type(settings))}
-
-
 def defaults(cls: type) -> dict[str, Any]:
     """The default of every setting; required ones are left out."""
-    given = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in keys(cls)}
+    given = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
     return {name: value for name, value in given.items() if value is not MISSING}
 
 
@@ -180,7 +170,7 @@ class Parser(argparse.ArgumentParser):
 def settings_parser(cls: type, description: str, resumes: bool = True) -> Parser:
     """A parser with a flag for every setting of the class and, if runs can be resumed, ``--resume``."""
     parser = Parser(description)
-    for f in keys(cls):
+    for f in fields(cls):
         help = f.metadata["help"].replace("%", "%%")
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action="store_true", help=help)
@@ -301,7 +291,7 @@ def _override(cls: type, key: str, text: str) -> Any:
         value = _parsed(text)
     except (ValueError, RecursionError):
         return text
-    takes_text = any(f.name == key and f.type is str for f in keys(cls))
+    takes_text = any(f.name == key and f.type is str for f in fields(cls))
     return text if takes_text and not isinstance(value, str) else value
 
 
@@ -322,7 +312,7 @@ def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Setting
     Raises:
         UserError: for the first key or value that is wrong or missing.
     """
-    known = {f.name: f for f in keys(cls)}
+    known = {f.name: f for f in fields(cls)}
     values = {}
     for key, value in content.items():
         if key not in known:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.files import append, atomic_write, write_json
 from utils.runs.checkpoint import Checkpoint, load_checkpoint
 from utils.runs.tensorboard import Charts, TensorBoard
-from utils.settings import NOT_COMPARED, as_dictionary, defaults
+from utils.settings import NOT_COMPARED, defaults
 
 LAST, BEST, LOCK, METRICS = "last.pt", "best.pt", ".lock", "metrics.jsonl"
 ARGUMENTS, LOG = "arguments.json", "log.txt"
@@ -206,7 +206,7 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
     """
     if last is not None:
         return Run(last.path, purge_after=last.checkpoint.progress["step"])
-    arguments = as_dictionary(settings)
+    arguments = asdict(settings)
     earlier = started_runs(parent)
     run = Run.new(parent, arguments, charts, arguments.get("exp_name", ""))
     if resume and not earlier:
@@ -226,7 +226,7 @@ def _differing(path: Path, settings: Any) -> str:
         before = {**defaults(type(settings)), **json.loads((path / ARGUMENTS).read_text())}
     except (OSError, TypeError, ValueError) as error:
         return f"{ARGUMENTS} cannot be read, {error}"
-    for key, wanted in as_dictionary(settings).items():
+    for key, wanted in asdict(settings).items():
         if key not in NOT_COMPARED and before.get(key) != wanted:
             return f"{key}={before.get(key)!r}, not {wanted!r}"
     return ""
