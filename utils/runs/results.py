@@ -37,13 +37,11 @@ def _subject(record: Record) -> tuple:
 
 
 def _title(record: Record) -> str:
-    """The title of a chain: data, network and, in records that have them, gate, image size and seed."""
+    """The title of a chain: data, network, gate (which networks of one's own do not have), seed and image size."""
     dataset, network, depth, width = _subject(record)
     parts = [str(dataset), f"{network}{depth}", *([f"width {width}"] if width else [])]
-    parts += [f"{name} {record[key]}" for name, key in (("gate", "gate"), ("seed", "seed")) if key in record]
-    if "image_size" in record:
-        parts.append(f"{shown_size(record['image_size'])} pixels")
-    return ", ".join(parts)
+    parts += [f"gate {record['gate']}"] if "gate" in record else []
+    return ", ".join([*parts, f"seed {record['seed']}", f"{shown_size(record['image_size'])} pixels"])
 
 
 def results_table(records: list[Record]) -> str:
@@ -63,7 +61,7 @@ def results_table(records: list[Record]) -> str:
             lines.append(f"| {' | '.join([r['method'] + _marks(before, r, footnotes), *cells(r), *speeds])} |")
         lines += ["", "Runs: " + ", ".join(f"`{Path(r['checkpoint']).parent}`" for r in chain)]
         sections.append("\n".join(lines) + "\n")
-    if any(r.get("latency_ms") is None for chain in found for r in chain):
+    if any(r["latency_ms"] is None for chain in found for r in chain):
         sections.append("–: not measured; it needs the row's checkpoint.\n")
     sections.append(
         "Accuracy is that on the test images. FLOPS are for one image, two per multiply-add. In the first two methods "
@@ -122,14 +120,14 @@ def results_picture(records: list[Record]) -> Figure:
     newest = {}
     for chain in chains(records):
         newest.setdefault(_subject(chain[0]), timed_together(chain))
-    rows = 2 if any(r.get("latency_ms") for chain in newest.values() for r in chain) else 1
+    rows = 2 if any(r["latency_ms"] for chain in newest.values() for r in chain) else 1
     figure = Figure(figsize=(6 * len(newest), 4.2 * rows), layout="constrained")
     axes = figure.subplots(rows, len(newest), squeeze=False)
     for column, chain in enumerate(newest.values()):
         _draw_panel(axes[0][column], chain, "gflops", "GFLOPs for one image")
         axes[0][column].set_title(_title(chain[0]), fontsize=9, parse_math=False)
         if rows == 2:
-            measured = [r for r in chain if r.get("latency_ms")]
+            measured = [r for r in chain if r["latency_ms"]]
             _draw_panel(axes[1][column], measured, "latency_ms", "latency of one image, ms")
     return figure
 
