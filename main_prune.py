@@ -249,11 +249,8 @@ def fine_tune(
         title = f"iteration {progress.iteration}  epoch {epoch:3d}/{progress.epochs}"
         rate = rates_of_epoch(epoch, progress.epochs, settings.lr, **settings.schedule())
         train = supervised_epoch(training, batches, rate, title)
-        val = stage.evaluated(network)
+        val, every_block = stage.evaluated.both(network)
         check_finite(network, val, title)
-        every_block = val
-        if network.switches:
-            every_block = stage.evaluated(network, all_on)
         progress.step, progress.epoch = progress.step + 1, epoch
         compression = stage.start.compression(cost)
         scalars = epoch_scalars(train, val, every_block, cost.parameters, compression, rate(0.0))

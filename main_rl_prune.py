@@ -23,7 +23,7 @@ from gating.routing import record_routing
 from gating.scalars import POLICY_CHARTS, policy_line, policy_scalars
 from gating.steering import Budget, Steering
 from gating.temperature import rescale_gate_logits
-from models import ResNet, all_on, thresholded
+from models import ResNet, thresholded
 from training.distillation import distillation_loss_fn
 from training.evaluate import Evaluation, Evaluator, check_finite
 from training.forward import training_forward
@@ -247,7 +247,7 @@ def train_and_judge(stage: Stage, epoch: int) -> None:
         train = reinforce_epoch(stage.setup, stage.batches, rates, alpha, title)
     if settings.batch_norm == "reestimate" and not settings.published:
         reestimate(network, stage.batches, gates=not closing)
-    at_half, every_block = stage.evaluated(network), stage.evaluated(network, all_on)
+    at_half, every_block = stage.evaluated.both(network)
     check_finite(network, at_half, title)
     stage.keeper.progress.step = epoch
     steering.observe(alpha, at_half.computation)

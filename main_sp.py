@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from deploy.speeds import measured_speeds
-from models import GATES, all_on, build_network
+from models import GATES, build_network
 from training.evaluate import Evaluator, check_finite
 from training.forward import training_forward
 from training.norms import placed
@@ -105,8 +105,7 @@ def main() -> None:
             rate = rates_of_epoch(epoch, settings.epochs, settings.lr, schedule=settings.schedule)
             title = f"epoch {epoch:3d}/{settings.epochs}"
             train = supervised_epoch(training, batches, rate, title)
-            val = evaluated(network)
-            every_block = evaluated(network, all_on) if network.switches else val
+            val, every_block = evaluated.both(network)
             check_finite(network, val, title)
             scalars = epoch_scalars(train, val, every_block, cost.parameters, 0.0, rate(0.0))
             run.record(epoch, scalars, **(layer_scalars(network, cost) if epoch == 1 else {}))

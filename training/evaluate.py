@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import ResNet, thresholded
+from models import ResNet, all_on, thresholded
 from models.decisions import DecisionRule
 from utils import parallel
 from utils.data.augment import Normalisation
@@ -113,6 +113,11 @@ class Evaluator:
         """``evaluate`` on these images."""
         cost = network_cost(network, self.image_size)
         return evaluate(network, self.images, self.normalisation, cost, decide, precision=self.precision)
+
+    def both(self, network: ResNet) -> tuple[Evaluation, Evaluation]:
+        """The network as its switches decide, and with every block run; the same where it has none."""
+        decided = self(network)
+        return decided, self(network, all_on) if network.switches else decided
 
 
 def check_finite(network: ResNet, val: Evaluation, title: str) -> None:

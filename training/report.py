@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models import CASCADE, all_on, is_own
+from models import CASCADE, is_own
 from training.evaluate import Evaluator
 from training.norms import placed
 from utils import parallel
@@ -57,9 +57,7 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     result_dir = Path(result_dir).expanduser()
     network = placed(best.network(), test.device)
     cost = network_cost(network, best.data["image_size"])
-    evaluated = Evaluator(test, best.normaliser(), best.data["image_size"])
-    measured = evaluated(network)
-    every = evaluated(network, all_on) if network.switches else measured
+    measured, every = Evaluator(test, best.normaliser(), best.data["image_size"]).both(network)
     counted = measured.flops_executed if best.stage in DYNAMIC else measured.flops_all
     record = {
         "method": METHODS[best.stage],
