@@ -97,7 +97,7 @@ def local_part(values: Tensor) -> Tensor:
 
 
 def local_slice(images: int) -> slice:
-    """``part`` of so many images as a slice."""
+    """``local_part`` of so many images as a slice."""
     own = local_part(torch.arange(images))
     return slice(own[0].item(), own[-1].item() + 1) if len(own) else slice(0, 0)
 

@@ -273,7 +273,7 @@ def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str
         content = _parsed(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"settings file {path} does not exist: give --config_path config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"settings file {path} is not valid JSON ({error}): correct it there") from None
     if not isinstance(content, dict):
         raise UserError(f"settings file {path} holds a {type(content).__name__}, not an object with keys and values")
@@ -289,7 +289,7 @@ def _override(cls: type, key: str, text: str) -> Any:
     """The value of an override; for a key that takes text, numbers stay text."""
     try:
         value = _parsed(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return text
     takes_text = any(f.name == key and f.type is str for f in fields(cls))
     return text if takes_text and not isinstance(value, str) else value
@@ -327,8 +327,6 @@ def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Setting
             )
         try:
             values[key] = checked_value(key, float(value) if kind is float else value, known[key].metadata)
-        except OverflowError:
-            raise UserError(f"{key} is an integer of {len(str(value))} digits: it takes a number below 1e308") from None
         except ValueError as error:
             raise UserError(str(error)) from None
     for f in known.values():
