@@ -18,9 +18,8 @@ def tucker(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Te
     Truncation keeps eigendirections as they are; among all forms of the same ranks K-FAC's quadratic model
     1/2 tr(G D A D^T) has its minimum at the Tucker decomposition of G^1/2 W A^1/2.  (That of W' itself would be that
     of W: a rotation does not change it.)  It is found by higher-order orthogonal iteration from the truncated
-    directions, so in that
-    model it is never worse than them.  Source: HOOI, De Lathauwer et al. 2000; Tucker convolutions,
-    arXiv:1511.06530.
+    directions, so in that model it is never worse than them.  Source: HOOI, De Lathauwer et al. 2000; Tucker
+    convolutions, arXiv:1511.06530.
 
     Arguments as in ``pruning.surgery.truncated``.
     """
