@@ -157,8 +157,6 @@ def checkpoint_of(networks: Found, chosen: Candidate, settings: Settings) -> Che
         chosen.answer,
     )
     described = networks[reference_of(networks)][1]
-    newest = max(networks, key=lambda item: ["sp", "pruned", "rl_pruned"].index(item[1].stage))[0]
-    row = newest.with_name(BEST)  # of the run that the table shows above, where it has ended
     every = network_cost(network, described.data["image_size"]).flops
     return replace(
         described,
@@ -170,8 +168,17 @@ def checkpoint_of(networks: Found, chosen: Candidate, settings: Settings) -> Che
         seed=settings.seed,
         progress={},
         training={},
-        source=relative_to_results(row if row.exists() else newest, settings.result_dir),
+        source=relative_to_results(row_above(networks), settings.result_dir),
     )
+
+
+def row_above(networks: Found) -> Path:
+    """The network that the results table shows above the cascade: the last stage's of the reference's family."""
+    original = networks[reference_of(networks)][1].original
+    family = [(path, checkpoint.stage) for path, checkpoint in networks if checkpoint.original == original]
+    newest = max(family, key=lambda item: ["sp", "pruned", "rl_pruned"].index(item[1]))[0]
+    best = newest.with_name(BEST)  # where the run has ended
+    return best if best.exists() else newest
 
 
 def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, within_budget: bool) -> None:

@@ -165,7 +165,8 @@ def missing_rows() -> list[str]:
     studies, chains = (
         [json.loads(path.read_text()) for path in sorted(RESULTS.rglob(name))] for name in ("study.json", "record.json")
     )
-    wanted = [row for found in studies for kind in ("networks", "curve") for row in rows(found, kind)]
+    kinds = ("networks", "curve", "one_family")
+    wanted = [row for found in studies for kind in kinds for row in rows(found, kind)]
     wanted += [row for path in RESULTS.rglob("seeds.json") for row in seeds_table(json.loads(path.read_text()))[2:]]
     wanted += [f"| {' | '.join([record['method'], *cells(record)])} |" for record in chains]
     return [row for row in wanted if row not in page]

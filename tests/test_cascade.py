@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import onnxruntime
@@ -225,6 +226,19 @@ def test_a_cascade_of_what_the_stages_left(copied, shapes, tmp_path, capsys):
     assert json.loads((tmp_path / "labels.json").read_text())["members"]
     image = next((shapes / "test").glob("*/*.png"))
     assert " answered" in answer_of_both(capsys, folder / "best.pt", tmp_path, image)
+
+
+def test_the_row_above_a_cascade_is_of_the_network_that_its_budget_refers_to():
+    """Also where networks of another family come first, as in the alphabet."""
+    small, large = ({"accuracy": accuracy, "flops": flops} for accuracy, flops in ((0.6, 1.0), (0.7, 2.0)))
+    found = [
+        (Path(name), SimpleNamespace(stage=stage, original=original, metrics=original))
+        for name, stage, original in (
+            ("a/best.pt", "sp", small), ("a/iteration_01.pt", "pruned", small), ("b/best.pt", "sp", large),
+            ("c/iteration_01.pt", "pruned", large), ("c/iteration_02.pt", "pruned", large),
+        )
+    ]  # fmt: skip
+    assert main_cascade.row_above(found) == Path("c/iteration_01.pt")
 
 
 def test_what_users_get_wrong(copied, shapes, tmp_path):
