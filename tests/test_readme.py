@@ -123,10 +123,28 @@ def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(tmp_p
     monkeypatch.chdir(tmp_path)
     images = varied_images(16).float() / 255
     names = {"network": network(), "loader": [(images, torch.arange(16) % 10)], "resnet56": network}
+    names["train_loader"] = names["loader"]
     for snippet in re.findall(r"^```python\n(.*?)^```", OWN_NETWORK.read_text(), re.M | re.S):
         exec(snippet, names)
     assert names["smaller"].report.flops[1] <= 0.5 * names["smaller"].report.flops[0]
     torch.testing.assert_close(names["network"](images), names["smaller"](images))
+
+
+def test_any_network_is_exported_quantised_and_timed_as_the_page_does(tmp_path, monkeypatch, capsys):
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs" / "deploy.md").read_text().split("## Any other network")[1]
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
+    names = {"network": network(), "smaller": network(), "pixels": pixels}
+    for snippet in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S):
+        exec(snippet, names)
+    assert (tmp_path / "network.onnx").exists() and (tmp_path / "network_int8.onnx").exists()
+    with torch.no_grad():
+        expected = names["network"](names["normalisation"].apply(torch.from_numpy(pixels[:1])))
+    torch.testing.assert_close(torch.from_numpy(names["logits"]), expected, rtol=0, atol=1e-4)
+    assert re.fullmatch(r"unpruned: \d+\.\d+ ms\nsmaller: \d+\.\d+ ms\n", capsys.readouterr().out)
 
 
 def test_a_command_with_a_wrong_flag_is_found():
