@@ -31,6 +31,7 @@ from utils.settings import image_type, number
 
 BATCHES = (1, 32, 128)
 TIMED_IMAGES = 128
+TURN = 32  # images
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,19 @@ def milliseconds(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds for an image by name and batch size, medians; all networks in turns.
 
+    A turn computes ``TURN`` images, batch by batch: after each change of the network its weights are read from main
+    memory first, which single images in a stream do not wait for.
+
     Args:
         pixels: uint8 [N, 3, H, W], a multiple of the largest batch.
         seconds: for each batch size, five rounds at least.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in networks}
     for size in BATCHES:
-        parts = [part.cpu().numpy() for part in pixels.split(size)]
-        runs = {name: lambda i, run=run, parts=parts: run(parts[i]) for name, run in networks.items()}
-        for name, timing in alternated(runs, len(parts), seconds).items():
-            found[name][str(size)] = 1e3 * timing.median / size
+        turns = [[part.cpu().numpy() for part in turn.split(size)] for turn in pixels.split(max(size, TURN))]
+        runs = {name: lambda i, run=run, turns=turns: [*map(run, turns[i])] for name, run in networks.items()}
+        for name, timing in alternated(runs, len(turns), seconds).items():
+            found[name][str(size)] = 1e3 * timing.median * len(turns) / len(pixels)
     return found
 
 

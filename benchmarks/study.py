@@ -47,7 +47,7 @@ from utils.settings import image_type, number
 
 DROPS = (-0.005, 0.0, 0.005, 0.01, 0.02)  # of accuracy against the best single network, as cascades are asked for
 SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.083)  # of its FLOPs, the curve of the picture
-TIMED_IMAGES, TIMED_SECONDS = 512, 60.0  # seconds for each batch size
+TIMED_IMAGES, TIMED_SECONDS = 256, 60.0  # seconds for each batch size
 CASCADES = {
     "budgets": "cascade: lost at most",
     "curve": "cascade: FLOPs at most",

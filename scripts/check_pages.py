@@ -40,12 +40,13 @@ CIFAR_10, CIFAR_100 = RESULTS / "yardstick" / "study.json", RESULTS / "cifar100"
 ROWS = {
     "ResNet-56 as others trained it": (CIFAR_10, "networks", "name", "resnet56"),
     "pruned to one half, seven epochs": (CIFAR_10, "networks", "name", "resnet56 at 50%"),
-    "pruned to one quarter, 17 epochs in all": (CIFAR_10, "networks", "name", "resnet56 at 25%"),
-    "cascade of the family, a quarter of the FLOPs": (CIFAR_10, "curve", "share", 0.25),
-    "cascade of the family, an eighth": (CIFAR_10, "curve", "share", 0.125),
+    "pruned to one quarter, 17 epochs": (CIFAR_10, "networks", "name", "resnet56 at 25%"),
+    "cascade of four ResNets, a quarter": (CIFAR_10, "curve", "share", 0.25),
+    "cascade of four ResNets, an eighth": (CIFAR_10, "curve", "share", 0.125),
     "ResNet-32, width 32, trained for 12 epochs": (CIFAR_100, "networks", "name", "resnet32"),
-    "pruned to 46 % of the FLOPs, four epochs": (CIFAR_100, "networks", "name", "resnet32 at 46%"),
-    "pruned to 22 % of the FLOPs, ten epochs in all": (CIFAR_100, "networks", "name", "resnet32 at 22%"),
+    "pruned to 21 %, ten epochs": (CIFAR_100, "networks", "name", "resnet32 at 21%"),
+    "cascade with a ResNet-20, 20 %": (CIFAR_100, "curve", "share", 0.2),
+    "cascade with a ResNet-20, 15 %": (CIFAR_100, "curve", "share", 0.15),
 }
 
 
