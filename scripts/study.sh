@@ -80,19 +80,27 @@ yardstick() {  # yardstick FOLDER SEED
     for depth in 20 32 44 56; do
         resnet "$depth"
         functions+=("examples/cifar_resnet.py:resnet$depth")
-        # The middle of the family halved and not trained further, its ends halved twice and fine-tuned.
-        target=0.25 iterations=2 least=2 most=12
-        case $depth in 20) least=12 most=15 ;; 32|44) target=0.5 iterations=1 least=0 most=0 ;; esac
+        # The middle of the family halved and not trained further, its ends fine-tuned.
+        target=0.5 iterations=1 least=0 most=0
+        case $depth in 20) least=12 most=15 ;; 56) target=0.25 iterations=2 least=2 most=12 ;; esac
         given=("network=${functions[-1]}" 'mean=[0.485,0.456,0.406]' 'std=[0.229,0.224,0.225]' val_fraction=0
             max_accuracy_drop=0.3 lr=0.01 fisher_images=2000 "seed=$seed")
         prune "$folder" "${given[@]}" "checkpoint=$(echo "${WEIGHTS_DIR:-data/networks}/resnet$depth"*.th)" \
             "target_flops=$target" "max_iter=$iterations" "epochs_start=$least" "epochs_end=$most"
+        # The ends once more, to one eighth: the largest from one half, the smallest from one quarter in finer steps.
+        case $depth in
+        20) further quarter pruned 0.25 14
+            further smaller quarter/pruned 0.125 14 ;;
+        56) further smaller pruned 0.125 8 ;;
+        esac
     done
-    # The largest once more, from one half to one eighth.
-    prune "$folder/smaller" "${given[@]}" "checkpoint=$(newest "$folder/pruned" iteration_01.pt)" \
-        target_flops=0.125 max_iter=1 epochs_start=8 epochs_end=8
-    [ -e "$folder/study.json" ] || run python -m benchmarks.study "$folder" "$folder/smaller" --data_dir "$data" \
-        --img_type "$type" --network "${functions[@]}" --out "$folder"
+    [ -e "$folder/study.json" ] || run python -m benchmarks.study "$folder" "$folder/quarter" "$folder/smaller" \
+        --data_dir "$data" --img_type "$type" --network "${functions[@]}" --out "$folder"
+}
+
+further() {  # further TO FROM FLOPS EPOCHS: the network that was pruned last, from its folder to another
+    prune "$folder/$1" "${given[@]}" "checkpoint=$(newest "$folder/$2" iteration_01.pt)" round_to=8 \
+        "target_flops=$3" max_iter=1 "epochs_start=$4" "epochs_end=$4"
 }
 
 if [ "$size" = yardstick ]; then
