@@ -184,7 +184,7 @@ def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, 
         own = [(timed[name], checkpoints[name].normaliser()) for name in one["members"]]
         chosen = [Member(network, list(norm.mean), list(norm.std)) for network, norm in own]
         if len(own) > 1:
-            timed.setdefault(called(one), Cascade(chosen, tuple(one["thresholds"]), one["answer"]))
+            timed.setdefault(label_of(one), Cascade(chosen, tuple(one["thresholds"]), one["answer"]))
     reference = checkpoints[found["reference"]]
     exported = {
         name: ExportedNetwork(
@@ -196,12 +196,12 @@ def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, 
     for row in found["networks"]:
         row["milliseconds"] = taken[row["name"]]
     for row in cascades:
-        own = [taken[called(one)] for one in row["chosen"]]
+        own = [taken[label_of(one)] for one in row["chosen"]]
         row["milliseconds"] = {size: mean(one[size] for one in own) for size in own[0]}
     return {**found, "machine": machine()}
 
 
-def called(chosen: Row) -> str:
+def label_of(chosen: Row) -> str:
     """A name for a choice; a network alone keeps its own."""
     return chosen["members"][0] if len(chosen["members"]) == 1 else json.dumps(chosen)
 

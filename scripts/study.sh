@@ -42,8 +42,8 @@ has() { compgen -G "$1/$2/$network/*/record.json" > /dev/null; }  # has FOLDER S
 
 first() {  # first FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
-    has "$folder" sp || run python main_sp.py --depth "$depth" "${common[@]}" --width "$width" --epochs "$first" --lr 0.1 --bs 128 \
-        --precision "$precision" --seed "$seed" --result_dir "$folder" "$@" --resume
+    has "$folder" sp || run python main_sp.py --depth "$depth" "${common[@]}" --width "$width" --epochs "$first" \
+        --lr 0.1 --bs 128 --precision "$precision" --seed "$seed" --result_dir "$folder" "$@" --resume
 }
 prune() {  # prune FOLDER MORE...
     local folder=$1 key; shift
@@ -64,8 +64,8 @@ newest() {  # newest FOLDER FILE
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
-    has "$folder" rl_pruned || run python main_rl_prune.py --depth "$depth" "${common[@]}" --epochs "$third" --lr 0.01 --bs 128 \
-        --precision "$precision" --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
+    has "$folder" rl_pruned || run python main_rl_prune.py --depth "$depth" "${common[@]}" --epochs "$third" \
+        --lr 0.01 --bs 128 --precision "$precision" --batch_norm reestimate --seed "$seed" --result_dir "$folder" "$@" --resume
 }
 cascade() {  # cascade FOLDER: of the networks of all depths
     local stage networks
@@ -73,6 +73,11 @@ cascade() {  # cascade FOLDER: of the networks of all depths
         compgen -G "$1/${stage%/*}/${network%/*}/*/*/${stage##*/}*.pt" || true; done)
     has "$1" cascade ||
         run python main_cascade.py --depth "$depth" "${common[@]}" --result_dir "$1" --networks "${networks[@]}"
+}
+
+further() {  # further TO FROM FLOPS EPOCHS: the network that was pruned last, from its folder to another
+    prune "$folder/$1" "${given[@]}" "checkpoint=$(newest "$folder/$2" iteration_01.pt)" round_to=8 \
+        "target_flops=$3" max_iter=1 "epochs_start=$4" "epochs_end=$4"
 }
 
 yardstick() {  # yardstick FOLDER SEED
@@ -96,11 +101,6 @@ yardstick() {  # yardstick FOLDER SEED
     done
     [ -e "$folder/study.json" ] || run python -m benchmarks.study "$folder" "$folder/quarter" "$folder/smaller" \
         --data_dir "$data" --img_type "$type" --network "${functions[@]}" --out "$folder"
-}
-
-further() {  # further TO FROM FLOPS EPOCHS: the network that was pruned last, from its folder to another
-    prune "$folder/$1" "${given[@]}" "checkpoint=$(newest "$folder/$2" iteration_01.pt)" round_to=8 \
-        "target_flops=$3" max_iter=1 "epochs_start=$4" "epochs_end=$4"
 }
 
 if [ "$size" = yardstick ]; then

@@ -107,7 +107,10 @@ def test_the_oldest_run_comes_first(tmp_path):
     assert records.read_records(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("content", ["", "{"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "3", "[]", "{}", '{"checkpoint": "best.pt"}', json.dumps(record("sp", "1") | {"stage": ["sp"]})],
+)
 def test_a_damaged_record_is_named(tmp_path, content):
     file = folder_of(tmp_path, record("sp", RUN_NAMES[0])) / "record.json"
     file.write_text(content)

@@ -27,6 +27,11 @@ RECORD, RESULTS, LOCK = "record.json", "results.json", ".results.lock"
 PATIENCE = 60.0  # seconds to wait for a run that writes its results, which takes one or two
 NOT_MEASURED = {"latency_ms": None, "throughput": None}
 Record = dict[str, Any]
+NEEDED = {  # to be shown in the table and the picture
+    "stage", "method", "dataset", "network", "depth", "width", "accuracy", "gflops", "compression", "parameters",
+    "computation", "checkpoint", "source", "selected_on", "points", "accuracy_every_block", "within_budget",
+    "seed", "image_size", "latency_ms", "throughput",
+}  # fmt: skip
 
 
 def read_records(result_dir: Path) -> list[Record]:
@@ -105,7 +110,10 @@ def timed_together(chain: list[Record]) -> list[Record]:
 
 def _content(path: Path) -> Record:
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not record.keys() >= NEEDED or record["stage"] not in list(METHODS):
+            raise ValueError("it is no record of a run, or of another version of this program")
+        return record
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): move it away, then run its stage with the same settings and --resume, "
