@@ -72,9 +72,3 @@ def eigendamage(rotated: Tensor, curvature: Tensor, regularization: float) -> Te
         regularization: curvature that is added to every direction.
     """
     return 0.5 * (curvature + regularization) * rotated.square()
-
-
-def share(values: Tensor) -> Tensor:
-    """Saliencies as shares of their sum; zeros stay as they are."""
-    total = values.sum()
-    return values if total == 0 else values / total

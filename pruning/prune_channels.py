@@ -14,7 +14,7 @@ from models import LowRankConv2d, ResNet
 from pruning import channels
 from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
-from pruning.eigenbasis import gradient_squares, share
+from pruning.eigenbasis import gradient_squares
 from pruning.factors import Factors, collect_factors
 from pruning.goals import Goal
 from pruning.prediction import predicted_rise
@@ -40,8 +40,7 @@ def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goa
         factors = collect_factors(network, seconds, passes)
     saliencies = {}
     for name, block in blocks.items():
-        values = _saliency(block, factors.get(name), diagonals.get(name), passes.draws, method)
-        saliencies[name] = share(values) if method.normalize else values
+        saliencies[name] = _saliency(block, factors.get(name), diagonals.get(name), passes.draws, method)
     groups, fixed = channel_groups(network, cost, method, saliencies)
     kept = {
         name: side

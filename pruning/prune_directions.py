@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
 from pruning.costs import cheapest_cost, cheapest_ranks, layer_shape
-from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate, share
+from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate
 from pruning.factors import collect_factors
 from pruning.goals import Goal
 from pruning.layers import composed, prunable_layers, read_weights
@@ -34,8 +34,7 @@ def prune_directions(
     saliencies = {}
     for name in layers:
         saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name], method.regularization)
-        pairs = saliency.sum(dim=(2, 3)).t()  # of an input and an output direction
-        saliencies[name] = share(pairs) if method.normalize else pairs
+        saliencies[name] = saliency.sum(dim=(2, 3)).t()  # of pairs of an input and an output direction
     groups, fixed = direction_groups(network, found, cost, method, saliencies)
     kept = select(groups, goal, fixed, method.objective)
 

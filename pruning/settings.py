@@ -43,7 +43,6 @@ class Method:
     round_to: int = setting(16, low=1, high=MOST_CHANNELS)
     prune_ratio_limit: float = setting(0.9, low=0, below=1)
     ignored_layers: list = setting([], check=_check_names)
-    normalize: bool = setting(False)
     fisher_type: str = setting("true", choices=FISHER_TYPES)
     fisher_draws: int = setting(1, low=1, high=10**4)
     correct_eigenvalues: bool = setting(True)
@@ -51,11 +50,6 @@ class Method:
     regularization: float = setting(0.0, low=0)
 
     def __post_init__(self) -> None:
-        if self.normalize and self.forms_compete:
-            raise UserError(
-                f"normalize ranks single directions, but decomposition {self.decomposition} compares whole forms of "
-                "a layer: use decomposition truncate, or normalize false"
-            )
         if self.ignored_layers and not self.forms_compete:
             raise UserError(
                 "ignored_layers needs forms of layers that compete: use criterion eigendamage with decomposition best, "

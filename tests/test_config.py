@@ -72,7 +72,7 @@ def test_a_key_that_has_no_default_has_to_be_given():
 TYPES = {
     "int": [("depth", 14.0), ("depth", "14"), ("depth", True), ("depth", None)],
     "float": [("lr", "0.1"), ("lr", True), ("lr", [0.1]), ("target_parameters", "half")],
-    "bool": [("normalize", 1), ("normalize", "false")],
+    "bool": [("refit", 1), ("refit", "false")],
     "str": [("data_dir", 3), ("data_dir", None)],
     "dict": [("scheduler_params", "cosine")],
 }

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import LowRankConv2d, all_on, build_network
 from pruning.capture import Passes, visit_gradients
 from pruning.costs import LayerShape
-from pruning.eigenbasis import curvature, eigenbasis, eigendamage, rotate, share
+from pruning.eigenbasis import curvature, eigenbasis, eigendamage, rotate
 from pruning.factors import Factors, input_factor, output_factor, rotated_gradient_squares
 from pruning.forms import (
     DEPTHWISE,
@@ -166,11 +166,6 @@ def test_kfac_saliency_is_the_quadratic_form_of_the_kronecker_product():
     vectors = weight.flatten(2).permute(2, 1, 0).flatten(1)  # one vec(W) a tap
     expected = 0.5 * torch.einsum("tp,pq,tq->", vectors, torch.kron(factors.A, factors.G), vectors)
     torch.testing.assert_close(saliency.sum(), expected, rtol=1e-12, atol=0)
-
-
-def test_shares_sum_to_one_and_zeros_stay_zeros():
-    assert share(torch.tensor([1.0, 3.0])).tolist() == [0.25, 0.75]
-    assert share(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_zeroing_one_rotated_entry_changes_the_loss_as_predicted_to_second_order():

@@ -251,11 +251,6 @@ def test_regularisation_counts_the_size_of_what_goes(network, images):
     assert moved[1e6] < moved[0.0]
 
 
-def test_normalised_directions_and_whole_forms_exclude_each_other():
-    with pytest.raises(UserError, match="normalize ranks single directions"):
-        replace(METHOD, decomposition="best", normalize=True)
-
-
 @pytest.mark.parametrize(("penalty", "tolerance"), [(0.0, 1e-6), (1e-2, 0.02)])
 def test_a_sum_of_separable_terms_along_eigendirections_is_found(penalty, tolerance, monkeypatch):
     """To rounding, but for what the penalty costs."""
