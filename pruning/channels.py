@@ -25,12 +25,12 @@ def damped(factor: Tensor) -> Tensor:
     return factor.double() + torch.eye(size, dtype=torch.float64, device=factor.device) * added
 
 
-def c_obd(weight: Tensor, diagonal: Tensor, regularization: float) -> Tensor:
+def c_obd(weight: Tensor, diagonal: Tensor) -> Tensor:
     """1/2 sum over the channel of F_qq w_q^2, with the diagonal of the Fisher [out, in, kh, kw].
 
     Source: C-OBD, EigenDamage (arXiv:1905.05934), section 3, from Optimal Brain Damage (LeCun 1989).
     """
-    return 0.5 * ((diagonal + regularization) * weight.double().square()).sum(dim=(0, 2, 3))
+    return 0.5 * (diagonal * weight.double().square()).sum(dim=(0, 2, 3))
 
 
 def c_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
@@ -43,14 +43,14 @@ def c_obs(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
     return removed_in_turn(weight, A, torch.diag(1 / torch.linalg.inv(damped(G)).diagonal()))
 
 
-def kron_obd(weight: Tensor, A: Tensor, G: Tensor, regularization: float) -> Tensor:
+def kron_obd(weight: Tensor, A: Tensor, G: Tensor) -> Tensor:
     """1/2 A_jj sum over taps of W_j^T G W_j: the channel zeroed, the others left as they are.
 
     Source: Kron-OBD, EigenDamage (arXiv:1905.05934), section 3.
     """
     weight = weight.double()
     errors = (weight * torch.einsum("op,pihw->oihw", G.double(), weight)).sum(dim=(0, 2, 3))
-    return 0.5 * (A.double().diagonal() * errors + regularization * weight.square().sum((0, 2, 3)))
+    return 0.5 * A.double().diagonal() * errors
 
 
 def removed_in_turn(weight: Tensor, A: Tensor, price: Tensor) -> Tensor:

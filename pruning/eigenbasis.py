@@ -59,8 +59,8 @@ def gradient_squares(
     return {name: parallel.all_reduced(total).double() / images for name, total in sums.items()}
 
 
-def eigendamage(rotated: Tensor, curvature: Tensor, regularization: float) -> Tensor:
-    """1/2 (s_ijt + regularization) W'_ijt^2 for every entry of the rotated weight.
+def eigendamage(rotated: Tensor, curvature: Tensor) -> Tensor:
+    """1/2 s_ijt W'_ijt^2 for every entry of the rotated weight.
 
     Given the part of a weight that surgery takes away instead of the weight, the sum of the entries is the predicted
     rise of the loss.  Source: EigenDamage (arXiv:1905.05934), section 4; with s from the eigenvalue correction,
@@ -69,6 +69,5 @@ def eigendamage(rotated: Tensor, curvature: Tensor, regularization: float) -> Te
     Args:
         rotated: W' [out, in, kh, kw].
         curvature: s, the same shape.
-        regularization: curvature that is added to every direction.
     """
-    return 0.5 * (curvature + regularization) * rotated.square()
+    return 0.5 * curvature * rotated.square()

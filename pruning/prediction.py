@@ -37,18 +37,6 @@ class Trials:
     # The kernel W [out, in] of a pointwise layer, whose coordinates are those of its narrower side.
     pointwise: Tensor | None = None
 
-    def squared_changes(self) -> Tensor:
-        """The squared size of each change of the layer's kernel, [K] on the CPU."""
-        at, W = self.coordinates, self.pointwise
-        whole = at.corner(at.core.shape[1], at.core.shape[0])
-        changes = [at.corner(c, r) - whole for c, r in self.corners]
-        if self.changes is not None:
-            changes += torch.einsum("op,kpj...,ij->koi...", at.P, self.changes.double(), at.Q)
-        if W is not None:
-            narrow = [change[:, :, 0, 0].to(W) for change in changes]
-            changes = [change @ W if len(W) <= W.shape[1] else W @ change for change in narrow]
-        return torch.stack([change.square().sum().double() for change in changes]).cpu()
-
 
 def predicted_rise(
     network: nn.Module, layers: Mapping[str, nn.Module], changes: Mapping[str, Tensor], passes: Passes

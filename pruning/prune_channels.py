@@ -125,11 +125,11 @@ def _saliency(
     weight = block.conv2.weight.detach()
     match method.criterion:
         case "c_obd":
-            return channels.c_obd(weight, diagonal, method.regularization)
+            return channels.c_obd(weight, diagonal)
         case "c_obs":
             return channels.c_obs(weight, factors.A, factors.G)
         case "kron_obd":
-            return channels.kron_obd(weight, factors.A, factors.G, method.regularization)
+            return channels.kron_obd(weight, factors.A, factors.G)
         case "kron_obs":
             return channels.removed_in_turn(weight, factors.A, factors.G)
         case "magnitude":

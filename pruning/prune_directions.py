@@ -33,7 +33,7 @@ def prune_directions(
     weights = {name: read_weights(network, name) for name in layers}
     saliencies = {}
     for name in layers:
-        saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name], method.regularization)
+        saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name])
         saliencies[name] = saliency.sum(dim=(2, 3)).t()  # of pairs of an input and an output direction
     groups, fixed = direction_groups(network, found, cost, method, saliencies)
     kept = select(groups, goal, fixed, method.objective)

@@ -57,9 +57,6 @@ def prune_to_forms(
             tried = trials(kernels, group)
         with passes.phase("prediction"):
             rises |= predicted_rises(network, {name: layers[name] for name in group}, tried, few)
-        if method.regularization:
-            for name, own in tried.items():
-                rises[name] = rises[name].cpu() + 0.5 * method.regularization * own.squared_changes()
         del tried  # before the next group's are made
     rises = [np.array([0.0, *rises[name].tolist()] if name in able else [0.0]) for name in forms]
     costs, now = [form_costs(own) for own in forms.values()], (cost.flops, cost.parameters)

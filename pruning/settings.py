@@ -47,7 +47,6 @@ class Method:
     fisher_draws: int = setting(1, low=1, high=10**4)
     correct_eigenvalues: bool = setting(True)
     refit: bool = setting(True)
-    regularization: float = setting(0.0, low=0)
 
     def __post_init__(self) -> None:
         if self.ignored_layers and not self.forms_compete:

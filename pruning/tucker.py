@@ -63,10 +63,6 @@ class Coordinates:
     core: Tensor  # [out, in, kh, kw]
     to_core: tuple[Tensor, Tensor]  # maps from a tensor in the metric to these coordinates, for both sides
 
-    def corner(self, c: int, r: int) -> Tensor:
-        """The kernel [out, in, kh, kw] of a Tucker form."""
-        return torch.einsum("or,rchw,ic->oihw", self.P[:, :r], self.core[:r, :c], self.Q[:, :c])
-
     def rotated(self, U: Tensor, V: Tensor, D: Tensor) -> Tensor:
         """The sum of terms U [out, R], V [in, R], D [taps, R] of the metric of the Fisher, in these coordinates."""
         out, into = self.to_core

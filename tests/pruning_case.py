@@ -10,7 +10,7 @@ from pruning.depthwise import MOST_SWEEPS, mixtures, separable_terms
 from pruning.factors import Factors
 from pruning.selection import least_kept
 from pruning.settings import Method
-from pruning.tucker import in_metric
+from pruning.tucker import Coordinates, in_metric
 from utils.flops import every_block, network_cost
 
 SIZE = 8
@@ -29,6 +29,11 @@ def separable(kernel, basis, terms, sweeps=MOST_SWEEPS):
     """A depthwise separable convolution of so many terms."""
     factors = separable_terms(in_metric(kernel, basis).flatten(2)[None], basis.Q_a[None], terms, sweeps)
     return mixtures(*(factor[0] for factor in factors), basis, kernel.shape[2:])
+
+
+def corner(at: Coordinates, c: int, r: int) -> Tensor:
+    """The kernel [out, in, kh, kw] of a Tucker form."""
+    return torch.einsum("or,rchw,ic->oihw", at.P[:, :r], at.core[:r, :c], at.Q[:, :c])
 
 
 def labelled_images():

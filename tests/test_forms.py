@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from pruning_case import quadratic_rise, random_factors, switched_network
+from pruning_case import corner, quadratic_rise, random_factors, switched_network
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,7 +108,7 @@ def test_what_is_built_has_the_form_and_a_trial_loses_little_more(kind):
         assert (whole[1], whole[0]) == form.ranks and weights.depthwise == (kind == DEPTHWISE)
         rise = quadratic_rise(kernel.weight - composed(weights), own.A, own.G).item()
         at = tried.coordinates
-        quick = kernel.weight - at.corner(*form.ranks) if kind == TUCKER else None
+        quick = kernel.weight - corner(at, *form.ranks) if kind == TUCKER else None
         if kind == DEPTHWISE:
             quick = torch.einsum("op,pjhw,ij->oihw", at.P, tried.changes[i].double(), at.Q)
         assert -0.001 * everything <= quadratic_rise(quick, own.A, own.G).item() - rise <= 0.03 * everything
@@ -118,8 +118,8 @@ def test_corners_are_nested_and_the_whole_core_is_the_kernel():
     own = random_factors(INPUTS, OUTPUTS, 60, 3, seed=2)
     weight = torch.randn(OUTPUTS, INPUTS, 3, 3, dtype=torch.float64)
     at = coordinates(weight, eigenbasis(own))
-    torch.testing.assert_close(at.corner(INPUTS, OUTPUTS), weight, rtol=1e-9, atol=1e-9)
-    rises = [quadratic_rise(weight - at.corner(c, OUTPUTS), own.A, own.G).item() for c in range(1, INPUTS + 1)]
+    torch.testing.assert_close(corner(at, INPUTS, OUTPUTS), weight, rtol=1e-9, atol=1e-9)
+    rises = [quadratic_rise(weight - corner(at, c, OUTPUTS), own.A, own.G).item() for c in range(1, INPUTS + 1)]
     assert rises == sorted(rises, reverse=True)
 
 
@@ -162,7 +162,7 @@ def test_a_singular_factor_has_no_negative_eigenvalue():
 def test_kfac_saliency_is_the_quadratic_form_of_the_kronecker_product():
     factors, weight = random_factors(5, 4, seed=0), torch.randn(4, 5, 3, 3, dtype=torch.float64)
     basis = eigenbasis(factors)
-    saliency = eigendamage(rotate(weight, basis), curvature(basis, weight), 0.0)
+    saliency = eigendamage(rotate(weight, basis), curvature(basis, weight))
     vectors = weight.flatten(2).permute(2, 1, 0).flatten(1)  # one vec(W) a tap
     expected = 0.5 * torch.einsum("tp,pq,tq->", vectors, torch.kron(factors.A, factors.G), vectors)
     torch.testing.assert_close(saliency.sum(), expected, rtol=1e-12, atol=0)
@@ -192,7 +192,7 @@ def test_zeroing_one_rotated_entry_changes_the_loss_as_predicted_to_second_order
     s = sum(rotated_gradient_squares(layer, a, g, basis.Q_a, basis.Q_g) for a, g in pairs) / 6
     weight = layer.weight.detach().clone()
     rotated = rotate(weight, basis)
-    saliency = eigendamage(rotated, s, 0.0)
+    saliency = eigendamage(rotated, s)
 
     @torch.no_grad()
     def rise(entry: tuple[int, ...], share: float) -> float:

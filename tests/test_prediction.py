@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pruning_case import corner
 from torch import nn
 from torch.nn import functional as F
 
@@ -85,12 +86,10 @@ def test_forms_on_trial_are_predicted_one_by_one(network, monkeypatch):
         P, Q = (torch.randn(n, n, dtype=torch.float64) for n in core.shape[:2])
         at, others = Coordinates(P, Q, core, (P, Q)), torch.randn(2, *core.shape, dtype=torch.float64)
         tried[name] = Trials(at, corners, others)
-        whole = at.corner(core.shape[1], core.shape[0])
-        kernels = [at.corner(c, r) - whole for c, r in corners]
+        whole = corner(at, core.shape[1], core.shape[0])
+        kernels = [corner(at, c, r) - whole for c, r in corners]
         kernels += [torch.einsum("op,pjhw,ij->oihw", P, other, Q) for other in others]
         changes[name] = torch.stack(kernels)
-        squares = changes[name].flatten(1).square().sum(1)
-        torch.testing.assert_close(tried[name].squared_changes(), squares, rtol=1e-9, atol=0)
     monkeypatch.setattr(prediction, "ENTRIES", 3 * tried["blocks.2.conv1"].coordinates.core.numel())
     found = predicted_rises(network, layers_of(network), tried, given([(x[:4], y[:4]), (x[4:], y[4:])]))
     for i in range(5):
@@ -114,8 +113,6 @@ def test_two_factors_are_predicted_at_the_narrower_side(inputs, outputs):
         tried[name] = Trials(Coordinates(P, Q, core, (P, Q)), [(m, 1), (m, 2)], None, W)
         narrow = [P[:, :r] @ core[:r, :, 0, 0] @ Q.t() - torch.eye(m).double() for r in (1, 2)]
         changes[name] = [n @ W if len(W) <= W.shape[1] else W @ n for n in narrow]
-        squares = torch.stack([change.square().sum() for change in changes[name]])
-        torch.testing.assert_close(tried[name].squared_changes(), squares, rtol=1e-9, atol=0)
     passes = Passes(lambda: [(x, y)], None, "empirical")
     found = predicted_rises(network, layers, tried, passes)
     products = []
