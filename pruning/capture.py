@@ -36,7 +36,6 @@ class Passes:
     batches: Batches
     draws: torch.Generator | None = None  # of the random signs of the "true" Fisher, on the network's device
     fisher_type: str = "true"  # of the network's own prediction (``score_directions``), or "empirical": of the labels
-    fisher_draws: int = 1  # gradients of each image; the batch then runs forward once and backward so many times
     forward: Forward = nn.Module.__call__  # from network and inputs to logits [N, classes], or to what loss_fn takes
     loss_fn: LossFn | None = None  # from outputs and labels to each image's loss [N]; None: classification
     say: Callable[[str], None] = lambda line: None  # called with the seconds of each phase
@@ -81,19 +80,9 @@ class Passes:
         yield
         self.say(f"{name}: {time.perf_counter() - start:.1f} s")
 
-    @property
-    def repeats(self) -> int:
-        """Gradients of each image."""
-        return self.fisher_draws if self.drawn else 1
-
-    @property
-    def drawn(self) -> bool:
-        """Whether gradients are drawn by the network's own prediction."""
-        return self.fisher_type == "true" and self.loss_fn is None
-
 
 def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes: Passes, visit: Visit) -> int:
-    """Call ``visit(name, layer, a, g)`` for every layer, batch and draw of gradients.
+    """Call ``visit(name, layer, a, g)`` for every layer and batch.
 
     ``a`` [N, in, H, W] is the layer's input; ``g`` [N, out, H', W'] the gradient of each image's own loss at the
     layer's output: losses are summed over the batch, so there is no 1/N to undo.  Of a linear layer the tokens of an
@@ -103,10 +92,10 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
     Where several processes share the batches (``utils.parallel``), each visits the images of its part.
 
     Returns:
-        the number of images seen by all processes together, each counted once per draw.
+        the number of images seen by all processes together.
     """
     seen = [0]  # images of the batch that is running
-    images, repeats = 0, passes.repeats
+    images = 0
     shown = (layer.register_forward_hook(_show(n, visit, seen), with_kwargs=True) for n, layer in layers.items())
     with hooked(shown), differentiable(network, layers.values()) as starts:
         for x, given in passes.on(network):
@@ -114,12 +103,11 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
             starts.clear()
             # A copy, so that a network may change its input in place.
             outputs = passes.forward(network, x.clone())
-            losses = _losses(outputs, given, passes)
-            images += images_of(x, given) * repeats
+            loss = _loss(outputs, given, passes)
+            images += images_of(x, given)
             if len(x) == 0:  # the last batch may be too small for all processes
                 continue
-            for draw, loss in enumerate(losses):
-                torch.autograd.grad(loss, starts, retain_graph=draw < repeats - 1, allow_unused=True)
+            torch.autograd.grad(loss, starts, allow_unused=True)
     return images
 
 
@@ -158,21 +146,20 @@ def images_of(x: Tensor, labels: Any) -> int:
     return len(labels) if isinstance(labels, Tensor) else len(x)
 
 
-def _losses(outputs: Any, given: Any, passes: Passes) -> list[Tensor]:
-    """This process's sum to differentiate for each draw."""
+def _loss(outputs: Any, given: Any, passes: Passes) -> Tensor:
+    """This process's sum to differentiate."""
     if passes.loss_fn is not None:
         losses = passes.loss_fn(outputs, parallel.local_part(given) if isinstance(given, Tensor) else given)
         if losses.dim() != 1:
             raise UserError(
                 f"loss_fn returned a tensor of shape {list(losses.shape)}: it has to return a loss for each image, [N]"
             )
-        return [losses.sum()]
+        return losses.sum()
     logits = class_scores(outputs)
-    if passes.drawn:
-        signs = _signs((len(given), logits.shape[1], passes.repeats), logits, passes.draws)
-        directions = score_directions(logits.detach(), parallel.local_part(signs))
-        return [(logits * v).sum() for v in directions.unbind(2)]
-    return [F.cross_entropy(logits, parallel.local_part(given), reduction="sum")]
+    if passes.fisher_type == "true":
+        signs = _signs((len(given), logits.shape[1]), logits, passes.draws)
+        return (logits * score_directions(logits.detach(), parallel.local_part(signs))).sum()
+    return F.cross_entropy(logits, parallel.local_part(given), reduction="sum")
 
 
 def class_scores(outputs: Any) -> Tensor:
@@ -201,17 +188,17 @@ def score_directions(logits: Tensor, signs: Tensor) -> Tensor:
 
     Args:
         logits: [N, classes].
-        signs: [N, classes, K], -1 and 1.
+        signs: [N, classes], -1 and 1.
 
     Returns:
-        [N, classes, K].
+        [N, classes].
     """
-    p = logits.softmax(dim=1)[:, :, None]
+    p = logits.softmax(dim=1)
     scaled = p.sqrt() * signs
     return scaled - p * scaled.sum(dim=1, keepdim=True)
 
 
-def _signs(shape: tuple[int, int, int], like: Tensor, draws: torch.Generator | None) -> Tensor:
+def _signs(shape: tuple[int, int], like: Tensor, draws: torch.Generator | None) -> Tensor:
     """Random signs for a whole batch: a process thus draws for its images what a single process would draw for them."""
     return 2 * torch.randint(0, 2, shape, generator=draws, device=like.device).to(like) - 1
 

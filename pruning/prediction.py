@@ -50,11 +50,11 @@ def predicted_rise(
     if not changes:
         return PredictedRise({}, 0.0)
     names = list(changes)
-    products: dict[str, Tensor] = {}  # of the draw that is being visited, [N] for each layer
+    products: dict[str, Tensor] = {}  # of the batch that is being visited, [N] for each layer
     sums = next(network.parameters()).new_zeros(len(names) + 1, dtype=torch.float64)
     rounded = {name: change.to(next(layers[name].parameters())) for name, change in changes.items()}
 
-    def close_draw() -> None:
+    def close_batch() -> None:
         if products:
             of_images = torch.stack([products[name] for name in names])
             sums[:-1] += of_images.square().sum(dim=1)
@@ -62,12 +62,12 @@ def predicted_rise(
             products.clear()
 
     def add(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
-        if name in products:  # the next draw has begun
-            close_draw()
+        if name in products:  # the next batch has begun
+            close_batch()
         products[name] = _changed_outputs(layer, a, rounded[name]).mul_(g).flatten(1).double().sum(dim=1)
 
     images = visit_gradients(network, {name: layers[name] for name in names}, passes, add)
-    close_draw()
+    close_batch()
     *single, together = (0.5 * parallel.all_reduced(sums) / images).tolist()
     return PredictedRise(dict(zip(names, single, strict=True)), together)
 

@@ -44,7 +44,6 @@ class Method:
     prune_ratio_limit: float = setting(0.9, low=0, below=1)
     ignored_layers: list = setting([], check=_check_names)
     fisher_type: str = setting("true", choices=FISHER_TYPES)
-    fisher_draws: int = setting(1, low=1, high=10**4)
     correct_eigenvalues: bool = setting(True)
     refit: bool = setting(True)
 
@@ -62,7 +61,7 @@ class Method:
 
     def passes(self, batches: Batches, draws: torch.Generator, forward: Forward, **more: Any) -> Passes:
         """The passes that measure the Fisher, see ``pruning.capture.Passes``."""
-        return Passes(batches, draws, self.fisher_type, self.fisher_draws, forward, **more)
+        return Passes(batches, draws, self.fisher_type, forward, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,10 +89,10 @@ def measured() -> dict:
     """Factors, EK-FAC's squares, re-estimated norms and an evaluation of a network whose switches differ by image."""
     net, found = network(), {}
     layers = prunable_layers(net)
-    for kind, repeats in (("true", 2), ("empirical", 1)):
+    for kind in ("true", "empirical"):
         draws = torch.Generator().manual_seed(5)
         pass_ = lambda: batch_parts_by_process(images(), 8, NORMALISATION)  # noqa: E731 - the last batch holds one image
-        passes = Passes(pass_, draws, kind, repeats, every_block)
+        passes = Passes(pass_, draws, kind, every_block)
         factors = collect_factors(net, layers, passes)
         bases = {name: eigenbasis(factor) for name, factor in factors.items()}
         # Signs of eigenvectors are no concern of the processes: squares in the layers' own coordinates, too.

@@ -179,7 +179,7 @@ def test_random_directions_have_the_second_moment_of_the_fisher():
     """Over all signs, one by one, in float64."""
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)), dtype=torch.float64).t()
-    v = score_directions(logits, signs.expand(3, 4, 16))
+    v = torch.stack([score_directions(logits, own.expand(3, 4)) for own in signs.t()], dim=2)
     p = logits.softmax(1)
     fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     torch.testing.assert_close(v @ v.transpose(1, 2) / 16, fisher, rtol=0, atol=1e-14)
@@ -191,7 +191,7 @@ def test_of_a_sure_network_few_random_directions_show_the_fisher():
     That of drawn labels, whose squared gradients are 2 (1 - p)^2 or 2 p^2, deviates by (p / (1 - p) / 1000)^1/2 = 1.
     """
     p = torch.tensor([0.999, 0.001], dtype=torch.float64)
-    signs = 2 * torch.randint(0, 2, (200, 1000, 2, 1), generator=torch.Generator().manual_seed(0)).double() - 1
+    signs = 2 * torch.randint(0, 2, (200, 1000, 2), generator=torch.Generator().manual_seed(0)).double() - 1
     v = score_directions(p.log().expand(200_000, 2), signs.flatten(0, 1)).view(200, 1000, 2)
     traces = v.square().sum(2).mean(1)
     assert ((traces / (2 * p.prod()) - 1) ** 2).mean().sqrt() < 0.01

@@ -1,5 +1,7 @@
 """The predicted rise of the loss against gradients image by image, in float64, and against the rise itself."""
 
+import itertools
+
 import pytest
 import torch
 from pruning_case import corner
@@ -38,8 +40,8 @@ def random_changes(network, *shape: int):
     }
 
 
-def given(batches, fisher_type="empirical", draws=1) -> Passes:
-    return Passes(lambda: batches, torch.Generator().manual_seed(0), fisher_type, draws, every_block)
+def given(batches, fisher_type="empirical") -> Passes:
+    return Passes(lambda: batches, torch.Generator().manual_seed(0), fisher_type, every_block)
 
 
 def products_by_image(network, changes, x, y):
@@ -136,18 +138,24 @@ class Tokens(nn.Module):
         return self.linear(self.conv(x).flatten(2).transpose(1, 2).tanh()).mean(1)
 
 
-def test_every_draw_counts_on_its_own(network):
-    x, y = torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.zeros(5, dtype=torch.long)
+def expected_rises(network, layers, changes, x) -> list[float]:
+    """Of each layer and of all together: the expectation over labels, each class once, weighted by its probability."""
+    with torch.no_grad():
+        p = network(x, decide=all_on).logits.softmax(1)
+    found = torch.zeros(len(changes) + 1, dtype=torch.float64)
+    for n, label in itertools.product(range(len(x)), range(3)):
+        one = predicted_rise(network, layers, changes, given([(x[n : n + 1], torch.tensor([label]))]))
+        found += p[n, label] / len(x) * torch.tensor([*one.layers.values(), one.together], dtype=torch.float64)
+    return found.tolist()
+
+
+def test_random_gradients_predict_the_expectation_over_labels(network):
+    """From 1000 for every image."""
+    x, labels = torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.zeros(5000, dtype=torch.long)
     layers, changes = layers_of(network), random_changes(network)
-
-    def rise(draws: int, images: int):
-        batch = (x.repeat(images, 1, 1, 1), y.repeat(images))
-        return predicted_rise(network, layers, changes, given([batch], "true", draws))
-
-    # Two estimates of one expectation, each from 1000 labels for every image.
-    many, repeated = rise(1000, 1), rise(1, 1000)
-    assert many.together == pytest.approx(repeated.together, rel=0.1)
-    assert list(many.layers.values()) == pytest.approx(list(repeated.layers.values()), rel=0.1)
+    drawn = predicted_rise(network, layers, changes, given([(x.repeat(1000, 1, 1, 1), labels)], "true"))
+    found = [*drawn.layers.values(), drawn.together]
+    assert found == pytest.approx(expected_rises(network, layers, changes, x), rel=0.1)
 
 
 def test_it_is_the_second_order_of_the_divergence_from_the_own_prediction(network):
@@ -155,14 +163,9 @@ def test_it_is_the_second_order_of_the_divergence_from_the_own_prediction(networ
     x = torch.randn(6, 3, 6, 6, dtype=torch.float64)
     layers = {name: layer for name, layer in layers_of(network).items() if isinstance(layer, nn.Conv2d)}
     changes = {name: 0.3 * change for name, change in random_changes(network).items() if name in layers}
-    # The expectation over labels, written out: each class once, weighted by its probability.
     with torch.no_grad():
         target = network(x, decide=all_on).logits.log_softmax(1)
-    together = 0.0
-    for n in range(6):
-        for label in range(3):
-            one = predicted_rise(network, layers, changes, given([(x[n : n + 1], torch.tensor([label]))]))
-            together += target[n, label].exp().item() * one.together / 6
+    *_, together = expected_rises(network, layers, changes, x)
     errors = []
     for e in (1e-3, 1e-4):
         with torch.no_grad():
