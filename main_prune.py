@@ -255,8 +255,7 @@ def fine_tune(
         compression = stage.start.compression(cost)
         scalars = epoch_scalars(train, val, every_block, cost.parameters, compression, rate(0.0))
         run.record(progress.step, scalars, iteration=progress.iteration)
-        if epoch % settings.log_interval == 0 or epoch == progress.epochs:
-            run.say(epoch_line(title, train, val, every_block, splits.val_name))
+        run.say(epoch_line(title, train, val, every_block, splits.val_name))
         # Without validation images no epoch can be selected: the last one counts.
         keeper.offer([epoch if splits.val_is_test else val.accuracy], val.metrics)
         keeper.save_last()

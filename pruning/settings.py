@@ -92,7 +92,6 @@ class PruneSettings(Method, StageSettings):
     distill: float = setting(0.5, low=0, high=1)
     max_iter: int = setting(8, low=1, high=10**4)
     max_accuracy_drop: float = setting(0.01, low=0, high=1)
-    log_interval: int = setting(1, low=1, high=MOST_EPOCHS)
     exp_name: str = setting("")
 
     def __post_init__(self) -> None:

@@ -89,7 +89,7 @@ OUT_OF_RANGE = [
     ("lr", float("inf")), ("lr", float("nan")), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9),
     ("epochs_start", -1), ("prune_ratio", 1.0), ("prune_ratio", -0.1), ("prune_ratio_limit", 1),
     ("fisher_images", 0), ("max_iter", 0), ("max_accuracy_drop", 1.1),
-    ("log_interval", 0), ("seed", -1), ("seed", 2**64),
+    ("seed", -1), ("seed", 2**64),
     ("round_to", 0), ("target_flops", -0.1),
 ]  # fmt: skip
 SCHEDULES = [
