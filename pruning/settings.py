@@ -3,7 +3,6 @@
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,7 +91,6 @@ class PruneSettings(Method, StageSettings):
     distill: float = setting(0.5, low=0, high=1)
     max_iter: int = setting(8, low=1, high=10**4)
     max_accuracy_drop: float = setting(0.01, low=0, high=1)
-    exp_name: str = setting("")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,8 +101,6 @@ class PruneSettings(Method, StageSettings):
                 raise UserError(f"{key} is {reprlib.repr(values)}: it takes three numbers, of pixels in [0, 1]")
         if len(self.mean) != len(self.std) or 0 in self.std:
             raise UserError(f"mean is {self.mean} and std is {self.std}: give both, deviations above 0, or neither")
-        if Path(self.exp_name).name != self.exp_name:
-            raise UserError(f"exp_name is {self.exp_name!r}: it becomes part of a folder's name, so use no separators")
 
     def schedule(self) -> dict[str, Any]:
         """Arguments of ``training.optimisers.scheduled`` from ``scheduler_params``."""

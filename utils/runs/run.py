@@ -69,7 +69,7 @@ class Run:
             ) from error
 
     @classmethod
-    def new(cls, parent: Path, arguments: Mapping[str, Any], charts: Charts, name: str = "") -> "Run":
+    def new(cls, parent: Path, arguments: Mapping[str, Any], charts: Charts) -> "Run":
         """Make a folder of its own for a new run.
 
         Args:
@@ -78,7 +78,7 @@ class Run:
         Raises:
             UserError: if the folder cannot be written.
         """
-        path = _new_folder(parent, arguments, name) if parallel.is_main_process() else None
+        path = _new_folder(parent, arguments) if parallel.is_main_process() else None
         run = cls(parallel.broadcast_object(path))
         if run._board is not None:
             run._board.describe(arguments, charts)
@@ -206,9 +206,8 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
     """
     if last is not None:
         return Run(last.path, purge_after=last.checkpoint.progress["step"])
-    arguments = asdict(settings)
     earlier = started_runs(parent)
-    run = Run.new(parent, arguments, charts, arguments.get("exp_name", ""))
+    run = Run.new(parent, asdict(settings), charts)
     if resume and not earlier:
         run.say(f"there is no run to continue in {parent}: starting a new one")
     elif resume:
@@ -232,8 +231,8 @@ def _differing(path: Path, settings: Any) -> str:
     return ""
 
 
-def _new_folder(parent: Path, arguments: Mapping[str, Any], name: str) -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S") + (f"-{name}" if name else "")
+def _new_folder(parent: Path, arguments: Mapping[str, Any]) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     for attempt in itertools.count(1):
         path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
