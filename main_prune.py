@@ -247,7 +247,7 @@ def fine_tune(
 
     for epoch in range(progress.epoch + 1, progress.epochs + 1):
         title = f"iteration {progress.iteration}  epoch {epoch:3d}/{progress.epochs}"
-        rate = rates_of_epoch(epoch, progress.epochs, settings.lr, **settings.schedule())
+        rate = rates_of_epoch(epoch, progress.epochs, settings.lr, settings.schedule)
         train = supervised_epoch(training, batches, rate, title)
         val, every_block = stage.evaluated.both(network)
         check_finite(network, val, title)

@@ -1,7 +1,6 @@
 """The settings of stage 2: ``Method`` has those of one iteration of pruning, ``PruneSettings`` all of them."""
 
 import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from utils.settings import (
     MOST_CHANNELS,
     MOST_EPOCHS,
     MOST_IMAGES,
-    SCHEDULES,
     StageSettings,
     check_network,
     path_setting,
@@ -68,7 +66,7 @@ class PruneSettings(Method, StageSettings):
     """Every key of ``config.json``, see docs/options.md.
 
     Raises:
-        UserError: for an unknown schedule or name, or for settings that exclude each other.
+        UserError: for settings that exclude each other.
     """
 
     network: str = setting("resnet", check=check_network)
@@ -80,7 +78,6 @@ class PruneSettings(Method, StageSettings):
     no_flip: bool = setting(False)
     batch_size: int = setting(128, low=2, high=MOST_IMAGES)
     lr: float = setting(0.02, low=0)
-    scheduler_params: dict = setting({"name": "cosine"})
     epochs_start: int = setting(10, low=0, high=MOST_EPOCHS)
     epochs_end: int = setting(40, low=0, high=MOST_EPOCHS)
     prune_ratio: float = setting(0.3, low=0, below=1)
@@ -94,35 +91,9 @@ class PruneSettings(Method, StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_schedule(self.scheduler_params)
         for key in ("mean", "std"):
             values = getattr(self, key)
             if values and not (len(values) == 3 and all(type(v) in (int, float) and 0 <= v <= 10 for v in values)):
                 raise UserError(f"{key} is {reprlib.repr(values)}: it takes three numbers, of pixels in [0, 1]")
         if len(self.mean) != len(self.std) or 0 in self.std:
             raise UserError(f"mean is {self.mean} and std is {self.std}: give both, deviations above 0, or neither")
-
-    def schedule(self) -> dict[str, Any]:
-        """Arguments of ``training.optimisers.scheduled`` from ``scheduler_params``."""
-        given = dict(self.scheduler_params)
-        name = given.pop("name", "cosine")
-        if "gamma" in given:
-            given["factor"] = given.pop("gamma")
-        return {"schedule": name, **given}
-
-
-def _check_schedule(given: Mapping[str, Any]) -> None:
-    unknown = set(given) - {"name", "milestones", "gamma"}
-    if unknown:
-        raise UserError(f"unknown key {sorted(unknown)[0]!r} in scheduler_params: it takes name, milestones and gamma")
-    if given.get("name", "cosine") not in SCHEDULES:
-        raise UserError(
-            f"scheduler_params.name is {reprlib.repr(given['name'])}: it takes one of {', '.join(SCHEDULES)}"
-        )
-    milestones, gamma = given.get("milestones", []), given.get("gamma", 0.1)
-    if not isinstance(milestones, list) or not all(isinstance(m, int | float) and 0 < m < 1 for m in milestones):
-        raise UserError(
-            f"scheduler_params.milestones is {reprlib.repr(milestones)}: it takes a list of shares between 0 and 1"
-        )
-    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 < gamma <= 1:
-        raise UserError(f"scheduler_params.gamma is {reprlib.repr(gamma)}: it takes a number above 0, at most 1")

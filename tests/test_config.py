@@ -35,8 +35,8 @@ def test_keys_that_are_not_given_have_their_defaults(tmp_path: Path):
     settings = load_settings(PruneSettings, path, [])
     assert (settings.depth, settings.lr, settings.width) == (14, 1.0, 64)
     assert isinstance(settings.lr, float)
-    settings.scheduler_params["name"] = "step"
-    assert PruneSettings(data_dir="").scheduler_params == {"name": "cosine"}, "defaults are not shared"
+    settings.ignored_layers.append("classifier")
+    assert PruneSettings(data_dir="").ignored_layers == [], "defaults are not shared"
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_keys_that_are_not_given_have_their_defaults(tmp_path: Path):
         ("checkpoint=", "checkpoint", ""),
         ("img_type=PNG", "img_type", "png"),
         ("fisher_type=empirical", "fisher_type", "empirical"),
-        ('scheduler_params={"name": "step", "milestones": [0.4]}', "scheduler_params",
-         {"name": "step", "milestones": [0.4]}),
+        ("schedule=step", "schedule", "step"),
+        ('ignored_layers=["classifier"]', "ignored_layers", ["classifier"]),
     ],
 )  # fmt: skip
 def test_overrides(override: str, key: str, value: object):
@@ -73,16 +73,16 @@ TYPES = {
     "int": [("depth", 14.0), ("depth", "14"), ("depth", True), ("depth", None)],
     "float": [("lr", "0.1"), ("lr", True), ("lr", [0.1]), ("target_parameters", "half")],
     "bool": [("refit", 1), ("refit", "false")],
-    "str": [("data_dir", 3), ("data_dir", None)],
-    "dict": [("scheduler_params", "cosine")],
+    "str": [("data_dir", 3), ("data_dir", None), ("schedule", {"name": "step"}), ("schedule", ["step"])],
+    "list": [("ignored_layers", "classifier")],
 }
 NAMES = {
     "prune_ration": "prune_ratio", "LR": "lr", "batchsize": "batch_size", "epoch_end": "epochs_end",
-    "momentun": "momentum", "Prune_Ratio_Limt": "prune_ratio_limit",
+    "momentun": "momentum", "Prune_Ratio_Limt": "prune_ratio_limit", "scheduler_params": "schedule",
 }  # fmt: skip
 CHOICES = [
     ("criterion", "eigendamge", "eigendamage"), ("img_type", "jpgg", "jpg"), ("fisher_type", "tru", "true"),
-    ("decomposition", "tuker", "tucker"), ("objective", "flop", "flops"),
+    ("decomposition", "tuker", "tucker"), ("objective", "flop", "flops"), ("schedule", "linear", "cosine"),
 ]  # fmt: skip
 OUT_OF_RANGE = [
     ("width", 0), ("resize", 7), ("batch_size", 1), ("num_workers", -1), ("lr", -0.1),
@@ -92,15 +92,6 @@ OUT_OF_RANGE = [
     ("seed", -1), ("seed", 2**64),
     ("round_to", 0), ("target_flops", -0.1),
 ]  # fmt: skip
-SCHEDULES = [
-    ({"nam": "step"}, "unknown key 'nam' in scheduler_params"),
-    ({"name": "linear"}, "scheduler_params.name is 'linear'"),
-    ({"name": ["step"]}, "scheduler_params.name is"),
-    ({"name": "step", "milestones": 0.5}, "scheduler_params.milestones is 0.5"),
-    ({"name": "step", "milestones": [1.5]}, "scheduler_params.milestones is"),
-    ({"name": "step", "gamma": 0}, "scheduler_params.gamma is 0"),
-    ({"name": "step", "gamma": True}, "scheduler_params.gamma is True"),
-]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +101,6 @@ SCHEDULES = [
         *(({k: v}, f"^{k} is .*it takes a value of type {kind}$") for kind, own in TYPES.items() for k, v in own),
         *(({k: v}, f"^{k} is .*out of range") for k, v in OUT_OF_RANGE),
         *(({k: v}, f"^{k} is '{v}', but takes one of .*did you mean '{near}'") for k, v, near in CHOICES),
-        *(({"scheduler_params": schedule}, message) for schedule, message in SCHEDULES),
     ],
     ids=str,
 )
@@ -135,12 +125,11 @@ def test_the_ends_of_the_ranges_are_accepted():
 
 
 def test_the_schedule_that_is_set_is_the_one_used():
-    given = {"name": "step", "milestones": [0.25, 0.5], "gamma": 0.5}
-    arguments = checked({"scheduler_params": given}).schedule()
-    rates = [scheduled(base=0.8, progress=p, **arguments) for p in (0.0, 0.24, 0.25, 0.5, 1.0)]
-    assert rates == pytest.approx([0.8, 0.8, 0.4, 0.2, 0.2], rel=1e-12)
-    cosine = PruneSettings(data_dir="").schedule()
-    rates = [scheduled(base=0.8, progress=p, **cosine) for p in (0.0, 1 / 3, 0.5, 1.0)]
+    step = checked({"schedule": "step"}).schedule
+    rates = [scheduled(step, 0.8, p) for p in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)]
+    assert rates == pytest.approx([0.8, 0.8, 0.08, 0.08, 0.008, 0.008], rel=1e-12)
+    cosine = PruneSettings(data_dir="").schedule
+    rates = [scheduled(cosine, 0.8, p) for p in (0.0, 1 / 3, 0.5, 1.0)]
     assert rates == pytest.approx([0.8, 0.6, 0.4, 0.0], abs=1e-12)
 
 
@@ -161,9 +150,7 @@ def test_the_schedule_that_is_set_is_the_one_used():
         ("depth=60000008", "depth 60000008 is not of the form 6n\\+2, or it is above 1202"),
         ("resize=20000", "resize is 20000, out of range: it takes 8 to 2048"),
         (f"lr={500 * '['}{500 * ']'}", r"lr is \[\[.*, a list: it takes a value of type float"),
-        (f'scheduler_params={{"milestones": {500 * "["}{500 * "]"}}}', r"scheduler_params.milestones is \[\[\["),
-        (f'scheduler_params={{"gamma": 1{400 * "0"}}}', "scheduler_params.gamma is 10.*0: it takes a number above 0"),
-        ('scheduler_params={"name": "step", "name": "cosine"}', "the key 'name' appears twice in the settings"),
+        ('schedule={"name": "step", "name": "cosine"}', "the key 'name' appears twice in the settings"),
     ],
     ids=lambda text: str(text)[:40],
 )
@@ -181,7 +168,7 @@ def test_a_hostile_value_is_refused_in_one_sentence(override: str, message: str)
         ("[1, 2]", "holds a list, not an object"),
         (b"\xff\xfe{", "is not valid JSON"),
         ('{"depth": 14, "lr": 0.1, "depth": 20}', "the key 'depth' appears twice in the settings: keep one"),
-        ('{"scheduler_params": {"name": "step", "name": "cosine"}}', "the key 'name' appears twice in the settings"),
+        ('{"schedule": {"name": "step", "name": "cosine"}}', "the key 'name' appears twice in the settings"),
         (f'{{"seed": {5000 * "1"}}}', "is not valid JSON"),
         ('{"\\ud800": 1}', r"unknown key '\\ud800' in the settings"),
         ('{"data_dir": "a\\u0000b"}', r"data_dir is 'a\\x00b': it takes text"),

@@ -46,7 +46,7 @@ def shown(value: object) -> str:
     """A default as the tables show it."""
     if isinstance(value, float):
         return f"{value:g}"
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def code(place: Path) -> list[Path]:

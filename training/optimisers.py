@@ -1,7 +1,7 @@
 """Optimisers, and learning-rate schedules as functions of progress, so that a resumed run needs no scheduler state."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,8 +9,6 @@ from torch.optim import SGD, Adam, Optimizer
 
 from models import ResNet
 from training.muon import Muon, filter_group
-
-MILESTONES = (0.5, 0.75)
 
 
 def sgd(network: ResNet, lr: float, momentum: float, weight_decay: float) -> SGD:
@@ -59,26 +57,24 @@ def split_parameters(network: ResNet) -> tuple[list[nn.Parameter], list[nn.Param
     return gates, [p for p in network.parameters() if p not in of_gates]
 
 
-def scheduled(
-    schedule: str, base: float, progress: float, milestones: Sequence[float] = MILESTONES, factor: float = 0.1
-) -> float:
+def scheduled(schedule: str, base: float, progress: float) -> float:
     """Learning rate after a share ``progress`` (0 to 1) of the training.
 
-    ``cosine`` falls from ``base`` to 0 along half a cosine; ``step`` multiplies by ``factor`` at each milestone.
+    ``cosine`` falls from ``base`` to 0 along half a cosine; ``step`` multiplies by 0.1 at 50 % and at 75 %.
     """
     if schedule == "cosine":
         return 0.5 * base * (1 + math.cos(math.pi * progress))
-    return base * factor ** sum(progress >= milestone for milestone in milestones)
+    return base * 0.1 ** sum(progress >= milestone for milestone in (0.5, 0.75))
 
 
-def rates_of_epoch(epoch: int, epochs: int, base: float, **schedule: Any) -> Callable[[float], float]:
+def rates_of_epoch(epoch: int, epochs: int, base: float, schedule: str) -> Callable[[float], float]:
     """The learning rate in an epoch, counted from 1, as a function of the share of it that is done.
 
     Args:
         base: learning rate at the start of the first epoch.
-        schedule: further arguments of ``scheduled``.
+        schedule: see ``scheduled``.
     """
-    return lambda share: scheduled(base=base, progress=(epoch - 1 + share) / epochs, **schedule)
+    return lambda share: scheduled(schedule, base, (epoch - 1 + share) / epochs)
 
 
 def set_learning_rate(optimiser: Optimizer, rate: float) -> None:

@@ -67,8 +67,8 @@ def setting(
         parse: makes the value from what is on the command line or in the file; raises ValueError.
     """
     rule = {"help": help, "low": low, "high": high, "below": below, "choices": choices, "check": check, "parse": parse}
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata=rule)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=rule)
     return field(default=default, metadata=rule)
 
 
@@ -128,6 +128,7 @@ class StageSettings(RunSettings):
 
     momentum: float = setting(0.9, "Nesterov momentum of SGD", low=0, below=1)
     weight_decay: float = setting(0.0005, "L2 penalty on all weights except the gates'", low=0)
+    schedule: str = setting("cosine", "cosine to 0, or step: x0.1 at 50 % and 75 % of the epochs", choices=SCHEDULES)
     precision: str = setting(
         "auto",
         "precision of convolutions and matrix products in training: bf16 or float32; auto is bf16 on GPUs that have "
@@ -143,7 +144,6 @@ class TrainingSettings(StageSettings):
 
     epochs: int = setting(200, "passes over the training images", low=1, high=MOST_EPOCHS)
     lr: float = setting(0.1, "initial learning rate", low=0)
-    schedule: str = setting("cosine", "cosine to 0, or step: x0.1 at 50 % and 75 % of the epochs", choices=SCHEDULES)
     bs: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
     download: bool = setting(False, "download CIFAR-100 (CIFAR-10 if the folder's name says so) if missing")
 
