@@ -187,10 +187,9 @@ def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, w
     thresholds = ", ".join(f"{threshold:.4f}" for threshold in chosen.thresholds)
     answer = {"last": "that of the last network that ran", "mean": "the mean of the networks that ran"}[chosen.answer]
     worst = network_cost(best.network(), best.data["image_size"])
+    run.say(f"chosen: {' then '.join(names)}; a network hands on below a confidence of {thresholds}")
     run.say(
-        f"chosen: {' then '.join(names)}, an image is handed on below a confidence of {thresholds}; the answer is "
-        f"{answer}: "
-        f"validation accuracy {chosen.accuracy:.2%} at {chosen.flops / 1e9:.4g} GFLOPs, "
+        f"the answer is {answer}: validation accuracy {chosen.accuracy:.2%} at {chosen.flops / 1e9:.4g} GFLOPs, "
         f"{chosen.flops / best.original['flops']:.1%} of stage 1's"
     )
     run.say(f"worst case, all members run: {worst.flops / 1e9:.4g} GFLOPs; {worst.parameters:,} parameters together")

@@ -119,7 +119,7 @@ def main() -> None:
             loss_fn = distillation_loss_fn(placed(unpruned.network(), device), settings.distill, precision)
         evaluated = Evaluator(splits.val, start.normaliser(), settings.resize, precision)
         stage = Stage(run, splits, settings, device, precision, randomness, start, loss_fn, evaluated)
-        run.say(f"{splits.val_name} accuracy of stage 1 {start.original['accuracy']:.2%}")
+        run.say(f"{splits.val_name} accuracy of the unpruned network {start.original['accuracy']:.2%}")
         network, progress = placed(start.network(), device), PruningProgress()
         keeper = Keeper(run, start, network, progress, {"random": randomness})
         if last:
@@ -131,9 +131,8 @@ def main() -> None:
             if progress.iteration > 0:
                 network, accuracy = fine_tune(stage, network, progress, last and last.checkpoint)
             last = None
-            run.say(
-                f"after iteration {progress.iteration}: accuracy {accuracy:.2%}, budget at least {max(floor, 0):.2%}"
-            )
+            least = max(floor, 0)
+            run.say(f"after iteration {progress.iteration}: accuracy {accuracy:.2%}, which may fall to {least:.2%}")
             if progress.iteration == settings.max_iter or accuracy < floor - 1e-9:
                 break
             smaller = prune(stage, network, progress)
@@ -274,11 +273,11 @@ def record_pruning(stage: Stage, progress: PruningProgress, pruned: Pruned, rise
     cost = network_cost(pruned.network, stage.settings.resize)
     compression = stage.start.compression(cost)
     run.say(f"\niteration {iteration}\n{changes_table(pruned)}")
-    predicted = f"{'predicted without refit' if stage.settings.refit else 'predicted'} {pruned.predicted_rise:.4f}"
+    predicted = f"{'predicted before the refit' if stage.settings.refit else 'predicted'} {pruned.predicted_rise:.4f}"
     run.say(
         f"iteration {iteration}: {cost.parameters:,} parameters ({compression:.1%} removed), {cost.flops:,} FLOPs "
-        f"({cost.flops / original['flops']:.1%} of stage 1); surgery raises the loss by {rise:.4f} "
-        f"({predicted}), accuracy before fine-tuning {ready.accuracy:.2%}"
+        f"({cost.flops / original['flops']:.1%} of stage 1); replacing layers changes the loss by {rise:+.4f} "
+        f"({predicted}); accuracy before fine-tuning {ready.accuracy:.2%}"
     )
     scalars = {
         "Size/flops": cost.flops,
@@ -309,7 +308,9 @@ def smallest_within_budget(
             "smaller prune_ratio or, with a target, a larger max_iter"
         )
     else:
-        run.say("nothing was pruned, so the network of stage 1 is kept")
+        run.say(
+            "nothing was pruned, so the unpruned network is kept: no layer has a cheaper form, or the target is met"
+        )
     kept = {"source": start.source, "seed": start.seed, "progress": PruningProgress().state_dict(), "training": {}}
     return replace(unpruned, stage="pruned", **kept), not iterations
 

@@ -224,7 +224,7 @@ def begin(stage: Stage) -> None:
     network, budget, train = stage.setup.network, stage.budget, stage.batches.images
     start = stage.evaluated(network)
     stage.run.say(
-        f"{stage.val_name} accuracy {start.accuracy:.2%}, budget at least {max(budget.floor, 0):.2%} (stage 1 had "
+        f"{stage.val_name} accuracy {start.accuracy:.2%}, which may fall to {max(budget.floor, 0):.2%} (stage 1 had "
         f"{stage.start.original['accuracy']:.2%}); computation {start.computation:.1%}"
     )
     if not stage.settings.published:
@@ -311,9 +311,9 @@ def with_fixed(stage: Stage, best: Checkpoint) -> Checkpoint:
     if found is not None:
         before, after = found.before, found.after
         run.say(
-            f"switches fixed to their usual decision, {fixed_blocks_text(found.network)}: {stage.val_name} accuracy "
+            f"switches fixed for all images, {fixed_blocks_text(found.network)}: {stage.val_name} accuracy "
             f"{before.accuracy:.2%} -> {after.accuracy:.2%}, computation {before.computation:.1%} -> "
-            f"{after.computation:.1%} ({BEFORE_FIXING} keeps the network before that)"
+            f"{after.computation:.1%} ({BEFORE_FIXING} has the network before this)"
         )
         save_checkpoint(run.path / BEFORE_FIXING, best)
         weights = {name: tensor.cpu() for name, tensor in found.network.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Torch-Pruning on a network of the yardstick, with the images, the schedule and the distillation of stage 2.
+"""Torch-Pruning on a ResNet that others trained, with the images, the schedule and the distillation of stage 2.
 
     python -m benchmarks.rival --weights data/networks/resnet56.th --data_dir data/cifar10 --share 0.25 --epochs 6 \\
         --out rival
@@ -39,13 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Torch-Pruning on a network of others.", allow_abbrev=False)
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="file of akamaster/pytorch_resnet_cifar10")
-    add("--depth", type=int, default=56)
+    add("--depth", type=int, default=56, help="of the network")
     add("--data_dir", required=True, help="data folder")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--share", type=float, required=True, help="share of the FLOPs to keep")
     add("--importance", choices=IMPORTANCES, default="Hessian")
     add("--epochs", type=int, required=True, help="epochs of fine-tuning")
-    add("--lr", type=float, default=0.01)
+    add("--lr", type=float, default=0.01, help="learning rate of the first epoch")
     add("--precision", choices=PRECISIONS, default="auto")
     add("--out", type=Path, required=True, help="path of the results, without .jsonl")
     args = parser.parse_args()

@@ -86,7 +86,7 @@ def main() -> None:
     add("results", type=Path, nargs="*", help="folders that the stages wrote to, all below the first")
     add("--data_dir", help="data folder")
     add("--img_type", type=image_type, default="png", help="image files to read")
-    add("--network", nargs="+", default=["resnet"], help="resnet, or functions that make networks of others")
+    add("--network", nargs="+", default=["resnet"], help="resnet, or functions that build networks of your own")
     add("--depth", type=number(int, 8), nargs="+", default=[32], help="depths of resnet")
     add("--resize", type=number(int, 8), default=32, help="size of the images")
     add("--seeds", type=Path, nargs="+", help="folders of the records of several seeds, to be compared")

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=0.7, help="share of the FLOPs to compress to")
     parser.add_argument("--only", nargs="+", help="names of networks (default: all)")
     parser.add_argument("--pixels", type=int, help="height and width of images (default: 64, more where needed)")
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, default=16, help="images that compress measures on")
     parser.add_argument("--batch", type=int, default=8, help="images in a batch, also of the training step")
     parser.add_argument("--decomposition", default="tucker", help="forms to build, as in config.json")
     parser.add_argument("--out", default="torchvision_models", help="path of the results, without suffix")

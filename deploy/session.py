@@ -121,15 +121,18 @@ def check_session(
     expected = network(normalisation.apply(pixels))
     decided = ((expected.probabilities - 0.5).abs() > TOLERANCE).all(dim=1)
     if not decided.any():
-        raise UserError(f"{name} cannot be checked, because every image has an undecided switch: add --data_dir")
+        raise UserError(
+            f"{name} cannot be checked, because a switch is too close to its threshold on every image: add --data_dir"
+        )
     logits = expected.logits[decided]
     deviation = ((torch.from_numpy(outputs[LOGITS])[decided] - logits).abs() / logits.abs().clamp(min=1)).max().item()
     same = DECISIONS not in outputs or torch.equal(
         torch.from_numpy(outputs[DECISIONS])[decided], expected.decisions[decided][:, : outputs[DECISIONS].shape[1]]
     )
     if not same or not deviation <= TOLERANCE:
+        differently = "" if same else " and its switches decide differently"
         raise UserError(
-            f"{name} deviates from the network by {deviation:.2g}{'' if same else ' and decides otherwise'}, more than "
-            f"{TOLERANCE:g}: nothing was written; report it with the versions of torch and onnxruntime"
+            f"{name} deviates from the network by {deviation:.2g}{differently}, more than {TOLERANCE:g}: nothing was "
+            "written; report it with the versions of torch and onnxruntime"
         )
     return deviation

@@ -11,7 +11,7 @@ from training.evaluate import Evaluation
 
 BEFORE_FIXING = "unsettled.pt"  # file of stage 3's chosen network before switches were fixed
 # What a switch costs, as a share of the executed FLOPs: its step of the gate; its test, gathering and scattering.
-# Measured are 1 to 4 % of the time for both together (docs/measurements.md): the cheaper the blocks, the more.
+# Measured are 1 to 4 % of the time for both together (docs/notebook.md): the cheaper the blocks, the more.
 STEP_COST = TEST_COST = 0.005
 TOLERATED = 0.001  # accuracy that fixing may cost, within the budget: five of CIFAR-10's validation images
 
@@ -93,9 +93,9 @@ def with_fixed_switches(network: ResNet, decisions: dict[int, int]) -> ResNet:
 
 
 def fixed_blocks_text(network: ResNet) -> str:
-    """Which blocks have left and which are always run, counted from 1 as the network runs them; empty for none."""
+    """Which blocks were removed and which always run, counted from 1 as the network runs them; empty for none."""
     parts = []
-    for on, said in ((0, "left out"), (1, "always run")):
+    for on, said in ((0, "removed"), (1, "fixed to run")):
         blocks = [str(switch + 2) for switch, decision in sorted(network.fixed_switches.items()) if decision == on]
         if blocks:
             parts.append(f"block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)} {said}")

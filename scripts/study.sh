@@ -6,9 +6,9 @@
 #   cifar100   ResNet-32, width 32: all stages, with and without switches; a ResNet-20 for its cascade
 #   small      the same for ResNet-20 and ResNet-14, width 16, 24x24 pixels, three seeds
 #   full       the same for ResNet-32 and ResNet-20, width 64, the published epochs: for a GPU
-# DATA_DIR and IMG_TYPE say where the images are (data/cifar10, png), PRECISION how to train (auto; bf16 pays on CPUs
-# that multiply it).  After any interruption the same command continues.  SECONDS_A_PIECE stops a run by
-# itself after so long, for machines that are available for a limited time.
+# DATA_DIR and IMG_TYPE say where the images are (data/cifar10, png), PRECISION how to train (auto; bf16 is
+# faster on CPUs with bf16 instructions).  After any interruption the same command continues.  SECONDS_A_PIECE ends the
+# script when one training has run for so long, for machines that are available for a limited time.
 # Uses the python on the PATH, one process at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -89,7 +89,7 @@ def test_where_nothing_can_be_pruned_the_network_is_within_its_budget(chain: Pat
     given = arguments("pruned", shapes, tmp_path, source)
     call_stage("pruned", [*given, "--set=decomposition=truncate", "--set=prune_ratio_limit=0"])
     best, record, log = unpruned(tmp_path, source)
-    assert "nothing was pruned, so the network of stage 1 is kept" in log and record["within_budget"] is True
+    assert "nothing was pruned, so the unpruned network is kept" in log and record["within_budget"] is True
     assert best.progress["iteration"] == 0
 
 

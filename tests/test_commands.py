@@ -241,7 +241,7 @@ def test_other_data_of_the_same_name_and_classes(stage, resumed, chain, shapes, 
 
 @pytest.mark.parametrize(
     ("gate", "message"),
-    [("none", "has no switches to teach"), ("rnn", "has no switch that still decides: give the unsettled.pt")],
+    [("none", "has no switches to train"), ("rnn", "has no switch that still decides: give the unsettled.pt")],
 )
 def test_where_no_switch_decides_none_can_be_taught(gate, message, chain, shapes, tmp_path, capsys):
     pruned = load_checkpoint(source_of(chain, "rl_pruned"))

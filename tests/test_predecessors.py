@@ -147,7 +147,7 @@ def test_stage_3_takes_the_smallest_of_the_newest_chain_with_switches(tmp_path: 
     assert source_of(taken) == "4" and len(taken.architecture["ranks"]) == len(SMALL)
     assert notes[0].endswith(f"the smallest network within the budget that was made from {of['second']}")
     assert "5/best.pt" in notes[1] and "3/best.pt" in notes[1]
-    assert "has no switches to teach" in notes[2] and "images of 16 pixels, not 8" in notes[2]
+    assert "has no switches to train" in notes[2] and "images of 16 pixels, not 8" in notes[2]
 
 
 def test_stage_3_falls_back_to_iterations_then_to_another_chain_then_to_runs_that_have_not_ended(tmp_path: Path):
@@ -182,5 +182,5 @@ def test_stage_3_falls_back_to_iterations_then_to_another_chain_then_to_runs_tha
 
 def test_stage_3_names_what_is_against_the_only_run(tmp_path: Path):
     run_of(tmp_path, "1", checkpoint("pruned", gate="none", source="sp/shapes/resnet8/1/best.pt"))
-    with pytest.raises(UserError, match=r"does not fit: checkpoint .* has no switches to teach: train stage 1 with"):
+    with pytest.raises(UserError, match=r"does not fit: checkpoint .* has no switches to train: train stage 1 with"):
         pruned_network(stage_3_settings(tmp_path), DATA)

@@ -144,7 +144,7 @@ class TrainingSettings(StageSettings):
 
     epochs: int = setting(200, "passes over the training images", low=1, high=MOST_EPOCHS)
     lr: float = setting(0.1, "initial learning rate", low=0)
-    bs: int = setting(128, "images in a batch", low=2, high=MOST_IMAGES)
+    bs: int = setting(128, "images in a batch, over all processes", low=2, high=MOST_IMAGES)
     download: bool = setting(False, "download CIFAR-100 (CIFAR-10 if the folder's name says so) if missing")
 
 
@@ -179,7 +179,8 @@ def settings_parser(cls: type, description: str, resumes: bool = True) -> Parser
             kind = _flag_type(str, f.name, f.metadata)
             parser.add_argument(f"--{f.name}", nargs="+", type=kind, default=f.default, help=help, metavar="NAME")
             continue
-        given = {"required": True} if f.default is MISSING else {"default": f.default}
+        required = {"required": True, "default": argparse.SUPPRESS}  # which --help would call "None"
+        given = required if f.default is MISSING else {"default": f.default}
         kind = _flag_type(_kind(f), f.name, f.metadata)
         parser.add_argument(f"--{f.name}", type=kind, help=help, metavar=_metavar(f), **given)
     if resumes:

@@ -76,7 +76,7 @@ class Keeper:
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(
                 f"{self._last_path} cannot be resumed ({type(error).__name__}: {error}): it was saved by another "
-                f"version; start a new run without --resume"
+                f"version, or is damaged; start a new run without --resume"
             ) from error
 
     def best(self) -> Checkpoint:

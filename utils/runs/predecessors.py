@@ -191,7 +191,7 @@ def _check(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet, swi
     _check_data(checkpoint, settings, data)
     network = checkpoint.network()
     if switched and checkpoint.architecture.get("gate", "none") == "none":
-        raise UserError(f"checkpoint {path} has no switches to teach: train stage 1 with --gate rnn, ff1 or ff2")
+        raise UserError(f"checkpoint {path} has no switches to train: train stage 1 with --gate rnn, ff1 or ff2")
     if switched and not network.free_switches:
         raise UserError(
             f"checkpoint {path} has no switch that still decides: give the unsettled.pt beside it, or one of stage 2"
