@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import onnx
 
+from deploy.aligned import aligned, vector_channels
 from deploy.cascades import cascade_model
 from deploy.folding import folded, without_switches
 from deploy.general import general_model
@@ -37,6 +38,7 @@ def exported_model(
             for member, own in zip(network.members, expected, strict=True)
         ]
         return cascade_model(graphs, network.thresholds, network.answer)
+    network = aligned(network, vector_channels())
     if isinstance(network, OwnNetwork):
         model, _ = general_model(network.network, normalisation, *height_width(image_size))
         return model if finish is None else finish(model)
