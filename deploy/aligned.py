@@ -19,7 +19,7 @@ def aligned(network: nn.Module, channels: int) -> nn.Module:
 
     ONNX Runtime computes a convolution's outputs in blocks of so many channels, whatever their number.  Inputs that are
     no multiple of four, or fewer than a block, first have to be copied into another layout; a depthwise convolution
-    between such layouts takes several times as long (docs/measurements.md, "Ranks and vectors").
+    between such layouts takes several times as long (docs/notebook.md, "Zeros that fill the vectors").
 
     A dense core with fewer inputs than a block is left as it is: zeros would add more products than the copy costs.
     """
