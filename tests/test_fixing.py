@@ -142,7 +142,7 @@ def test_settled_network_is_kept_within_the_budget_only():
     gates = cost.flops - own.flops  # of steps that no switch needs
     assert measured.flops_executed == pytest.approx(whole.flops_executed - gates) and measured.flops_all == own.flops
     assert smaller.fixed_switches[0] == 0 and smaller.removed_blocks[0] == "blocks.1"
-    assert fixed_blocks_text(smaller).startswith(("block 2 left out", "blocks 2, 3 left out"))
+    assert fixed_blocks_text(smaller).startswith(("block 2 removed", "blocks 2, 3 removed"))
     assert network_cost(smaller, 16).parameters < cost.parameters
     assert fix_switches(smaller, evaluator, Budget(floor=1.0), 0.999) is None, "no more to fix"
 
@@ -265,7 +265,7 @@ def exported(folder, fixed: dict[int, int]):
 
 def test_export_says_what_was_left_out_and_predict_skips_it(tmp_path, capsys):
     exported(tmp_path, {0: 0})
-    assert "block 2 left out; switches that decide image by image: 1" in capsys.readouterr().out
+    assert "block 2 removed; switches that decide image by image: 1" in capsys.readouterr().out
     answer = answer_of_both(capsys, tmp_path / "best.pt", tmp_path / "out", tmp_path / "image.png")
     assert " of 1 switched blocks skipped" in answer and "(2" not in answer
 
