@@ -127,6 +127,43 @@ def test_what_cannot_be_replaced_is_left_alone_and_said():
         assert smaller(torch.randn(2, 3, 16, 16))["scores"].isfinite().all()
 
 
+class Caching(nn.Module):
+    """Keeps what it has made of its weights for evaluation, as the attention of LeViT does, until it is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.cached = nn.Conv2d(3, 32, 3), nn.Linear(32, 10), None
+        self.table = nn.Parameter(torch.randn(32))
+
+    def train(self, mode: bool = True) -> "Caching":
+        if mode:
+            self.cached = None
+        return super().train(mode)
+
+    def forward(self, x):
+        scale = self.table.exp() if self.training or self.cached is None else self.cached
+        if not self.training:
+            self.cached = scale
+        return self.head(F.relu(self.conv(x) * scale[:, None, None]).mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_network_caches_for_evaluation_goes_when_training_goes_on(training: bool):
+    network = Caching().train(training)
+    smaller = compress(network, labelled(), flops=0.6)
+    assert (network.cached is None) == (smaller.cached is None) == training
+    copy.deepcopy(smaller), copy.deepcopy(network)  # without a graph of gradients in what is cached
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_products_of_attention_are_counted(training: bool):
+    width, tokens, hidden = 32, 10, 64
+    layer = nn.TransformerEncoderLayer(width, 4, hidden, batch_first=True).train(training)
+    linear = tokens * width * (3 * width + width + 2 * hidden)  # into the attention, out of it, and behind it
+    attention = 2 * tokens * tokens * width  # of queries and keys, and of these with the values
+    assert cost_on(layer, torch.zeros(1, tokens, width)).flops == 2 * (linear + attention)
+
+
 def test_ignored_layers_stay_as_they_are():
     network = Odd()
     smaller = compress(network, labelled(40, 16), flops=0.8, logits=scores, round_to=1, ignored_layers=["tall", "head"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import Cascade, OwnNetwork, ResNet, all_on, build_network
@@ -79,8 +80,8 @@ def cost_on(
 
     Its FLOPs are those of ``FlopCounterMode``: products in attention and layers that are no modules are among them.
     """
-    # With gradients attention uses matrix products, which are counted; without, it may be one fused kernel.
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    # Attention as matrix products, which are counted: on the CPU its fused kernel is not.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         layers = _layer_costs(network, x, forward)
     return NetworkCost(sum(p.numel() for p in network.parameters()), counter.get_total_flops(), (), layers)
 

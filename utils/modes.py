@@ -18,6 +18,7 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        network.train(modes[network])  # some networks then drop what they have cached for evaluation
         for module, mode in modes.items():
             module.training = mode
 
