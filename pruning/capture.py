@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from models import LowRankLinear
 from utils import parallel
 from utils.errors import UserError
-from utils.modes import evaluation_mode, hooked, layer_input
+from utils.modes import evaluation_mode, frozen, hooked, layer_input
 
 FISHER_TYPES = ("true", "empirical")
 
@@ -129,16 +129,9 @@ def differentiable(network: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
         starts.append(layer_input(args, kwargs).detach().requires_grad_())
         return ((starts[-1], *args[1:]), kwargs) if args else (args, {**kwargs, "input": starts[-1]})
 
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        started = (layer.register_forward_pre_hook(start, with_kwargs=True, prepend=True) for layer in layers)
-        with hooked(started), evaluation_mode(network), torch.enable_grad():
-            yield starts
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    started = (layer.register_forward_pre_hook(start, with_kwargs=True, prepend=True) for layer in layers)
+    with frozen(network), hooked(started), evaluation_mode(network), torch.enable_grad():
+        yield starts
 
 
 def images_of(x: Tensor, labels: Any) -> int:

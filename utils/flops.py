@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import Cascade, OwnNetwork, ResNet, all_on, build_network
-from utils.modes import evaluation_mode, hooked, layer_input
+from utils.modes import evaluation_mode, frozen, hooked, layer_input
 from utils.sizes import Size, height_width
 
 
@@ -81,7 +81,7 @@ def cost_on(
     Its FLOPs are those of ``FlopCounterMode``: products in attention and layers that are no modules are among them.
     """
     # Attention as matrix products, which are counted: on the CPU its fused kernel is not.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with frozen(network), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         layers = _layer_costs(network, x, forward)
     return NetworkCost(sum(p.numel() for p in network.parameters()), counter.get_total_flops(), (), layers)
 

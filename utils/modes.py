@@ -1,4 +1,4 @@
-"""What is so for a while: hooks on modules, evaluation mode, plain attention."""
+"""What is so for a while: hooks on modules, evaluation mode, frozen parameters, plain attention."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,6 +21,19 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
         network.train(modes[network])  # some networks then drop what they have cached for evaluation
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """No parameter has a gradient; afterwards those have one again that had one before."""
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 class _PlainAttention:
