@@ -15,7 +15,7 @@ def vector_channels() -> int:
 
 @torch.no_grad()
 def aligned(network: nn.Module, channels: int) -> nn.Module:
-    """A copy in which the ranks of convolutions are multiples of ``channels`` where this saves time.
+    """A copy in which the ranks of convolutions are multiples of ``channels`` where this saves time, if there are any.
 
     ONNX Runtime computes a convolution's outputs in blocks of so many channels, whatever their number.  Inputs that are
     no multiple of four, or fewer than a block, first have to be copied into another layout; a depthwise convolution
@@ -23,16 +23,24 @@ def aligned(network: nn.Module, channels: int) -> nn.Module:
 
     A dense core with fewer inputs than a block is left as it is: zeros would add more products than the copy costs.
     """
+    if not any(_ranks(layer, channels) != layer.ranks for layer in _layers(network)):
+        return network
     wider = copy.deepcopy(network)
-    for layer in [layer for layer in wider.modules() if isinstance(layer, LowRankConv2d)]:
-        whole = layer.depthwise or layer.kernel_size == (1, 1)
-        ranks = [
-            rank if rank is None or (rank < channels and not whole) else -(-rank // channels) * channels
-            for rank in layer.ranks
-        ]
-        if ranks != layer.ranks:
-            replace_layer(wider, layer, _padded(layer, ranks))
+    for layer in _layers(wider):
+        replace_layer(wider, layer, _padded(layer, _ranks(layer, channels)))
     return wider
+
+
+def _layers(network: nn.Module) -> list[LowRankConv2d]:
+    return [layer for layer in network.modules() if isinstance(layer, LowRankConv2d)]
+
+
+def _ranks(layer: LowRankConv2d, channels: int) -> list[int | None]:
+    whole = layer.depthwise or layer.kernel_size == (1, 1)
+    return [
+        rank if rank is None or (rank < channels and not whole) else -(-rank // channels) * channels
+        for rank in layer.ranks
+    ]
 
 
 def _padded(layer: LowRankConv2d, ranks: list[int | None]) -> LowRankConv2d:

@@ -38,10 +38,9 @@ def exported_model(
             for member, own in zip(network.members, expected, strict=True)
         ]
         return cascade_model(graphs, network.thresholds, network.answer)
-    network = aligned(network, vector_channels())
     if isinstance(network, OwnNetwork):
         model, _ = general_model(network.network, normalisation, *height_width(image_size))
         return model if finish is None else finish(model)
-    plain = folded(network)
+    plain = aligned(folded(network), vector_channels())
     model = onnx_model(plain if switches else without_switches(plain), normalisation, image_size)
     return model if finish is None else finish(model)

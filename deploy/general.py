@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from deploy.aligned import aligned, vector_channels
 from deploy.graphs import IMAGES, LOGITS, OPSET
 from deploy.session import TOLERANCE, open_session, run_session
 from utils.data.augment import Normalisation
@@ -44,7 +45,7 @@ def general_model(
     """
     if next(network.parameters(), torch.empty(0)).device.type != "cpu":
         network = copy.deepcopy(network).cpu()
-    whole = _Normalised(network, normalisation)
+    whole = _Normalised(aligned(network, vector_channels()), normalisation)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (sum(CHECKED_BATCHES), 3, height, width), generator=generator, dtype=torch.uint8)
     with torch.no_grad(), evaluation_mode(whole), plain_attention():

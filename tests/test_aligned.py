@@ -6,7 +6,7 @@ from networks import NORMALISATION, lively_network
 from onnx import numpy_helper
 from torch import nn
 
-from deploy import exported
+from deploy import exported, general
 from deploy.aligned import aligned, vector_channels
 from models import LowRankConv2d, LowRankLinear
 
@@ -30,6 +30,7 @@ def test_every_form_gives_the_same_answers(name):
     with torch.no_grad():
         torch.testing.assert_close(wider(x), network(x), rtol=1e-12, atol=1e-12)
     assert ranks is None or wider[0].ranks == ranks
+    assert (wider is network) == (ranks is None or network[0].ranks == ranks)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
@@ -47,6 +48,16 @@ def test_exported_files_are_aligned(monkeypatch: pytest.MonkeyPatch):
     graph = exported.exported_model(network, NORMALISATION, 16).graph
     outputs = {len(array) for array in map(numpy_helper.to_array, graph.initializer) if array.ndim == 4}
     assert all(count % 4 == 0 or count < 4 for count in outputs)
+
+
+def test_networks_of_ones_own_are_aligned(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(general, "vector_channels", lambda: 16)
+    layer = LowRankConv2d(nn.Conv2d(3, 24, 3, 1, 1), (7, 7), depthwise=True)
+    network = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    graph, deviation = general.general_model(network, NORMALISATION, 8, 8)
+    kernels = [numpy_helper.to_array(own).shape for own in graph.graph.initializer if len(own.dims) == 4]
+    assert kernels == [(16, 3, 1, 1), (16, 1, 3, 3), (24, 16, 1, 1)] and deviation < 1e-5
+    assert network[0].ranks == [7, 7]
 
 
 @pytest.mark.parametrize(("capability", "channels"), [("AVX2", 8), ("AVX512", 16), ("DEFAULT", 16)])
