@@ -75,8 +75,8 @@ cascade() {  # cascade FOLDER: of the networks of all depths
         run python main_cascade.py --depth "$depth" "${common[@]}" --result_dir "$1" --networks "${networks[@]}"
 }
 
-further() {  # further TO FROM FLOPS EPOCHS: the network that was pruned last, from its folder to another
-    prune "$folder/$1" "${given[@]}" "checkpoint=$(newest "$folder/$2" iteration_01.pt)" round_to=8 \
+further() {  # further TO FROM FLOPS EPOCHS [STEPS]: the network that was pruned last, from its folder to another
+    prune "$folder/$1" "${given[@]}" "checkpoint=$(newest "$folder/$2" iteration_01.pt)" "round_to=${5:-8}" \
         "target_flops=$3" max_iter=1 "epochs_start=$4" "epochs_end=$4"
 }
 
@@ -96,7 +96,9 @@ yardstick() {  # yardstick FOLDER SEED
         case $depth in
         20) further quarter pruned 0.25 14
             further smaller quarter/pruned 0.125 14 ;;
-        56) further smaller pruned 0.125 8 ;;
+        56) further smaller pruned 0.125 8
+            further forty pruned 0.4 8 16  # these two are not offered to the cascades
+            further sixteenth smaller/pruned 0.06 8 ;;
         esac
     done
     [ -e "$folder/study.json" ] || run python -m benchmarks.study "$folder" "$folder/quarter" "$folder/smaller" \
