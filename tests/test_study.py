@@ -130,11 +130,11 @@ def commands_of(size: str, folder: Path, seeds: str = "1", **settings: str) -> l
 
 def test_the_yardstick_prunes_four_networks(tmp_path: Path):
     made = commands_of("yardstick", tmp_path, seeds="2")
-    assert [line.split()[0] for line in made] == (["main_prune.py"] * 7 + ["-m"]) * 2 + ["-m"]
-    depths = (20, 20, 20, 32, 44, 56, 56)
+    assert [line.split()[0] for line in made] == (["main_prune.py"] * 9 + ["-m"]) * 2 + ["-m"]
+    depths = (20, 20, 20, 32, 44, 56, 56, 56, 56)
     assert all(f"cifar_resnet.py:resnet{depth} " in line for depth, line in zip(depths, made, strict=False))
-    assert ["round_to=8" in line for line in made[:7]] == [False, True, True, False, False, False, True]
-    assert ["seed=1" in line for line in made] == 8 * [False] + 7 * [True] + 2 * [False]
+    assert ["round_to=8" in line for line in made[:9]] == [False, True, True, False, False, False, True, False, True]
+    assert ["seed=1" in line for line in made] == 10 * [False] + 9 * [True] + 2 * [False]
     folders = [str(tmp_path / "results" / f"seed_{seed}") for seed in (0, 1)]
     assert made[-1].split()[2:] == ["--seeds", *folders, "--out", str(tmp_path / "results")]
 
