@@ -74,6 +74,12 @@ def test_a_setting_that_is_newer_than_a_run_had_its_default_there(tmp_path: Path
     assert choose_run(tmp_path, Two(momentum=0.8)) is None
 
 
+def test_a_run_with_a_setting_that_no_longer_exists_does_not_go_on(tmp_path: Path):
+    """Under other rules the rest of it would not be what its settings say."""
+    folder(tmp_path, "20260101-000000", "2026-01-01T00:00:00+00:00", lr=0.1, scheduler_params={"name": "step"})
+    assert choose_run(tmp_path, Two()) is None
+
+
 def test_a_temporary_file_of_a_killed_writer_is_overwritten(tmp_path: Path):
     (tmp_path / ".a.json.tmp").write_bytes(100 * b"half")
     write_json(tmp_path / "a.json", [1])

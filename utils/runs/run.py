@@ -219,7 +219,7 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
 
 
 def _differing(path: Path, settings: Any) -> str:
-    """The first setting whose value differs from that of the run, empty if there is none."""
+    """The first setting whose value differs from that of the run, or that is gone; empty if there is none."""
     try:
         # A setting that is newer than the run has the default there.
         before = {**defaults(type(settings)), **json.loads((path / ARGUMENTS).read_text())}
@@ -228,7 +228,8 @@ def _differing(path: Path, settings: Any) -> str:
     for key, wanted in asdict(settings).items():
         if key not in NOT_COMPARED and before.get(key) != wanted:
             return f"{key}={before.get(key)!r}, not {wanted!r}"
-    return ""
+    gone = before.keys() - asdict(settings).keys() - {STARTED}
+    return f"{min(gone)}={before[min(gone)]!r}, a setting of another version" if gone else ""
 
 
 def _new_folder(parent: Path, arguments: Mapping[str, Any]) -> Path:
