@@ -183,20 +183,26 @@ def test_a_member_in_a_branch_runs_the_operators_that_it_runs_alone(tmp_path):
     norm = Normalisation((0.5,) * 3, (0.25,) * 3)
     member = Member(network, list(norm.mean), list(norm.std))
 
-    def operators(model: onnx.ModelProto) -> tuple[Counter, Counter]:
-        """Of the optimised graph, and of the branch in it."""
+    def operators(model: onnx.ModelProto) -> list[Counter]:
+        """Of the optimised graph, of the branch in it, of the branch in that one."""
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
         onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(tmp_path / "optimised.onnx").graph
-        branches = [a.g for node in graph.node for a in node.attribute if a.name == "then_branch"]
-        return tuple(Counter(n.op_type for g in graphs for n in g.node) for graphs in ([graph], branches))
+        found, graphs = [], [onnx.load(tmp_path / "optimised.onnx").graph]
+        while graphs:
+            found.append(Counter(node.op_type for graph in graphs for node in graph.node))
+            inside = (attribute for graph in graphs for node in graph.node for attribute in node.attribute)
+            graphs = [attribute.g for attribute in inside if attribute.name == "then_branch"]
+        return found
 
-    alone, _ = operators(exported_model(network, norm, 16))
-    _, branch = operators(exported_model(Cascade([member, member], (0.6,), "mean"), norm, 16))
-    assert branch["Conv"] + branch["FusedConv"] == alone["Conv"] + alone["FusedConv"] > 0
-    around = Counter({"GatherND": 2, "ScatterND": 2, "Softmax": 1, "Add": 1, "Mul": 1, "Div": 1})
-    assert not branch - alone - around
+    (alone,) = operators(exported_model(network, norm, 16))
+    _, *branches = operators(exported_model(Cascade([member] * 3, (0.6, 0.6), "mean"), norm, 16))
+    assert len(branches) == 2
+    decision = Counter(["ReduceMax", "Less", "NonZero", "Transpose", "Cast", "Size", "Greater", "If"])
+    merged = Counter({"GatherND": 2, "Softmax": 1, "Add": 1, "Mul": 1, "Div": 1, "ScatterND": 2})
+    for branch, around in zip(branches, (merged + decision, merged), strict=True):
+        assert branch["Conv"] + branch["FusedConv"] == alone["Conv"] + alone["FusedConv"] > 0
+        assert not branch - alone - around
 
 
 def run_cascade(data: Path, results: Path, *flags: object) -> None:
