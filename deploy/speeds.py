@@ -37,6 +37,11 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
         size, switches = checkpoint.data["image_size"], checkpoint.stage in DYNAMIC
         model = exported_model(checkpoint.network(), checkpoint.normaliser(), size, switches)
         exported[name] = ExportedNetwork(model)
+    return speeds(exported, pixels)
+
+
+def speeds(exported: dict[str, ExportedNetwork], pixels: Tensor) -> dict[str, dict[str, float]]:
+    """Latency and throughput of every network, see ``measured_speeds``."""
     images = [pixels[i : i + 1].numpy() for i in evenly_spaced(len(pixels), IMAGES).tolist()]
     batch = pixels[evenly_spaced(len(pixels), BATCH)].numpy()
 

@@ -12,7 +12,7 @@ from commands import ROOT, answer_of_both, call, run
 
 import main_cascade
 import main_prune
-from deploy import export
+from deploy import export, speeds
 from models import OwnNetwork, build_network, own
 from pruning.layers import ConvWeights
 from pruning.surgery import rebuild
@@ -97,13 +97,17 @@ def test_an_iteration_is_pruned_further(pruned, shapes, tmp_path, monkeypatch):
     assert costs[1] <= 0.8 * costs[0]
 
 
-def test_its_int8_version_comes_with_its_accuracy(pruned, shapes, tmp_path, capsys):
+def test_its_int8_version_comes_with_its_accuracy_and_time(pruned, shapes, tmp_path, capsys, monkeypatch):
+    times = {"network.onnx": {"latency_ms": 1.0}, "network_int8.onnx": {"latency_ms": 2.0}}
+    monkeypatch.setattr(speeds, "speeds", lambda networks, pixels: {name: times[name] for name in networks})
     (best,) = pruned[0].glob("pruned/shapes/small/*/best.pt")
     given = ["--checkpoint", best, "--network", f"{SOURCE}:small", "--data_dir", shapes, "--int8"]
     fresh(export, *given, "--output", tmp_path)
     measured = json.loads((tmp_path / "labels.json").read_text())["files"]["network_int8.onnx"]
     assert abs(measured["int8_accuracy"] - measured["float_accuracy"]) < 0.2 and measured["test_images"] == 30
-    assert "network_int8.onnx: accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "network_int8.onnx: accuracy" in said
+    assert "takes 2.00 ms in network_int8.onnx and 1.00 ms in network.onnx on this machine: use network.onnx" in said
 
 
 def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, capsys):
