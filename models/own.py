@@ -4,10 +4,10 @@ A checkpoint names the function, and calling it runs code.  So it is called only
 process: loading somebody else's checkpoint runs no code.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.decisions import DecisionRule, thresholded
 from models.lowrank import LOW_RANK, low_rank, replace_layer
 from models.resnet import RoutedOutput
+from models.user_code import user_module
 
 _allowed: list[str] = []
 
@@ -43,13 +44,26 @@ def own_network(source: str) -> nn.Module:
             f"loading the checkpoint would run the function {source}: add --network {source} to allow this"
         )
     source = known[-1]
-    function = _function(source)
-    try:
-        network = function()
-    except Exception as error:
+    place, colon, name = source.rpartition(":")
+    if not colon or not place or not name.isidentifier():
         raise ValueError(
-            f"{source} raised {type(error).__name__} ({error}): it must return a network when called without arguments"
-        ) from error
+            f"network {source!r} names no function: write path/to/file.py:function or package.module:function"
+        )
+    with ExitStack() as stack:
+        try:
+            module = stack.enter_context(user_module(place))
+        except Exception as error:
+            raise ValueError(
+                f"{place} cannot be imported ({type(error).__name__}: {error}): correct it there"
+            ) from error
+        function = _function(module, place, name)
+        try:
+            network = function()
+        except Exception as error:
+            raise ValueError(
+                f"{source} raised {type(error).__name__} ({error}): it must return a network when called without "
+                f"arguments"
+            ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{source} returned {type(network).__name__}: it has to return a torch.nn.Module")
     return network
@@ -61,33 +75,12 @@ def _tail(source: str) -> tuple[str, str]:
     return Path(place).name, name
 
 
-def _function(source: str) -> Callable[[], Any]:
-    place, colon, name = source.rpartition(":")
-    if not colon or not place or not name.isidentifier():
-        raise ValueError(
-            f"network {source!r} names no function: write path/to/file.py:function or package.module:function"
-        )
-    try:
-        module = _module(place)
-    except Exception as error:
-        raise ValueError(f"{place} cannot be imported ({type(error).__name__}: {error}): correct it there") from error
+def _function(module: ModuleType, place: str, name: str) -> Callable[[], Any]:
     function = getattr(module, name, None)
     if not callable(function):
         found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(f"{place} has no function {name}: it has {', '.join(found[:8]) or 'none'}")
     return function
-
-
-def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no such file in {Path.cwd()}" if not path.is_absolute() else "no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def picked_logits(output: Any) -> Tensor:

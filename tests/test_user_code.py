@@ -1,0 +1,64 @@
+"""A user's file is imported as in the user's own project, and this program's modules stay what they are."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from models import own
+
+PROJECT = {
+    "utils.py": "WIDTH = {width}\n",
+    "layers.py": "from torch import nn\ndef layer(width): return nn.Linear(3, width)\n",
+    "models/parts/blocks.py": "from utils import WIDTH\n",
+    "net.py": (
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from layers import layer\n"
+        "from models.parts.blocks import WIDTH\n"
+        "@dataclass\n"
+        "class Config:\n"
+        "    width: int = WIDTH\n"
+        "def make():\n"
+        "    import utils\n"
+        "    return layer(Config().width + 100 * utils.WIDTH)\n"
+    ),
+}
+PACKAGE = {
+    "utils.py": "WIDTH = {width}\n",
+    "models/__init__.py": "",
+    "models/resnet.py": (
+        "from utils import WIDTH\nfrom .parts import layer\ndef make(): return layer(WIDTH + 100 * WIDTH)\n"
+    ),
+    "models/parts.py": "from torch import nn\ndef layer(width): return nn.Linear(3, width)\n",
+}
+
+
+def written(folder: Path, project: dict[str, str], width: int) -> None:
+    for name, text in project.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text.replace("{width}", str(width)))
+
+
+@pytest.mark.parametrize("project, place", [(PROJECT, "net.py"), (PACKAGE, "models/resnet.py")])
+def test_a_project_with_modules_called_as_ours(project: dict, place: str, tmp_path: Path, monkeypatch):
+    """``utils``, ``models`` and ``layers`` are those of each project, whichever came before."""
+    before, path = dict(sys.modules), list(sys.path)
+    sources = []
+    for width in (4, 5):
+        written(tmp_path / str(width), project, width)
+        sources.append(f"{tmp_path / str(width) / place}:make")
+    for source, width in zip([*sources, *sources], (4, 5, 4, 5), strict=True):
+        monkeypatch.setattr(own, "_allowed", [source])
+        assert own.own_network(source).out_features == 101 * width
+    assert sys.path == path
+    assert all(sys.modules[name] is module for name, module in before.items())
+
+
+def test_after_an_import_that_fails_all_is_as_before(tmp_path: Path, monkeypatch):
+    written(tmp_path, {**PROJECT, "net.py": "import utils\nraise OSError('no licence')\n"}, 4)
+    before, path = dict(sys.modules), list(sys.path)
+    monkeypatch.setattr(own, "_allowed", [f"{tmp_path}/net.py:make"])
+    with pytest.raises(ValueError, match=r"net.py cannot be imported \(OSError: no licence\): correct it there"):
+        own.own_network(f"{tmp_path}/net.py:make")
+    assert sys.path == path and all(sys.modules[name] is module for name, module in before.items())
