@@ -103,8 +103,8 @@ def validation(data: DataSet, networks: Found) -> Splits:
     splits = split_as_before(data, first.data)
     if splits.val_is_test:
         raise UserError(
-            "the networks have no validation images, and test images are not used for a choice: train stage 1 "
-            "with --val_fraction 0.1"
+            "the networks have no validation images, and a cascade is not chosen on test images: make the networks "
+            "with a val_fraction above 0, or with --val_dir"
         )
     return splits
 

@@ -108,7 +108,7 @@ class RunSettings:
     resize: Size = setting(32, "size of the resized images, as 32, or height and width as 224x160", parse=parse_size)
     num_workers: int = setting(16, "threads that decode images", low=0, high=1024)
     seed: int = setting(
-        0, "seed of the initial weights, order of images, augmentation and drawn decisions", low=0, high=MOST_SEED
+        0, "seed of all random draws, in stage 1 also of the choice of the validation images", low=0, high=MOST_SEED
     )
 
     def data(self) -> dict[str, Any]:

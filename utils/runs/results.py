@@ -65,9 +65,10 @@ def results_table(records: list[Record]) -> str:
         sections.append("–: not measured; it needs the row's checkpoint.\n")
     sections.append(
         "Accuracy is that on the test images. FLOPS are for one image, two per multiply-add. In the first two methods "
-        "every block is run and counted. In the others switches decide, and FLOPS are the mean of what is executed. "
-        "Computation is the executed share. Latency and throughput are those of the exported networks in ONNX Runtime "
-        "on the CPU, all rows of a table measured in one run. What is skipped is not run, in batches or alone.\n"
+        "every block is run and counted. In the others, switches or a cascade decide, and FLOPS are the mean of what "
+        "is executed. Computation is the executed share. Latency and throughput are those of the exported networks in "
+        "ONNX Runtime on the CPU, all rows of a table measured in one run. Blocks and networks that are skipped are "
+        "not computed, neither in batches nor for single images.\n"
     )
     sections += [f"[^{mark}]: {text}\n" for text, mark in footnotes.items()]
     return "\n".join(sections)
