@@ -115,7 +115,7 @@ class Settings(TrainingSettings):
     def __post_init__(self) -> None:
         if self.published and self.target_computation is not None:
             raise UserError(
-                "--target_computation is reached by steering alpha, which --recipe published does not: drop one of them"
+                "--target_computation steers alpha, but --recipe published keeps it fixed: leave one of them out"
             )
 
 

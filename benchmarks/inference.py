@@ -54,7 +54,7 @@ def main() -> None:
     add("--img_type", type=image_type, default="any", help="image files to read")
     add("--int8", action="store_true", help="measure int8 versions, too")
     add("--threads", type=number(int, 1), default=1, help="CPU threads")
-    add("--seconds", type=number(float, 0), default=20.0, help="for each precision and batch size, at least 5 rounds")
+    add("--seconds", type=number(float, 0), default=20.0, help="per precision and batch size; at least 5 rounds")
     add("--output", type=Path, default=Path("inference.json"), help="JSON file to write")
     args = parser.parse_args()
     for source in args.network:

@@ -36,10 +36,10 @@ IMAGES = 2000  # for importances and for the statistics of batch norms
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Torch-Pruning on a network of others.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Prune a pretrained network with Torch-Pruning.", allow_abbrev=False)
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="file of akamaster/pytorch_resnet_cifar10")
-    add("--depth", type=int, default=56, help="of the network")
+    add("--depth", type=int, default=56, help="depth of the network")
     add("--data_dir", required=True, help="data folder")
     add("--img_type", type=image_type, default="png", help="image files to read")
     add("--share", type=float, required=True, help="share of the FLOPs to keep")

@@ -81,7 +81,7 @@ class Round:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Networks of the stages, alone and in cascades.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Measure networks alone and in cascades.", allow_abbrev=False)
     add = parser.add_argument
     add("results", type=Path, nargs="*", help="folders that the stages wrote to, all below the first")
     add("--data_dir", help="data folder")

@@ -38,7 +38,7 @@ NORMALISATION = Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="torchvision's networks through compress.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Run compress on the networks of torchvision.", allow_abbrev=False)
     parser.add_argument("--flops", type=float, default=0.7, help="share of the FLOPs to compress to")
     parser.add_argument("--only", nargs="+", help="names of networks (default: all)")
     parser.add_argument("--pixels", type=int, help="height and width of images (default: 64, more where needed)")

@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--precision", choices=PRECISIONS, default="auto", help="precision of the stages' steps")
     add("--compile", action="store_true", help="compile the three stages' steps")
     add("--threads", type=number(int, 1), default=torch.get_num_threads(), help="CPU threads of PyTorch")
-    add("--seconds", type=number(float, 0), default=120.0, help="time of all rounds, 5 rounds at least")
+    add("--seconds", type=number(float, 0), default=120.0, help="time for all rounds; at least 5 rounds")
     return parser.parse_args()
 
 

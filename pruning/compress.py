@@ -109,7 +109,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     found = survey(network, *passes.probe(x, labels), method.ignored_layers)
     asked, method = method.round_to, _fine_enough(network, found, cost, goal, method)
     if method.round_to < asked:
-        passes.say(f"the target cannot be reached with round_to {asked}: ranks in steps of {method.round_to}")
+        passes.say(f"the target cannot be reached with round_to {asked}, so ranks are multiples of {method.round_to}")
     if method.forms_compete:
         pruned = prune_to_forms(network, found, passes, cost, goal, method)
     elif method.criterion in EIGENBASIS_CRITERIA:

@@ -102,7 +102,7 @@ def draw_forms(axis: Axes) -> None:
             axis.add_patch(Rectangle((left, y - 7), scale * value, 14, facecolor=colour, alpha=0.55, linewidth=0))
     text(
         axis, 520, 351, "The rise of the loss is predicted from second derivatives.\n"
-        "One form per layer: least rise in all, within the target.", 10, ha="left",
+        "The forms chosen meet the target with the smallest total rise.", 10, ha="left",
     )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def draw_stages(axis: Axes) -> None:
     columns = (
         ("1", "Train", "main_sp.py", "With or without switches\nin front of the blocks.", INK),
         ("2", "Prune statically", "main_prune.py", "Measure, rebuild, fine-tune,\nwithin the accuracy budget.", STATIC),
-        ("3", "Teach the switches", "main_rl_prune.py", "REINFORCE: rewarded for\nFLOPs that are saved.", DYNAMIC),
+        ("3", "Teach the switches", "main_rl_prune.py", "REINFORCE rewards switches\nfor saved FLOPs.", DYNAMIC),
         ("or", "Build a cascade", "main_cascade.py", "The small network answers\nif it is confident.", CASCADE),
     )
     line(axis, (10, 308), (990, 308), colour="#d5dbe1")

@@ -273,7 +273,7 @@ def test_what_users_get_wrong(copied, shapes, tmp_path):
     [
         ({"thresholds": [0.5, 0.6]}, "2 networks and 2 thresholds: a cascade takes n and n - 1"),
         ({"thresholds": [1.5]}, "thresholds are .1.5.: they take numbers from 0 to 1"),
-        ({"thresholds": ["half"]}, "the checkpoint's network cannot be made"),
+        ({"thresholds": ["half"]}, "the checkpoint's network cannot be built"),
         ({"answer": "first"}, "answer 'first' is unknown"),
         ({"members": slice(1), "thresholds": []}, "1 networks and 0 thresholds: a cascade takes n and n - 1"),
     ],

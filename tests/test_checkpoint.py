@@ -173,8 +173,8 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, content: dict):
 
 def test_a_weight_more_or_less(tmp_path: Path, content: dict):
     weights = {name: w for name, w in content["weights"].items() if name != "stem.0.weight"}
-    refused(tmp_path, {**content, "weights": weights}, r"cannot be made .*stem\.0\.weight")
-    refused(tmp_path, {**content, "weights": {**content["weights"], "more": torch.zeros(1)}}, "cannot be made .*more")
+    refused(tmp_path, {**content, "weights": weights}, r"cannot be built .*stem\.0\.weight")
+    refused(tmp_path, {**content, "weights": {**content["weights"], "more": torch.zeros(1)}}, "cannot be built .*more")
 
 
 LAYER = "blocks.1.conv1"
@@ -207,7 +207,7 @@ LAYER = "blocks.1.conv1"
 )
 def test_an_architecture_that_is_no_network_or_another_one(tmp_path: Path, content: dict, change: dict, word: str):
     changed = {**content, "architecture": {**content["architecture"], **change}}
-    refused(tmp_path, changed, f"the checkpoint's network cannot be made .*{word}")
+    refused(tmp_path, changed, f"the checkpoint's network cannot be built .*{word}")
 
 
 def test_flipped_bits_are_found(tmp_path: Path, content: dict):

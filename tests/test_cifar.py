@@ -178,7 +178,7 @@ def test_a_folder_that_was_emptied_is_filled(tmp_path: Path, downloads: list[str
     """What the message advises helps, even where the file with the classes is the damaged one."""
     folder = write(tmp_path / "data", CIFAR10)
     one_bit(folder / "batches.meta")
-    assert "empty it and fetch the files with --download" in refusal(tmp_path / "data", download=True)
+    assert "delete its files and download them again with --download" in refusal(tmp_path / "data", download=True)
     for path in folder.iterdir():
         path.unlink()
     assert list(load_data(str(tmp_path / "data"), "png", 32, 1, download=True).classes) == CLASSES[CIFAR10]

@@ -108,7 +108,7 @@ def test_what_is_damaged_or_abandoned_is_in_nobodys_way(tmp_path: Path, content:
     run_of(tmp_path, "5", replace(wrong, architecture={**wrong.architecture, "ranks": {"stem.0": (None, 2)}}))
     taken, notes = trained_network(settings(tmp_path), DATA)
     assert source_of(taken) == "1"
-    assert "2/best.pt cannot be read" in notes[-1] and "network cannot be made" in notes[-1]
+    assert "2/best.pt cannot be read" in notes[-1] and "network cannot be built" in notes[-1]
     shutil.rmtree(stage_folder(tmp_path, "sp", "shapes", "resnet", 8) / "1")
     assert source_of(trained_network(settings(tmp_path), DATA)[0]) == "4", "whether it has ended is unknown"
 

@@ -133,7 +133,7 @@ def _splits(data: DataSet, set_aside: Tensor) -> Splits:
     )
     if len(splits.train) < 2:
         raise UserError(
-            f"data {data.name} leaves {len(splits.train)} image to train on: batch norms need two, add more"
+            f"data {data.name} leaves {len(splits.train)} image to train on, but batch norms need two: add images"
         )
     return splits
 

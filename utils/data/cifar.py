@@ -32,13 +32,13 @@ def read_cifar(root: Path, download: bool) -> tuple[tuple[str, ...], Labelled, L
         train, test = (getattr(datasets, name)(root, part, download=download) for part in (True, False))
     except RuntimeError:  # its message is for programmers, and names no file
         raise UserError(
-            f"{root / CIFAR_FOLDERS[name]} lacks a file of {name} or has one that was changed: empty it "
-            f"and fetch the files with --download"
+            f"{root / CIFAR_FOLDERS[name]} lacks a file of {name} or has one that was changed: delete "
+            f"its files and download them again with --download"
         ) from None
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"{name} could not be read from {root} or downloaded to it ({error}): correct that or put its files there "
-            f"by hand"
+            f"{name} could not be read from {root} or downloaded to it ({error}): try again, or put its files there by "
+            f"hand"
         ) from error
     return tuple(train.classes), *((part.data, np.asarray(part.targets, np.int64)) for part in (train, test))
 

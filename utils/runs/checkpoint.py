@@ -58,7 +58,7 @@ class Checkpoint:
             raise UserError(str(error)) from None
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(f"the checkpoint's network cannot be made ({reason}): use another one") from error
+            raise UserError(f"the checkpoint's network cannot be built ({reason}): use another one") from error
         return network.eval()
 
     def compression(self, cost: NetworkCost) -> float:
