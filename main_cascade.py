@@ -131,10 +131,14 @@ def choose(
     """The best cascade within the budget, and whether there is one; else the most accurate cascade.
 
     Raises:
-        UserError: if the target in FLOPs is below that of every cascade.
+        UserError: if there is no cascade, or the target in FLOPs is below that of every cascade.
     """
     reference = reference_of(networks)
     cascades = [candidate for candidate in found if len(candidate.members) > 1]
+    if not cascades:
+        raise UserError(
+            "every network is certain of every validation image, so that none would be handed on: give other --networks"
+        )
     if settings.target_flops:
         whole = networks[reference][1].original["flops"]
         chosen = best_under(cascades, settings.target_flops * whole)

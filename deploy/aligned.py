@@ -1,11 +1,10 @@
 """The same function with ranks that fill a CPU's vectors: channels of zeros inside the layers of low rank."""
 
-import copy
-
 import torch
 from torch import nn
 
 from models import LowRankConv2d, replace_layer
+from utils.modes import copied
 
 
 def vector_channels() -> int:
@@ -25,7 +24,7 @@ def aligned(network: nn.Module, channels: int) -> nn.Module:
     """
     if not any(_ranks(layer, channels) != layer.ranks for layer in _layers(network)):
         return network
-    wider = copy.deepcopy(network)
+    wider = copied(network)
     for layer in _layers(wider):
         replace_layer(wider, layer, _padded(layer, _ranks(layer, channels)))
     return wider

@@ -3,7 +3,6 @@
 The graphs of the switched ResNet, which gather the images that a block runs on, are those of ``deploy.graphs``.
 """
 
-import copy
 import io
 import warnings
 from collections.abc import Sequence
@@ -20,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 from deploy.aligned import aligned, vector_channels
 from deploy.graphs import IMAGES, LOGITS, OPSET
 from deploy.session import TOLERANCE, open_session, run_session
+from models import picked_logits
 from utils.data.augment import Normalisation
 from utils.errors import UserError
-from utils.modes import evaluation_mode, plain_attention
+from utils.modes import copied, evaluation_mode, plain_attention
 
 TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 3)  # differs from the tracing run, so that a graph with a fixed batch size is detected
@@ -34,7 +34,8 @@ def general_model(
     """The graph of a network in evaluation mode: uint8 images [N, 3, height, width] to logits [N, classes].
 
     Args:
-        network: of normalised images [N, 3, height, width] to logits; left as it was, on any device.
+        network: of normalised images [N, 3, height, width] to logits, or to an object or dictionary with ``logits``;
+            left as it was, on any device.
 
     Returns:
         the graph, and the largest deviation of its logits from PyTorch's on random images, as a share of the largest.
@@ -44,20 +45,19 @@ def general_model(
             ``TOLERANCE``.
     """
     if next(network.parameters(), torch.empty(0)).device.type != "cpu":
-        network = copy.deepcopy(network).cpu()
+        network = copied(network).cpu()
     whole = _Normalised(aligned(network, vector_channels()), normalisation)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (sum(CHECKED_BATCHES), 3, height, width), generator=generator, dtype=torch.uint8)
     with torch.no_grad(), evaluation_mode(whole), plain_attention():
         try:
-            expected = whole(pixels)
+            output = whole.network(normalisation.apply(pixels))
         except Exception as error:
             raise UserError(f"the network cannot run on {height}x{width} images: {_reason(error)}") from None
-        if not isinstance(expected, Tensor) or expected.dim() != 2:
-            found = list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
-            raise UserError(
-                f"the network returns {found} for {len(pixels)} images: an export needs logits [N, classes]"
-            )
+        try:
+            expected = picked_logits(output)
+        except ValueError as error:
+            raise UserError(f"{error}: wrap it in a module that returns the scores") from None
         try:
             model = _translated(whole, pixels[:TRACED_BATCH])
         except Exception as error:
@@ -82,7 +82,7 @@ class _Normalised(nn.Module):
         self.network, self.normalisation = network, normalisation
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network(self.normalisation.apply(pixels))
+        return picked_logits(self.network(self.normalisation.apply(pixels)))
 
 
 class _Translatable(TorchFunctionMode):

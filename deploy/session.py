@@ -14,7 +14,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from torch import Tensor
 
 from deploy.graphs import DECISIONS, IMAGES, LOGITS
-from models import ResNet
+from models import ResNet, RoutedOutput
 from utils.data.augment import Normalisation
 from utils.errors import UserError
 
@@ -117,8 +117,10 @@ def check_session(
     Raises:
         UserError: if a logit deviates by more than ``TOLERANCE``, a decision differs, or no image is left.
     """
-    outputs = run_session(session, pixels.numpy())
-    expected = network(normalisation.apply(pixels))
+    parts = pixels.split(AT_ONCE)  # all at once, large images would fill the memory
+    found = [run_session(session, part.numpy()) for part in parts]
+    outputs = {name: np.concatenate([output[name] for output in found]) for name in found[0]}
+    expected = RoutedOutput(*map(torch.cat, zip(*(network(normalisation.apply(part)) for part in parts), strict=True)))
     decided = ((expected.probabilities - 0.5).abs() > TOLERANCE).all(dim=1)
     if not decided.any():
         raise UserError(

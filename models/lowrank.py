@@ -174,13 +174,18 @@ def low_rank(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.
     if depthwise and (rank_in is None or rank_in != rank_out):
         raise ValueError(f"ranks are {rank_in} and {rank_out}, but a depthwise layer has two equal ranks")
     weight = next(layer.parameters())
-    if isinstance(layer, nn.Linear | LowRankLinear):
-        if rank_in is not None or rank_out is None:
-            raise ValueError(f"ranks are {rank_in} and {rank_out}, but a linear layer takes None and a number")
-        smaller = LowRankLinear(layer.in_features, layer.out_features, rank_out, bias)
-    else:
-        smaller = LowRankConv2d(layer, ranks, depthwise, bias)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        smaller = _made(layer, ranks, depthwise, bias)
     return smaller.to(weight.device, weight.dtype).train(layer.training)
+
+
+def _made(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.Module:
+    if not isinstance(layer, nn.Linear | LowRankLinear):
+        return LowRankConv2d(layer, ranks, depthwise, bias)
+    rank_in, rank_out = ranks
+    if rank_in is not None or rank_out is None:
+        raise ValueError(f"ranks are {rank_in} and {rank_out}, but a linear layer takes None and a number")
+    return LowRankLinear(layer.in_features, layer.out_features, rank_out, bias)
 
 
 def replace_layer(network: nn.Module, old: nn.Module, new: nn.Module) -> None:

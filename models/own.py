@@ -43,7 +43,7 @@ def own_network(source: str) -> nn.Module:
         raise PermissionError(
             f"loading the checkpoint would run the function {source}: add --network {source} to allow this"
         )
-    source = known[-1]
+    source = source if source in known else known[-1]
     place, colon, name = source.rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise ValueError(
@@ -119,7 +119,7 @@ class OwnNetwork(nn.Module):
     def __init__(self, source: str, num_classes: int, layers: Mapping[str, Mapping[str, Any]] | None = None):
         super().__init__()
         self.source, self.num_classes = source, num_classes
-        self.network = own_network(source)
+        self.network = own_network(source).float()
         for name, form in (layers or {}).items():
             layer = dict(self.network.named_modules()).get(name)
             if not isinstance(layer, nn.Conv2d | nn.Linear):

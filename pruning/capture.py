@@ -70,8 +70,9 @@ class Passes:
         The loss may leave out some outputs, such as that of an auxiliary head.
         """
         if self.loss_fn is None:
-            return x[:2] if len(x) else x.new_zeros(2, *x.shape[1:]), self.forward
-        return x, lambda net, inputs: self.loss_fn(self.forward(net, inputs), given)
+            two = x[:2] if len(x) else x.new_zeros(2, *x.shape[1:])
+            return two, lambda net, inputs: class_scores(self.forward(net, inputs))
+        return x, lambda net, inputs: _checked_losses(self.loss_fn(self.forward(net, inputs), given))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -107,8 +108,23 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
             images += images_of(x, given)
             if len(x) == 0:  # the last batch may be too small for all processes
                 continue
-            torch.autograd.grad(loss, starts, allow_unused=True)
+            gradients(loss, starts)
     return images
+
+
+def gradients(loss: Tensor, inputs: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of a sum; None where it does not depend on an input.
+
+    Raises:
+        UserError: if the network cannot be differentiated.
+    """
+    try:
+        return torch.autograd.grad(loss, list(inputs), allow_unused=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the network cannot be differentiated in evaluation mode ({reason}): correct that in its forward pass"
+        ) from error
 
 
 @contextmanager
@@ -124,9 +140,12 @@ def differentiable(network: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
     starts: list[Tensor] = []
 
     def start(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if layer_input(args, kwargs).requires_grad:
+        given = layer_input(args, kwargs)
+        if given.requires_grad:
+            if given.is_leaf or not starts:  # it depends on none of the starts
+                starts.append(given)
             return None
-        starts.append(layer_input(args, kwargs).detach().requires_grad_())
+        starts.append(given.detach().requires_grad_())
         return ((starts[-1], *args[1:]), kwargs) if args else (args, {**kwargs, "input": starts[-1]})
 
     started = (layer.register_forward_pre_hook(start, with_kwargs=True, prepend=True) for layer in layers)
@@ -135,33 +154,41 @@ def differentiable(network: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
 
 
 def images_of(x: Tensor, labels: Any) -> int:
-    """The images in a batch, over all processes; labels that are no tensor, such as a dictionary, do not say."""
-    return len(labels) if isinstance(labels, Tensor) else len(x)
+    """The images in a batch, over all processes: of several, each holds its part of the inputs and all labels."""
+    return len(labels) if parallel.world_size() > 1 and isinstance(labels, Tensor) else len(x)
 
 
 def _loss(outputs: Any, given: Any, passes: Passes) -> Tensor:
     """This process's sum to differentiate."""
     if passes.loss_fn is not None:
-        losses = passes.loss_fn(outputs, parallel.local_part(given) if isinstance(given, Tensor) else given)
-        if losses.dim() != 1:
-            raise UserError(
-                f"loss_fn returned a tensor of shape {list(losses.shape)}: it has to return a loss for each image, [N]"
-            )
-        return losses.sum()
+        own = parallel.local_part(given) if isinstance(given, Tensor) else given
+        return _checked_losses(passes.loss_fn(outputs, own)).sum()
     logits = class_scores(outputs)
     if passes.fisher_type == "true":
         signs = _signs((len(given), logits.shape[1]), logits, passes.draws)
         return (logits * score_directions(logits.detach(), parallel.local_part(signs))).sum()
-    return F.cross_entropy(logits, parallel.local_part(given), reduction="sum")
+    return F.cross_entropy(logits, parallel.local_part(given).long(), reduction="sum")
+
+
+def _checked_losses(losses: Any) -> Tensor:
+    if isinstance(losses, Tensor) and losses.dim() == 1:
+        return losses
+    found = f"tensor of shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+    raise UserError(f"loss_fn returned a {found}: it has to return a loss for each image, a tensor [N]")
 
 
 def class_scores(outputs: Any) -> Tensor:
     """The outputs of a classifier, checked.
 
     Raises:
-        UserError: unless the outputs are [N, classes].
+        UserError: unless the outputs are [N, classes], of two classes or more.
     """
     if isinstance(outputs, Tensor) and outputs.dim() == 2:
+        if outputs.shape[1] < 2:
+            raise UserError(
+                "the network returns one score for each image, of which a softmax is always 1: give loss_fn=, for "
+                "example binary_cross_entropy_with_logits(scores.squeeze(1), labels.float(), reduction='none')"
+            )
         return outputs
     found = f"a tensor of shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
     raise UserError(
@@ -198,9 +225,15 @@ def _signs(shape: tuple[int, int], like: Tensor, draws: torch.Generator | None) 
 
 def _show(name: str, visit: Visit, seen: list[int]):
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        images = seen[0]
-        a = as_images(layer, layer_input(args, kwargs).detach(), images)
-        output.register_hook(lambda g: visit(name, layer, a, as_images(layer, g, images)))
+        images, given = seen[0], layer_input(args, kwargs).detach()
+        if len(given) % max(1, images) if isinstance(layer, nn.Linear | LowRankLinear) else len(given) != images:
+            raise UserError(
+                f"layer {name} ran on {len(given)} inputs for {images} images, so some images do not reach it: leave "
+                f"it as it is with ignored_layers=[{name!r}]"
+            )
+        precision = next(layer.parameters()).dtype  # within autocast, features have another one
+        a = as_images(layer, given.to(precision), images)
+        output.register_hook(lambda g: visit(name, layer, a, as_images(layer, g.to(precision), images)))
 
     return hook
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
+from pruning.checks import check_network, check_target
 from pruning.forms import form_costs
 from pruning.goals import Goal, as_target, least_of, shortfall
 from pruning.layers import rebuilt_layers
@@ -27,6 +28,7 @@ from utils.settings import checked_settings
 from utils.sizes import Size, height_width
 
 
+@torch.inference_mode(False)
 def compress(
     network: nn.Module,
     batches: Batches | Iterable[tuple[Tensor, Any]],
@@ -57,21 +59,11 @@ def compress(
     """
     say, seed = settings.pop("say", None), settings.pop("seed", 0)
     method = checked_settings(Method, settings)
-    if isinstance(network, torch.jit.ScriptModule):
-        raise UserError("the network was compiled by TorchScript, which hides its layers: give the original module")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules()):
-        # It would be compiled again for every hook.
-        raise UserError(
-            "the network, or a part of it, was compiled by torch.compile: give the original network, or "
-            "network._orig_mod, and compile the result"
-        )
+    check_network(network)
     if flops is None and parameters is None:
         raise UserError("compress has no target: give flops= or parameters=, for example flops=0.5 for half")
-    for name, target in (("flops", flops), ("parameters", parameters)):
-        if target is not None and (target <= 0 or 1 < target <= 100):
-            raise UserError(
-                f"{name} is {target:g}: give a share above 0 and up to 1, such as 0.5, or a number above 100"
-            )
+    check_target("flops", flops)
+    check_target("parameters", parameters)
     if not callable(batches):
         loader, batches = batches, lambda: loader
     draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)

@@ -16,6 +16,7 @@ from pruning.capture import Passes, visit_gradients
 from pruning.layers import composed, weights_of
 from pruning.survey import is_pointwise
 from utils import parallel
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,14 @@ def collect_factors(network: nn.Module, layers: Mapping[str, nn.Module], passes:
 
     images = visit_gradients(network, layers, passes, add)
     # In the same order in all processes.
-    return {name: Factors(*(parallel.all_reduced(total) / images for total in sums[name])) for name in layers}
+    found = {name: Factors(*(parallel.all_reduced(total) / images for total in sums[name])) for name in layers}
+    for name, own in found.items():
+        if not (own.A.isfinite().all() and own.G.isfinite().all()):
+            raise UserError(
+                f"the Fisher of layer {name} is not finite: look for NaN or infinity in inputs, weights and losses, "
+                f"and give a network in half precision as float32"
+            )
+    return found
 
 
 def image_gradients(layer: nn.Module, a: Tensor, g: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def prunable_layers(network: nn.Module, found: Survey | None = None) -> dict[str
     """
     layers: dict[str, nn.Conv2d] = {}
     every = dict(outermost(network))
-    shared = sharing(every)
+    shared = sharing(network, every)
     for name, module in every.items():
         core = module.core if isinstance(module, LowRankConv2d) else module
         if unsuited(module) or name in shared or name.startswith("gate.") or (found and name not in found.norms):

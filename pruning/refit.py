@@ -8,6 +8,7 @@ He et al., arXiv:1707.06168, section 3.1, here with low ranks on both sides.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,9 @@ def refit(
         importances: what an error of each output of a layer without a norm costs, [out]; all the same if unknown.
     """
     batches = [x for x, _ in passes.on(network)]
+    # All are run at once, so of several sizes only the most frequent one, as of sentences.
+    most = Counter(batch.shape[1:] for batch in batches).most_common(1)[0][0]
+    batches = [batch for batch in batches if batch.shape[1:] == most]
     x = torch.cat(batches)
     wanted = _outputs(network, norms, batches, passes)
 

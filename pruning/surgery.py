@@ -1,6 +1,5 @@
 """Surgery: layers rebuilt physically smaller from the directions that are kept."""
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from pruning.eigenbasis import Eigenbasis
 from pruning.layers import ConvWeights, low_rank_layers
 from pruning.survey import is_pointwise
 from utils.errors import UserError
+from utils.modes import copied
 
 # The forms that a layer can take.
 TUCKER, DEPTHWISE, TWO_FACTORS = "tucker", "depthwise", "two_factors"
@@ -58,7 +58,7 @@ def rebuild(network: nn.Module, replaced: Mapping[str, ConvWeights], with_bias: 
         replaced: new weights by layer name.
         with_bias: layers that get a bias, of zeros, where they have none.
     """
-    smaller = copy.deepcopy(network)
+    smaller = copied(network)
     for name, weights in replaced.items():
         old = smaller.get_submodule(name)
         layer = low_rank(old, weights.ranks, weights.depthwise, old.bias is not None or name in with_bias)
@@ -70,8 +70,10 @@ def rebuild(network: nn.Module, replaced: Mapping[str, ConvWeights], with_bias: 
                     weight.copy_(matrix.reshape(weight.shape))
             if layer.bias is not None:
                 layer.bias.copy_(torch.zeros_like(layer.bias) if old.bias is None else old.bias)
-        trainable = any(p.requires_grad for p in old.parameters())
-        replace_layer(smaller, old, layer.requires_grad_(trainable))
+        layer.requires_grad_(next(old.parameters()).requires_grad)
+        if old.bias is not None:
+            layer.bias.requires_grad_(old.bias.requires_grad)
+        replace_layer(smaller, old, layer)
     return smaller
 
 

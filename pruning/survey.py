@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from models import LOW_RANK
 from models.convolution import SafeConv2d
-from pruning.capture import Forward, differentiable
+from pruning.capture import Forward, as_images, differentiable, gradients
 from utils.errors import UserError
 from utils.modes import hooked, layer_input
 
@@ -42,6 +42,7 @@ class _Runs:
     """The record of one forward pass."""
 
     nodes: dict[str, Any] = field(default_factory=dict)  # that made a layer's output, in the order of execution
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of layers
     times: Counter = field(default_factory=Counter)  # that a module has run
     read: dict[str, Any] = field(default_factory=dict)  # nodes that made the inputs of batch norms
     mixing: set[str] = field(default_factory=set)
@@ -61,7 +62,7 @@ def survey(network: nn.Module, x: Tensor, forward: Forward, ignored: Sequence[st
     layers = dict(outermost(network))
     norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm) and m.running_var is not None}
     alone = {name: reason for name, m in layers.items() if (reason := unsuited(m))}
-    alone |= {name: "weights are shared" for name in sharing(layers)}
+    alone |= {name: "weights are shared" for name in sharing(network, layers)}
     for module in ignored:
         # Stage 2 holds a network of the user's own as ``network``.
         inside = [name for name in layers if f"{name}.".startswith((f"{module}.", f"network.{module}."))]
@@ -131,8 +132,9 @@ def unsuited(layer: nn.Module) -> str | None:
     return None
 
 
-def sharing(layers: dict[str, nn.Module]) -> list[str]:
-    owners = Counter(id(p) for layer in layers.values() for p in layer.parameters())
+def sharing(network: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    """The layers whose weights another module of the network has, too: another layer, or an embedding."""
+    owners = Counter(id(p) for module in network.modules() for p in module.parameters(recurse=False))
     return [name for name, layer in layers.items() if any(owners[id(p)] > 1 for p in layer.parameters())]
 
 
@@ -147,7 +149,7 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
     def ran(name: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             runs.times[name] += 1
-            runs.nodes[name] = output.grad_fn
+            runs.nodes[name], runs.outputs[name] = output.grad_fn, output
             linear, count = not hasattr(layer, "kernel_size"), len(layer_input(args, kwargs))
             if count != images if not linear else count % images:
                 runs.mixing.add(name)
@@ -178,4 +180,14 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
             if node not in seen:
                 seen.add(node)
                 waiting.append(node)
+    runs.mixing |= _mixing(runs, layers, outputs, images)
     return runs, edges
+
+
+def _mixing(runs: _Runs, layers: dict[str, nn.Module], outputs: Any, images: int) -> set[str]:
+    """The layers of which several images reach the first image's result, or whose first axis is not the images'."""
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != images or outputs.grad_fn is None:
+        return set()
+    seen = {name: output for name, output in runs.outputs.items() if output.requires_grad and name not in runs.mixing}
+    found = zip(seen, gradients(outputs[0].sum(), seen.values()), strict=True)
+    return {name for name, g in found if g is not None and as_images(layers[name], g, images)[1:].any()}

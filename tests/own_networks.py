@@ -45,6 +45,26 @@ def twice_named() -> Small:
     return network
 
 
+class Named(nn.Module):
+    """Returns a dictionary, has a part called ``module``, and is in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = Small()
+        self.double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.module(x), "pixels": x}
+
+
+def named() -> Named:
+    return Named()
+
+
+def frozen() -> nn.Module:
+    return Small().requires_grad_(False)
+
+
 class Pair(Small):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x), x

@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import answer_of_both, call, run_folder, source_of
 from networks import checkpoint_file
+from torch.nn import functional as F
 
 import main_cascade
 from deploy import export
@@ -266,6 +267,16 @@ def test_what_users_get_wrong(copied, shapes, tmp_path):
     save_checkpoint(other, replace(checkpoint, data={**checkpoint.data, "set_aside": aside[:-2]}))
     with pytest.raises(UserError, match="have set different validation images aside"):
         run_cascade(shapes, copied, "--networks", dense, other)
+
+
+def test_networks_that_are_certain_of_every_image_are_one_sentence():
+    labels = torch.arange(20) % 3
+    sure = [Predictions(F.one_hot(labels, 3).float(), torch.full((20,), flops).double()) for flops in (1, 2)]
+    original = {"flops": 2.0, "accuracy": 1.0}
+    networks = [(Path(), SimpleNamespace(stage=s, original=original, metrics=original)) for s in ("sp", "pruned")]
+    settings = SimpleNamespace(target_flops=0.5, max_accuracy_drop=0.01)
+    with pytest.raises(UserError, match="certain of every validation image"):
+        main_cascade.choose(candidates(sure, labels), sure, labels, networks, settings)
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,9 @@ def test_the_network_is_left_in_its_modes():
     ("function", "message"),
     [
         (lambda x: x.view(-1, 7), "cannot run on 8x8 images"),
-        (lambda x: {"logits": x}, "returns dict for 4 images"),
-        (lambda x: x, r"returns \[4, 3, 8, 8\] for 4 images"),
+        (lambda x: {"scores": x}, "returned a dict: it has to return scores"),
+        (lambda x: {"logits": x}, "returned a dict: it has to return scores"),
+        (lambda x: x, r"returned a tensor of shape \[4, 3, 8, 8\]: it has to return scores"),
         (lambda x: torch.linalg.svdvals(x[:, 0]), "torch.onnx.export cannot translate"),
         (lambda x: x.flatten(1) * (1 if len(x) == 2 else 2), "deviates from the network"),
     ],

@@ -9,6 +9,7 @@ import own_networks
 import pytest
 import torch
 from commands import ROOT, answer_of_both, call, run
+from torch import nn
 
 import main_cascade
 import main_prune
@@ -16,6 +17,7 @@ from deploy import export, speeds
 from models import OwnNetwork, build_network, own
 from pruning.layers import ConvWeights
 from pruning.surgery import rebuild
+from training.norms import placed
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import load_checkpoint
@@ -97,6 +99,23 @@ def test_an_iteration_is_pruned_further(pruned, shapes, tmp_path, monkeypatch):
     assert costs[1] <= 0.8 * costs[0]
 
 
+def test_a_network_that_returns_a_dictionary(shapes, tmp_path, capsys):
+    """From weights of a compiled network to an export; a row that was lost is made again."""
+    weights = {f"_orig_mod.{name}": value for name, value in own_networks.named().state_dict().items()}
+    torch.save(weights, tmp_path / "named.pth")
+    given = {"checkpoint": tmp_path / "named.pth", "max_iter": 1}
+    fresh(main_prune, *settings(shapes, tmp_path, "named", **given))
+    (record,) = tmp_path.glob("sp/shapes/named/*/record.json")
+    record.unlink()  # as if the run had been interrupted before it was written
+    fresh(main_prune, *settings(shapes, tmp_path, "named", **given, lr=0.001))
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("| w/o Pruning |") == table.count("| w/ Static Pruning only |") - 1 == 1
+    best = max(tmp_path.glob("pruned/shapes/named/*/best.pt"))
+    assert all(value.dtype in (torch.float32, torch.int64) for value in load_checkpoint(best).weights.values())
+    fresh(export, "--checkpoint", best, "--network", f"{SOURCE}:named", "--output", tmp_path / "exported")
+    assert "logits within" in capsys.readouterr().out
+
+
 def test_its_int8_version_comes_with_its_accuracy_and_time(pruned, shapes, tmp_path, capsys, monkeypatch):
     times = {"network.onnx": {"latency_ms": 1.0}, "network_int8.onnx": {"latency_ms": 2.0}}
     monkeypatch.setattr(speeds, "speeds", lambda networks, pixels: {name: times[name] for name in networks})
@@ -139,6 +158,7 @@ def test_a_cascade_of_it_is_exported_and_predicts(pruned, shapes, tmp_path, caps
         ({"function": "not_a_module"}, "returned int: it has to return a torch.nn.Module"),
         ({"function": "four_classes"}, "has 4 classes and the data has 3"),
         ({"function": "pair"}, "the network returned a tuple: it has to return scores [images, classes]"),
+        ({"function": "frozen"}, "a network without trainable parameters: nothing can be fine-tuned"),
         ({"function": "large"}, "cannot take images of 8x8 pixels"),
         ({"checkpoint": "missing.pth"}, "missing.pth does not exist"),
         ({"checkpoint": SOURCE}, "cannot be read"),
@@ -155,6 +175,11 @@ def test_what_users_get_wrong(change: dict, message: str, pruned, shapes, tmp_pa
     with pytest.raises(UserError) as raised:
         fresh(main_prune, *settings(shapes, tmp_path, **change))
     assert message in str(raised.value)
+
+
+def test_a_network_with_volumes_inside_is_placed():
+    network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(1, 2), nn.Conv2d(2, 4, 3))
+    assert placed(network, torch.device("cpu")) is network
 
 
 def test_a_pruned_layer_with_two_names_is_rebuilt_under_both(monkeypatch):

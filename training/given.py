@@ -1,5 +1,6 @@
 """Registers a network of the user's own as the run of stage 1 that all other commands start from."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint, data_entry, describe, load_checkpoint, save_checkpoint
+from utils.runs.records import RECORD
 from utils.runs.run import BEST, Run, stage_folder
 from utils.sizes import height_width, shown_size
 
+PREFIXES = ("module.", "_orig_mod.")
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the weights
 
 
@@ -54,7 +57,8 @@ def register_given(settings: Any, data: DataSet, device: torch.device, measure_s
         seed=settings.seed,
     )
     parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
-    if parallel.from_main_process(lambda: any(_same(given, path) for path in parent.glob(f"*/{BEST}"))):
+    ended = lambda: (path for path in parent.glob(f"*/{BEST}") if (path.parent / RECORD).exists())  # noqa: E731
+    if parallel.from_main_process(lambda: any(_same(given, path) for path in ended())):
         return
     with Run.new(parent, asdict(settings), EPOCH_CHARTS) as run:
         run.say(f"{run.path}: {settings.network} as it was given, {cost.parameters:,} parameters, {cost.flops:,} FLOPs")
@@ -76,6 +80,8 @@ def given_network(settings: Any, classes: int) -> OwnNetwork:
         network = OwnNetwork(settings.network, classes).eval()
     except ValueError as error:
         raise UserError(str(error)) from error
+    if not any(p.requires_grad for p in network.parameters()):
+        raise UserError(f"{settings.network} returns a network without trainable parameters: nothing can be fine-tuned")
     if settings.checkpoint:
         _load(network.network, Path(settings.checkpoint).expanduser(), settings.network)
     size = settings.resize
@@ -98,7 +104,7 @@ def given_network(settings: Any, classes: int) -> OwnNetwork:
 
 
 def _load(network: torch.nn.Module, path: Path, source: str) -> None:
-    """Load a file with a ``state_dict``, also one that is wrapped, or of a network in ``DataParallel``."""
+    """Load a file with a ``state_dict``, also one that is wrapped, or of a network that was."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -116,7 +122,7 @@ def _load(network: torch.nn.Module, path: Path, source: str) -> None:
     own = network.state_dict()
     # Batch norms of PyTorch before 0.4.1 counted no batches.
     uncounted = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    weights = uncounted | {name.removeprefix("module."): value for name, value in content.items()}
+    weights = uncounted | {_unwrapped(name, own): value for name, value in content.items()}
     wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     wrong += [name for name in weights if name not in own]
     if wrong:
@@ -127,6 +133,13 @@ def _load(network: torch.nn.Module, path: Path, source: str) -> None:
             f"the file and {wanted} in the network"
         )
     network.load_state_dict(weights)
+
+
+def _unwrapped(name: str, own: Mapping[str, Tensor]) -> str:
+    """The name of a weight without what ``DataParallel`` and ``torch.compile`` put in front of it."""
+    while name not in own and name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def _same(given: Checkpoint, path: Path) -> bool:

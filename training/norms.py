@@ -121,5 +121,7 @@ def placed(network: ResNet, device: torch.device) -> ResNet:
 
     Where several processes train it, its batch norms share their statistics.
     """
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device)
+    if all(p.dim() <= 4 for p in network.parameters()):  # there is another layout for volumes
+        network = network.to(memory_format=torch.channels_last)
     return network if parallel.world_size() == 1 else with_shared_norms(network)

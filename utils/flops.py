@@ -4,12 +4,15 @@ FLOPs are two per multiply-add of convolutions and linear layers (the LSTM's amo
 ``torch.utils.flop_counter.FlopCounterMode`` counts.  Batch norms, activations and pooling are free by that convention.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,9 +84,22 @@ def cost_on(
     Its FLOPs are those of ``FlopCounterMode``: products in attention and layers that are no modules are among them.
     """
     # Attention as matrix products, which are counted: on the CPU its fused kernel is not.
-    with frozen(network), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        layers = _layer_costs(network, x, forward)
+    plain_attention = sdpa_kernel(SDPBackend.MATH)
+    with frozen(network), plain_attention, _plain_lstm(network), FlopCounterMode(display=False) as counter:
+        layers = _layer_costs(network, x.clone(), forward)  # a network may change its input in place
     return NetworkCost(sum(p.numel() for p in network.parameters()), counter.get_total_flops(), (), layers)
+
+
+@contextmanager
+def _plain_lstm(network: nn.Module) -> Iterator[None]:
+    """Without oneDNN, whose LSTM is not counted."""
+    if not any(isinstance(module, nn.LSTM) for module in network.modules()):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that only Intel's GPUs have TF32
+        with mkldnn.flags(enabled=False):
+            yield
 
 
 @torch.no_grad()

@@ -29,6 +29,9 @@ def prepare(goes_on: str | None = WITH_RESUME) -> None:
     Args:
         goes_on: the command that continues from there; None if there is none.
     """
+    # Pictures are drawn without any window.  A notebook names a backend to the commands that it starts, too, and
+    # Matplotlib ends their import where that is not installed beside it.
+    os.environ.pop("MPLBACKEND", None)
     _keep_outputs()
     for name, what in ENDED_BY.items():
         number = signal.Signals[name]

@@ -1,5 +1,6 @@
-"""What is so for a while: hooks on modules, evaluation mode, frozen parameters, plain attention."""
+"""What is so for a while: hooks on modules, evaluation mode, frozen parameters, plain attention; and copies."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import Lock
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 
@@ -21,6 +23,12 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
         network.train(modes[network])  # some networks then drop what they have cached for evaluation
         for module, mode in modes.items():
             module.training = mode
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """A deep copy; features that the network has kept, as for Grad-CAM, are copied without their graph."""
+    kept = (t for module in network.modules() for t in tree_leaves(vars(module)) if isinstance(t, Tensor))
+    return copy.deepcopy(network, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
 
 
 @contextmanager

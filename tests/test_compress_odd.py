@@ -1,0 +1,279 @@
+"""``compress`` on networks and batches that are unusual, yet occur: each answer is right, or one sentence."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn import functional as F
+
+from pruning import compress, edits_of
+from pruning.survey import survey
+from utils.errors import UserError
+from utils.flops import cost_on
+from utils.modes import copied
+
+CLASSES = 4
+
+
+def small(classes: int = CLASSES) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes),
+    ).eval()  # fmt: skip
+
+
+def images(shape=(3, 8, 8), count=4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, *shape, generator=generator), torch.arange(8) % CLASSES) for _ in range(count)]
+
+
+class Around(nn.Module):
+    """A network around another one."""
+
+    def __init__(self, inner: nn.Module | None = None):
+        super().__init__()
+        self.inner = small() if inner is None else inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class InPlace(Around):
+    def forward(self, x):
+        x -= 0.5
+        x /= 0.25
+        return self.inner(x)
+
+
+class Learned(Around):
+    """Adds a tensor that is trained, but no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.added = [torch.zeros(1, 3, 8, 8, requires_grad=True)]
+
+    def forward(self, x):
+        return self.inner(x + self.added[0])
+
+
+class OwnStart(Around):
+    def forward(self, x):
+        return self.inner(x.detach().requires_grad_())
+
+
+class Keeps(Around):
+    """Keeps a feature, as for Grad-CAM."""
+
+    def forward(self, x):
+        self.last = self.inner[:5](x)
+        self.all = {"last": [self.last]}
+        return self.inner[5:](self.last)
+
+
+class Autocast(Around):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.inner(x).float()
+
+
+@dataclass
+class Output:
+    scores: torch.Tensor
+
+
+class Unpacked(Around):
+    def forward(self, x):
+        return Output(self.inner(x))
+
+
+class Tied(nn.Module):
+    """A language model whose last layer has the weights of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(200, 32), nn.Linear(32, 200, bias=False)
+        self.inner = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        self.head.weight = self.words.weight
+
+    def forward(self, x):
+        return self.head(self.inner(self.words(x)).mean(dim=1))
+
+
+class Sequences(nn.Module):
+    """Works on sequences [N, T, 16], inside with the tokens first or with the images first."""
+
+    def __init__(self, tokens_first: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens_first = tokens_first
+        self.up, self.down, self.head = nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.tokens_first else x
+        x = x + self.down(F.relu(self.up(x)))
+        return self.head(x.mean(dim=0 if self.tokens_first else 1))
+
+
+class Routed(Around):
+    """One layer runs on some of the images: on the first two, and not on all of the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.some = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        x = self.inner[:3](x)
+        rows = torch.arange(min(len(x), 5))
+        return self.inner[3:](x.index_add(0, rows, self.some(x[rows])))
+
+
+def report_of(network: nn.Module, batches, **settings) -> str:
+    return str(compress(network, batches, flops=0.5, **settings).report).replace("inner.", "")
+
+
+@pytest.mark.parametrize("network", [Learned, OwnStart, Keeps])
+def test_gradients_of_other_tensors_change_nothing(network):
+    assert report_of(network(), images()) == report_of(Around(), images())
+    assert report_of(Around(), [(x.requires_grad_(), y) for x, y in images()]) == report_of(Around(), images())
+
+
+def test_features_that_a_network_has_kept_are_copied_without_their_graph():
+    network, x = Keeps(), images()[0][0]
+    network(x)
+    smaller = copied(network)
+    assert smaller.last is smaller.all["last"][0] and smaller.last is not network.last
+    assert torch.equal(smaller.last, network.last) and smaller.last.grad_fn is None and network.last.grad_fn is not None
+
+
+def test_in_inference_mode_as_outside():
+    expected = report_of(small(), images())
+    network = small()
+    with torch.inference_mode():
+        smaller = compress(network, images(), flops=0.5)
+    assert str(smaller.report) == expected
+    F.cross_entropy(smaller(images()[0][0]), images()[0][1]).backward()
+
+
+def test_autocast_inside_of_a_network():
+    assert compress(Autocast(), images(), flops=0.5).report.flops[1] > 0
+
+
+def test_the_users_images_and_random_numbers_stay_as_they_are():
+    given, expected, network = images(), images(), InPlace()
+    state = torch.get_rng_state()
+    compress(network, given, flops=0.5)
+    assert all(torch.equal(x, other) for (x, _), (other, _) in zip(given, expected, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_shared_with_an_embedding_stay_shared():
+    torch.manual_seed(0)
+    network = Tied()
+    words = [(torch.randint(0, 200, (8, 6)), torch.randint(0, 200, (8,))) for _ in range(4)]
+    smaller = compress(network, words, parameters=0.9, round_to=1)
+    assert smaller.report.left_alone == {"head": "weights are shared"}
+    assert smaller.head.weight is smaller.words.weight
+    assert smaller.report.parameters[1] <= 0.9 * sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("tokens", [5, 6])
+def test_layers_whose_first_axis_is_not_that_of_the_images(tokens: int):
+    x = torch.randn(2, tokens, 16)
+    found = survey(Sequences(tokens_first=True), x, nn.Module.__call__)
+    assert found.left_alone == {"up": "mixes images", "down": "mixes images"} and found.names == ["head"]
+    assert survey(Sequences(tokens_first=False), x, nn.Module.__call__).names == ["up", "down", "head"]
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 12), (8, 10, 12, 8)])
+def test_batches_of_several_sizes(sizes):
+    batches = [batch for size in sizes for batch in images((3, size, size), count=2)]
+    smaller = compress(small(), batches, flops=0.5)
+    assert smaller.report.flops[1] <= 0.5 * cost_on(small(), batches[0][0][:1]).flops
+
+
+def test_labels_need_not_be_one_for_each_image():
+    """As boxes of objects: the images are those of the inputs."""
+    loss_fn = lambda outputs, labels: F.cross_entropy(outputs, torch.zeros(len(outputs)).long(), reduction="none")  # noqa: E731
+    found = [
+        report_of(small(), [(x, torch.zeros(count, 6)) for x, _ in images()], loss_fn=loss_fn) for count in (8, 80)
+    ]
+    assert found[0] == found[1]
+
+
+def test_the_products_of_an_lstm_are_counted():
+    inputs, hidden, steps = 16, 32, 5
+    lstm = nn.LSTM(inputs, hidden, batch_first=True)
+    assert cost_on(lstm, torch.zeros(1, steps, inputs)).flops == 2 * steps * 4 * hidden * (inputs + hidden)
+
+
+def test_what_was_frozen_is_frozen():
+    network = small()
+    network[3].weight.requires_grad_(False)
+    smaller = compress(network, images(), flops=0.5)
+    assert {edit["name"] for edit in edits_of(smaller)} >= {"3"}
+    parameters = dict(smaller[3].named_parameters())
+    trainable = {name for name, p in parameters.items() if p.requires_grad}
+    assert trainable == {name for name in parameters if name.endswith("bias")} != set()
+
+
+def nothing_finite() -> nn.Module:
+    network = small()
+    network[3].weight.data[0, 0, 0, 0] = float("nan")
+    return network
+
+
+def reporting() -> nn.Module:
+    network = Around()
+    network.report = nn.Identity()
+    return network
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(16, 3), nn.Flatten(), nn.LazyLinear(CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "settings", "message"),
+    [
+        (lambda: small(1), images, {}, "returns one score for each image, of which a softmax is always 1: give loss_"),
+        (Unpacked, images, {}, r"the network returns a Output, but classification needs scores .* logits="),
+        (small, images, {"loss_fn": lambda outputs, labels: 0.5}, "loss_fn returned a float: it has to return a loss"),
+        (Routed, images, {}, r"layer some ran on 5 inputs for 8 images.* ignored_layers=\['some'\]"),
+        (nothing_finite, images, {}, "the Fisher of layer .* is not finite: look for NaN"),
+        (small, lambda: [(x / 0, y) for x, y in images()], {}, "the Fisher of layer .* is not finite: look for NaN"),
+        (lambda: nn.Flatten(), images, {}, "the network has no parameters"),
+        (lazy, images, {}, "lazy layers without weights: run it on a batch first"),
+        (lambda: nn.Linear(8, CLASSES), images, {}, r"a single layer.*give nn\.Sequential\(layer\)"),
+        (reporting, images, {}, "has a part called report"),
+        (lambda: Around(torch.jit.script(small())), images, {}, "or a part of it, was compiled by TorchScript"),
+        (small, images, {"flops": float("nan")}, "flops is nan: give a share above 0"),
+        (small, images, {"flops": "0.5"}, "flops is '0.5': give a share above 0"),
+        (small, images, {"flops": None, "parameters": -1}, "parameters is -1: give a share above 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_sentence(make, batches, settings, message):
+    network = make()
+    with pytest.raises(UserError, match=message):
+        compress(network, batches, **{"flops": 0.5, **settings})
+
+
+def test_checkpoints_of_the_old_kind_are_one_sentence():
+    """Reentrant checkpoints do not allow gradients of features."""
+
+    class Checkpointed(Around):
+        def forward(self, x):
+            x = self.inner[:3](x)
+            return self.inner[5:](torch.utils.checkpoint.checkpoint(self.inner[3:5], x, use_reentrant=True))
+
+    with pytest.raises(UserError, match="cannot be differentiated in evaluation mode"):
+        compress(Checkpointed(), images(), flops=0.5)
+
+
+@pytest.mark.parametrize("labels", [torch.int32, torch.float32])
+def test_labels_of_other_types(labels: torch.dtype):
+    given = {"flops": 0.5, "fisher_type": "empirical"}
+    found = compress(small(), [(x, y.to(labels)) for x, y in images()], **given)
+    assert str(found.report) == str(compress(small(), images(), **given).report)
