@@ -27,7 +27,7 @@ from training.given import register_given
 from training.norms import placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, sgd
 from training.report import Chosen, report
-from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
+from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars
 from training.supervised import LossFn, Supervision, supervised_epoch
 from utils import parallel
 from utils.data.augment import Normalisation
@@ -288,7 +288,7 @@ def record_pruning(stage: Stage, progress: PruningProgress, pruned: Pruned, rise
         "Pruning/accuracy_before_fine_tuning": ready.accuracy,
     }
     notes = {f"Layers/predicted_rise/{c.name}": c.predicted_rise for c in pruned.changes}
-    run.record(step, scalars, iteration=iteration, **layer_scalars(pruned.network, cost), **notes)
+    run.record(step, scalars, iteration=iteration, **notes)
     if pruned.bases:
         run.picture("eigenvalues", eigenvalues_picture(pruned.bases), step, iteration)
 

@@ -30,7 +30,7 @@ from training.forward import training_forward
 from training.norms import BATCH_NORM_MODES, placed, reestimate_batch_norms
 from training.optimisers import rates_of_epoch, reinforcement_optimisers, sgd
 from training.report import Chosen, report
-from training.scalars import epoch_scalars, layer_scalars
+from training.scalars import epoch_scalars
 from utils import parallel
 from utils.data.batches import TrainingBatches, check_batches, split_as_before
 from utils.data.folder import load_data
@@ -230,7 +230,6 @@ def begin(stage: Stage) -> None:
     if not stage.settings.published:
         pixels = train[evenly_spaced(len(train), RESCALING_IMAGES)].pixels
         rescale_gate_logits(network, stage.batches.normalisation.apply(pixels))
-    stage.run.record(0, {}, **layer_scalars(network, stage.cost))
     stage.steering.begin(**start.metrics)
     stage.keeper.offer(budget.score(**start.metrics), start.metrics)
     stage.keeper.save_last()

@@ -20,7 +20,7 @@ from training.forward import training_forward
 from training.norms import placed
 from training.optimisers import OPTIMISERS, rates_of_epoch
 from training.report import Chosen, report
-from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars, layer_scalars
+from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars
 from training.supervised import Supervision, supervised_epoch
 from utils import parallel
 from utils.data.augment import Normalisation
@@ -108,7 +108,7 @@ def main() -> None:
             val, every_block = evaluated.both(network)
             check_finite(network, val, title)
             scalars = epoch_scalars(train, val, every_block, cost.parameters, 0.0, rate(0.0))
-            run.record(epoch, scalars, **(layer_scalars(network, cost) if epoch == 1 else {}))
+            run.record(epoch, scalars)
             run.say(epoch_line(title, train, val, every_block, splits.val_name))
             progress.step = epoch
             # Without validation images no epoch can be selected: the last one counts.

@@ -81,11 +81,6 @@ def rebuilt_layers(network: nn.Module, smaller: nn.Module, names: Iterable[str])
     return found
 
 
-def read_weights(network: nn.Module, name: str) -> ConvWeights:
-    """The weights of a layer by its name, see ``weights_of``."""
-    return weights_of(network.get_submodule(name))
-
-
 def weights_of(layer: nn.Module) -> ConvWeights:
     """A copy of a layer's weights; a linear layer counts as a 1x1 convolution."""
     if not isinstance(layer, LOW_RANK):

@@ -15,7 +15,7 @@ from pruning.costs import cheapest_cost, cheapest_ranks, layer_shape
 from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate
 from pruning.factors import collect_factors
 from pruning.goals import Goal
-from pruning.layers import composed, prunable_layers, read_weights
+from pruning.layers import composed, prunable_layers, weights_of
 from pruning.prediction import predicted_rise
 from pruning.selection import Group, counts_kept, select
 from pruning.settings import Method
@@ -30,7 +30,7 @@ def prune_directions(
     """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
     layers = prunable_layers(network, found)
     bases, spectra = measured(network, layers, passes, method)
-    weights = {name: read_weights(network, name) for name in layers}
+    weights = {name: weights_of(network.get_submodule(name)) for name in layers}
     saliencies = {}
     for name in layers:
         saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name])
@@ -79,7 +79,7 @@ def direction_groups(
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in prunable_layers(network, found):
-        shape = layer_shape(read_weights(network, name), cost, name)
+        shape = layer_shape(weights_of(network.get_submodule(name)), cost, name)
         counts = tuple(
             counts_kept(rank, channels, method.prune_ratio_limit, method.round_to)
             for rank, channels in zip(shape.ranks, shape.channels, strict=True)

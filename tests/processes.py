@@ -22,7 +22,7 @@ from models import ResNet, all_on, thresholded
 from pruning.capture import Passes
 from pruning.eigenbasis import eigenbasis, gradient_squares
 from pruning.factors import collect_factors
-from pruning.layers import composed, prunable_layers, read_weights, rebuilt_layers
+from pruning.layers import composed, prunable_layers, rebuilt_layers, weights_of
 from pruning.refit import refit
 from pruning.surgery import merged, rebuild
 from pruning.survey import survey
@@ -102,13 +102,15 @@ def measured() -> dict:
             "rotated": gradient_squares(net, layers, bases, passes),
         }  # fmt: skip
     smaller = rebuild(
-        net, {name: merged(w := read_weights(net, name), tucker(w.core, bases[name], torch.arange(2), torch.arange(3)))
-              for name in list(layers)[1:]}
+        net,
+        {name: merged(w := weights_of(net.get_submodule(name)), tucker(w.core, bases[name], torch.arange(2),
+                                                                       torch.arange(3)))
+         for name in list(layers)[1:]},
     )  # fmt: skip
     norms = survey(net, torch.zeros(2, 3, 8, 8), every_block).norms
     rebuilt = rebuilt_layers(net, smaller, norms)
     refit(net, smaller, {name: norms[name] for name in rebuilt}, {}, passes)
-    found["refitted"] = {name: composed(read_weights(smaller, name)) for name in rebuilt}
+    found["refitted"] = {name: composed(weights_of(smaller.get_submodule(name))) for name in rebuilt}
     net.gate.decision.weight.data.mul_(30)
     net.gate.decision.bias.data.zero_()
     for rule in (all_on, thresholded):

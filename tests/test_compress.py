@@ -14,13 +14,12 @@ from examples.cifar_resnet import resnet20
 from models import LowRankConv2d, LowRankLinear
 from pruning import apply_edits, compress, edits_of, prune_forms
 from pruning.capture import some_images
-from pruning.layers import composed, read_weights
+from pruning.layers import composed, weights_of
 from pruning.refit import BATCHES
 from pruning.survey import survey
 from utils import parallel
 from utils.errors import UserError
 from utils.flops import cost_on, network_cost
-from utils.modes import plain_attention
 
 NAMES = ["resnet18", "vgg11", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1"]
 
@@ -183,7 +182,7 @@ def test_layers_of_every_shape_equal_their_composed_kernels():
     plain = copy.deepcopy(smaller)
     for name in forms:
         whole, layer = copy.deepcopy(network.get_submodule(name)), smaller.get_submodule(name)
-        whole.weight.data = composed(read_weights(smaller, name)).float().reshape(whole.weight.shape)
+        whole.weight.data = composed(weights_of(smaller.get_submodule(name))).float().reshape(whole.weight.shape)
         whole.bias = nn.Parameter(layer.bias.detach().clone()) if layer.bias is not None else None
         setattr(plain, name, whole)
     x = torch.randn(3, 3, 16, 16)
@@ -420,16 +419,6 @@ def test_the_weight_of_a_rebuilt_linear_layer():
     layer, x = LowRankLinear(6, 5, 3, bias=True), torch.randn(4, 6)
     torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), layer(x))
     assert layer.weight.shape == (5, 6) and layer.weight.device == x.device
-
-
-def test_fused_attention_is_off_until_the_last_of_several_threads_has_ended():
-    first, second = plain_attention(), plain_attention()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not torch.backends.mha.get_fastpath_enabled()
-    second.__exit__(None, None, None)
-    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize(("count", "taken"), [(8, [0, 5]), (9, [0, 3, 6]), (40, list(range(10))), (1, [0])])

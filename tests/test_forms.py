@@ -29,7 +29,7 @@ from pruning.forms import (
     trials,
     two_factors,
 )
-from pruning.layers import composed, prunable_layers, read_weights
+from pruning.layers import composed, prunable_layers, weights_of
 from pruning.surgery import merged, rebuild, truncated
 from pruning.tucker import coordinates
 from utils.flops import every_block
@@ -214,7 +214,7 @@ def rotated_whole(network, seed: int):
     """Every layer rotated on both sides, nothing dropped."""
     replaced = {}
     for name in prunable_layers(network):
-        weights = read_weights(network, name)
+        weights = weights_of(network.get_submodule(name))
         outputs, inputs = weights.core.shape[:2]
         basis = eigenbasis(random_factors(inputs, outputs, seed=seed))
         replaced[name] = merged(weights, truncated(weights.core, basis, torch.arange(inputs), torch.arange(outputs)))
@@ -237,7 +237,7 @@ def test_ten_iterations_without_dropping_still_equal_the_input_network(dtype, to
 
 def test_dropping_a_direction_zeroes_its_entries_in_the_rotated_weight():
     network = switched_network(8, 6).double()
-    weights = read_weights(network, "blocks.1.conv2")
+    weights = weights_of(network.get_submodule("blocks.1.conv2"))
     outputs, inputs = weights.core.shape[:2]
     basis = eigenbasis(random_factors(inputs, outputs, seed=0))
     keep_in, keep_out = torch.tensor([0, 2, 3, 7]), torch.tensor([1, 4, 5])

@@ -26,7 +26,7 @@ from pruning.compress import check_goal
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors
 from pruning.goals import OBJECTIVES, Goal
-from pruning.layers import composed, read_weights
+from pruning.layers import composed, weights_of
 from pruning.settings import CHANNEL_CRITERIA, CRITERIA, DECOMPOSITIONS
 from pruning.surgery import truncated
 from pruning.tucker import root, tucker
@@ -310,7 +310,7 @@ def test_the_rebuilt_network_equals_one_with_the_composed_kernels(network, separ
     plain = build_network(**network.architecture).eval()
     weights = network.state_dict()
     for name in separated.network.architecture["depthwise"]:
-        weights[f"{name}.weight"] = composed(read_weights(separated.network, name)).float()
+        weights[f"{name}.weight"] = composed(weights_of(separated.network, name)).float()
     plain.load_state_dict(weights)
     x = torch.randn(4, 3, SIZE, SIZE)
     expected = plain(x, decide=all_on).logits

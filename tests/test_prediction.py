@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from models import all_on, build_network
 from pruning import prediction
 from pruning.capture import Passes
-from pruning.layers import composed, low_rank_layers, prunable_layers, read_weights
+from pruning.layers import composed, low_rank_layers, prunable_layers, weights_of
 from pruning.prediction import Trials, predicted_rise, predicted_rises
 from pruning.tucker import Coordinates
 from utils.flops import every_block
@@ -35,7 +35,7 @@ def layers_of(network):
 def random_changes(network, *shape: int):
     """In the shape of each layer's kernel, multiplied out."""
     return {
-        name: torch.randn(*shape, *composed(read_weights(network, name)).shape, dtype=torch.float64)
+        name: torch.randn(*shape, *composed(weights_of(network.get_submodule(name))).shape, dtype=torch.float64)
         for name in layers_of(network)
     }
 
@@ -84,7 +84,7 @@ def test_forms_on_trial_are_predicted_one_by_one(network, monkeypatch):
     x, y = torch.randn(7, 3, 6, 6, dtype=torch.float64), torch.randint(3, (7,))
     corners, tried, changes = [(2, 1), (3, 4), (1, 3)], {}, {}
     for name in layers_of(network):
-        core = torch.randn_like(composed(read_weights(network, name)))
+        core = torch.randn_like(composed(weights_of(network.get_submodule(name))))
         P, Q = (torch.randn(n, n, dtype=torch.float64) for n in core.shape[:2])
         at, others = Coordinates(P, Q, core, (P, Q)), torch.randn(2, *core.shape, dtype=torch.float64)
         tried[name] = Trials(at, corners, others)

@@ -1,14 +1,10 @@
-"""The scalars of an epoch and of a network, by their TensorBoard tags, and the charts that show them together.
+"""The scalars of an epoch, by their TensorBoard tags, and the charts that show them together.
 
 ``Overview`` has the main curves of a run: it has to sort before all other groups, see ``utils.runs.tensorboard``.
 """
 
-from torch import nn
-
-from models import LowRankConv2d, ResNet
 from training.evaluate import Evaluation
 from training.supervised import EpochMeans
-from utils.flops import NetworkCost
 
 EPOCH_CHARTS = {
     "Overview": {
@@ -61,29 +57,6 @@ def epoch_scalars(
     for switch, share in enumerate(val.passing, start=1):
         scalars[f"Switches/passing_{switch:02d}"] = share
     return scalars
-
-
-def layer_scalars(network: ResNet, cost: NetworkCost) -> dict[str, float]:
-    """Parameters and ranks of every convolution of the network, rotations counted with the layer they belong to.
-
-    For ``metrics.jsonl``: three curves per layer with one value per iteration would bury TensorBoard's other charts.
-    """
-    scalars = {}
-    for name, module in network.named_modules():
-        if isinstance(module, LowRankConv2d):
-            core = module.core
-        elif isinstance(module, nn.Conv2d) and name in cost.layers and not _inside_low_rank(network, name):
-            core = module
-        else:
-            continue
-        scalars[f"Layers/parameters/{name}"] = sum(p.numel() for p in module.parameters())
-        scalars[f"Layers/rank_in/{name}"] = core.in_channels
-        scalars[f"Layers/rank_out/{name}"] = core.out_channels
-    return scalars
-
-
-def _inside_low_rank(network: ResNet, name: str) -> bool:
-    return isinstance(network.get_submodule(name.rpartition(".")[0]), LowRankConv2d)
 
 
 def epoch_line(title: str, train: EpochMeans, val: Evaluation, every_block: Evaluation, val_name: str) -> str:

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from threading import Lock
 from typing import Any
 
 import torch
@@ -44,32 +43,15 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _PlainAttention:
-    """PyTorch's switch for fused transformer layers; it has one for all threads, which may overlap."""
-
-    def __init__(self):
-        self.lock, self.users, self.fused = Lock(), 0, True
-
-    def change(self, more: int) -> None:
-        """Off from the first user on, and as it was after the last one."""
-        with self.lock:
-            if self.users == 0:
-                self.fused = torch.backends.mha.get_fastpath_enabled()
-            self.users += more
-            torch.backends.mha.set_fastpath_enabled(self.fused and self.users == 0)
-
-
-_PLAIN_ATTENTION = _PlainAttention()
-
-
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Transformer layers run operator by operator, not fused."""
-    _PLAIN_ATTENTION.change(1)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        _PLAIN_ATTENTION.change(-1)
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager
