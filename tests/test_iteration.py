@@ -310,7 +310,7 @@ def test_the_rebuilt_network_equals_one_with_the_composed_kernels(network, separ
     plain = build_network(**network.architecture).eval()
     weights = network.state_dict()
     for name in separated.network.architecture["depthwise"]:
-        weights[f"{name}.weight"] = composed(weights_of(separated.network, name)).float()
+        weights[f"{name}.weight"] = composed(weights_of(separated.network.get_submodule(name))).float()
     plain.load_state_dict(weights)
     x = torch.randn(4, 3, SIZE, SIZE)
     expected = plain(x, decide=all_on).logits
