@@ -92,7 +92,7 @@ class Kernel:
 
 
 def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -> dict[str, Trials]:
-    """The argument of ``pruning.prediction.predicted_rises``, for all forms except the first, the present one."""
+    """The argument of ``pruning.prediction.try_forms``, for all forms except the first, the present one."""
     depthwise = {
         (name, form.ranks[0]): kernels[name] for name, own in forms.items() for form in own if form.kind == DEPTHWISE
     }

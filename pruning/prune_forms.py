@@ -21,7 +21,7 @@ from pruning.factors import Factors, collect_factors
 from pruning.forms import KINDS, UNCHANGED, Form, Kernel, build, form_costs, possible_forms, trials
 from pruning.goals import Goal
 from pruning.layers import ConvWeights, composed, weights_of
-from pruning.prediction import predicted_rise, predicted_rises
+from pruning.prediction import predicted_rise, try_forms
 from pruning.selection import least_kept
 from pruning.settings import Method
 from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS, rebuild
@@ -52,12 +52,14 @@ def prune_to_forms(
     few, rises = passes.some(IMAGES), {}
     # The first process decides for all, whose parts of a batch may differ by one image.
     entries = parallel.broadcast_object(_entries(layers, cost, passes.on(network)))
-    for group in _groups(able, kernels, entries):
+    groups = [*_groups(able, kernels, entries)]
+    for group in groups:
         with passes.phase(f"forms of {len(group)} layers"):
-            tried = trials(kernels, group)
+            made = trials(kernels, group)
         with passes.phase("prediction"):
-            rises |= predicted_rises(network, {name: layers[name] for name in group}, tried, few)
-        del tried  # before the next group's are made
+            tried = try_forms(network, {name: layers[name] for name in group}, made, few)
+        rises |= {name: tried.rises(name) for name in group}
+        del made  # before the next group's are made
     rises = [np.array([0.0, *rises[name].tolist()] if name in able else [0.0]) for name in forms]
     costs, now = [form_costs(own) for own in forms.values()], (cost.flops, cost.parameters)
     with passes.phase("choice"):
@@ -66,19 +68,21 @@ def prune_to_forms(
     taken = {name: forms[name][i] for name, i in chosen.items() if i > 0}
     with passes.phase(f"decomposition of {len(taken)} layers"):
         replaced = build(taken, kernels)
-        changes = {name: _change(layers[name], replaced[name]) for name in taken}
-    with passes.phase("prediction of all together"):
-        predicted = predicted_rise(network, layers, changes, few)
+    if len(groups) == 1:
+        together = tried.together({name: chosen[name] - 1 for name in taken})
+    else:  # each group has seen random gradients of its own
+        with passes.phase("prediction of all together"):
+            changes = {name: _change(layers[name], replaced[name]) for name in taken}
+            together = predicted_rise(network, layers, changes, few).together
     table = []
-    for name, i in chosen.items():
+    for (name, i), own in zip(chosen.items(), rises, strict=True):
         before, after = forms[name][0], forms[name][i]
         parameters, flops = (before.parameters, after.parameters), (before.flops, after.flops)
-        rise = predicted.layers.get(name, 0.0)
-        table.append(LayerChange(name, before.ranks, after.ranks, *parameters, *flops, rise, after.kind))
+        table.append(LayerChange(name, before.ranks, after.ranks, *parameters, *flops, own[i], after.kind))
     smaller = rebuild(network, replaced, [name for name in taken if found.norms[name] is None])
     alone = {**found.left_alone, **{name: "nothing to save" for name in forms if name not in able}}
     bases = {name: kernel.basis for name, kernel in kernels.items()}
-    return Pruned(smaller, bases, table, predicted.together, importances, alone)
+    return Pruned(smaller, bases, table, together, importances, alone)
 
 
 def layer_forms(

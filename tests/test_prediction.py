@@ -12,7 +12,7 @@ from models import all_on, build_network
 from pruning import prediction
 from pruning.capture import Passes
 from pruning.layers import composed, low_rank_layers, prunable_layers, weights_of
-from pruning.prediction import Trials, predicted_rise, predicted_rises
+from pruning.prediction import Trials, predicted_rise, try_forms
 from pruning.tucker import Coordinates
 from utils.flops import every_block
 
@@ -93,11 +93,15 @@ def test_forms_on_trial_are_predicted_one_by_one(network, monkeypatch):
         kernels += [torch.einsum("op,pjhw,ij->oihw", P, other, Q) for other in others]
         changes[name] = torch.stack(kernels)
     monkeypatch.setattr(prediction, "ENTRIES", 3 * tried["blocks.2.conv1"].coordinates.core.numel())
-    found = predicted_rises(network, layers_of(network), tried, given([(x[:4], y[:4]), (x[4:], y[4:])]))
+    found = try_forms(network, layers_of(network), tried, given([(x[:4], y[:4]), (x[4:], y[4:])]))
     for i in range(5):
         own = {name: several[i] for name, several in changes.items()}
-        expected = 0.5 * products_by_image(network, own, x, y).square().mean(0)
-        assert [found[name][i].item() for name in changes] == pytest.approx(expected.tolist(), rel=1e-9)
+        products = products_by_image(network, own, x, y)
+        expected = 0.5 * products.square().mean(0)
+        assert [found.rises(name)[i].item() for name in changes] == pytest.approx(expected.tolist(), rel=1e-9)
+        together = 0.5 * products.sum(1).square().mean().item()
+        assert found.together(dict.fromkeys(changes, i)) == pytest.approx(together, rel=1e-9)
+    assert found.together({}) == 0
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(5, 3), (3, 5)])
@@ -116,7 +120,7 @@ def test_two_factors_are_predicted_at_the_narrower_side(inputs, outputs):
         narrow = [P[:, :r] @ core[:r, :, 0, 0] @ Q.t() - torch.eye(m).double() for r in (1, 2)]
         changes[name] = [n @ W if len(W) <= W.shape[1] else W @ n for n in narrow]
     passes = Passes(lambda: [(x, y)], None, "empirical")
-    found = predicted_rises(network, layers, tried, passes)
+    found = try_forms(network, layers, tried, passes)
     products = []
     for n in range(6):
         loss = F.cross_entropy(network(x[n : n + 1]), y[n : n + 1])
@@ -126,7 +130,7 @@ def test_two_factors_are_predicted_at_the_narrower_side(inputs, outputs):
         )
     expected = 0.5 * torch.tensor(products).square().mean(0)
     for name, own in zip(layers, expected, strict=True):
-        torch.testing.assert_close(found[name], own, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found.rises(name), own, rtol=1e-9, atol=0)
 
 
 class Tokens(nn.Module):
