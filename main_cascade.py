@@ -81,7 +81,8 @@ def main() -> None:
         best = checkpoint_of(networks, chosen, settings)
         save_checkpoint(run.path / BEST, best)
         say_choice(run, networks, chosen, best, within_budget)
-        floor = None if settings.target_flops else best.original["accuracy"] - settings.max_accuracy_drop
+        reference = networks[reference_of(networks)][1].metrics["accuracy"]
+        floor = None if settings.target_flops else reference - settings.max_accuracy_drop
         run.picture("frontier", draw_frontier(found, chosen, floor))
         on_test(run, networks, chosen, splits.test)
         report(settings.result_dir, run, Chosen(best, "validation", within_budget), splits.test, measured_speeds)

@@ -18,14 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from deploy.aligned import aligned, vector_channels
 from deploy.graphs import IMAGES, LOGITS, OPSET
-from deploy.session import TOLERANCE, open_session, run_session
+from deploy.session import RUN_ERRORS, TOLERANCE, open_session, run_session
 from models import picked_logits
 from utils.data.augment import Normalisation
 from utils.errors import UserError
 from utils.modes import copied, evaluation_mode, plain_attention
 
 TRACED_BATCH = 2
-CHECKED_BATCHES = (1, 3)  # differs from the tracing run, so that a graph with a fixed batch size is detected
+CHECKED_BATCHES = (1, 3, 1)  # differ from the tracing run, so that a graph with a fixed batch size is detected
 
 
 def general_model(
@@ -48,26 +48,33 @@ def general_model(
         network = copied(network).cpu()
     whole = _Normalised(aligned(network, vector_channels()), normalisation)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (sum(CHECKED_BATCHES), 3, height, width), generator=generator, dtype=torch.uint8)
+    noise = torch.randint(0, 256, (sum(CHECKED_BATCHES), 3, height, width), generator=generator, dtype=torch.uint8)
+    dark, several, bright = noise.split(CHECKED_BATCHES)
+    batches = [dark // 4, several, 192 + bright // 4]  # a branch that depends on brightness shows
     with torch.no_grad(), evaluation_mode(whole), plain_attention():
         try:
-            output = whole.network(normalisation.apply(pixels))
+            outputs = [whole.network(normalisation.apply(batch)) for batch in batches]
         except Exception as error:
             raise UserError(f"the network cannot run on {height}x{width} images: {_reason(error)}") from None
         try:
-            expected = picked_logits(output)
+            expected = torch.cat([picked_logits(output) for output in outputs])
         except ValueError as error:
             raise UserError(f"{error}: wrap it in a module that returns the scores") from None
         try:
-            model = _translated(whole, pixels[:TRACED_BATCH])
+            model = _translated(whole, noise[:TRACED_BATCH])
         except Exception as error:
             raise UserError(f"torch.onnx.export cannot translate the network: {_reason(error)}") from None
     onnx.checker.check_model(model, full_check=True)
     session = open_session(model)
-    batches = pixels.split(CHECKED_BATCHES)
-    outputs = torch.cat([torch.from_numpy(run_session(session, batch.numpy())[LOGITS]) for batch in batches])
+    try:
+        found = torch.cat([torch.from_numpy(run_session(session, batch.numpy())[LOGITS]) for batch in batches])
+    except RUN_ERRORS as error:
+        raise UserError(
+            f"the exported graph does not run on other numbers of images than {TRACED_BATCH}: in the network's forward "
+            f"pass, use x.shape[0] instead of len(x) or int(), and no loop over images"
+        ) from error
     smallest = torch.finfo(expected.dtype).tiny  # the logits of a network that was never trained may all be zero
-    deviation = ((outputs - expected).abs().max() / expected.abs().max().clamp(min=smallest)).item()
+    deviation = ((found - expected).abs().max() / expected.abs().max().clamp(min=smallest)).item()
     if not deviation <= TOLERANCE:
         raise UserError(
             f"the exported graph deviates from the network by {deviation:.2g}, more than {TOLERANCE:g}: look for "
@@ -114,7 +121,7 @@ def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float
 
 def _selected(x: Tensor, index: Any) -> Tensor:
     """``x[index]``; every n-th row and column of images [N, C, H, W] comes from a pooling of single pixels."""
-    if x.dim() != 4 or not isinstance(index, tuple) or len(index) != 4:
+    if not x.is_floating_point() or x.dim() != 4 or not isinstance(index, tuple) or len(index) != 4:
         return x[index]
     steps = [of.step or 1 if isinstance(of, slice) else 0 for of in index]
     if steps[:2] != [1, 1] or min(steps) < 1 or any(of != slice(None, None, of.step) for of in index):

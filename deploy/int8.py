@@ -1,5 +1,6 @@
 """An int8 version of an exported network: static quantisation with ONNX Runtime's own tools."""
 
+import logging
 import tempfile
 from pathlib import Path
 
@@ -27,15 +28,22 @@ def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
     """
     with tempfile.TemporaryDirectory() as folder:
         prepared, result = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
-        quant_pre_process(model, str(prepared))
+        try:
+            quant_pre_process(model, str(prepared))
+        except Exception:  # its symbolic inference of shapes does not know every attention or norm
+            onnx.save(onnx.shape_inference.infer_shapes(model), prepared)
         kept = tuple([SWITCH, *_unseen(model, pixels[:CALIBRATION_IMAGES])])
         excluded = [node.name for node in onnx.load(prepared).graph.node if node.name.startswith(kept)]
-        quantize_static(
-            str(prepared), str(result), _Images(pixels[:CALIBRATION_IMAGES]),
-            quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", "Add"], nodes_to_exclude=excluded,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
-            reduce_range=True,
-        )  # fmt: skip
+        logging.disable(logging.WARNING)  # it advises the preparation above
+        try:
+            quantize_static(
+                str(prepared), str(result), _Images(pixels[:CALIBRATION_IMAGES]),
+                quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", "Add"], nodes_to_exclude=excluded,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
+                reduce_range=True,
+            )  # fmt: skip
+        finally:
+            logging.disable(logging.NOTSET)
         return onnx.load(result)
 
 

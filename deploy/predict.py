@@ -35,8 +35,15 @@ def parse_arguments() -> argparse.Namespace:
     network.add_argument("--checkpoint", type=Path, help="checkpoint of any stage")
     network.add_argument("--onnx", type=Path, help="folder written by python -m deploy.export")
     parser.add_argument("--network", nargs="+", default=[], help=NETWORK_HELP)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files of any size")
-    return parser.parse_args()
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files of any size")
+    args = parser.parse_args()
+    # Images behind --network are taken for further functions, whose names have a colon before the last part.
+    functions = [name for name in args.network if ":" in Path(name).name]
+    args.images += [Path(name) for name in args.network if name not in functions]
+    args.network = functions
+    if not args.images:
+        parser.error("the following arguments are required: IMAGE")
+    return args
 
 
 def main() -> None:

@@ -10,7 +10,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    RuntimeException,
+)
 from torch import Tensor
 
 from deploy.graphs import DECISIONS, IMAGES, LOGITS
@@ -20,6 +27,7 @@ from utils.errors import UserError
 
 TOLERANCE = 1e-4
 # Features of more images do not fit into the cache, and gathering and scattering become slow: docs/notebook.md.
+RUN_ERRORS = (Fail, InvalidArgument, RuntimeException)  # of a graph that does not fit its inputs
 AT_ONCE = 16
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -34,7 +42,7 @@ def open_session(model: onnx.ModelProto | Path, device: str = "cpu", threads: in
     options.intra_op_num_threads = threads
     # Spinning threads of an idle session would take the cores from other work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, too
     source, name = (str(model), model) if isinstance(model, Path) else (model.SerializeToString(), "the graph")
     try:
         return onnxruntime.InferenceSession(source, options, providers=[PROVIDERS[device]])

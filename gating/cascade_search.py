@@ -93,7 +93,7 @@ def _points(networks: Sequence[Predictions], answer: str, labels: Tensor) -> Ten
     if answer == "mean":
         given = list(torch.stack(given).cumsum(dim=0) / torch.arange(1, len(given) + 1).view(-1, 1, 1))
     right = [(p.argmax(dim=1) == labels).double() for p in given]
-    confidence = [p.amax(dim=1).double() for p in given]
+    confidence = [p.amax(dim=1) for p in given]
     executed = [network.executed for network in networks]
     last = len(networks) - 2  # the switch whose every threshold is tried
     order, cuts, thresholds = _sorted(confidence[last])
@@ -124,7 +124,10 @@ def _sorted(confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ascending = confidence[order]
     above = torch.cat([ascending[1:], ascending.new_ones(1)])
     cuts = (above > ascending).nonzero().squeeze(1)
-    return order, cuts, (ascending[cuts] + above[cuts]) / 2
+    low, high = ascending[cuts], above[cuts]
+    # In the precision in which confidences are compared, where nothing may lie between two of them.
+    middle = ((low.double() + high.double()) / 2).to(confidence.dtype)
+    return order, cuts, torch.where(middle > low, middle, high).double()
 
 
 def _undominated(points: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from utils.data.images import Images
 
 CLASSES_A_PAGE = 10  # of images
+MOST_PAGES = 10  # each takes seconds to draw
 
 
 def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
@@ -41,11 +42,14 @@ def draw_easy_and_hard(
 ) -> Iterator[tuple[str, Figure]]:
     """The cheapest (left) and most expensive (right) images of each class with their executed MFLOPs, page by page.
 
+    Of more than 100 classes the first 100.
+
     Args:
         executed: [N], FLOPs.
     """
     chosen = list(zip(classes, extremes_by_class(executed, images.labels.cpu(), len(classes), count), strict=True))
-    for number, first in enumerate(range(0, len(classes), CLASSES_A_PAGE), start=1):
+    firsts = range(0, len(classes), CLASSES_A_PAGE)[:MOST_PAGES]
+    for number, first in enumerate(firsts, start=1):
         page = chosen[first : first + CLASSES_A_PAGE]
         size = (1.05 * (2 * count + 1), 1.25 * len(page))
         figure = Figure(figsize=size, layout="constrained")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pruning.layers import ConvWeights
+from utils.errors import UserError
 from utils.flops import LayerCost, NetworkCost
 
 Count = Any  # an int, or an integer array that broadcasts
@@ -36,8 +37,18 @@ class LayerShape:
 
 
 def counted_layer(cost: NetworkCost, name: str) -> LayerCost:
-    """The cost of a layer, or of the core of one that was rebuilt."""
-    return cost.layers.get(name) or cost.layers[f"{name}.core"]
+    """The cost of a layer, or of the core of one that was rebuilt.
+
+    Raises:
+        UserError: if the layer did not run when costs were counted.
+    """
+    for key in (name, f"{name}.core"):
+        if key in cost.layers:
+            return cost.layers[key]
+    raise UserError(
+        f"layer {name} runs on your images, but not on a black one, so that its cost is unknown: add it to "
+        f"ignored_layers"
+    )
 
 
 def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:

@@ -61,7 +61,7 @@ def answer_of_both(capsys: pytest.CaptureFixture, checkpoint: Path, exported: Pa
     said = []
     for source in (["--checkpoint", checkpoint, *flags], ["--onnx", exported]):
         capsys.readouterr()
-        call(predict, image, *source)
+        call(predict, *source, image)
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     return said[0]

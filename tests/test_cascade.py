@@ -269,6 +269,21 @@ def test_what_users_get_wrong(copied, shapes, tmp_path):
         run_cascade(shapes, copied, "--networks", dense, other)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_promised_is_what_happens_where_confidences_nearly_tie(seed: int):
+    """Saturated networks: between two neighbouring numbers of float32 lies no threshold."""
+    generator = torch.Generator().manual_seed(seed)
+    given = [
+        Predictions((20 * torch.randn(60, 3, generator=generator)).softmax(dim=1), torch.full((60,), 10.0**i).double())
+        for i in range(3)
+    ]
+    labels = torch.randint(3, (60,), generator=generator)
+    for candidate in candidates(given, labels):
+        done = outcome(given, candidate, labels)
+        assert done.correct.double().mean().item() == pytest.approx(candidate.accuracy, abs=1e-12)
+        assert done.executed.mean().item() == pytest.approx(candidate.flops, rel=1e-12)
+
+
 def test_networks_that_are_certain_of_every_image_are_one_sentence():
     labels = torch.arange(20) % 3
     sure = [Predictions(F.one_hot(labels, 3).float(), torch.full((20,), flops).double()) for flops in (1, 2)]

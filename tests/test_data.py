@@ -90,6 +90,12 @@ def test_files_are_those_of_torchvisions_image_folder_in_its_order(tmp_path: Pat
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
 
 
+def test_a_link_that_leads_back_adds_nothing(tmp_path: Path):
+    expected = read(two_classes(tmp_path, "train", "test")).train
+    (tmp_path / "train" / "cat" / "back").symlink_to(tmp_path / "train" / "cat")
+    assert torch.equal(read(tmp_path).train.pixels, expected.pixels)
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_val_is_the_validation_set_beside_test_whatever_the_fraction_and_else_the_test_set(tmp_path, name, capsys):
     data = read(write_shapes(tmp_path / "three", {"train": 4, name: 3, "test": 2}))

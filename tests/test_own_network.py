@@ -116,6 +116,20 @@ def test_a_network_that_returns_a_dictionary(shapes, tmp_path, capsys):
     assert "logits within" in capsys.readouterr().out
 
 
+def test_a_network_that_onnx_cannot_express_is_pruned_without_times(shapes, tmp_path, capsys):
+    fresh(main_prune, *settings(shapes, tmp_path, "smoothed", max_iter=1))
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("| – | – |") == 2 and "a network that can be exported" in table
+    (best,) = tmp_path.glob("pruned/shapes/smoothed/*/best.pt")
+    with pytest.raises(UserError, match="cannot translate the network"):
+        fresh(export, "--checkpoint", best, "--network", f"{SOURCE}:smoothed", "--output", tmp_path / "exported")
+
+
+def test_a_layer_that_does_not_run_on_a_black_image_is_one_sentence(shapes, tmp_path):
+    with pytest.raises(UserError, match=r"layer network\.\w+ runs on your images, but not on a black one"):
+        fresh(main_prune, *settings(shapes, tmp_path, "branching", max_iter=1))
+
+
 def test_its_int8_version_comes_with_its_accuracy_and_time(pruned, shapes, tmp_path, capsys, monkeypatch):
     times = {"network.onnx": {"latency_ms": 1.0}, "network_int8.onnx": {"latency_ms": 2.0}}
     monkeypatch.setattr(speeds, "speeds", lambda networks, pixels: {name: times[name] for name in networks})

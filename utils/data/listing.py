@@ -123,7 +123,16 @@ def _images_below(folder: Path, image_type: str, left_out: Counter[str]) -> Iter
     def refused(error: OSError) -> None:
         raise error
 
-    for inside, _, names in sorted(os.walk(folder, onerror=refused, followlinks=True)):
+    def walked() -> Iterator[tuple[str, list[str]]]:
+        seen: set[str] = set()
+        for inside, folders, names in os.walk(folder, onerror=refused, followlinks=True):
+            if os.path.realpath(inside) in seen:  # a link led back
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(inside))
+            yield inside, names
+
+    for inside, names in sorted(walked()):
         if any(part.startswith(".") for part in Path(inside).relative_to(folder).parts):
             continue
         for name in sorted(names):

@@ -62,7 +62,7 @@ def results_table(records: list[Record]) -> str:
         lines += ["", "Runs: " + ", ".join(f"`{Path(r['checkpoint']).parent}`" for r in chain)]
         sections.append("\n".join(lines) + "\n")
     if any(r["latency_ms"] is None for chain in found for r in chain):
-        sections.append("–: not measured; it needs the row's checkpoint.\n")
+        sections.append("–: not measured; it needs the row's checkpoint, and a network that can be exported.\n")
     sections.append(
         "Accuracy is that on the test images. FLOPS are for one image, two per multiply-add. In the first two methods "
         "every block is run and counted. In the others, switches or a cascade decide, and FLOPS are the mean of what "

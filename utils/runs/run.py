@@ -194,7 +194,10 @@ def find_last_run(parent: Path, settings: Any) -> LastRun | None:
         UserError: if its checkpoint cannot be read.
     """
     path = parallel.from_main_process(lambda: choose_run(parent, settings))
-    return None if path is None else LastRun(path, load_checkpoint(path / LAST))
+    try:
+        return None if path is None else LastRun(path, load_checkpoint(path / LAST))
+    except UserError as error:
+        raise UserError(f"{error}; move {path} away, or start a new run without --resume") from error
 
 
 def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, charts: Charts) -> Run:
