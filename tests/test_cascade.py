@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -254,6 +255,9 @@ def test_what_users_get_wrong(copied, shapes, tmp_path):
         run_cascade(shapes, copied, "--networks", dense)
     with pytest.raises(UserError, match="out of reach: the cheapest cascade takes"):
         run_cascade(shapes, copied, "--target_flops", "0.0001")
+    shutil.copytree(shapes / "test", tmp_path / "val")
+    with pytest.raises(UserError, match=r"does not fit.*val_dir, or start with stage 1 again"):
+        run_cascade(shapes, copied, "--val_dir", tmp_path / "val")
     checkpoint = load_checkpoint(static)
     for data, message in (
         ({"split_seed": 3, "set_aside": torch.tensor([1, 2])}, "lacks 2 of the 2 images"),

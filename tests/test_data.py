@@ -1,10 +1,12 @@
 """Images from folders: what is read, how it is split and served; later stages keep to what a run set aside."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +49,35 @@ def two_classes(root: Path, *parts: str) -> Path:
 
 
 def test_a_file_belongs_by_its_ending_in_any_case(tmp_path: Path, capsys):
-    for part in ("train", "test"):
+    for part, kind in itertools.product(("train", "test"), "xy"):
         for i, name in enumerate(("a.png", "b.PNG", "c.Png", "d.jpg", "e.JPEG", "f.bmp", "g.webp")):
-            write_image(tmp_path / part / "x" / name, Image.new("RGB", (8, 8), (10 * i, 0, 0)))
-        (tmp_path / part / "x" / "notes.txt").write_text("no image")
-        (tmp_path / part / "x" / "._a.png").write_text("what macOS leaves behind")
+            write_image(tmp_path / part / kind / name, Image.new("RGB", (8, 8), (10 * i, 0, 0)))
+        (tmp_path / part / kind / "notes.txt").write_text("no image")
+        (tmp_path / part / kind / "._a.png").write_text("what macOS leaves behind")
     counts = {kind: len(read(tmp_path, kind).train) for kind in ("png", "jpg", "jpeg", "bmp")}
-    assert counts == {"png": 3, "jpg": 2, "jpeg": 2, "bmp": 1}
-    assert len(read(tmp_path, "webp").test) == 1
+    assert counts == {"png": 6, "jpg": 4, "jpeg": 4, "bmp": 2}
+    assert len(read(tmp_path, "webp").test) == 2
     capsys.readouterr()
-    assert len(read(tmp_path, "any").test) == 7
-    assert capsys.readouterr().out == f"note: files in {tmp_path} that are not read: 2 .txt\n"
+    assert len(read(tmp_path, "any").test) == 14
+    assert capsys.readouterr().out == f"note: files in {tmp_path} that are not read: 4 .txt\n"
+
+
+def test_one_class_is_refused(tmp_path: Path):
+    write_image(tmp_path / "train" / "cat" / "0.png", Image.new("RGB", (8, 8)))
+    refused(tmp_path, "train has one class, cat: a classifier needs two or more")
+
+
+def test_copies_of_test_images_and_missing_validation_images_are_noted(tmp_path: Path):
+    data = read(write_shapes(tmp_path, {"train": 4, "test": 2}))
+    copied = data.train[torch.tensor([0, 5])]
+    test = ImageSet(torch.cat([data.test.pixels, copied.pixels]), torch.cat([data.test.labels, copied.labels]))
+    assert split_data(replace(data, test=test), 0.0, 0).notes == (
+        "2 training images are copies of test images: the test accuracy is too optimistic",
+    )
+    assert split_data(data, 0.25, 0).notes == split_data(data, 0.0, 0).notes == ()
+    assert split_data(data, 0.1, 0).notes == (
+        "no class has enough images for val_fraction 0.1: there are no validation images",
+    )
 
 
 def test_what_is_not_read_is_named_in_a_line(tmp_path: Path, capsys):

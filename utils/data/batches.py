@@ -57,7 +57,11 @@ def split_data(data: DataSet, val_fraction: float, seed: int) -> Splits:
         return _splits(data, data.fingerprints["val"])
     candidates = first_copies(data.fingerprints["train"]).nonzero().squeeze(1)
     _, aside = stratified_split(data.train.labels[candidates], val_fraction, seed)
-    return _splits(data, data.fingerprints["train"][candidates[aside]])
+    splits = _splits(data, data.fingerprints["train"][candidates[aside]])
+    if val_fraction == 0 or len(aside):
+        return splits
+    note = f"no class has enough images for val_fraction {val_fraction:g}: there are no validation images"
+    return replace(splits, notes=(*splits.notes, note))
 
 
 def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = False) -> Splits:
@@ -75,7 +79,8 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     """
     if why := other_data(data, known):
         raise UserError(why)
-    splits, notes = _splits(data, known["set_aside"]), []
+    splits = _splits(data, known["set_aside"])
+    notes = [*splits.notes]
     changed = [PARTS[part] for part in PARTS if splits.identity[part] != known[part]]
     if changed and resumed:
         raise UserError(
@@ -124,11 +129,14 @@ def _splits(data: DataSet, set_aside: Tensor) -> Splits:
     kept, aside = (~torch.isin(prints["train"], set_aside), torch.isin(prints[held], set_aside))
     val_is_test = len(set_aside) == 0
     used = {"train": prints["train"][kept], "val": prints[held][aside], "test": prints["test"]}
+    copies = int(torch.isin(used["train"], used["test"]).sum())
     splits = Splits(
         train=_chosen(data.train, kept),
         val=data.test if val_is_test else _chosen(getattr(data, held), aside),
         test=data.test,
         val_is_test=val_is_test,
+        notes=(f"{copies} training images are copies of test images: the test accuracy is too optimistic",)
+        * bool(copies),
         identity={"set_aside": set_aside.unique(), **{part: digest(own) for part, own in used.items()}},
     )
     if len(splits.train) < 2:

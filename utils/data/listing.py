@@ -52,8 +52,14 @@ def notes_on(root: Path, others: list[str], left_out: Counter[str]) -> list[str]
 
 
 def find_classes(parts: dict[str, Path]) -> list[str]:
-    """The class names, which all parts have in common."""
+    """The class names, which all parts have in common.
+
+    Raises:
+        UserError: if there is one only, or the parts differ.
+    """
     train = sorted(_class_folders(parts["train"]))
+    if len(train) < 2:
+        raise UserError(f"data folder {parts['train']} has one class, {train[0]}: a classifier needs two or more")
     for path in parts.values():
         check_classes(path, train, parts["train"])
     return train

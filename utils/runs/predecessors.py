@@ -135,12 +135,15 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
             except UserError as error:
                 raise UserError(f"{path} does not fit: {error}") from None
     else:
-        found = []
+        found, unfit = [], {}
         for network, (stage, name) in product(
             settings.network, (("sp", BEST), ("pruned", "iteration_*.pt"), ("rl_pruned", BEST))
         ):
-            fitting, _ = _saved(replace(settings, network=network), stage, data, name)
+            fitting, others = _saved(replace(settings, network=network), stage, data, name)
+            unfit |= others
             found += [item for item in fitting if item[0].parent == fitting[-1][0].parent]
+        if unfit and len(found) < 2:
+            raise _nothing_fits(settings, "pruned", data, unfit)
     if len(found) < 2:
         raise UserError(
             f"a cascade needs two networks or more, and there are {len(found)} in {settings.result_dir}: run "
