@@ -76,7 +76,7 @@ def main() -> None:
             right, flops = network.probabilities.argmax(dim=1) == labels, network.executed.mean().item()
             name = relative_to_results(path, settings.result_dir)
             run.say(f"{name}: {right.double().mean():.2%} at {flops / 1e9:.4g} GFLOPs")
-        found = candidates(predictions, labels)
+        found = candidates(predictions, labels, reference_of(networks))
         chosen, within_budget = choose(found, predictions, labels, networks, settings)
         best = checkpoint_of(networks, chosen, settings)
         save_checkpoint(run.path / BEST, best)

@@ -150,8 +150,8 @@ def measured(results: Path, paths: Sequence[Path], splits: Splits) -> dict[str, 
     rounds = (
         halves(on_test, labels) if splits.val_is_test else [Round(on_val, splits.val.labels.cpu(), on_test, labels)]
     )
-    searched = [candidates(one_round.chosen_on, one_round.chosen_labels) for one_round in rounds]
     reference = max(range(len(singles)), key=lambda i: (singles[i]["given"], singles[i]["accuracy"]))
+    searched = [candidates(one_round.chosen_on, one_round.chosen_labels, reference) for one_round in rounds]
     whole = singles[reference]["gflops"] * 1e9
 
     def of_budget(drop: float) -> Row | None:

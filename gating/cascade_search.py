@@ -57,8 +57,10 @@ def outcome(predictions: Sequence[Predictions], candidate: Candidate, labels: Te
     return Outcome(answer.argmax(dim=1) == labels, executed, run)
 
 
-def candidates(predictions: Sequence[Predictions], labels: Tensor) -> list[Candidate]:
+def candidates(predictions: Sequence[Predictions], labels: Tensor, reference: int | None = None) -> list[Candidate]:
     """Every network alone, and of every pair and triple the cascades that no other of the same networks beats.
+
+    That is in accuracy at fewer FLOPs or, with a ``reference``, in how surely it is as accurate as that network.
 
     Exact for pairs: every number of images that can be handed on is tried.  For triples the first member hands on one
     of ``LEVELS`` numbers of images, spread evenly, and the second again every number of those.
@@ -66,13 +68,16 @@ def candidates(predictions: Sequence[Predictions], labels: Tensor) -> list[Candi
     Args:
         predictions: of networks on the same N images, in any order; cheaper ones run first.
         labels: int64 [N].
+        reference: index of the network that ``cheapest_within`` compares with.
     """
+    expected = None if reference is None else (predictions[reference].probabilities.argmax(dim=1) == labels).double()
     order = sorted(range(len(predictions)), key=lambda i: predictions[i].executed.mean().item())
     found = [_alone(i, predictions[i], labels) for i in order]
     for members in (*combinations(order, 2), *combinations(order, 3)):
         for answer in ("last", "mean"):
-            points = _points([predictions[i] for i in members], answer, labels)
-            for accuracy, flops, *thresholds in points[_undominated(points)].tolist():
+            points = _points([predictions[i] for i in members], answer, labels, expected)
+            kept = torch.cat([_undominated(points[:, [0, 1]]), _undominated(points[:, [2, 1]])]).unique()
+            for accuracy, flops, _, *thresholds in points[kept].tolist():
                 found.append(Candidate(members, tuple(thresholds), answer, accuracy, flops))
     return sorted(found, key=lambda c: (c.flops, -c.accuracy))
 
@@ -87,32 +92,57 @@ def _alone(index: int, network: Predictions, labels: Tensor) -> Candidate:
     return Candidate((index,), (), "last", accuracy, network.executed.mean().item())
 
 
-def _points(networks: Sequence[Predictions], answer: str, labels: Tensor) -> Tensor:
-    """Cascades of two or three networks, one row each: accuracy, FLOPs and the thresholds, in float64."""
+def _points(networks: Sequence[Predictions], answer: str, labels: Tensor, expected: Tensor | None) -> Tensor:
+    """Cascades of two or three networks, one row each: accuracy, FLOPs, surety and the thresholds, in float64.
+
+    Surety is by how much accuracy exceeds that of the reference, less the standard error of this difference; the
+    accuracy itself without ``expected``, whether the reference is right, [N].
+    """
     given = [network.probabilities for network in networks]
     if answer == "mean":
         given = list(torch.stack(given).cumsum(dim=0) / torch.arange(1, len(given) + 1).view(-1, 1, 1))
     right = [(p.argmax(dim=1) == labels).double() for p in given]
     confidence = [p.amax(dim=1) for p in given]
-    executed = [network.executed for network in networks]
+    differing = [torch.zeros_like(own) if expected is None else (own != expected).double() for own in right]
+    sums = [torch.stack(of) for of in zip(right, [network.executed for network in networks], differing, strict=True)]
     last = len(networks) - 2  # the switch whose every threshold is tried
     order, cuts, thresholds = _sorted(confidence[last])
-    gains = torch.stack([right[-1] - right[last], executed[-1]])[:, order]
+    gains = sums[-1] - sums[last]
+    gains[1] = sums[-1][1]  # what ran before was not in vain
+    gains = gains[:, order]
     if last == 0:
         reached, first = torch.ones(1, len(labels), dtype=torch.bool), None
-        start = torch.stack([right[0].sum(), executed[0].sum()]).view(2, 1, 1)
+        start = sums[0].sum(dim=1).view(3, 1, 1)
     else:
         _, levels, first = _sorted(confidence[0])
         first = first[torch.linspace(0, len(levels) - 1, min(LEVELS, len(levels))).long()]
         reached = confidence[0] < first[:, None]
-        start = torch.stack([torch.where(reached, right[1], right[0]), executed[0] + reached * executed[1]]).sum(dim=2)
-        reached, start = reached[:, order], start[:, :, None]
-    accuracy, flops = (start + (gains[:, None] * reached).cumsum(dim=2))[:, :, cuts] / len(labels)
+        start = torch.where(reached, sums[1][:, None], sums[0][:, None])
+        start[1] = sums[0][1] + reached * sums[1][1]
+        reached, start = reached[:, order], start.sum(dim=2)[:, :, None]
+    n = len(labels)
+    accuracy, flops, differ = (start + (gains[:, None] * reached).cumsum(dim=2))[:, :, cuts] / n
+    surety = accuracy
+    if expected is not None:
+        gain = accuracy - expected.mean()
+        surety = gain - ((differ - gain.square()).clamp(min=0) / (n - 1)).sqrt()
     # Of each level only the undominated ones, so that few points are left to compare.
-    better = accuracy > torch.cat([accuracy.new_full((len(accuracy), 1), -1), accuracy.cummax(dim=1).values[:, :-1]], 1)
+    better = _rising(accuracy) | _rising(surety)
     level, cut = better.nonzero(as_tuple=True)
-    columns = [accuracy[better], flops[better], *([] if first is None else [first[level]]), thresholds[cut]]
-    return torch.stack(columns, dim=1)
+    found = [
+        accuracy[better],
+        flops[better],
+        surety[better],
+        *([] if first is None else [first[level]]),
+        thresholds[cut],
+    ]
+    return torch.stack(found, dim=1)
+
+
+def _rising(values: Tensor) -> Tensor:
+    """Whether each of the values [levels, n] is above all before it of its level."""
+    before = torch.cat([values.new_full((len(values), 1), -torch.inf), values.cummax(dim=1).values[:, :-1]], dim=1)
+    return values > before
 
 
 def _sorted(confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +164,7 @@ def _undominated(points: Tensor) -> Tensor:
     """Indices of the rows (accuracy, FLOPs, ...) that no other row beats, by rising FLOPs."""
     by_accuracy = points[:, 0].argsort(descending=True, stable=True)
     order = by_accuracy[points[by_accuracy, 1].argsort(stable=True)]
-    best_before = torch.cat([points.new_full((1,), -1.0), points[order, 0].cummax(dim=0).values[:-1]])
+    best_before = torch.cat([points.new_full((1,), -torch.inf), points[order, 0].cummax(dim=0).values[:-1]])
     return order[points[order, 0] > best_before]
 
 
@@ -150,7 +180,7 @@ def cheapest_within(
     in 42 to 58 %.
 
     Args:
-        found: cheapest first, as ``candidates`` returns them.
+        found: cheapest first, as ``candidates`` returns them for this reference.
         reference: index of the network to be compared with; it is within any budget itself.
 
     Returns:

@@ -147,6 +147,28 @@ def test_a_choice_stays_one_standard_error_within_the_budget():
         assert chosen.flops == min(within)
 
 
+@pytest.mark.parametrize("seed", [*range(6), 14, 17])
+def test_the_cheapest_within_a_budget_is_that_of_all_pairs(seed: int):
+    """Also where few images make standard errors large: every pair, threshold and answer by brute force."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (60,), generator=generator)
+    logits = torch.randn(2, 60, 3, generator=generator) + torch.tensor([1.0, 2.0])[:, None, None] * F.one_hot(labels, 3)
+    given = [Predictions(p.softmax(dim=1), torch.full((60,), 10.0**i).double()) for i, p in enumerate(logits)]
+    expected = (given[1].probabilities.argmax(dim=1) == labels).double()
+    for drop in (0.0, 0.03):
+        found = cheapest_within(candidates(given, labels, 1), given, labels, 1, drop)
+        lowest = given[1].executed.mean().item()
+        for answer, threshold in itertools.product(("last", "mean"), given[0].probabilities.amax(dim=1).tolist()):
+            done = outcome(given, Candidate((0, 1), (threshold,), answer, 0.0, 0.0), labels)
+            gain = done.correct.double() - expected
+            if gain.mean() >= -drop - 1e-9 and gain.mean() + drop >= gain.std() / 60**0.5:
+                lowest = min(lowest, done.executed.mean().item())
+        alone = (given[0].probabilities.argmax(dim=1) == labels).double() - expected
+        if alone.mean() >= -drop - 1e-9 and alone.mean() + drop >= alone.std() / 60**0.5:
+            lowest = given[0].executed.mean().item()
+        assert found.flops == pytest.approx(lowest, rel=1e-12)
+
+
 def test_the_best_under_a_target():
     given, labels = predictions(3, seed=2)
     found = candidates(given, labels)
