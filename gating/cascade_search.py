@@ -108,7 +108,7 @@ def _points(networks: Sequence[Predictions], answer: str, labels: Tensor, expect
     last = len(networks) - 2  # the switch whose every threshold is tried
     order, cuts, thresholds = _sorted(confidence[last])
     gains = sums[-1] - sums[last]
-    gains[1] = sums[-1][1]  # what ran before was not in vain
+    gains[1] = sums[-1][1]  # handing on adds FLOPs and takes none away
     gains = gains[:, order]
     if last == 0:
         reached, first = torch.ones(1, len(labels), dtype=torch.bool), None

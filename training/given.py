@@ -57,8 +57,7 @@ def register_given(settings: Any, data: DataSet, device: torch.device, measure_s
         seed=settings.seed,
     )
     parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
-    ended = lambda: (path for path in parent.glob(f"*/{BEST}") if (path.parent / RECORD).exists())  # noqa: E731
-    if parallel.from_main_process(lambda: any(_same(given, path) for path in ended())):
+    if parallel.from_main_process(lambda: any(_registered(given, path) for path in parent.glob(f"*/{BEST}"))):
         return
     with Run.new(parent, asdict(settings), EPOCH_CHARTS) as run:
         run.say(f"{run.path}: {settings.network} as it was given, {cost.parameters:,} parameters, {cost.flops:,} FLOPs")
@@ -142,8 +141,10 @@ def _unwrapped(name: str, own: Mapping[str, Tensor]) -> str:
     return name
 
 
-def _same(given: Checkpoint, path: Path) -> bool:
-    """Whether a run of stage 1 is of the same network, weights and images."""
+def _registered(given: Checkpoint, path: Path) -> bool:
+    """Whether a run of stage 1 that has ended is of the same network, weights and images."""
+    if not (path.parent / RECORD).exists():
+        return False
     try:
         other = load_checkpoint(path)
     except UserError:

@@ -130,13 +130,13 @@ def _splits(data: DataSet, set_aside: Tensor) -> Splits:
     val_is_test = len(set_aside) == 0
     used = {"train": prints["train"][kept], "val": prints[held][aside], "test": prints["test"]}
     copies = int(torch.isin(used["train"], used["test"]).sum())
+    note = f"{copies} training images are copies of test images: the test accuracy is too optimistic"
     splits = Splits(
         train=_chosen(data.train, kept),
         val=data.test if val_is_test else _chosen(getattr(data, held), aside),
         test=data.test,
         val_is_test=val_is_test,
-        notes=(f"{copies} training images are copies of test images: the test accuracy is too optimistic",)
-        * bool(copies),
+        notes=(note,) if copies else (),
         identity={"set_aside": set_aside.unique(), **{part: digest(own) for part, own in used.items()}},
     )
     if len(splits.train) < 2:

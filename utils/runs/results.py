@@ -126,6 +126,7 @@ def results_picture(records: list[Record]) -> Figure:
     axes = figure.subplots(rows, len(newest), squeeze=False)
     for column, chain in enumerate(newest.values()):
         _draw_panel(axes[0][column], chain, "gflops", "GFLOPs for one image")
+        axes[0][column].legend(loc="best", fontsize=8)  # of both panels: below, it would hide points
         axes[0][column].set_title(_title(chain[0]), fontsize=9, parse_math=False)
         if rows == 2:
             measured = [r for r in chain if r["latency_ms"]]
@@ -153,5 +154,3 @@ def _draw_panel(axis: Axes, chain: list[Record], key: str, label: str) -> None:
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(alpha=0.3)
-    if chain:
-        axis.legend(loc="best", fontsize=8)
