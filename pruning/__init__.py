@@ -4,7 +4,10 @@ survey (which layers) -> capture (one pass over images) -> factors -> eigenbasis
 surgery -> refit; ``compress`` calls them in turn.
 """
 
-from pruning.compress import compress
-from pruning.surgery import apply_edits, edits_of
+from pruning.isolation import own_modules
+
+with own_modules():
+    from pruning.compress import compress
+    from pruning.surgery import apply_edits, edits_of
 
 __all__ = ["apply_edits", "compress", "edits_of"]

@@ -1,5 +1,7 @@
 """A user's file is imported as in the user's own project, and this program's modules stay what they are."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,3 +64,34 @@ def test_after_an_import_that_fails_all_is_as_before(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match=r"net.py cannot be imported \(OSError: no licence\): correct it there"):
         own.own_network(f"{tmp_path}/net.py:make")
     assert sys.path == path and all(sys.modules[name] is module for name, module in before.items())
+
+
+@pytest.mark.parametrize(
+    "project, first, then",
+    [
+        (PROJECT, "pass", "import utils, models.parts.blocks as mine"),
+        (PACKAGE, "import utils, models.resnet as mine", "pass"),
+    ],
+)
+def test_compress_in_a_project_with_modules_called_as_ours(project: dict, first: str, then: str, tmp_path: Path):
+    """With this program on PYTHONPATH."""
+    written(tmp_path, project, 4)
+    script = f"""
+{first}
+from pruning import apply_edits, compress, edits_of
+{then}
+assert utils.WIDTH == mine.WIDTH == 4
+import torch
+from torch import nn
+net = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 5))
+x = torch.randn(32, 64)
+small = compress(net, [(x, torch.arange(32) % 5)], flops=0.5, round_to=1)
+apply_edits(net, edits_of(small)).load_state_dict(small.state_dict())
+assert torch.equal(net(x), small(x)) and small.report.flops[1] <= small.report.flops[0] / 2
+import utils
+assert utils.WIDTH == 4
+"""
+    (tmp_path / "train.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    ended = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
