@@ -215,11 +215,19 @@ def test_precision_of_a_cpu():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("shape", [(6, 5), (7, 4, 3, 3)])
-def test_a_shared_norm_alone_is_a_plain_one(shape: tuple[int, ...], device: str):
+@pytest.mark.parametrize(
+    ("shape", "made_with"),
+    [
+        ((6, 5), {}), ((7, 4, 3, 3), {}), ((6, 5, 2, 2, 2), {}), ((6, 5), {"affine": False}),
+        ((6, 5), {"momentum": None}), ((6, 5), {"track_running_stats": False}),
+    ],
+)  # fmt: skip
+def test_a_shared_norm_alone_is_a_plain_one(shape: tuple[int, ...], made_with: dict, device: str):
     """In float64, so that a wrong term could not hide, and without a wait: outputs, statistics and all gradients."""
-    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1]).double()
-    nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
+    kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    plain = kind(shape[1], **made_with).double()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
     with simulated() as waits:
         shared = with_shared_norms(nn.Sequential(copy.deepcopy(plain)).to(device))[0]
         assert type(shared) is SharedBatchNorm
@@ -234,7 +242,7 @@ def test_a_shared_norm_alone_is_a_plain_one(shape: tuple[int, ...], device: str)
                 y = norm(own)
                 y.backward(upward)
                 assert not waits
-                gradients = [own.grad, norm.weight.grad, norm.bias.grad]
+                gradients = [own.grad, *(p.grad for p in norm.parameters())]
                 results.append([t.detach().cpu().clone() for t in (y, *gradients, *norm.state_dict().values())])
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)

@@ -23,8 +23,8 @@ class SharedBatchNorm(_BatchNorm):
         pass  # of vectors as of images
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C] or [N, C, H, W]; N may differ between processes."""
-        if not self.training:
+        """[N, C] or [N, C, ...]; N may differ between processes."""
+        if not self.training and self.running_mean is not None:
             return super().forward(x)
         axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -32,25 +32,32 @@ class SharedBatchNorm(_BatchNorm):
         mean = parallel.Summed.apply(precise.sum(axes)) / count
         centred = precise - mean.view(shape)
         variance = parallel.Summed.apply(centred.square().sum(axes)) / count
-        scale = self.weight * (variance + self.eps).rsqrt()
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        if self.running_mean is not None:
+            self._follow(mean.detach(), (variance * count / (count - 1)).detach())
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised.to(x.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        # Without a momentum the statistics are the means over all batches so far.
+        share = 1 / self.num_batches_tracked.to(mean) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
 
 
 def with_shared_norms(network: nn.Module) -> nn.Module:
     """The network with its batch norms replaced by shared ones that have the same parameters, buffers and names."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                 setattr(parent, name, _shared(child))
     return network
 
 
 def _shared(norm: _BatchNorm) -> SharedBatchNorm:
-    shared = SharedBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    shared = SharedBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     shared.weight, shared.bias = norm.weight, norm.bias
     shared.running_mean, shared.running_var = norm.running_mean, norm.running_var
     shared.num_batches_tracked = norm.num_batches_tracked
