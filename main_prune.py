@@ -206,7 +206,7 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     cut = ready = stage.evaluated(smaller, all_on)
     rise = cut.loss - stage.evaluated(network, all_on).loss
     if settings.reestimate_batch_norm and not settings.refit:
-        reestimate_batch_norms(smaller, plain_batches(fisher, settings.batch_size, normalisation), all_on)
+        reestimate_batch_norms(smaller, plain_batches(fisher, settings.batch_size, normalisation), every_block)
         ready = stage.evaluated(smaller, all_on)
     compression = stage.start.compression(network_cost(smaller, settings.resize))
     progress.step += 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
+from torch import nn
 
 from deploy.speeds import measured_speeds
 from gating.fixing import BEFORE_FIXING, fix_switches, fixed_blocks_text
@@ -23,7 +24,7 @@ from gating.routing import record_routing
 from gating.scalars import POLICY_CHARTS, policy_line, policy_scalars
 from gating.steering import Budget, Steering
 from gating.temperature import rescale_gate_logits
-from models import ResNet, thresholded
+from models import ResNet
 from training.distillation import distillation_loss_fn
 from training.evaluate import Evaluation, Evaluator, check_finite
 from training.forward import training_forward
@@ -285,7 +286,7 @@ def reestimate(network: ResNet, batches: TrainingBatches, gates: bool) -> None:
         gates: also those of the gates; without, the gates do not change.
     """
     some = islice(replace(batches, whole=True), REESTIMATION_BATCHES)
-    reestimate_batch_norms(network, some, thresholded, gates)
+    reestimate_batch_norms(network, some, nn.Module.__call__, None if gates else network.gate)
 
 
 def finish(stage: Stage, test: Images) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.common import append_line, beside, machine
 from benchmarks.competitor import IMPORTANCES, torch_pruned
-from models import ResNet, all_on, build_network
+from models import ResNet, build_network
 from training.distillation import distillation_loss_fn
 from training.evaluate import Evaluator
 from training.forward import training_forward
@@ -28,7 +28,7 @@ from utils.data.batches import TrainingBatches, plain_batches, split_data
 from utils.data.folder import load_data
 from utils.device import PRECISIONS, pick_device, pick_precision
 from utils.errors import run_command
-from utils.flops import network_cost
+from utils.flops import every_block, network_cost
 from utils.settings import image_type
 
 NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -58,7 +58,7 @@ def main() -> None:
     batches = list(plain_batches(some, 128, NORMALISATION))
     target = args.share * network_cost(trained, 32).flops
     smaller = placed(torch_pruned(trained, args.importance, target, 32, batches), device)
-    reestimate_batch_norms(smaller, batches, all_on)
+    reestimate_batch_norms(smaller, batches, every_block)
     before, cost = measured(smaller).accuracy, network_cost(smaller, 32)
     training = Supervision(
         network=smaller, optimiser=sgd(smaller, args.lr, 0.9, 5e-4), draws=torch.Generator(device).manual_seed(0),

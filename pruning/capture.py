@@ -39,10 +39,11 @@ class Passes:
     forward: Forward = nn.Module.__call__  # from network and inputs to logits [N, classes], or to what loss_fn takes
     loss_fn: LossFn | None = None  # from outputs and labels to each image's loss [N]; None: classification
     say: Callable[[str], None] = lambda line: None  # called with the seconds of each phase
+    most: int | None = None  # images of a pass, counted over all processes, see ``some_images``; None: all
 
     def some(self, count: int) -> "Passes":
-        """The same over ``count`` images only, counted over all processes, see ``some_images``."""
-        return replace(self, batches=lambda: some_images(self.batches(), count))
+        """The same over ``count`` images only, if there are more."""
+        return replace(self, most=count if self.most is None else min(count, self.most))
 
     def on(self, network: nn.Module) -> Iterator[tuple[Tensor, Any]]:
         """One pass, on the network's device.
@@ -51,13 +52,8 @@ class Passes:
             UserError: if there are no batches, or others than of inputs and labels.
         """
         device, batch = next(network.parameters()).device, None
-        for batch in self.batches():
-            if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor)):
-                raise UserError(
-                    f"batches() yields a {type(batch).__name__}, but (inputs, labels) is needed, with all inputs in "
-                    "one tensor: pack them together, or wrap the network in a module that unpacks them"
-                )
-            x, labels = batch
+        for batch in self.batches() if self.most is None else some_images(self.batches(), self.most):
+            x, labels = _pair(batch)
             if self.loss_fn is None and not (isinstance(labels, Tensor) and labels.dim() == 1):
                 raise UserError("the labels of a batch are not a tensor [N] of classes: give loss_fn= for another task")
             yield x.to(device), labels.to(device) if isinstance(labels, Tensor) else labels
@@ -151,6 +147,15 @@ def differentiable(network: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
     started = (layer.register_forward_pre_hook(start, with_kwargs=True, prepend=True) for layer in layers)
     with frozen(network), hooked(started), evaluation_mode(network), torch.enable_grad():
         yield starts
+
+
+def _pair(batch: Any) -> tuple[Tensor, Any]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor)):
+        raise UserError(
+            f"batches() yields a {type(batch).__name__}, but (inputs, labels) is needed, with all inputs in one "
+            "tensor: pack them together, or wrap the network in a module that unpacks them"
+        )
+    return batch
 
 
 def images_of(x: Tensor, labels: Any) -> int:
@@ -252,7 +257,8 @@ def some_images(batches: Iterable[tuple[Tensor, Any]], count: int) -> Iterator[t
     They are spaced evenly where their number is known, as that of a data loader: its images may be sorted by class.
     """
     seen, step = 0, None
-    for i, (x, labels) in enumerate(batches):
+    for i, batch in enumerate(batches):
+        x, labels = _pair(batch)
         if step is None:
             needed = math.ceil(count / max(1, images_of(x, labels)))
             step = max(1, length_hint(batches, needed) // needed)

@@ -39,6 +39,16 @@ def check_network(network: nn.Module) -> None:
         raise UserError("the network has a part called report, where its copy keeps the table: rename that part")
 
 
+def check_ratio(prune_ratio: float | None) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        UserError: says what to give.
+    """
+    if prune_ratio is not None and not (isinstance(prune_ratio, numbers.Real) and 0 <= prune_ratio < 1):
+        raise UserError(f"prune_ratio is {prune_ratio!r}: give a share from 0 on and below 1, such as 0.3")
+
+
 def check_target(name: str, target: float | None) -> None:
     """Refuse what is neither a share nor a count.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
-from pruning.checks import check_network, check_target
+from pruning.checks import check_network, check_ratio, check_target
 from pruning.forms import form_costs
 from pruning.goals import Goal, as_target, least_of, shortfall
 from pruning.layers import rebuilt_layers
@@ -22,10 +22,13 @@ from pruning.refit import BATCHES, IMAGES, refit
 from pruning.selection import group_costs
 from pruning.settings import EIGENBASIS_CRITERIA, Method
 from pruning.survey import Survey, survey
+from training.norms import reestimate_batch_norms
 from utils.errors import UserError
 from utils.flops import NetworkCost, cost_on, network_cost
 from utils.settings import checked_settings
 from utils.sizes import Size, height_width
+
+OWN_KEYWORDS = {"say": None, "seed": 0, "prune_ratio": None}  # of ``compress``, beside those of ``Method``
 
 
 @torch.inference_mode(False)
@@ -42,33 +45,35 @@ def compress(
     """A smaller copy of ``network``: layers in cheaper forms, chosen by the predicted rise of the loss.
 
     ``batches`` is a data loader, or a function that is called for each pass over the images and returns (inputs,
-    labels) batch by batch; some thousand images are enough.  The network is measured in evaluation mode and left as it
-    was; its copy is in its mode, ready for fine-tuning as it was trained.  ``smaller.report`` holds what was done:
-    printed, a table; ``pruning.edits_of`` with ``state_dict`` is what to save.
+    labels) batch by batch; of more than ``fisher_images``, 3,000, only as many are used.  The network is measured in
+    evaluation mode and left as it was; its copy is in its mode, ready for fine-tuning as it was trained.
+    ``smaller.report`` holds what was done: printed, a table; ``pruning.edits_of`` with ``state_dict`` is what to save.
 
     Args:
         flops, parameters: target: a share up to 1, or a number above 100.  If the layers do not allow it, the nearest
             possible one.
         loss_fn: from outputs and labels to each image's loss [N], for tasks that are not classification.
         logits: picks the scores [N, classes] from what the network returns.
-        settings: fields of ``pruning.settings.Method``, ``seed`` of the random gradients, and ``say``, called with
-            lines of progress.
+        settings: fields of ``pruning.settings.Method``; ``seed`` of the random gradients; ``say``, called with lines of
+            progress; ``prune_ratio``, instead of a target the share that goes: of the FLOPs or, with other values of
+            ``objective``, of the parameters or of all directions.
 
     Raises:
         UserError: if the network does not return scores, without a target, or for batches of anything else.
     """
-    say, seed = settings.pop("say", None), settings.pop("seed", 0)
+    say, seed, prune_ratio = (settings.pop(key, default) for key, default in OWN_KEYWORDS.items())
     method = checked_settings(Method, settings)
     check_network(network)
-    if flops is None and parameters is None:
+    if flops is None and parameters is None and prune_ratio is None:
         raise UserError("compress has no target: give flops= or parameters=, for example flops=0.5 for half")
     check_target("flops", flops)
     check_target("parameters", parameters)
+    check_ratio(prune_ratio)
     if not callable(batches):
         loader, batches = batches, lambda: loader
     draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)
     forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
-    passes = method.passes(batches, draws, forward, loss_fn=loss_fn)
+    passes = method.passes(batches, draws, forward, loss_fn=loss_fn).some(method.fisher_images)
     passes = passes if say is None else replace(passes, say=say)
     x, labels = next(passes.on(network))
     cost = cost_on(network, x[:1], forward)
@@ -78,7 +83,10 @@ def compress(
         None if target is None else max(target * whole if target <= 1 else target, few)
         for target, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
     ]
-    pruned = prune_once(network, passes, cost=cost, goal=Goal(flops=limits[0], parameters=limits[1]), method=method)
+    goal = Goal(prune_ratio or 0.0, *limits)
+    pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
+    if method.reestimate_batch_norm and not method.refit and not pruned.nothing_changed:
+        reestimate_batch_norms(pruned.network, passes.on(pruned.network), forward)
     after = cost_on(pruned.network, x[:1], forward)
     counts = ((cost.flops, after.flops), (cost.parameters, after.parameters))
     pruned.network.report = Report(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)

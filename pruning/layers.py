@@ -45,20 +45,21 @@ class ConvWeights:
 
 
 def prunable_layers(network: nn.Module, found: Survey | None = None) -> dict[str, nn.Conv2d]:
-    """The convolutions whose single directions compete, by name: those larger than 1x1, outside of the gates.
+    """The convolutions whose single directions compete, by name: those larger than 1x1.
 
     For a layer that was rebuilt before, the convolution is its core; the name is that of the whole layer.  Depthwise
     cores have no directions to rotate.
 
     Args:
-        found: leaves out the layers that it leaves alone.
+        found: leaves out the layers that it leaves alone.  Without it the gates of the switched ResNet are left out.
     """
     layers: dict[str, nn.Conv2d] = {}
     every = dict(outermost(network))
     shared = sharing(network, every)
     for name, module in every.items():
         core = module.core if isinstance(module, LowRankConv2d) else module
-        if unsuited(module) or name in shared or name.startswith("gate.") or (found and name not in found.norms):
+        left_out = name.startswith("gate.") if found is None else name not in found.norms
+        if unsuited(module) or name in shared or left_out:
             continue
         if isinstance(core, nn.Conv2d) and core.groups == 1 and not is_pointwise(core):
             layers[name] = core

@@ -53,7 +53,9 @@ def prune_directions(
         shape = layer_shape(before, cost, name)
         flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks[name]), strict=True)
         table.append(LayerChange(name, shape.ranks, ranks[name], *parameters, *flops, predicted.layers.get(name, 0.0)))
-    return Pruned(rebuild(network, replaced), bases, table, predicted.together, left_alone=found.left_alone)
+    others = dict.fromkeys((name for name in found.names if name not in layers), "pointwise or depthwise")
+    alone = {**found.left_alone, **others}
+    return Pruned(rebuild(network, replaced), bases, table, predicted.together, left_alone=alone)
 
 
 def measured(

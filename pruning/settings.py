@@ -41,8 +41,10 @@ class Method:
     prune_ratio_limit: float = setting(0.9, low=0, below=1)
     ignored_layers: list = setting([], check=_check_names)
     fisher_type: str = setting("true", choices=FISHER_TYPES)
+    fisher_images: int = setting(3000, low=1, high=10**9)
     correct_eigenvalues: bool = setting(True)
     refit: bool = setting(True)
+    reestimate_batch_norm: bool = setting(True)
 
     def __post_init__(self) -> None:
         if self.ignored_layers and not self.forms_compete:
@@ -83,8 +85,6 @@ class PruneSettings(Method, StageSettings):
     prune_ratio: float = setting(0.3, low=0, below=1)
     target_flops: float = setting(0.0, low=0)
     target_parameters: float = setting(0.0, low=0)
-    fisher_images: int = setting(3000, low=1, high=10**9)
-    reestimate_batch_norm: bool = setting(True)
     distill: float = setting(0.5, low=0, high=1)
     max_iter: int = setting(8, low=1, high=10**4)
     max_accuracy_drop: float = setting(0.01, low=0, high=1)

@@ -5,6 +5,7 @@ ends with a mistake that one process finds; ``gpus`` trains on simulated GPUs; `
 process is killed after the third epoch.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -114,7 +115,8 @@ def measured() -> dict:
     net.gate.decision.weight.data.mul_(30)
     net.gate.decision.bias.data.zero_()
     for rule in (all_on, thresholded):
-        reestimate_batch_norms(net, plain_batches(images(), 8, NORMALISATION), rule)
+        run = functools.partial(ResNet.__call__, decide=rule)
+        reestimate_batch_norms(net, plain_batches(images(), 8, NORMALISATION), run)
         found[rule.__name__] = {key: value.clone() for key, value in net.state_dict().items()}
     evaluation = evaluate(net, images(), NORMALISATION, network_cost(net, 8), batch_size=6)
     found["evaluation"] = vars(evaluation)

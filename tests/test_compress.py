@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -219,7 +220,7 @@ def test_a_refit_takes_as_many_images_for_any_number_of_processes(processes, mon
         monkeypatch.setattr(parallel, name, lambda value: value)
     monkeypatch.setattr(parallel, "world_size", lambda: processes)
     asked = []
-    count = lambda *given: asked.append(sum(len(labels) for _, labels in given[-1].batches()))  # noqa: E731
+    count = lambda net, *given: asked.append(sum(len(labels) for _, labels in given[-1].on(net)))  # noqa: E731
     monkeypatch.setattr(sys.modules["pruning.compress"], "refit", count)
     batches = 5 * images()
     compress(Network(), [(parallel.local_part(x), labels) for x, labels in batches], flops=0.6, round_to=4)
@@ -437,6 +438,46 @@ def test_a_loader_is_passed_over_as_it_is():
         assert torch.equal(mine, theirs), name
 
 
+def test_of_many_images_some_are_taken_from_all_classes(monkeypatch: pytest.MonkeyPatch):
+    """3,000 by default, whatever the order; the rise is predicted on some of those."""
+    seen = []
+    monkeypatch.setattr("pruning.capture._loss", lambda outputs, given, passes: seen.append(given) or outputs.sum())
+    by_class = [(torch.randn(4, 3, 8, 8), torch.full((4,), label)) for label in range(CLASSES) for _ in range(4)]
+    compress(Network(), by_class, flops=0.6, round_to=4, fisher_images=8 * CLASSES, refit=False)
+    assert sum(map(len, seen)) == 2 * 8 * CLASSES  # for the factors and for the prediction
+    assert [labels[0].item() for labels in seen[: 2 * CLASSES]] == [label for label in range(CLASSES) for _ in range(2)]
+
+
+def test_a_share_goes():
+    torch.manual_seed(0)
+    flops, directions = (
+        compress(Network(), images, prune_ratio=0.4, round_to=1, **more).report
+        for more in ({}, {"decomposition": "truncate", "objective": "saliency"})
+    )
+    assert 0.55 < flops.flops[1] / flops.flops[0] <= 0.6
+    assert directions.flops[1] < directions.flops[0]
+
+
+@pytest.mark.parametrize("reestimated", [True, False])
+def test_without_the_refit_norms_are_measured_again(reestimated: bool):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1600, CLASSES))
+    smaller = compress(network, images, flops=0.6, round_to=1, refit=False, reestimate_batch_norm=reestimated)
+    features = torch.cat([smaller[0](x) for x, _ in images()])
+    mean = features.mean(dim=(0, 2, 3)) if reestimated else torch.zeros(16)
+    torch.testing.assert_close(smaller[1].running_mean, mean, rtol=1e-4, atol=1e-6)
+    assert smaller.training and network[1].running_mean.abs().max() == 0
+
+
+def test_single_directions_compete_wherever_a_layer_is_called_gate():
+    """The gates of the switched ResNet are left out; a part of another network of this name is not."""
+    torch.manual_seed(0)
+    network = nn.Sequential(OrderedDict(gate=Network()))
+    smaller = compress(network, images, flops=0.8, decomposition="truncate", round_to=4)
+    assert {change.name for change in smaller.report.changes} == {"gate.one", "gate.two"}
+    assert smaller.report.left_alone == {"gate.head": "pointwise or depthwise"}
+
+
 NOTHING = r"batches\(\) yields nothing: each call has to start a new pass"
 
 
@@ -457,6 +498,7 @@ NOTHING = r"batches\(\) yields nothing: each call has to start a new pass"
         (Network, images, {"flop": 0.5}, "unknown key 'flop'"),
         (Network, images, {"flops": 50}, "flops is 50: give a share above 0 and up to 1, such as 0.5"),
         (Network, images, {"flops": 0}, "flops is 0: give a share above 0"),
+        (Network, images, {"prune_ratio": 1}, "prune_ratio is 1: give a share from 0 on and below 1, such as 0.3"),
         (Network, lambda: [{"pixels": torch.zeros(2, 3, 8, 8)}], {},
          r"batches\(\) yields a dict, but \(inputs, labels\) is"),
         (Network, lambda: [torch.zeros(2, 3, 8, 8)], {}, r"batches\(\) yields a Tensor, but"),

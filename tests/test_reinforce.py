@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from gating.objectives import policy_loss, returns, skip_rewards
 from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch, thresholded_returns
 from gating.steering import FixedAlpha
 from gating.temperature import LOGIT, rescale_gate_logits
-from models import RoutedOutput, all_on, build_network, sampled, thresholded
+from models import ResNet, RoutedOutput, all_on, build_network, sampled, thresholded
 from training.evaluate import evaluate
 from training.norms import batch_norms, freeze_batch_norms, reestimate_batch_norms
 from training.optimisers import reinforcement_optimisers
@@ -262,10 +263,10 @@ def test_closing_leaves_what_the_switches_compute_from_the_same_features(gate):
     before, stem = answer(), network.stem[1].running_mean.clone()
     batches = [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(3)]
     closing_epoch(replace(setup_of(network), frozen_norms=False), batches, lambda share: 0.1, "epoch")
-    reestimate_batch_norms(network, [(other, None)], thresholded, gates=False)
+    reestimate_batch_norms(network, [(other, None)], ResNet.__call__, network.gate)
     assert torch.equal(answer(), before)
     assert not torch.equal(network.stem[1].running_mean, stem)
-    reestimate_batch_norms(network, [(other, None)], thresholded)
+    reestimate_batch_norms(network, [(other, None)], ResNet.__call__)
     assert not torch.equal(answer(), before)
 
 
@@ -278,7 +279,8 @@ def test_reestimated_statistics_weigh_images_and_not_batches():
     before = {key: value.clone() for key, value in network.state_dict().items()}
     seen = []
     handle = network.blocks[1].bn1.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0].double()))
-    reestimate_batch_norms(network, [(x, None) for x in batches], lambda p: next(asked))
+    run = partial(ResNet.__call__, decide=lambda p: next(asked))
+    reestimate_batch_norms(network, [(x, None) for x in batches], run)
     handle.remove()
     assert [len(x) for x in seen] == [1, 16]
     norm = network.blocks[1].bn1

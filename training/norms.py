@@ -1,13 +1,13 @@
 """Batch norms whose statistics are those of a whole batch that several processes share."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models import ResNet, build_network
-from models.decisions import DecisionRule
+from models import ResNet
 from utils import parallel
 from utils.modes import evaluation_mode, hooked
 
@@ -19,12 +19,14 @@ class SharedBatchNorm(_BatchNorm):
     Source: batch norm (arXiv:1502.03167), section 3.
     """
 
+    alone = False  # whether it looks at this process's images only
+
     def _check_input_dim(self, x: Tensor) -> None:
         pass  # of vectors as of images
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C] or [N, C, ...]; N may differ between processes."""
-        if not self.training and self.running_mean is not None:
+        if self.alone or (not self.training and self.running_mean is not None):
             return super().forward(x)
         axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -70,31 +72,23 @@ def batch_norms(network: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def reestimate_batch_norms(
-    network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decide: DecisionRule, gates: bool = True
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Any]],
+    forward: Callable[[nn.Module, Tensor], Any],
+    spared: nn.Module | None = None,
 ) -> None:
-    """Replace all running statistics by their averages over ``batches``, under the decisions of ``decide``.
+    """Replace all running statistics by their averages over ``batches``.
 
-    Skipped blocks are not run, so a block's norms see the images for which the block runs, as in evaluation, and weigh
-    a batch by how many these are.
+    Where blocks are skipped, a block's norms see the images for which the block runs, as in evaluation, and weigh a
+    batch by how many these are.
 
     Args:
         batches: whole ones; of several processes each takes all of them.
-        gates: their norms as well, so that the switches move with what they see.
+        forward: runs the network.
+        spared: a part whose norms stay as they are.
     """
-    if parallel.world_size() == 1:
-        _reestimate(network, batches, decide, gates)
-        return
-    # Norms that share their statistics would add up those of all processes: plain ones do not.
-    plain = build_network(**network.architecture).to(next(network.parameters()).device)
-    plain.load_state_dict(network.state_dict())
-    _reestimate(plain, batches, decide, gates)
-    network.load_state_dict(plain.state_dict())
-    parallel.broadcast_weights(network)
-
-
-def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decide: DecisionRule, gates: bool) -> None:
-    spared = set() if gates or network.gate is None else set(batch_norms(network.gate))
-    norms = [norm for norm in batch_norms(network) if norm not in spared]
+    left = set() if spared is None else set(batch_norms(spared))
+    norms = [norm for norm in batch_norms(network) if norm not in left]
     momenta = [norm.momentum for norm in norms]
     images = dict.fromkeys(norms, 0)
 
@@ -106,12 +100,17 @@ def _reestimate(network: ResNet, batches: Iterable[tuple[Tensor, Tensor]], decid
         with hooked(norm.register_forward_pre_hook(weigh) for norm in norms), evaluation_mode(network):
             for norm in norms:
                 norm.train()
+                if isinstance(norm, SharedBatchNorm):
+                    norm.alone = True
             for x, _ in batches:
                 if len(x) > 1:  # one image has no variance
-                    network(x, decide=decide, skip=True)
+                    forward(network, x)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+            if isinstance(norm, SharedBatchNorm):
+                norm.alone = False
+    parallel.broadcast_weights(network)
 
 
 BATCH_NORM_MODES = ("frozen", "reestimate")
