@@ -19,8 +19,7 @@ from utils.modes import hooked, layer_input
 
 # The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
-# Channels on a side: factors of more take gigabytes, and their eigenvectors minutes (VGG's first linear layer has
-# 25,088 inputs).
+# Channels on a side: factors of more take gigabytes, and their eigenvectors minutes.
 WIDEST = 3072
 
 
@@ -104,8 +103,10 @@ def outermost(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_pointwise(layer: nn.Module) -> bool:
-    """Whether a layer mixes channels at each position alone: a linear layer or a 1x1 convolution."""
-    return not hasattr(layer, "kernel_size") or tuple(layer.kernel_size) == (1, 1)
+    """Whether a layer mixes channels at each position alone: a linear layer or a 1x1 convolution without padding."""
+    if not hasattr(layer, "kernel_size"):
+        return True
+    return tuple(layer.kernel_size) == (1, 1) and layer.padding in ((0, 0), "valid", "same")
 
 
 def unsuited(layer: nn.Module) -> str | None:
@@ -119,7 +120,7 @@ def unsuited(layer: nn.Module) -> str | None:
         return "not two-dimensional"
     if type(layer).forward not in _KNOWN:
         return "its own forward"
-    if max(layer.weight.shape[:2]) > WIDEST:
+    if _too_wide(layer):
         return "too wide"
     if isinstance(layer, nn.Linear):
         return None
@@ -127,9 +128,15 @@ def unsuited(layer: nn.Module) -> str | None:
         return "grouped"
     if layer.padding_mode != "zeros":
         return f"padding mode {layer.padding_mode}"
-    if is_pointwise(layer) and layer.padding not in ((0, 0), "valid", "same"):
-        return "padded 1x1"
     return None
+
+
+def _too_wide(layer: nn.Module) -> bool:
+    """Whether the factors would be too large, which in a pointwise layer are of the narrower side."""
+    outputs, inputs = layer.weight.shape[:2]
+    if is_pointwise(layer):
+        return min(outputs, inputs) > WIDEST or outputs > 4 * WIDEST
+    return max(outputs, inputs) > WIDEST
 
 
 def sharing(network: nn.Module, layers: dict[str, nn.Module]) -> list[str]:

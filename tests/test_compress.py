@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -164,6 +165,17 @@ def test_products_of_attention_are_counted(training: bool):
     assert cost_on(layer, torch.zeros(1, tokens, width)).flops == 2 * (linear + attention)
 
 
+def test_layers_count_as_wide_by_the_side_that_their_factors_have(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pruning.survey.WIDEST", 24)
+    network = nn.Sequential(
+        nn.Conv2d(3, 25, 3), nn.Conv2d(25, 24, 1), nn.Conv2d(24, 24, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(96, 25), nn.Linear(25, 24), nn.Linear(24, 97),
+    )  # fmt: skip
+    found = survey(network, torch.zeros(2, 3, 12, 12), nn.Module.__call__)
+    assert found.left_alone == {"0": "too wide", "5": "too wide", "7": "too wide"}
+    assert found.names == ["1", "2", "6"]
+
+
 def test_ignored_layers_stay_as_they_are():
     network = Odd()
     smaller = compress(network, labelled(40, 16), flops=0.8, logits=scores, round_to=1, ignored_layers=["tall", "head"])
@@ -175,11 +187,22 @@ def test_ignored_layers_stay_as_they_are():
     assert found.left_alone["attention.out_proj"]
 
 
-def test_layers_of_every_shape_equal_their_composed_kernels():
-    network = Odd().eval()
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.padded = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 128, 1, stride=2, padding=(1, 2))
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x):
+        return {"scores": self.head(F.relu(self.padded(F.relu(self.narrow(x)))).mean((2, 3)))}
+
+
+@pytest.mark.parametrize(("make", "expected"), [(Odd, "two_factors"), (Padded, "tucker")])
+def test_layers_of_every_shape_equal_their_composed_kernels(make: Callable, expected: str):
+    network = make().eval()
     smaller = compress(network, labelled(40, 16), flops=0.5, logits=scores, round_to=1)
     forms = {edit["name"]: edit["form"] for edit in edits_of(smaller)}
-    assert len(forms) >= 3 and "two_factors" in forms.values()
+    assert len(forms) >= (3 if make is Odd else 1) and expected in forms.values()
     plain = copy.deepcopy(smaller)
     for name in forms:
         whole, layer = copy.deepcopy(network.get_submodule(name)), smaller.get_submodule(name)
