@@ -63,7 +63,7 @@ class Settings(TrainingSettings):
     bs: int = with_default(TrainingSettings, "bs", 256)
     checkpoint: str = path_setting("", "checkpoint to start from; empty: the smallest of stage 2 within the budget")
     alpha: float = setting(
-        0.1, "initial reward for skipping every block, in nats of cross-entropy; then adjusted", low=0
+        0.1, "initial reward for skipping every block, in nats of cross-entropy; then adjusted", low=0, high=1e6
     )
     recipe: str = setting(
         "default",
@@ -77,7 +77,7 @@ class Settings(TrainingSettings):
         low=0, high=1,
     )  # fmt: skip
     gate_lr: float = setting(0.01, "initial learning rate of the gates (Adam)", low=0)
-    rl_weight: float = setting(0.1, "weight of the policy loss; both losses are means over the batch", low=0)
+    rl_weight: float = setting(0.1, "weight of the policy loss; both losses are means over the batch", low=0, high=1e6)
     distill: float = setting(
         0.5, "weight of distillation from the network that stage 3 started from, with every block run", low=0, high=1
     )

@@ -15,6 +15,9 @@ NETWORK_HELP = "functions that build your own networks, as given to main_prune.p
 FORMAT = "switched-resnet-onnx-1"
 NETWORK, INT8, LABELS = "network.onnx", "network_int8.onnx", "labels.json"
 Network = ResNet | OwnNetwork | Cascade
+ENTRIES = {  # of labels.json, which all but the FLOPs are lists
+    "classes": str, "flops": int, "flops_of_switched_blocks": int, "fixed_blocks": int, "members": int,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def read_labels(folder: Path) -> Labels:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         parse_size(content["image_size"])
+        for key, kind in ENTRIES.items():
+            values = [content[key]] if key == "flops" else content[key]
+            if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+                raise ValueError(f"{key} is {content[key]!r}")
         return Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give the folder that python -m deploy.export wrote") from None

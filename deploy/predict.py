@@ -88,10 +88,10 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
     labels = read_labels(folder)
     path = folder / NETWORK
     session = open_session(path)
-    takes, gives = session.get_inputs()[0], session.get_outputs()[0]
-    if (takes.name, takes.shape[1:], gives.name, gives.shape[1:]) != (
-        IMAGES, [3, *height_width(labels.image_size)], LOGITS, [len(labels.classes)],
-    ):  # fmt: skip
+    takes, gives = session.get_inputs()[0], {output.name: output.shape[1:] for output in session.get_outputs()}
+    switches = max(len(labels.members) - 1, 0) or len(labels.flops_of_switched_blocks)
+    fits = gives.get(LOGITS) == [len(labels.classes)] and gives.get(DECISIONS, [switches]) == [switches]
+    if (takes.name, takes.shape[1:]) != (IMAGES, [3, *height_width(labels.image_size)]) or not fits:
         raise UserError(f"{path} does not fit the labels.json beside it: export the network again")
 
     def classify(pixels: Tensor) -> tuple[Tensor, Tensor]:

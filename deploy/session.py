@@ -26,8 +26,8 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 TOLERANCE = 1e-4
-# Features of more images do not fit into the cache, and gathering and scattering become slow: docs/notebook.md.
 RUN_ERRORS = (Fail, InvalidArgument, RuntimeException)  # of a graph that does not fit its inputs
+# Features of more images do not fit into the cache, and gathering and scattering become slow: docs/notebook.md.
 AT_ONCE = 16
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -68,7 +68,7 @@ class ExportedNetwork:
     Args:
         model: graph, or file.
         device: "cpu" or "cuda", on which batches are computed whole.
-        threads: CPU threads, 0 for one a core.
+        threads: CPU threads, 0 for one per core.
 
     Raises:
         UserError: if the file is missing or no ONNX model.
@@ -94,6 +94,11 @@ class ExportedNetwork:
         run = self._workers.map if self.threads > 1 else map
         outputs = list(run(lambda part: run_session(self._part_session, part), parts))
         return {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+
+    @property
+    def decides(self) -> bool:
+        """Whether the network spends more on some images than on others."""
+        return any(output.name == DECISIONS for output in self.session.get_outputs())
 
     @cached_property
     def _part_session(self) -> onnxruntime.InferenceSession:

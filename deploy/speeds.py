@@ -15,7 +15,8 @@ from utils.runs.checkpoint import Checkpoint, load_checkpoint
 from utils.runs.records import DYNAMIC
 from utils.runs.results import BATCH
 
-IMAGES = 16  # test images that latency is averaged over: a switched network is faster on some than on others
+TURN = 16  # single images of a network in a row: as in a stream, its weights are in the cache
+TURNS = 16  # of different images, where networks decide image by image; the others take any image the same time
 SECONDS = 2.0  # of each of the two measurements, where every network is fast enough for the least number of rounds
 
 
@@ -45,16 +46,18 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
 
 def speeds(exported: dict[str, ExportedNetwork], pixels: Tensor) -> dict[str, dict[str, float]]:
     """Latency and throughput of every network, see ``measured_speeds``."""
-    images = [pixels[i : i + 1].numpy() for i in evenly_spaced(len(pixels), IMAGES).tolist()]
+    turns = TURNS if any(network.decides for network in exported.values()) else 1
+    images = [pixels[i : i + 1].numpy() for i in evenly_spaced(len(pixels), turns * TURN).tolist()]
     batch = pixels[evenly_spaced(len(pixels), BATCH)].numpy()
 
-    def seconds(turn: list[np.ndarray]) -> dict[str, float]:
-        """Of a network's turn.  One of several images is as in a stream: the network's weights are in the cache."""
-        runs = {name: lambda _, network=network: [*map(network, turn)] for name, network in exported.items()}
-        return {name: timing.median for name, timing in alternated(runs, 1, SECONDS).items()}
+    def seconds(turns: list[list[np.ndarray]]) -> dict[str, float]:
+        """Of a network's turn, the mean over all."""
+        runs = {name: lambda i, network=network: [*map(network, turns[i])] for name, network in exported.items()}
+        return {name: timing.median for name, timing in alternated(runs, len(turns), SECONDS, least=3).items()}
 
-    single, whole = seconds(images), seconds([batch])
-    return {name: {"latency_ms": 1e3 * single[name] / IMAGES, "throughput": BATCH / whole[name]} for name in exported}
+    # Images side by side in a turn are of different classes, where a data set is sorted.
+    single, whole = seconds([images[i::turns] for i in range(turns)]), seconds([[batch]])
+    return {name: {"latency_ms": 1e3 * single[name] / TURN, "throughput": BATCH / whole[name]} for name in exported}
 
 
 def _readable(checkpoints: dict[str, Path]) -> dict[str, Checkpoint]:

@@ -82,7 +82,7 @@ class Cascade(nn.Module):
         rows = torch.arange(len(images), device=images.device)
         answer, inner = self._answer(0, images, decide)
         total, columns = answer, len(self.thresholds)
-        probabilities, decisions = answer.new_zeros(2, len(images), self.switches)
+        probabilities, decisions = (answer.new_zeros(len(images), self.switches) for _ in range(2))
         for index in range(len(self.members)):
             if index > 0:
                 threshold = self.thresholds[index - 1]

@@ -183,8 +183,14 @@ def test_the_split_depends_on_the_seed_alone():
     assert 5 < len(set(first.tolist()) & set(other.tolist())) < 50
 
 
+def test_training_images_that_are_all_validation_images_are_named():
+    four = numbered([1, 2, 3, 4])
+    with pytest.raises(UserError, match=r"leaves 0 training images \(4 are validation images, too\), but"):
+        split_data(DataSet("numbers", ("a",), four, four, four), 0.0, 0)
+
+
 def test_one_image_is_too_few_to_train_on():
-    with pytest.raises(UserError, match="leaves 1 image to train on"):
+    with pytest.raises(UserError, match="leaves 1 training images, but batch norms need two"):
         split_data(DataSet("numbers", ("a",), numbered([1]), None, numbered([1])), 0.0, 0)
 
 
@@ -243,6 +249,10 @@ def test_a_tenth_of_train_alone_is_the_test_set(tmp_path: Path, capsys):
     assert torch.bincount(first.test.labels)[1:].tolist() == [2, 2] and len(test) == 6
     splits = split_data(first, 0.1, 0)
     assert not splits.val_is_test and len(splits.val) > 0
+    for copy in sorted((tmp_path / "train" / "left").iterdir())[3:]:
+        copy.unlink()
+    read(tmp_path)
+    assert "of its training images are held out as test images, but none of left" in capsys.readouterr().out
     few = two_classes(tmp_path / "few", "train")
     refused(few, "has only train/, with fewer than ten images per class: add test/")
 

@@ -1,6 +1,7 @@
 """Image files become pixels: modes, depths, orientation, size, and files that cannot be read."""
 
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -127,6 +128,12 @@ def test_a_truncated_image_is_named(tmp_path: Path, kind: str, available: float,
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size * 2 // 3])
     with pytest.raises(UserError, match=f"image {broken} cannot be read"):
         list(load_data(str(tmp_path), kind, 8, 2).train.batches(torch.arange(9).split(4)))
+
+
+def test_a_pipe_is_no_image(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png cannot be read \(it is no file\)"):
+        read_image(tmp_path / "pipe.png", 8)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bad"), EOFError(), KeyError(3), MemoryError(), ZeroDivisionError("x")])

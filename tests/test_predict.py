@@ -81,9 +81,20 @@ def test_names_that_cannot_be_printed_are_escaped(folder, tmp_path, encoding, mo
 def test_files_of_different_exports_are_refused(folder, tmp_path):
     shutil.copytree(folder / "onnx", tmp_path, dirs_exist_ok=True)
     labels = json.loads((tmp_path / "labels.json").read_text())
-    (tmp_path / "labels.json").write_text(json.dumps({**labels, "image_size": 32}))
-    with pytest.raises(UserError, match="does not fit"):
-        call(predict, "--onnx", tmp_path, folder / "0.png")
+    for change in ({"image_size": 32}, {"flops_of_switched_blocks": []}, {"members": [1, 2, 3, 4]}):
+        (tmp_path / "labels.json").write_text(json.dumps({**labels, **change}))
+        with pytest.raises(UserError, match="does not fit"):
+            call(predict, "--onnx", tmp_path, folder / "0.png")
+    for change in (
+        {"classes": 3},
+        {"classes": "abcdefghij"},
+        {"flops": "x"},
+        {"fixed_blocks": None},
+        {"members": ["a"]},
+    ):
+        (tmp_path / "labels.json").write_text(json.dumps({**labels, **change}))
+        with pytest.raises(UserError, match=f"labels.json is not what this program writes .{next(iter(change))} is"):
+            call(predict, "--onnx", tmp_path, folder / "0.png")
 
 
 @pytest.mark.parametrize("name", ["labels.json", "network.onnx"])

@@ -107,9 +107,15 @@ def test_the_oldest_run_comes_first(tmp_path):
     assert records.read_records(tmp_path / "none") == []
 
 
+WRONG = (
+    {"stage": ["sp"]}, {"accuracy": None}, {"gflops": "x"}, {"parameters": "7"}, {"method": None}, {"source": 3},
+    {"dataset": ["a"]}, {"image_size": "abc"}, {"points": [3]}, {"chain_speeds": 3}, {"chain_speeds": {"a": 3}},
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "3", "[]", "{}", '{"checkpoint": "best.pt"}', json.dumps(record("sp", "1") | {"stage": ["sp"]})],
+    ["", "{", "3", "[]", "{}", '{"checkpoint": "best.pt"}', *(json.dumps(record("sp", "1") | one) for one in WRONG)],
 )
 def test_a_damaged_record_is_named(tmp_path, content):
     file = folder_of(tmp_path, record("sp", RUN_NAMES[0])) / "record.json"
@@ -117,6 +123,44 @@ def test_a_damaged_record_is_named(tmp_path, content):
     message = rf"^{file} cannot be read \(.*\): move it away, then .* --resume, which makes a new one$"
     with pytest.raises(UserError, match=message):
         records.read_records(tmp_path)
+
+
+def test_a_run_whose_folder_was_renamed_keeps_its_place(tmp_path):
+    """In the chain of runs that were made from it before and after."""
+    start = saved(tmp_path, record("sp", "20240101-000000"))
+    before = saved(tmp_path, record("pruned", "20240102-000000", start["checkpoint"]))
+    folder_of(tmp_path, start).rename(tmp_path / "sp/shapes/resnet8/baseline")
+    after = saved(tmp_path, record("pruned", "20240103-000000", "sp/shapes/resnet8/baseline/best.pt"))
+    found = records.read_records(tmp_path)
+    for made in (before, after):
+        last = next(r for r in found if r["checkpoint"] == made["checkpoint"])
+        chain = [r["checkpoint"] for r in records.latest_chain(found, last)]
+        assert chain == ["sp/shapes/resnet8/baseline/best.pt", made["checkpoint"]]
+    records.save_record(tmp_path, found[0])
+    assert (tmp_path / "sp/shapes/resnet8/baseline/record.json").exists()
+
+
+def test_a_run_reports_beside_runs_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    start = saved(tmp_path, record("sp", "20240101-000000"))
+    run = finished_run(tmp_path, RUN_NAMES[0])
+    best = load_checkpoint(run.path / BEST)
+    best.source = start["checkpoint"]
+    write = records.write_json
+
+    def read_only(path, content):
+        if "20240101" in str(path):
+            raise OSError(errno.EROFS, "Read-only file system")
+        write(path, content)
+
+    monkeypatch.setattr(records, "write_json", read_only)
+    with run:
+        own = reporting.report(
+            tmp_path, run, reporting.Chosen(best, "validation"), ImageSet(varied_images(8), torch.arange(8)),
+            lambda files, pixels: {name: {"latency_ms": 5.0, "throughput": 6.0} for name in files},
+        )  # fmt: skip
+    assert "the speeds of its network are kept with this run only" in capsys.readouterr().out
+    assert own["chain_speeds"].keys() == {start["checkpoint"], own["checkpoint"]}
+    assert (tmp_path / "results.md").read_text().count("5.00 ms") == 2
 
 
 def test_a_damaged_record_of_another_run_keeps_none_from_being_saved(tmp_path):

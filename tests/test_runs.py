@@ -27,14 +27,14 @@ class Two:
     num_workers: int = setting(1, "")
 
 
-def folder(parent: Path, name: str, started: str | None = None, finished: bool = False, **arguments) -> Path:
+def folder(parent: Path, name: str, started: str | None = None, finished: tuple[str, ...] = (), **arguments) -> Path:
     """The folder of a run that can go on."""
     path = parent / name
     path.mkdir(parents=True)
     (path / LAST).touch()
     write_json(path / ARGUMENTS, arguments | ({} if started is None else {"started": started}))
-    if finished:
-        (path / FINISHED).touch()
+    for last in finished:
+        (path / last).touch()
     return path
 
 
@@ -54,8 +54,11 @@ def test_a_run_that_has_not_ended_goes_on_first(tmp_path: Path):
     folder(tmp_path, "20260101-000000", lr=0.1)
     killed = folder(tmp_path, "20260102-000000", lr=0.1, num_workers=4)  # which may differ
     folder(tmp_path, "20260103-000000", lr=0.2)
-    folder(tmp_path, "20260104-000000", lr=0.1, finished=True)
-    newest = folder(tmp_path, "20260105-000000", lr=0.3, finished=True)
+    folder(tmp_path, "20260104-000000", lr=0.1, finished=FINISHED)
+    newest = folder(tmp_path, "20260105-000000", lr=0.3, finished=FINISHED)
+    unrecorded = folder(tmp_path, "20260106-000000", lr=0.5, finished=FINISHED[1:])
+    folder(tmp_path, "20260107-000000", lr=0.5, finished=FINISHED)
+    assert choose_run(tmp_path, Two(lr=0.5)) == unrecorded
     assert choose_run(tmp_path, Two()) == killed
     assert choose_run(tmp_path, Two(lr=0.3)) == newest
     assert choose_run(tmp_path, Two(lr=0.4)) is None
@@ -199,6 +202,15 @@ def test_every_text_and_picture_is_there_once(finished: Path):
     assert [path for path in finished.iterdir() if path.is_dir()] == [], "TensorBoard shows one run, not several"
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 1, "Layers/parameters/stem.0": 432, "Overview/accuracy_val": 0.1}
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"foo": 1}\n', b"[1]\n", b'{"step": "a"}\n', b"\xff\xfe\n", b"\0\0", b'{"step": 2']
+)
+def test_a_damaged_line_of_the_metrics_is_left_out(damage: bytes, tmp_path: Path):
+    (tmp_path / METRICS).write_bytes(b'{"step": 1}\n' + damage)
+    with Run(tmp_path, purge_after=1) as run:
+        assert run.recorded() == [{"step": 1}]
 
 
 def test_the_overview_is_a_layout_of_charts(finished: Path):

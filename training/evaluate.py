@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from models import ResNet, all_on, thresholded
 from models.decisions import DecisionRule
+from training.means import diverged
 from utils import parallel
 from utils.data.augment import Normalisation
 from utils.data.batches import plain_batches
 from utils.data.images import Images
 from utils.device import mixed_precision
-from utils.errors import UserError
 from utils.flops import NetworkCost, network_cost
 from utils.modes import evaluation_mode
 from utils.sizes import Size
@@ -128,4 +128,4 @@ def check_finite(network: ResNet, val: Evaluation, title: str) -> None:
     """
     weights = torch.stack([torch.isfinite(tensor).all() for tensor in network.state_dict().values()]).all()
     if not math.isfinite(val.loss) or not weights:
-        raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
+        raise diverged(title)

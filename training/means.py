@@ -7,6 +7,11 @@ from utils import parallel
 from utils.errors import UserError
 
 
+def diverged(title: str) -> UserError:
+    """The error that ends training with a loss or weights that are not finite."""
+    return UserError(f"the loss is not finite ({title}): lower the learning rates; what was saved before is kept")
+
+
 class Means:
     """Sums of measurements over images, added up on their device, so that a GPU is waited for only at the end."""
 
@@ -32,7 +37,7 @@ class Means:
             UserError: if a sum is not finite.
         """
         if not torch.stack(list(self.sums.values())).isfinite().all():
-            raise UserError(f"the loss is not finite ({title}): lower the learning rate; what was saved before is kept")
+            raise diverged(title)
 
     def over_all(self) -> dict[str, float]:
         """The means over the images of all processes."""

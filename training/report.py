@@ -12,6 +12,7 @@ from training.evaluate import Evaluator
 from training.norms import placed
 from utils import parallel
 from utils.data.images import Images
+from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.predecessors import relative_to_results
@@ -23,7 +24,7 @@ from utils.runs.records import (
     latest_chain,
     read_records,
     results_locked,
-    save_records,
+    save_record,
 )
 from utils.runs.results import results_picture, results_table, shown_accuracy, write_results
 from utils.runs.run import BEST, Run
@@ -83,7 +84,7 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     }
     if not parallel.is_main_process():
         return record
-    save_records(result_dir, [record])  # first, so that a later failure cannot lose it
+    save_record(result_dir, record)  # first, so that a later failure cannot lose it
     with results_locked(result_dir, run.say):
         records = read_records(result_dir)
         write_results(result_dir, records)
@@ -97,7 +98,10 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
             r.update(speeds.get(r["checkpoint"], NOT_MEASURED))
             if r["checkpoint"] == record["checkpoint"]:
                 r["chain_speeds"] = {name: speeds.get(name, NOT_MEASURED) for name in files}
-        save_records(result_dir, measured_now)
+            try:
+                save_record(result_dir, r)
+            except UserError as error:  # in a folder of another run, which may be read-only
+                run.say(f"{error}; the speeds of its network are kept with this run only")
         write_results(result_dir, records)
     record = next((r for r in records if r["checkpoint"] == record["checkpoint"]), record)
     chain = latest_chain(records, record)

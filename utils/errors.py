@@ -8,6 +8,7 @@ from collections.abc import Callable
 WITH_RESUME = "the same command with --resume"
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+TOO_LONG = errno.ENAMETOOLONG
 
 
 class UserError(Exception):
@@ -29,10 +30,11 @@ def run_command(main: Callable[[], None], goes_on: str | None = WITH_RESUME) -> 
     except KeyboardInterrupt:
         line, code = f"interrupted{kept(goes_on)}", 130
     except OSError as error:
-        if error.errno not in NOT_WRITABLE:
+        if error.errno not in (*NOT_WRITABLE, TOO_LONG):
             raise
         name, code = error.filename or "a file", 2
-        line = f"error: {name} cannot be written ({error.strerror}): free disk space or fix permissions{kept(goes_on)}"
+        remedy = "choose a shorter name" if error.errno == TOO_LONG else "free disk space or fix permissions"
+        line = f"error: {name} cannot be written ({error.strerror}): {remedy}{kept(goes_on)}"
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -140,8 +140,11 @@ def _splits(data: DataSet, set_aside: Tensor) -> Splits:
         identity={"set_aside": set_aside.unique(), **{part: digest(own) for part, own in used.items()}},
     )
     if len(splits.train) < 2:
+        copies = (
+            f" ({int((~kept).sum())} are validation images, too)" if data.val is not None and not kept.all() else ""
+        )
         raise UserError(
-            f"data {data.name} leaves {len(splits.train)} image to train on, but batch norms need two: add images"
+            f"data {data.name} leaves {len(splits.train)} training images{copies}, but batch norms need two: add others"
         )
     return splits
 

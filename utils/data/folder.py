@@ -104,8 +104,8 @@ def _load(
         return DataSet(name, classes, train, aside, test), notes_on(val, [], left_out)
     if not root.is_dir():
         raise UserError(
-            f"data folder {root} does not exist: name one with --data_dir (in stage 2 --set data_dir=FOLDER), or let "
-            f"stage 1 fetch CIFAR with --download"
+            f"data folder {root} {'is a file' if root.exists() else 'does not exist'}: name one with --data_dir (in "
+            f"stage 2 --set data_dir=FOLDER), or let stage 1 fetch CIFAR with --download"
         )
     if "train" not in parts:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
@@ -130,7 +130,10 @@ def _load(
     notes = [f"data folder {root} already has images: --download does nothing"] if download else []
     if "test" not in sets:
         sets["train"], sets["test"] = _held_out(root, sets["train"])
-        notes.append(f"{root} has no test/: {len(sets['test'])} of its training images are held out as test images")
+        tested = set(sets["test"].labels.tolist())
+        untested = ", ".join(name for label, name in enumerate(classes) if label not in tested)
+        held_out = f"{len(sets['test'])} of its training images are held out as test images"
+        notes.append(f"{root} has no test/: {held_out}{f', but none of {untested}' if untested else ''}")
     data = DataSet(name, tuple(classes), sets["train"], sets.get("val"), sets["test"])
     return data, notes + notes_on(root, others, left_out)
 

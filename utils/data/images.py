@@ -168,6 +168,8 @@ def read_image(path: Path, size: Size) -> np.ndarray:
         UserError: if the file cannot be decoded to its end, or has pixels whose white is not known.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")  # a pipe would never end
         with Image.open(path) as image:
             image.load()
             _turn_upright(image)

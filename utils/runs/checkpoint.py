@@ -104,7 +104,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"checkpoint {path} does not exist: check the path, or run the stage that makes it") from None
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint or would run code
         reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"checkpoint {path} cannot be read ({reason}): it is damaged or of another program") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read ({reason}), as it is damaged or of another program: give another one, "
+            f"or make it again"
+        ) from error
     keys = {f.name for f in fields(Checkpoint)}
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT or content.keys() != keys:
         raise UserError(f"{path} is no checkpoint of this program (format {FORMAT}): give one made by the three stages")

@@ -14,7 +14,8 @@ from filelock import FileLock
 
 from utils.errors import UserError
 from utils.files import write_json
-from utils.runs.run import age
+from utils.runs.run import BEST, RECORD, age
+from utils.sizes import parse_size
 
 METHODS = {
     "sp": "w/o Pruning",
@@ -23,14 +24,17 @@ METHODS = {
     "cascade": "w/ Static Pruning and Cascade",
 }
 DYNAMIC = ("rl_pruned", "cascade")  # stages whose networks decide image by image what is run
-RECORD, RESULTS, LOCK = "record.json", "results.json", ".results.lock"
+RESULTS, LOCK = "results.json", ".results.lock"
 PATIENCE = 60.0  # seconds to wait for a run that writes its results, which takes one or two
 NOT_MEASURED = {"latency_ms": None, "throughput": None}
 Record = dict[str, Any]
+NUMBER, NONE = (int, float), type(None)
 NEEDED = {  # to be shown in the table and the picture
-    "stage", "method", "dataset", "network", "depth", "width", "accuracy", "gflops", "compression", "parameters",
-    "computation", "checkpoint", "source", "selected_on", "points", "accuracy_every_block", "within_budget",
-    "seed", "image_size", "latency_ms", "throughput",
+    "stage": str, "method": str, "dataset": str, "network": str, "depth": (int, str), "width": (int, str),
+    "accuracy": NUMBER, "gflops": NUMBER, "compression": NUMBER, "parameters": int, "computation": NUMBER,
+    "checkpoint": str, "source": (str, NONE), "selected_on": str, "points": list, "accuracy_every_block": NUMBER,
+    "within_budget": bool, "seed": int, "image_size": (int, str), "latency_ms": (*NUMBER, NONE),
+    "throughput": (*NUMBER, NONE),
 }  # fmt: skip
 
 
@@ -41,23 +45,23 @@ def read_records(result_dir: Path) -> list[Record]:
         UserError: if a file cannot be read.
     """
     paths = [path for stage in METHODS for path in result_dir.glob(f"{stage}/*/*/*/{RECORD}")]  # data set, network, run
-    return sorted(map(_content, paths), key=lambda record: _age(result_dir, record))
+    found = [_content(path, (path.parent / BEST).relative_to(result_dir).as_posix()) for path in paths]
+    return sorted(found, key=lambda record: _age(result_dir, record))
 
 
-def save_records(result_dir: Path, records: list[Record]) -> None:
-    """Write each record into the folder of its run.
+def save_record(result_dir: Path, record: Record) -> None:
+    """Write a record into the folder of its run.
 
     Raises:
-        UserError: if one cannot be written.
+        UserError: if it cannot be written.
     """
-    for record in records:
-        folder = (result_dir / record["checkpoint"]).parent
-        try:
-            write_json(folder / RECORD, record)
-        except OSError as error:
-            raise UserError(
-                f"results cannot be written to {folder} ({error}): free disk space or fix permissions"
-            ) from None
+    folder = (result_dir / record["checkpoint"]).parent
+    try:
+        write_json(folder / RECORD, record)
+    except OSError as error:
+        raise UserError(
+            f"results cannot be written to {folder} ({error}): free disk space or fix permissions"
+        ) from None
 
 
 @contextmanager
@@ -81,7 +85,9 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
 
 def latest_chain(records: list[Record], last: Record | None = None) -> list[Record]:
     """The newest record of one network and those of the stages it was made from, first stage first."""
-    by_run = {Path(record["checkpoint"]).parent: record for record in records}
+    by_run = {
+        Path(record[key]).parent: record for key in ("renamed", "checkpoint") for record in records if key in record
+    }
     chain = [last or records[-1]]
     by_run.pop(Path(chain[0]["checkpoint"]).parent, None)
     while chain[0]["source"] is not None:
@@ -108,17 +114,38 @@ def timed_together(chain: list[Record]) -> list[Record]:
     return chain if together is None else [r | together.get(r["checkpoint"], NOT_MEASURED) for r in chain]
 
 
-def _content(path: Path) -> Record:
+def _content(path: Path, checkpoint: str) -> Record:
+    """The record in a file whose run has its network in ``checkpoint``: the run's folder may have been renamed."""
     try:
         record = json.loads(path.read_text())
-        if not isinstance(record, dict) or not record.keys() >= NEEDED or record["stage"] not in list(METHODS):
+        if not isinstance(record, dict) or not record.keys() >= NEEDED.keys() or record["stage"] not in list(METHODS):
             raise ValueError("it is no record of a run, or of another version of this program")
+        _check_values(record)
+        if record["checkpoint"] != checkpoint:
+            record |= {"renamed": record["checkpoint"], "checkpoint": checkpoint}
         return record
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): move it away, then run its stage with the same settings and --resume, "
             "which makes a new one"
         ) from None
+
+
+def _check_values(record: Record) -> None:
+    """Refuse values that neither the table nor the picture can show.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    for key, kinds in NEEDED.items():
+        if not isinstance(record[key], kinds):
+            raise ValueError(f"{key} is {record[key]!r}")
+    parse_size(record["image_size"])
+    measured, points = record.get("chain_speeds", {}), record["points"]
+    if not all(isinstance(point, dict) and point.keys() >= {"accuracy", "measured_on"} for point in points):
+        raise ValueError(f"points are {points!r}")
+    if not isinstance(measured, dict) or not all(isinstance(speeds, dict) for speeds in measured.values()):
+        raise ValueError(f"chain_speeds are {measured!r}")
 
 
 def _age(result_dir: Path, record: Record) -> tuple:

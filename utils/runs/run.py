@@ -25,7 +25,8 @@ from utils.settings import NOT_COMPARED, defaults
 
 LAST, BEST, LOCK, METRICS = "last.pt", "best.pt", ".lock", "metrics.jsonl"
 ARGUMENTS, LOG = "arguments.json", "log.txt"
-FINISHED = "results.png"  # what a run writes at its very end
+RECORD = "record.json"
+FINISHED = (RECORD, "results.png")  # what a run writes at its very end
 STARTED = "started"  # beside the settings in arguments.json: when, an absolute time
 
 
@@ -183,7 +184,7 @@ def age(path: Path) -> tuple[float, str]:
 def choose_run(parent: Path, settings: Any) -> Path | None:
     """The newest run below ``parent`` with these settings that has not ended, else the newest that has; else None."""
     fitting = [path for path in started_runs(parent) if not _differing(path, settings)]
-    unfinished = [path for path in fitting if not (path / FINISHED).exists()]
+    unfinished = [path for path in fitting if not all((path / name).exists() for name in FINISHED)]
     return (unfinished or fitting or [None])[-1]
 
 
@@ -253,13 +254,13 @@ def _new_folder(parent: Path, arguments: Mapping[str, Any]) -> Path:
 
 
 def _lines(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of ``metrics.jsonl``, raw and parsed; a line that was cut short is left out."""
+    """The lines of ``metrics.jsonl``, raw and parsed; what is no line of a step, or was cut short, is left out."""
     if not metrics.exists():
         return
-    for line in metrics.read_text().splitlines(keepends=True):
+    for line in metrics.read_text(errors="replace").splitlines(keepends=True):
         with suppress(ValueError):
             content = json.loads(line)
-            if line.endswith("\n"):
+            if line.endswith("\n") and isinstance(content, dict) and isinstance(content.get("step"), int):
                 yield line, content
 
 
