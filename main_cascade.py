@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from deploy.speeds import measured_speeds
-from gating.cascade_report import answered_by_class, draw_answered, draw_frontier, what_is_known
+from gating.cascade_report import (
+    answered_by_class,
+    draw_answered,
+    draw_frontier,
+    hardness_by_answer,
+    what_is_known,
+)
 from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, outcome
 from gating.pictures import draw_easy_and_hard
 from models import Cascade, Member, allow, is_own
@@ -210,7 +216,7 @@ def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:
         return
     done = outcome(predictions, replace(chosen, members=tuple(range(len(members)))), labels)
     run.picture("answered_by_class", draw_answered(done, labels, classes))
-    for name, figure in draw_easy_and_hard(test, done.executed, classes):
+    for name, figure in draw_easy_and_hard(test, hardness_by_answer(done, predictions[0]), classes):
         run.picture(name, figure)
     shares = answered_by_class(done, labels, len(classes)).tolist()
     routing = what_is_known(done, predictions, labels)

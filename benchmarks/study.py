@@ -9,7 +9,7 @@ on the other, and the reverse, and the mean counts.  Single networks choose noth
     python -m benchmarks.study --seeds FOLDER... --out FOLDER      # how far the records of several seeds agree
 
 Takes the newest network of stage 1 below each RESULT_DIR, every iteration of stage 2 and the network of stage 3; with
-several functions in --network, those of each.  Writes ``study.json``, ``study.md`` and ``study.png`` to FOLDER.
+several functions in --network, those of each.  Writes ``study.json``, ``study.md`` and pictures to FOLDER.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from benchmarks.common import machine
 from benchmarks.inference import milliseconds
 from deploy.exported import exported_model
 from deploy.session import ExportedNetwork
-from gating.cascade_report import what_is_known
-from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, outcome
+from gating.cascade_report import draw_answered, hardness_by_answer, what_is_known
+from gating.cascade_search import Candidate, Predictions, best_under, candidates, outcome
+from gating.pictures import draw_easy_and_hard
 from models import Cascade, Member, allow, is_own
 from training.evaluate import Evaluator
 from training.norms import placed
@@ -45,11 +46,10 @@ from utils.runs.checkpoint import load_checkpoint
 from utils.runs.run import stage_folder
 from utils.settings import image_type, number
 
-DROPS = (-0.005, 0.0, 0.005, 0.01, 0.02)  # of accuracy against the best single network, as cascades are asked for
 SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.083)  # of its FLOPs, the curve of the picture
+DRAWN = 0.25  # share of the FLOPs of the cascade whose decisions are drawn
 TIMED_IMAGES, TIMED_SECONDS = 256, 60.0  # seconds for each batch size
 CASCADES = {
-    "budgets": "cascade: lost at most",
     "curve": "cascade: FLOPs at most",
     "one_family": "cascade of one network and its pruned versions: FLOPs at most",
 }
@@ -78,6 +78,7 @@ class Round:
     chosen_on: list[Predictions]  # of every network
     chosen_labels: Tensor
     measured_on: list[Predictions]
+    measured: Tensor  # indices of these test images
     measured_labels: Tensor
 
 
@@ -116,7 +117,10 @@ def main() -> None:
         if len(paths) < 2:
             raise UserError(f"{args.results[0]} holds {len(paths)} networks of {args.network}: run main_prune.py first")
         splits, root = split_as_before(data, load_checkpoint(paths[0]).data).to(pick_device()), args.results[0]
-        record.write_text(json.dumps(with_times(measured(root, paths, splits), root, splits.test), indent=1))
+        found, pictures = measured(root, paths, splits, data.classes)
+        record.write_text(json.dumps(with_times(found, root, splits.test), indent=1))
+        for name, figure in pictures:
+            figure.savefig(args.out / f"{name}.png", dpi=110)
     found = json.loads(record.read_text())
     text = "\n".join(tables(found))
     (args.out / "study.md").write_text(text)
@@ -134,8 +138,10 @@ def networks(folders: Sequence[Path], data: str, source: str, depth: int) -> lis
     return found
 
 
-def measured(results: Path, paths: Sequence[Path], splits: Splits) -> dict[str, Any]:
-    """The record: single networks, cascades by budget and by share of the FLOPs, what their decisions know."""
+def measured(
+    results: Path, paths: Sequence[Path], splits: Splits, classes: Sequence[str]
+) -> tuple[dict[str, Any], list[tuple[str, Figure]]]:
+    """The record: single networks, cascades by share of the FLOPs, what their decisions know; pictures of one."""
     singles, on_test, on_val = [], [], []
     for path in paths:
         row, predictions = predictions_of(path, splits.test)
@@ -147,19 +153,12 @@ def measured(results: Path, paths: Sequence[Path], splits: Splits) -> dict[str, 
             on_val.append(predictions)
         print(f"{row['name']}: {row['accuracy']:.2%} at {row['gflops']:.4g} GFLOPs", flush=True)
     labels = splits.test.labels.cpu()
-    rounds = (
-        halves(on_test, labels) if splits.val_is_test else [Round(on_val, splits.val.labels.cpu(), on_test, labels)]
-    )
+    rounds = [Round(on_val, splits.val.labels.cpu(), on_test, torch.arange(len(labels)), labels)]
+    if splits.val_is_test:
+        rounds = halves(on_test, labels)
     reference = max(range(len(singles)), key=lambda i: (singles[i]["given"], singles[i]["accuracy"]))
-    searched = [candidates(one_round.chosen_on, one_round.chosen_labels, reference) for one_round in rounds]
+    searched = [candidates(one_round.chosen_on, one_round.chosen_labels) for one_round in rounds]
     whole = singles[reference]["gflops"] * 1e9
-
-    def of_budget(drop: float) -> Row | None:
-        chosen = [
-            cheapest_within(found, one_round.chosen_on, one_round.chosen_labels, reference, drop)
-            for found, one_round in zip(searched, rounds, strict=True)
-        ]
-        return mean_of(chosen, rounds, singles)
 
     def curve(searched: list[list[Candidate]]) -> list[Row]:
         chosen = ((share, [best_under(found, share * whole) for found in searched]) for share in SHARES)
@@ -167,13 +166,27 @@ def measured(results: Path, paths: Sequence[Path], splits: Splits) -> dict[str, 
 
     relatives = {i for i, row in enumerate(singles) if row["family"] == singles[reference]["family"]}
     of_one = [[candidate for candidate in found if relatives.issuperset(candidate.members)] for found in searched]
-    return {
+    record = {
         "reference": singles[reference]["name"],
         "networks": singles,
-        "budgets": [{"drop": drop, **row} for drop in DROPS if (row := of_budget(drop))],
         "curve": curve(searched),
         "one_family": curve(of_one) if len(relatives) < len(singles) else [],
     }
+    return record, pictures_of(best_under(searched[0], DRAWN * whole), rounds[0], splits.test, classes)
+
+
+def pictures_of(
+    candidate: Candidate | None, one_round: Round, test: Images, classes: Sequence[str]
+) -> list[tuple[str, Figure]]:
+    """Which classes, and which of their images, a cascade hands on; nothing of a network alone."""
+    if candidate is None or len(candidate.members) == 1:
+        return []
+    done = outcome(one_round.measured_on, candidate, one_round.measured_labels)
+    hardness = hardness_by_answer(done, one_round.measured_on[candidate.members[0]])
+    return [
+        ("answered_by_class", draw_answered(done, one_round.measured_labels, classes)),
+        *draw_easy_and_hard(test[one_round.measured], hardness, classes),
+    ]
 
 
 def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, Any]:
@@ -233,7 +246,7 @@ def halves(predictions: Sequence[Predictions], labels: Tensor) -> list[Round]:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     one, other = order[: len(labels) // 2], order[len(labels) // 2 :]
     return [
-        Round([part(p, a) for p in predictions], labels[a], [part(p, b) for p in predictions], labels[b])
+        Round([part(p, a) for p in predictions], labels[a], [part(p, b) for p in predictions], b, labels[b])
         for a, b in ((one, other), (other, one))
     ]
 
@@ -263,7 +276,7 @@ def mean_of(chosen: Sequence[Candidate | None], rounds: Sequence[Round], singles
 
 
 def tables(found: dict[str, Any]) -> list[str]:
-    """Markdown: the single networks, and the cascades by budget and by share of the FLOPs."""
+    """Markdown: the single networks, and the cascades by share of the FLOPs."""
     sizes = reference_of(found)["milliseconds"]
     columns = " | ".join(["accuracy", "GFLOPs", "fewer FLOPs", *(f"speed-up, batch {size}" for size in sizes)])
     lines = []
@@ -280,15 +293,14 @@ def rows(found: dict[str, Any], kind: str) -> list[str]:
     """The rows of one of the tables."""
     reference, lines = reference_of(found), []
     for row, following in zip(found[kind], [*found[kind][1:], {}], strict=True):
-        if kind in ("curve", "one_family") and row["chosen"] == following.get("chosen"):
+        if kind in CASCADES and row["chosen"] == following.get("chosen"):
             continue  # fewer FLOPs are enough for the same cascade
         faster = [reference["milliseconds"][size] / taken for size, taken in row["milliseconds"].items()]
         ratios = " | ".join(f"{ratio:.1f}x" for ratio in (reference["gflops"] / row["gflops"], *faster))
         if kind == "networks":
             first, last = row["name"], f"{row['parameters']:,}"
         else:
-            first = f"{100 * row['drop']:.1f}" if kind == "budgets" else f"{row['share']:.1%}"
-            last = members(row)
+            first, last = f"{row['share']:.1%}", members(row)
         lines.append(f"| {first} | {row['accuracy']:.2%} | {row['gflops']:.3f} | {ratios} | {last} |")
     return lines
 

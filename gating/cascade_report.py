@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from gating.cascade_search import Candidate, Outcome, Predictions, frontier
-from gating.pictures import class_means
+from gating.pictures import Hardness, class_means
 
 
 def draw_frontier(found: Sequence[Candidate], chosen: Candidate, floor: float | None) -> Figure:
@@ -50,6 +50,17 @@ def draw_answered(done: Outcome, labels: Tensor, classes: Sequence[str]) -> Figu
     axis.tick_params(axis="y", labelsize=7 if len(classes) > 20 else 9)
     axis.legend(fontsize=8, loc="lower left")
     return figure
+
+
+def hardness_by_answer(done: Outcome, first: Predictions) -> Hardness:
+    """Images that go further are harder; among those of one network, the ones of which the first was less confident."""
+    confidence = first.probabilities.amax(dim=1)
+    captions = [
+        f"network {network}: {share:.0%}"
+        for network, share in zip(done.members_run.tolist(), confidence.tolist(), strict=True)
+    ]
+    title = "answered by the first network  <  class  >  handed on furthest (confidence of the first network)"
+    return Hardness(done.members_run - confidence.double(), captions, title)
 
 
 def answered_by_class(done: Outcome, labels: Tensor, classes: int) -> Tensor:

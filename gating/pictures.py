@@ -1,6 +1,7 @@
 """Pictures of a routed network, as matplotlib figures."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
@@ -37,17 +38,29 @@ def draw_executed(executed: Tensor, flops_all: float) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Hardness:
+    """The order of a picture of easy and hard images."""
+
+    values: Tensor  # [N], the least for the easiest image
+    captions: Sequence[str]  # of the images
+    title: str
+
+
+def hardness_by_flops(executed: Tensor) -> Hardness:
+    """The more FLOPs an image takes, [N], the harder it is."""
+    captions = [f"{flops / 1e6:.2f}" for flops in executed.tolist()]
+    return Hardness(
+        executed, captions, "cheapest test images  <  class  >  most expensive test images (executed MFLOPs)"
+    )
+
+
 def draw_easy_and_hard(
-    images: Images, executed: Tensor, classes: Sequence[str], count: int = 5
+    images: Images, hardness: Hardness, classes: Sequence[str], count: int = 5
 ) -> Iterator[tuple[str, Figure]]:
-    """The cheapest (left) and most expensive (right) images of each class with their executed MFLOPs, page by page.
-
-    Of more than 100 classes the first 100.
-
-    Args:
-        executed: [N], FLOPs.
-    """
-    chosen = list(zip(classes, extremes_by_class(executed, images.labels.cpu(), len(classes), count), strict=True))
+    """The easiest (left) and hardest (right) images of each class, page by page; of more than 100 classes the first."""
+    labels = images.labels.cpu()
+    chosen = list(zip(classes, extremes_by_class(hardness.values, labels, len(classes), count), strict=True))
     firsts = range(0, len(classes), CLASSES_A_PAGE)[:MOST_PAGES]
     for number, first in enumerate(firsts, start=1):
         page = chosen[first : first + CLASSES_A_PAGE]
@@ -61,8 +74,8 @@ def draw_easy_and_hard(
             for start, members in ((0, easy), (count + 1, hard)):
                 for column, i in enumerate(members.tolist(), start):
                     row[column].imshow(images[i : i + 1].pixels[0].cpu().permute(1, 2, 0).numpy())
-                    row[column].set_title(f"{executed[i].item() / 1e6:.2f}", fontsize=7, pad=2)
-        figure.suptitle("cheapest test images  <  class  >  most expensive test images (executed MFLOPs)")
+                    row[column].set_title(hardness.captions[i], fontsize=7, pad=2)
+        figure.suptitle(hardness.title)
         yield ("easy_and_hard" if len(classes) <= CLASSES_A_PAGE else f"easy_and_hard_{number:02d}"), figure
 
 
@@ -92,17 +105,17 @@ def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.stack([values[labels == label].mean(dim=0) for label in range(classes)])
 
 
-def extremes_by_class(executed: Tensor, labels: Tensor, classes: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """For each class the indices of its ``count`` cheapest and ``count`` most expensive images, the extremes first.
+def extremes_by_class(values: Tensor, labels: Tensor, classes: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """For each class the indices of its ``count`` images of least and of greatest value, the extremes first.
 
     Args:
-        executed: [N], FLOPs spent on each image; equal ones keep their order.
+        values: [N]; equal ones keep their order.
         labels: int64 [N].
     """
     result = []
     for label in range(classes):
         members = (labels == label).nonzero().squeeze(1)
-        order = members[executed[members].argsort(stable=True)]
-        reverse = members[executed[members].argsort(stable=True, descending=True)]
+        order = members[values[members].argsort(stable=True)]
+        reverse = members[values[members].argsort(stable=True, descending=True)]
         result.append((order[:count], reverse[:count]))
     return result

@@ -9,6 +9,7 @@ from gating.pictures import (
     draw_executed,
     draw_passing,
     draw_path,
+    hardness_by_flops,
 )
 from training.evaluate import Evaluator
 from training.norms import placed
@@ -33,7 +34,7 @@ def record_routing(run: Run, best: Checkpoint, test: Images, floor: float, devic
     passing = class_means(measured.decisions, labels, len(classes))
     run.picture("passing_by_class", draw_passing(passing, classes))
     run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all))
-    for name, figure in draw_easy_and_hard(test, measured.executed, classes):
+    for name, figure in draw_easy_and_hard(test, hardness_by_flops(measured.executed), classes):
         run.picture(name, figure)
     epochs = [values for values in run.recorded() if "Overview/accuracy_val" in values]
     path = [[values[tag] for values in epochs] for tag in ("Overview/accuracy_val", "Overview/executed_flops")]

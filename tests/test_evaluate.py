@@ -15,6 +15,7 @@ from gating.pictures import (
     draw_easy_and_hard,
     draw_passing,
     extremes_by_class,
+    hardness_by_flops,
 )
 from pruning.changes import ranks_picture
 from training.evaluate import evaluate
@@ -41,7 +42,8 @@ def test_executed_flops_equal_the_counters_over_an_evaluation(stage, gate):
 def test_every_class_has_its_row_on_a_page():
     classes = [f"class {i}" for i in range(23)]
     labels = torch.arange(46) % 23
-    drawn = draw_easy_and_hard(ImageSet(varied_images(46), labels), torch.rand(46).double() * 1e6, classes, count=2)
+    hardness = hardness_by_flops(torch.rand(46).double() * 1e6)
+    drawn = draw_easy_and_hard(ImageSet(varied_images(46), labels), hardness, classes, count=2)
     names, pages = zip(*drawn, strict=True)
     assert names == ("easy_and_hard_01", "easy_and_hard_02", "easy_and_hard_03")
     assert [len(page.axes) // 5 for page in pages] == [CLASSES_A_PAGE, CLASSES_A_PAGE, 3]
@@ -74,7 +76,8 @@ NAME = r"a$\nothing{$b"  # no mathematics that there is
 
 
 def test_names_with_dollar_signs_can_be_drawn():
-    (page,) = draw_easy_and_hard(ImageSet(varied_images(4), torch.arange(4) % 2), torch.rand(4), [NAME, "b"], count=1)
+    given = ImageSet(varied_images(4), torch.arange(4) % 2), hardness_by_flops(torch.rand(4))
+    (page,) = draw_easy_and_hard(*given, [NAME, "b"], count=1)
     layers = ranks_picture([("start", {NAME: (1, 2)})])
     results = results_picture([record("sp", "1", dataset=NAME)])
     for figure in (draw_passing(torch.rand(2, 3), [NAME, "b"]), page[1], results, layers):

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT
+from networks import varied_images
 
 from benchmarks.rival import imported
-from benchmarks.study import Round, accuracies, draw, halves, mean_of, seeds_table, tables
+from benchmarks.study import Round, accuracies, draw, halves, mean_of, pictures_of, seeds_table, tables
 from examples.cifar_resnet import CifarResNet
 from gating.cascade_search import Candidate, Predictions
+from utils.data.images import ImageSet
 
 
 def test_a_network_of_others_is_the_same_as_ours(tmp_path):
@@ -54,20 +56,19 @@ def test_what_is_chosen_on_one_half_is_measured_on_the_other(answer):
     assert found["gflops"] == pytest.approx(sum(spent) / 60, abs=1e-12)
     assert found["chosen"][0]["members"] == ["small", "large"]
     assert mean_of([chosen[0], None], rounds, singles()) is None
-    on_validation = mean_of(chosen[:1], [Round(predictions, labels, predictions, labels)], singles())
+    on_validation = mean_of(chosen[:1], [Round(predictions, labels, predictions, torch.arange(60), labels)], singles())
     assert on_validation["accuracies"] == [on_validation["accuracy"]]
 
 
 def test_tables_and_picture():
     row = {"accuracy": 0.79, "gflops": 1.5, "milliseconds": {"1": 1.25}}
     row["chosen"] = 2 * [{"members": ["small", "large"], "answer": "mean"}]
-    found = {"reference": "large", "networks": singles(), "budgets": [{"drop": 0.01, **row}],
-             "curve": [{"share": 0.6, **row}, {"share": 0.5, **row}], "one_family": []}  # fmt: skip
+    found = {"reference": "large", "networks": singles(), "one_family": []}
+    found["curve"] = [{"share": 0.6, **row}, {"share": 0.5, **row}]
     text = "\n".join(tables(found))
     lines = text.splitlines()
     assert all(lines[i - 1].count("|") == line.count("|") for i, line in enumerate(lines) if line.startswith("|---"))
     assert "| small | 60.00% | 1.000 | 3.0x | 2.0x | 10 |" in text
-    assert "| 1.0 | 79.00% | 1.500 | 2.0x | 1.6x | small, large (mean) |" in text
     assert "| 50.0% | 79.00% | 1.500 | 2.0x | 1.6x | small, large (mean) |" in text
     assert "| 60.0%" not in text and "one network" not in text
     found = {**found, "reference": "resnet56", "networks": [singles()[0], {**singles()[1], "name": "resnet56"}]}
@@ -155,3 +156,18 @@ def test_every_stage_with_and_without_switches_piece_by_piece(tmp_path: Path):
     assert "--gate none" in made[0] and all("bf16" in line for line in made if line.startswith(trained))
     taken = [line.split("\t") for line in (tmp_path / "results" / "commands.tsv").read_text().splitlines()]
     assert [line.replace("'", "").removeprefix("python ").strip() for _, line in taken] == made
+
+
+def test_the_pictures_are_of_the_images_that_were_measured():
+    """Those that the first network keeps come first, then by its confidence."""
+    labels = torch.arange(8) % 2
+    first = torch.tensor([0.9, 0.8, 0.6, 0.7, 0.5, 0.55, 0.95, 0.65])
+    predictions = Predictions(torch.stack([first, 1 - first], dim=1), torch.ones(8).double())
+    measured = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])
+    one_round = Round([], labels, [predictions, predictions], measured, labels[measured])
+    candidate, test = Candidate((0, 1), (0.75,), "last", 0.5, 1.0), ImageSet(varied_images(8), labels)
+    (name, bars), (page, shown) = pictures_of(candidate, one_round, test, ["a", "b"])
+    assert (name, page) == ("answered_by_class", "easy_and_hard") and len(bars.axes) == 1
+    titles = [axis.get_title() for axis in shown.axes if axis.get_title()]
+    assert titles[:4] == ["network 1: 80%", "network 2: 70%", "network 2: 65%", "network 2: 55%"]
+    assert pictures_of(Candidate((0,), (), "last", 0.5, 1.0), one_round, test, ["a", "b"]) == []
