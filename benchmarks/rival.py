@@ -113,4 +113,4 @@ def selecting(shape: torch.Size) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_command(main, goes_on="the same command")
+    run_command(main, goes_on=None)

@@ -5,7 +5,7 @@
 
 Weights are random.  Each network is compressed to a share of its FLOPs, exported, and checked: against the target, the
 shape of its outputs, and ONNX Runtime.  The memory it takes is compared with that of a training step.
-Each measurement has a process of its own.  Finished ones are kept in OUT.jsonl, so that the same command goes on; the
+Each measurement has a process of its own.  Finished ones are kept in OUT.jsonl, so that the same command continues; the
 table is written to OUT.md.
 """
 
@@ -174,4 +174,4 @@ def table(rows: list[dict[str, Any]], share: float) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on="the same command")

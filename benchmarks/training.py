@@ -166,7 +166,7 @@ class Stages:
 
 
 def table(timings: dict[str, Timing], images: int) -> str:
-    """Markdown: images a second, and the ratio to what a stage stands against."""
+    """Markdown: images per second, and the ratio to what a stage is compared with."""
     lines = ["| training | images per second (quartiles) | against | ratio |", "|---|---|---|---|"]
     for name, timing in timings.items():
         rate, low, high = (images / t for t in (timing.median, timing.upper_quartile, timing.lower_quartile))

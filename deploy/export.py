@@ -30,14 +30,14 @@ from utils.data.images import Images
 from utils.errors import UserError, run_command
 from utils.files import atomic_write
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
-from utils.settings import image_type, number
+from utils.settings import Parser, image_type, number
 from utils.sizes import Size, height_width
 
 CHECKED_IMAGES = 256
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Export a checkpoint to ONNX.", allow_abbrev=False)
+    parser = Parser("Export a checkpoint to ONNX.")
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="checkpoint of any stage")
     add("--network", nargs="+", default=[], help=NETWORK_HELP)

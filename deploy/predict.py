@@ -23,6 +23,7 @@ from models import allow
 from utils.data.images import read_image
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import load_checkpoint
+from utils.settings import Parser
 from utils.sizes import height_width
 
 # uint8 [1, 3, H, W] to logits [classes] and decisions [K]; K is 0 for a network without switches.
@@ -30,7 +31,7 @@ Classifier = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Classify images.", allow_abbrev=False)
+    parser = Parser("Classify images.")
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--checkpoint", type=Path, help="checkpoint of any stage")
     network.add_argument("--onnx", type=Path, help="folder written by python -m deploy.export")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which takes every second pixel and adds channels of zeros if need be."""
+    """Two 3x3 convolutions beside a shortcut that takes every second pixel and adds channels of zeros where needed."""
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__()

@@ -1,1 +1,1 @@
-"""Switches: REINFORCE, steering, operating point, fixing, routing pictures."""
+"""Switches: REINFORCE, steering, operating point, fixing, routing pictures; and the search for a cascade."""

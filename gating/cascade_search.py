@@ -60,7 +60,7 @@ def outcome(predictions: Sequence[Predictions], candidate: Candidate, labels: Te
 def candidates(predictions: Sequence[Predictions], labels: Tensor, reference: int | None = None) -> list[Candidate]:
     """Every network alone, and of every pair and triple the cascades that no other of the same networks beats.
 
-    That is in accuracy at fewer FLOPs or, with a ``reference``, in how surely it is as accurate as that network.
+    That is in accuracy at fewer FLOPs or, with a ``reference``, in its margin over that network (``_points``).
 
     Exact for pairs: every number of images that can be handed on is tried.  For triples the first member hands on one
     of ``LEVELS`` numbers of images, spread evenly, and the second again every number of those.
@@ -93,9 +93,9 @@ def _alone(index: int, network: Predictions, labels: Tensor) -> Candidate:
 
 
 def _points(networks: Sequence[Predictions], answer: str, labels: Tensor, expected: Tensor | None) -> Tensor:
-    """Cascades of two or three networks, one row each: accuracy, FLOPs, surety and the thresholds, in float64.
+    """Cascades of two or three networks, one row each: accuracy, FLOPs, margin and the thresholds, in float64.
 
-    Surety is by how much accuracy exceeds that of the reference, less the standard error of this difference; the
+    The margin is by how much accuracy exceeds that of the reference, less the standard error of this difference; the
     accuracy itself without ``expected``, whether the reference is right, [N].
     """
     given = [network.probabilities for network in networks]
@@ -122,17 +122,17 @@ def _points(networks: Sequence[Predictions], answer: str, labels: Tensor, expect
         reached, start = reached[:, order], start.sum(dim=2)[:, :, None]
     n = len(labels)
     accuracy, flops, differ = (start + (gains[:, None] * reached).cumsum(dim=2))[:, :, cuts] / n
-    surety = accuracy
+    margin = accuracy
     if expected is not None:
         gain = accuracy - expected.mean()
-        surety = gain - ((differ - gain.square()).clamp(min=0) / (n - 1)).sqrt()
+        margin = gain - ((differ - gain.square()).clamp(min=0) / (n - 1)).sqrt()
     # Of each level only the undominated ones, so that few points are left to compare.
-    better = _rising(accuracy) | _rising(surety)
+    better = _rising(accuracy) | _rising(margin)
     level, cut = better.nonzero(as_tuple=True)
     found = [
         accuracy[better],
         flops[better],
-        surety[better],
+        margin[better],
         *([] if first is None else [first[level]]),
         thresholds[cut],
     ]

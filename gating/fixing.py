@@ -9,7 +9,7 @@ from gating.steering import Budget
 from models import ResNet, build_network
 from training.evaluate import Evaluation
 
-BEFORE_FIXING = "unsettled.pt"  # file of stage 3's chosen network before switches were fixed
+BEFORE_FIXING = "before_fixing.pt"  # file of stage 3's chosen network before switches were fixed
 # What a switch costs, as a share of the executed FLOPs: its step of the gate; its test, gathering and scattering.
 # Measured are 1 to 4 % of the time for both together (docs/notebook.md): the cheaper the blocks, the more.
 STEP_COST = TEST_COST = 0.005

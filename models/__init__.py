@@ -1,4 +1,7 @@
-"""The switched CIFAR ResNet, its gates and its low-rank layers.  Nothing here knows of training or pruning."""
+"""The switched CIFAR ResNet, its gates and low-rank layers; cascades; networks of users.
+
+Nothing here knows of training or pruning.
+"""
 
 from models.build import CASCADE, build_network
 from models.cascade import Cascade, Member

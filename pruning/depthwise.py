@@ -1,4 +1,4 @@
-"""The depthwise separable form of a layer: 1x1, one filter a channel, 1x1.
+"""The depthwise separable form of a layer: 1x1, one filter per channel, 1x1.
 
 The kernel becomes a sum of R terms u_k v_k^T d_kt: the input is mixed by V^T into R channels, each is filtered by its
 own d_k, and U mixes the results.  Source: EigenDamage (arXiv:1905.05934), the depthwise separable form of its appendix.

@@ -1,6 +1,6 @@
 """Refit of rebuilt layers: least squares towards the outputs of the unpruned network.
 
-A form of a layer (``pruning.tucker``, say) is the best one in K-FAC's model, which treats the taps of a patch as
+A form of a layer (see ``pruning.tucker``) is the best one in K-FAC's model, which treats the taps of a patch as
 uncorrelated and every layer on its own.  Here the layers are refitted from the input on.  Each is fitted from the
 patches that it really gets, from the refitted layers before it, to the outputs of the unpruned network for the same
 images; so it compensates for correlated taps and for the losses of the layers before it.  Source: the reconstruction of

@@ -60,7 +60,7 @@ class MakesAFolder:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with 40 training and 10 test images a class."""
+    """A data folder with 40 training and 10 test images per class."""
     return write_shapes(tmp_path_factory.mktemp("data") / "shapes", {"train": 40, "test": 10})
 
 

@@ -43,7 +43,7 @@ def test_files_of_a_run(chain: Path, stage: str):
     expected = {"arguments.json", "log.txt", "metrics.jsonl", "record.json", "results.png", ".lock", BEST, LAST}
     routing = {f"{picture}.png" for picture in ROUTING}
     own = {"sp": set(), "pruned": iterations | bases | {"ranks.png"}, "rl_pruned": routing | {"routing.json"}}
-    settled = {"unsettled.pt"} if load_checkpoint(folder / "best.pt").architecture.get("fixed_switches") else set()
+    settled = {"before_fixing.pt"} if load_checkpoint(folder / "best.pt").architecture.get("fixed_switches") else set()
     assert names == expected | own[stage] | settled
     asked = json.loads((folder / "arguments.json").read_text())
     assert (asked["depth"], asked["seed"], asked["result_dir"]) == (8, 0, str(chain))
@@ -123,9 +123,9 @@ def test_recorded_figures_come_out_again(chain: Path, shapes: Path, index: int):
     gflops, gflops_all = (counter.get_total_flops() / len(files) / 1e9 for counter in (executed, everything))
     left = [block for block, on in network.architecture["fixed_switches"].items() if on == 0]
     if left:  # they count as skipped, though they are gone
-        unsettled = load_network(path.with_name("unsettled.pt"))
+        whole = load_network(path.with_name("before_fixing.pt"))
         with torch.no_grad(), FlopCounterMode(display=False) as before:
-            unsettled(images, decide=all_on)
+            whole(images, decide=all_on)
         counts = before.get_flop_counts()
         residuals = [counts[f"ResNet.{block}.{conv}"] for block in left for conv in ("conv1", "conv2")]
         gflops_all += sum(sum(residual.values()) for residual in residuals) / len(files) / 1e9
@@ -228,7 +228,7 @@ def test_other_data_of_the_same_name_and_classes(stage, resumed, chain, shapes, 
 
 @pytest.mark.parametrize(
     ("gate", "message"),
-    [("none", "has no switches to train"), ("rnn", "has no switch that still decides: give the unsettled.pt")],
+    [("none", "has no switches to train"), ("rnn", "has no switch that still decides: give the before_fixing.pt")],
 )
 def test_where_no_switch_decides_none_can_be_taught(gate, message, chain, shapes, tmp_path, capsys):
     pruned = load_checkpoint(source_of(chain, "rl_pruned"))

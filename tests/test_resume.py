@@ -117,7 +117,7 @@ def test_a_finished_run_only_reports_again(stage: str, copied: Path, shapes: Pat
 
 
 def test_a_run_that_ended_while_switches_were_fixed_fixes_them_alike(chain: Path, copied: Path, shapes: Path):
-    """Between its two saves: ``unsettled.pt`` is written, ``best.pt`` is as it was."""
+    """Between its two saves: ``before_fixing.pt`` is written, ``best.pt`` is as it was."""
     folder = run_folder(copied, "rl_pruned")
     shutil.copyfile(folder / BEFORE_FIXING, folder / BEST)
     call_stage("rl_pruned", [*arguments("rl_pruned", shapes, copied), "--resume"])

@@ -164,7 +164,7 @@ def _recorder(name: str, layers: dict[str, LayerCost]):
         else:
             weights = [module.weight_ih, module.weight_hh]
         flops = 2 * sum(weight.numel() for weight in weights) * positions_out
-        before = layers.get(name)  # the LSTM runs once a switch: its FLOPs add up, its parameters do not
+        before = layers.get(name)  # the LSTM runs once per switch: its FLOPs add up, its parameters do not
         layers[name] = LayerCost(parameters, flops + (before.flops if before else 0), positions_in, positions_out)
 
     return record

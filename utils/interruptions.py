@@ -43,8 +43,8 @@ def prepare(goes_on: str | None = WITH_RESUME) -> None:
 def _end(sentence: str, number: int, frame: FrameType | None) -> None:
     """End at once, wherever the program is: all that is saved is written whole or not at all.
 
-    An exception is of no use here.  Finalizers, callbacks and C++ code swallow it or make another of it, and a second
-    signal would interrupt what the first has begun.
+    An exception is of no use here.  Finalizers, callbacks and C++ code swallow it or turn it into another one, and a
+    second signal would interrupt what the first has begun.
     """
     _ignore_signals()
     with suppress(OSError):  # not ``print``, which may have been interrupted

@@ -1,4 +1,4 @@
-"""What is so for a while: hooks on modules, evaluation mode, frozen parameters, plain attention; and copies."""
+"""Temporary states: hooks on modules, evaluation mode, frozen parameters; and copies."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from utils.errors import UserError
 
-# How long processes wait for one that is busy: with reading images, say, or with measuring networks.
+# How long processes wait for one that is busy: for example with reading images, or with measuring networks.
 PATIENCE = timedelta(hours=2)
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def rank() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Whether this is the process that writes files and logs."""
     return rank() == 0
 
 

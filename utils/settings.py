@@ -154,13 +154,19 @@ def defaults(cls: type) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not MISSING}
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, but no empty ones."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default in (None, "", (), []) or isinstance(action.default, bool)
+        return action.help if empty else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in one sentence, as all other errors."""
 
     def __init__(self, description: str, hint: str = "--help lists the flags"):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
         self.hint = hint
 
     def error(self, message: str) -> None:

@@ -1,1 +1,1 @@
-"""From files to batches: finding, decoding, caching, splitting, augmenting and normalising images."""
+"""From files to batches: finding, decoding, splitting, augmenting and normalising images."""

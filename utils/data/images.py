@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.sizes import Size, height_width
 
 BITS_PER_SAMPLE = 258  # tag of a TIFF
-SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit images Pillow may give 32 bits a pixel
+SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit images Pillow may give 32 bits per pixel
 AHEAD = 3  # batches that are fetched while one is trained on
 
 

@@ -29,7 +29,7 @@ FORMAT = "switched-resnet-checkpoint-1"
 class Checkpoint:
     """One saved network."""
 
-    stage: str  # "sp", "pruned" or "rl_pruned"
+    stage: str  # "sp", "pruned", "rl_pruned" or "cascade"
     architecture: dict[str, Any]  # arguments of models.build_network
     weights: dict[str, Tensor]
     normalisation: dict[str, list[float]]  # mean and std of the training images

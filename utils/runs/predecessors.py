@@ -197,7 +197,8 @@ def _check(path: Path, checkpoint: Checkpoint, settings: Any, data: DataSet, swi
         raise UserError(f"checkpoint {path} has no switches to train: train stage 1 with --gate rnn, ff1 or ff2")
     if switched and not network.free_switches:
         raise UserError(
-            f"checkpoint {path} has no switch that still decides: give the unsettled.pt beside it, or one of stage 2"
+            f"checkpoint {path} has no switch that still decides: give the before_fixing.pt beside it, or one of stage "
+            "2"
         )
 
 

@@ -75,7 +75,7 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
     lock = FileLock(result_dir / LOCK, timeout=PATIENCE)
     try:
         lock.acquire()
-    except (OSError, NotImplementedError) as error:  # running out of patience is an OSError, too
+    except (OSError, NotImplementedError) as error:  # a timeout is an OSError, too
         say(f"{result_dir} cannot be locked ({error}): results.md may lack a row until the next run ends")
     try:
         yield

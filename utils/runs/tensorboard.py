@@ -32,7 +32,7 @@ Charts = Mapping[str, Mapping[str, Sequence[str]]]  # section, chart, and regula
 class TensorBoard:
     """The event file of a run.  Each event is written whole, or raises OSError and is missing.
 
-    ``SummaryWriter`` writes in a thread, which a full disk ends for good, with a traceback.
+    ``SummaryWriter`` writes in a thread, which a full disk ends with a traceback.
 
     Args:
         purge_after: what was shown of later steps before is forgotten; None for a new run.
