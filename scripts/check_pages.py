@@ -34,7 +34,8 @@ FLAGS = {
     "main_rl_prune.py": main_rl_prune.Settings,
     "main_cascade.py": main_cascade.Settings,
 }
-RESULTS, STUDY = ROOT / "docs" / "results", ROOT / "docs" / "study.md"
+RESULTS = ROOT / "docs" / "results"
+STUDY = [ROOT / "docs" / name for name in ("study.md", "measurements.md")]  # the pages with its tables
 # The rows of README's results table: where the records of the study have them.
 CIFAR_10, CIFAR_100 = RESULTS / "yardstick" / "study.json", RESULTS / "cifar100" / "study.json"
 ROWS = {
@@ -161,8 +162,8 @@ def wrong_figures() -> list[str]:
 
 
 def missing_rows() -> list[str]:
-    """Rows of the records' tables that the page of the study does not have as they are."""
-    page = STUDY.read_text()
+    """Rows of the records' tables that the pages of the study do not have as they are."""
+    page = "".join(page.read_text() for page in STUDY)
     studies, chains = (
         [json.loads(path.read_text()) for path in sorted(RESULTS.rglob(name))] for name in ("study.json", "record.json")
     )
@@ -178,7 +179,7 @@ def main() -> None:
     faults += [f"{page.name}: no link leads here from README" for page in unreachable()]
     faults += [f"{page.name}: {shlex.join(c)}: {why}" for page in PAGES for c in commands(page) if (why := refusal(*c))]
     faults += [f"README.md: {row}" for row in wrong_figures()]
-    faults += [f"study.md lacks {row}" for row in missing_rows()]
+    faults += [f"study.md and measurements.md lack {row}" for row in missing_rows()]
     print("\n".join(faults) or "links, pages, commands and figures are in order")
     sys.exit(bool(faults))
 
