@@ -68,6 +68,8 @@ STYLES = [("#0072b2", "o"), ("#e69f00", "s"), ("#009e73", "^"), ("#d55e00", "v")
 # Places beside the points, by their fewer FLOPs; of two points with one label between them the second has none.
 LABELS = {2.13: (-14, -10), 2.57: None, 2.0: (6, -2), 3.9: (-22, -3)}
 
+OF_ALL = "cascades of all"
+
 Row = dict[str, Any]
 
 
@@ -343,8 +345,7 @@ def draw(found: dict[str, Any]) -> Figure:
     for name, points in PUBLISHED.items() if found["reference"] == YARDSTICK else ():
         for accuracy, times, _ in points:
             at = (reference["gflops"] / times, accuracy)
-            label = "published" if name == "PPSM" else None
-            by_flops.plot(*at, marker="x", color="#7f7f7f", linestyle="none", label=label)
+            by_flops.plot(*at, marker="x", color="#7f7f7f", linestyle="none")
             if place := LABELS.get(times, (5, -9)):
                 by_flops.annotate(name, at, place, textcoords="offset points", fontsize=7)
     best_accuracy = 100 * max(row["accuracy"] for row in [*found["networks"], *found["curve"]])
@@ -354,20 +355,34 @@ def draw(found: dict[str, Any]) -> Figure:
         ylim=(best_accuracy - 5, best_accuracy + 0.6),
     )
     by_time.set(xlabel="milliseconds for one image, ONNX Runtime, one CPU thread (log scale)")
-    by_flops.legend(fontsize=7, loc="lower right")
+    label_curves(by_flops)
     return figure
+
+
+def label_curves(axis: Axes) -> None:
+    """Names at the curves: of networks at the expensive end, of cascades at the cheap one, where they lie alone."""
+    for line in axis.lines:
+        name, (x, y) = line.get_label(), line.get_xydata()[-1]
+        place = {"xytext": (6, -3)}
+        if name.startswith("_"):  # no name of ours
+            continue
+        if name.startswith("cascades"):
+            x, y = line.get_xydata()[0]
+            place = {"xytext": (-7, -3), "ha": "right"} if name == OF_ALL else {"xytext": (7, -12)}
+        axis.annotate(name, (x, y), textcoords="offset points", fontsize=8, color=line.get_color(), **place)
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, 1.4 * high)
 
 
 def draw_panel(axis: Axes, found: dict[str, Any], cost: Callable[[Row], float], line: str) -> None:
     """Accuracy against a cost: a series for each family of networks, and for the cascades."""
     series: dict[str, list[Row]] = {}
     for row in found["networks"]:
-        pruned = "" if "switches" in row["family"] else ", pruned statically"
-        series.setdefault(row["family"] + pruned, []).append(row)
+        series.setdefault(row["family"], []).append(row)
     styles = [*STYLES[: len(series)], ("black", "D"), ("#888888", "d")]
-    series["cascades of these"] = found["curve"]
+    series[OF_ALL] = found["curve"]
     if found["one_family"]:
-        series[f"cascades of {found['reference']} and its pruned versions"] = found["one_family"]
+        series[f"cascades of {found['reference']}\nand its pruned versions"] = found["one_family"]
     for (label, rows), (colour, marker) in zip(series.items(), styles, strict=False):
         rows = sorted(rows, key=lambda row: row["gflops"])
         style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1, "linestyle": line, "label": label}

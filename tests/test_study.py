@@ -74,8 +74,8 @@ def test_tables_and_picture():
     found = {**found, "reference": "resnet56", "networks": [singles()[0], {**singles()[1], "name": "resnet56"}]}
     found["one_family"] = found["curve"][1:]
     assert tables(found)[-2].startswith("| 50.0% | 79.00%")
-    labels = [line.get_label() for line in draw(found).axes[0].lines]
-    assert {"cascades of these", "cascades of resnet56 and its pruned versions"} < {*labels} and "published" in labels
+    labels = {text.get_text() for text in draw(found).axes[0].texts}
+    assert {"small", "large", "cascades of all", "cascades of resnet56\nand its pruned versions", "DepGraph"} <= labels
 
 
 def test_seeds_are_compared_network_by_network():
