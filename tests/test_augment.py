@@ -23,7 +23,7 @@ def test_crop_and_flip_is_torchvisions_pad_crop_and_hflip():
     top, left = (grid.flatten() for grid in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"))
     mirrored = torch.rand(81, generator=torch.manual_seed(1)) < 0.5
     pixels = random_pixels(81, height, width)
-    result = crop_and_flip(pixels, torch.arange(81), top, left, mirrored)
+    result = crop_and_flip(pixels, top, left, mirrored)
     for i in range(81):
         expected = reference.pad(pixels[i], [PADDING] * 4, fill=0)
         expected = reference.crop(expected, top[i].item(), left[i].item(), height, width)
@@ -39,7 +39,7 @@ def test_offsets_are_uniform_and_half_of_the_images_are_mirrored(flip: bool):
     pixels = torch.zeros(n, 3, 16, 16, dtype=torch.uint8)
     pixels[:, :, 8, 8], pixels[:, :, 8, 9] = 200, 100
     top, left, mirrored = draw_crops(n, torch.Generator().manual_seed(0), flip).unbind(1)
-    result = crop_and_flip(pixels, torch.arange(n), top, left, mirrored == 1)[:, 0]
+    result = crop_and_flip(pixels, top, left, mirrored == 1)[:, 0]
     bright, dim = ((result == value).flatten(1).int().argmax(dim=1) for value in (200, 100))
     row, column = bright // 16, bright % 16
     mirrored = dim < bright

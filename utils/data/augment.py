@@ -56,16 +56,15 @@ def draw_crops(images: int, generator: torch.Generator, flip: bool) -> Tensor:
     return torch.stack([*offsets, mirrored.long()], dim=1)
 
 
-def crop_and_flip(pixels: Tensor, number: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+def crop_and_flip(pixels: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
     """Pad each image [3, H, W] by 4 black pixels, crop it at (top, left) and mirror the marked ones.
 
     Args:
         pixels: uint8 [N, 3, H, W].
-        number: int64 [N], 0 to N - 1: made once, which saves a launch in each batch.
         top, left: int64 [N] in 0..8.
         mirrored: boolean [N].
     """
     height, width = pixels.shape[2:]
     windows = F.pad(pixels, (PADDING,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, [N, 3, 9, 9, H, W]
-    cropped = windows[number, :, top, left]
+    cropped = windows[torch.arange(len(pixels), device=pixels.device), :, top, left]
     return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)

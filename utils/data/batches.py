@@ -219,11 +219,10 @@ class TrainingBatches:
         # Copied to a GPU at once for the epoch, since each copy waits for the GPU.
         labels = _labels(images)[order.to(images.device)].split([len(group) for group in groups])
         offsets, mirrored = torch.cat([part(crop) for crop in crops]).to(images.device).split([2, 1], dim=1)
-        numbers = torch.arange(max(len(group) for group in local), device=images.device)
         crops = (t.split([len(group) for group in local]) for t in (offsets, mirrored.squeeze(1) == 1))
         normalise = self.normalisation.on(images.device)
         for pixels, offset, mirror, whole_labels in zip(images.batches(local), *crops, labels, strict=True):
-            yield normalise(crop_and_flip(pixels, numbers[: len(pixels)], *offset.unbind(1), mirror)), whole_labels
+            yield normalise(crop_and_flip(pixels, *offset.unbind(1), mirror)), whole_labels
 
 
 def plain_batches(images: Images, batch_size: int, normalisation: Normalisation) -> Iterator[tuple[Tensor, Tensor]]:
