@@ -267,6 +267,7 @@ def mean_of(chosen: Sequence[Candidate | None], rounds: Sequence[Round], singles
     first, candidate = rounds[0], chosen[0]
     return {
         "accuracy": sum(accuracies) / len(rounds),
+        "accuracy_where_chosen": mean(candidate.accuracy for candidate in chosen),
         "gflops": sum(one.executed.mean().item() for one in done) / len(rounds) / 1e9,
         "chosen": [
             {"members": [singles[i]["name"] for i in c.members], "thresholds": c.thresholds, "answer": c.answer}
@@ -280,13 +281,15 @@ def mean_of(chosen: Sequence[Candidate | None], rounds: Sequence[Round], singles
 def tables(found: dict[str, Any]) -> list[str]:
     """Markdown: the single networks, and the cascades by share of the FLOPs."""
     sizes = reference_of(found)["milliseconds"]
-    columns = " | ".join(["accuracy", "GFLOPs", "fewer FLOPs", *(f"speed-up, batch {size}" for size in sizes)])
+    columns = " | ".join(["GFLOPs", "fewer FLOPs", *(f"speed-up, batch {size}" for size in sizes)])
     lines = []
     for kind, first in {"networks": "network", **CASCADES}.items():
         if not found[kind]:
             continue
-        last = "parameters" if kind == "networks" else "members, answer"
-        header = f"| {first} | {columns} | {last} |"
+        shown, last = "accuracy", "parameters"
+        if kind in CASCADES:
+            shown, last = "accuracy | where chosen", "members, answer"
+        header = f"| {first} | {shown} | {columns} | {last} |"
         lines += [header, "|---" * (header.count("|") - 1) + "|", *rows(found, kind), ""]
     return lines
 
@@ -299,11 +302,13 @@ def rows(found: dict[str, Any], kind: str) -> list[str]:
             continue  # fewer FLOPs are enough for the same cascade
         faster = [reference["milliseconds"][size] / taken for size, taken in row["milliseconds"].items()]
         ratios = " | ".join(f"{ratio:.1f}x" for ratio in (reference["gflops"] / row["gflops"], *faster))
+        shown = f"{row['accuracy']:.2%}"
         if kind == "networks":
             first, last = row["name"], f"{row['parameters']:,}"
         else:
             first, last = f"{row['share']:.1%}", members(row)
-        lines.append(f"| {first} | {row['accuracy']:.2%} | {row['gflops']:.3f} | {ratios} | {last} |")
+            shown += f" | {row['accuracy_where_chosen']:.2%}"
+        lines.append(f"| {first} | {shown} | {row['gflops']:.3f} | {ratios} | {last} |")
     return lines
 
 

@@ -43,12 +43,12 @@ def draw_answered(done: Outcome, labels: Tensor, classes: Sequence[str]) -> Figu
     axis = figure.subplots()
     left = torch.zeros(len(classes))
     for member, share in enumerate(shares[order].t(), start=1):
-        axis.barh([classes[i] for i in order], share, left=left, label=f"member {member}")
+        axis.barh([classes[i] for i in order], share, left=left, label=f"network {member}")
         left = left + share
-    axis.set(xlabel="share of test images that each member answers", xlim=(0, 1))
+    axis.set(xlabel="share of the test images that each network answers", xlim=(0, 1))
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.tick_params(axis="y", labelsize=7 if len(classes) > 20 else 9)
-    axis.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside upper center", ncols=shares.shape[1], frameon=False)
     return figure
 
 

@@ -281,6 +281,36 @@ def test_layers_predicted_one_by_one_rise_as_much_as_together(monkeypatch: pytes
     torch.testing.assert_close(*rises, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("fails_in_pass", [1, 2, 3])
+def test_after_an_exception_the_network_is_as_it_was(fails_in_pass: int):
+    """In the survey, in the factors, and in the prediction."""
+    network, passes = Network().train(), []
+    network.one.weight.requires_grad_(False)
+    network.two.eval()
+    before = copy.deepcopy(network.state_dict())
+
+    def loss_fn(outputs, labels):
+        passes.append(len(labels))
+        if len(passes) > (0, 1, 1 + len(images()))[fails_in_pass - 1]:
+            raise ValueError("no loss")
+        return F.cross_entropy(outputs, labels, reduction="none")
+
+    with pytest.raises(ValueError, match="no loss"):
+        compress(network, images, flops=0.6, round_to=4, loss_fn=loss_fn)
+    assert network.training and network.one.training and not network.two.training
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["one.weight"]
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in network.modules())
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_a_compressed_network_is_compiled_in_one_graph():
+    smaller = compress(Network(), images, flops=0.6, round_to=4).eval()
+    x = images()[0][0]
+    compiled = torch.compile(smaller, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), smaller(x), rtol=0, atol=0)
+
+
 def test_edits_that_do_not_fit_are_one_sentence():
     edit = {"name": "layer1.0.conv1", "form": "tucker", "ranks": [4, 4], "bias": False}
     with pytest.raises(UserError, match="the edits name the layer 'layer9'"):

@@ -18,7 +18,7 @@ import main_rl_prune
 import main_sp
 from pruning.settings import PruneSettings
 from scripts import check_pages, draw_idea
-from scripts.check_pages import FLAGS, README, commands, refusal
+from scripts.check_pages import FLAGS, PAGES, README, commands, refusal
 from utils.settings import TrainingSettings
 
 KEPT_PICTURE = ROOT / "docs" / "idea.png"
@@ -112,6 +112,18 @@ def test_the_readme_s_commands_for_a_laptop_export_and_predict(tmp_path, monkeyp
     names = {"images": np.zeros((3, 3, 32, 32), np.uint8)}
     exec(re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)[1], names)
     assert names["outputs"]["logits"].shape == (3, 100)
+
+
+def test_the_pages_commands_that_need_this_repository_only_run_as_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    given = [c[2:] for page in PAGES for c in commands(page) if c[:2] == ["python", "-m"] and "--data_dir" not in c]
+    given = [c for c in given if "docs/" in " ".join(c) and c[0] != "benchmarks.inference"]  # which takes minutes
+    assert {c[0] for c in given} == {"deploy.export", "deploy.predict", "benchmarks.study"}
+    for module, *arguments in given:
+        call(importlib.import_module(module), *arguments)
+    assert "resnet56 at 25%" in capsys.readouterr().out
 
 
 def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(tmp_path, monkeypatch):

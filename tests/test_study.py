@@ -54,6 +54,7 @@ def test_what_is_chosen_on_one_half_is_measured_on_the_other(answer):
     found = mean_of(chosen, rounds, singles())
     assert found["accuracy"] == pytest.approx(sum(right).item() / 60, abs=1e-12)
     assert found["gflops"] == pytest.approx(sum(spent) / 60, abs=1e-12)
+    assert found["accuracy_where_chosen"] == 0.5, "as the search promised"
     assert found["chosen"][0]["members"] == ["small", "large"]
     assert mean_of([chosen[0], None], rounds, singles()) is None
     on_validation = mean_of(chosen[:1], [Round(predictions, labels, predictions, torch.arange(60), labels)], singles())
@@ -61,7 +62,7 @@ def test_what_is_chosen_on_one_half_is_measured_on_the_other(answer):
 
 
 def test_tables_and_picture():
-    row = {"accuracy": 0.79, "gflops": 1.5, "milliseconds": {"1": 1.25}}
+    row = {"accuracy": 0.79, "accuracy_where_chosen": 0.8, "gflops": 1.5, "milliseconds": {"1": 1.25}}
     row["chosen"] = 2 * [{"members": ["small", "large"], "answer": "mean"}]
     found = {"reference": "large", "networks": singles(), "one_family": []}
     found["curve"] = [{"share": 0.6, **row}, {"share": 0.5, **row}]
@@ -69,7 +70,7 @@ def test_tables_and_picture():
     lines = text.splitlines()
     assert all(lines[i - 1].count("|") == line.count("|") for i, line in enumerate(lines) if line.startswith("|---"))
     assert "| small | 60.00% | 1.000 | 3.0x | 2.0x | 10 |" in text
-    assert "| 50.0% | 79.00% | 1.500 | 2.0x | 1.6x | small, large (mean) |" in text
+    assert "| 50.0% | 79.00% | 80.00% | 1.500 | 2.0x | 1.6x | small, large (mean) |" in text
     assert "| 60.0%" not in text and "one network" not in text
     found = {**found, "reference": "resnet56", "networks": [singles()[0], {**singles()[1], "name": "resnet56"}]}
     found["one_family"] = found["curve"][1:]
