@@ -167,10 +167,10 @@ def checkpoint_of(networks: Found, chosen: Candidate, settings: Settings) -> Che
         chosen.thresholds,
         chosen.answer,
     )
-    described = networks[reference_of(networks)][1]
-    every = network_cost(network, described.data["image_size"]).flops
+    reference = networks[reference_of(networks)][1]
+    every = network_cost(network, reference.data["image_size"]).flops
     return replace(
-        described,
+        reference,
         stage="cascade",
         architecture=network.architecture,
         weights=network.state_dict(),

@@ -136,7 +136,7 @@ class Stage:
 
     @property
     def start(self) -> Checkpoint:
-        return self.keeper.described
+        return self.keeper.template
 
     @property
     def budget(self) -> Budget:

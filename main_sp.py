@@ -36,7 +36,7 @@ from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import run_command
 from utils.flops import NetworkCost, network_cost
-from utils.runs.checkpoint import Checkpoint, check_data, data_entry, describe
+from utils.runs.checkpoint import Checkpoint, check_data, data_entry, plain_normalisation
 from utils.runs.keeper import Keeper, Progress
 from utils.runs.run import LastRun, find_last_run, open_run, stage_folder
 from utils.settings import MOST_CHANNELS, TrainingSettings, parse_flags, setting
@@ -135,7 +135,7 @@ def first_checkpoint(
         stage="sp",
         architecture={},  # the keeper fills in what belongs to the network
         weights={},
-        normalisation=describe(normalisation),
+        normalisation=plain_normalisation(normalisation),
         classes=list(data.classes),
         data=data_entry(settings, data.name, splits.identity),
         metrics={"accuracy": 0.0, "computation": 1.0},

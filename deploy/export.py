@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deploy.exported import exported_model
-from deploy.labels import INT8, LABELS, NETWORK, NETWORK_HELP, describe
+from deploy.labels import INT8, LABELS, NETWORK, NETWORK_HELP, labels_of
 from deploy.session import ExportedNetwork, check_session, open_session
 from gating.fixing import fixed_blocks_text
 from models import ResNet, allow
@@ -63,7 +63,7 @@ def main() -> None:
         data = load_data(args.data_dir, args.img_type, size, args.num_workers)
         check_data(checkpoint, data, size)
     pixels = random_pixels(CHECKED_IMAGES, size) if data is None else data.test[:CHECKED_IMAGES].pixels
-    labels = describe(checkpoint, network)
+    labels = labels_of(checkpoint, network)
     models = {NETWORK: exported_model(network, checkpoint.normaliser(), size)}
     onnx.checker.check_model(models[NETWORK], full_check=True)
     deviation = check_session(open_session(models[NETWORK]), network, checkpoint.normaliser(), pixels, NETWORK)

@@ -31,8 +31,8 @@ def exported_model(
         finish: applied to the graph, or to that of each member: for example ``deploy.int8.quantised``.
     """
     if isinstance(network, Cascade):
-        described = network.architecture["members"]
-        expected = [Normalisation(tuple(member["mean"]), tuple(member["std"])) for member in described]
+        members = network.architecture["members"]
+        expected = [Normalisation(tuple(member["mean"]), tuple(member["std"])) for member in members]
         graphs = [
             exported_model(member, own, image_size, switches, finish)
             for member, own in zip(network.members, expected, strict=True)

@@ -32,7 +32,7 @@ class Labels:
     members: list[float]  # of a cascade: FLOPs of each with every block run
 
 
-def describe(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
+def labels_of(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
     """The content of labels.json: classes, image size, FLOPs of one image, origin of the network."""
     size = checkpoint.data["image_size"]
     cost = network_cost(network, size)

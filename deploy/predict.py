@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deploy.graphs import DECISIONS, IMAGES, LOGITS
-from deploy.labels import NETWORK, NETWORK_HELP, Labels, describe, read_labels
+from deploy.labels import NETWORK, NETWORK_HELP, Labels, labels_of, read_labels
 from deploy.session import open_session, run_session
 from models import allow
 from utils.data.images import read_image
@@ -69,7 +69,7 @@ def from_checkpoint(path: Path) -> tuple[Classifier, Labels]:
     """The network of a checkpoint, run by PyTorch; skipped blocks are not computed."""
     checkpoint = load_checkpoint(path)
     network = checkpoint.network()
-    content = describe(checkpoint, network)
+    content = labels_of(checkpoint, network)
     normalise = checkpoint.normaliser().apply  # to [0, 1] for a cascade, whose members normalise by themselves
 
     @torch.no_grad()

@@ -93,11 +93,11 @@ def picked_logits(output: Any) -> Tensor:
     if isinstance(output, dict):
         logits = output.get("logits")
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(f"the network returned {_described(output)}: it has to return scores [images, classes]")
+        raise ValueError(f"the network returned {_named(output)}: it has to return scores [images, classes]")
     return logits
 
 
-def _described(output: Any) -> str:
+def _named(output: Any) -> str:
     return f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 

@@ -21,7 +21,7 @@ from models import ResNet
 from scripts import keep
 from utils.data.augment import Normalisation
 from utils.errors import UserError
-from utils.runs.checkpoint import FORMAT, Checkpoint, describe, load_checkpoint, load_network
+from utils.runs.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_network, plain_normalisation
 from utils.runs.checkpoint import save_checkpoint as save
 
 
@@ -31,7 +31,7 @@ def trained(network: ResNet) -> Checkpoint:
     optimiser.step()
     training = {"optimiser": optimiser.state_dict(), "random": {"data": torch.Generator().get_state()}}
     more = {"training": training, "metrics": {"accuracy": 2 / 3, "computation": 0.9}, "source": "sp/best.pt", "seed": 5}
-    more["normalisation"] = describe(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6)))
+    more["normalisation"] = plain_normalisation(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6)))
     return checkpoint_of(network, "pruned", 8, progress={"step": 4, "fewest": float("inf")}, **more)
 
 

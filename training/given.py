@@ -19,7 +19,7 @@ from utils.data.batches import split_data, training_normalisation
 from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.runs.checkpoint import Checkpoint, data_entry, describe, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import Checkpoint, data_entry, load_checkpoint, plain_normalisation, save_checkpoint
 from utils.runs.records import RECORD
 from utils.runs.run import BEST, Run, stage_folder
 from utils.sizes import height_width, shown_size
@@ -49,7 +49,7 @@ def register_given(settings: Any, data: DataSet, device: torch.device, measure_s
         stage="sp",
         architecture=network.architecture,
         weights=network.state_dict(),
-        normalisation=describe(normalisation),
+        normalisation=plain_normalisation(normalisation),
         classes=list(data.classes),
         data=data_entry(settings, data.name, splits.identity),
         metrics={},

@@ -156,7 +156,7 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> ResNet
     return load_checkpoint(path).network().to(device)
 
 
-def describe(normalisation: Normalisation) -> dict[str, list[float]]:
+def plain_normalisation(normalisation: Normalisation) -> dict[str, list[float]]:
     """The normalisation in a checkpoint's plain types."""
     return {name: list(value) for name, value in asdict(normalisation).items()}
 

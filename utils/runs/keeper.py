@@ -29,7 +29,7 @@ class Keeper:
     """Writes ``best.pt`` and ``last.pt`` of a run, and restores from them.
 
     Args:
-        described: the run's checkpoint without weights, metrics and progress.
+        template: the run's checkpoint without weights, metrics and progress.
         network: its weights are saved.
         stateful: what else a resumed run needs, by name: optimisers, random numbers; each has ``state_dict`` and
             ``load_state_dict``.
@@ -39,13 +39,13 @@ class Keeper:
     def __init__(
         self,
         run: Run,
-        described: Checkpoint,
+        template: Checkpoint,
         network: ResNet,
         progress: Progress,
         stateful: Mapping[str, Any],
         best_name: str = BEST,
     ):
-        self.described, self.network, self.progress, self.stateful = described, network, progress, dict(stateful)
+        self.template, self.network, self.progress, self.stateful = template, network, progress, dict(stateful)
         self.best_path, self._last_path = run.path / best_name, run.path / LAST
 
     def offer(self, score: Sequence[float], metrics: dict[str, float]) -> bool:
@@ -60,7 +60,7 @@ class Keeper:
     def save_last(self) -> None:
         """Save all that a resumed run needs."""
         training = {name: item.state_dict() for name, item in self.stateful.items()}
-        save_checkpoint(self._last_path, replace(self._checkpoint(self.described.metrics), training=training))
+        save_checkpoint(self._last_path, replace(self._checkpoint(self.template.metrics), training=training))
 
     def resume(self, last: Checkpoint) -> None:
         """Continue from where ``last`` was saved.
@@ -83,11 +83,11 @@ class Keeper:
         return load_checkpoint(self.best_path)
 
     def _checkpoint(self, metrics: dict[str, float]) -> Checkpoint:
-        original = self.described.original
-        if self.described.stage == "sp":  # stage 1's network is the one that all others are compared with
+        original = self.template.original
+        if self.template.stage == "sp":  # stage 1's network is the one that all others are compared with
             original = {**original, "accuracy": metrics["accuracy"]}
         return replace(
-            self.described,
+            self.template,
             architecture=self.network.architecture,
             weights=self.network.state_dict(),
             metrics=metrics,

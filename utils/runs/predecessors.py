@@ -64,7 +64,7 @@ def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]
     ended = [item for item in found if (item[0].parent / RECORD).exists() or epochs_missing(item[0]) == 0]
     path, trained = (ended or found)[-1]
     why = "the newest run of stage 1 that fits" + ("" if ended else "; no finished run fits")
-    notes = [f"starting from {_described(path, trained, settings)}: {why}", *_others(path, found, unfit, settings)]
+    notes = [f"starting from {_introduced(path, trained, settings)}: {why}", *_others(path, found, unfit, settings)]
     return _started_from(path, trained, "pruned", settings), notes
 
 
@@ -106,7 +106,7 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
         )
     path, pruned = min(within, key=lambda item: network_cost(item[1].network(), settings.resize).flops)
     why = f"the smallest network within the budget that was made from {pruned.source}"
-    notes = [f"starting from {_described(path, pruned, settings)}: {why}", *_others(path, found, unfit, settings)]
+    notes = [f"starting from {_introduced(path, pruned, settings)}: {why}", *_others(path, found, unfit, settings)]
     return _started_from(path, pruned, "rl_pruned", settings), notes
 
 
@@ -212,14 +212,14 @@ def _nothing_fits(settings: Any, stage: str, data: DataSet, unfit: dict[Path, Us
     return UserError(f"no checkpoint {folder}/*/{BEST}: run {COMMANDS[stage]} with the same data and network first")
 
 
-def _described(path: Path, checkpoint: Checkpoint, settings: Any) -> str:
+def _introduced(path: Path, checkpoint: Checkpoint, settings: Any) -> str:
     name, accuracy = relative_to_results(path, settings.result_dir), checkpoint.metrics["accuracy"]
     return f"{name} (gate {checkpoint.architecture.get('gate', 'none')}, accuracy {accuracy:.2%})"
 
 
 def _others(taken: Path, found: Found, unfit: dict[Path, UserError], settings: Any) -> list[str]:
     """A line on the runs that fit and were not taken, and one on those that do not fit, newest first."""
-    fitting = [_described(*item, settings) for item in reversed(found) if item[0].parent != taken.parent]
+    fitting = [_introduced(*item, settings) for item in reversed(found) if item[0].parent != taken.parent]
     unfitting = [f"{relative_to_results(path, settings.result_dir)} ({unfit[path]})" for path in reversed(unfit)]
     lines = []
     for title, names in (("other runs that fit", fitting), ("runs that do not fit", unfitting)):

@@ -82,7 +82,7 @@ class Run:
         path = _new_folder(parent, arguments) if parallel.is_main_process() else None
         run = cls(parallel.broadcast_object(path))
         if run._board is not None:
-            run._board.describe(arguments, charts)
+            run._board.show_settings(arguments, charts)
         return run
 
     def say(self, message: str) -> None:

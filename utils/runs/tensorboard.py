@@ -48,7 +48,7 @@ class TensorBoard:
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 
-    def describe(self, settings: Mapping[str, Any], charts: Charts) -> None:
+    def show_settings(self, settings: Mapping[str, Any], charts: Charts) -> None:
         """Once per run: its settings, as text and as hyperparameters, and which curves share a chart.
 
         A list of hyperparameters would let TensorBoard show those of one stage only.  Without a list it collects those
