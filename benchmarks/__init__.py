@@ -4,8 +4,6 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-import utils  # before matplotlib
-
 
 def required(name: str) -> ModuleType:
     """A module of benchmarks/requirements.txt; if it is missing the command ends with one sentence."""
