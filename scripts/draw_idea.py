@@ -89,7 +89,7 @@ def draw_block(axis: Axes) -> None:
 
 def draw_forms(axis: Axes) -> None:
     """The candidates of one layer with their FLOPs and the predicted rise of the loss; one is taken."""
-    heading(axis, 520, 582, "A layer in the best of its forms")
+    heading(axis, 520, 582, "The best form of a layer")
     names, flops, loss, scale = 526, 752, 880, 96
     text(axis, flops, 538, "FLOPs", 9.5, ha="left", color=GREY)
     text(axis, loss, 538, "predicted rise", 9.5, ha="left", color=GREY)
@@ -129,7 +129,7 @@ def draw_stages(axis: Axes) -> None:
     columns = (
         ("1", "Train", "main_sp.py", "With or without switches\nin front of the blocks.", INK),
         ("2", "Prune statically", "main_prune.py", "Measure, rebuild, fine-tune,\nwithin the accuracy budget.", STATIC),
-        ("3", "Teach the switches", "main_rl_prune.py", "REINFORCE rewards switches\nfor saved FLOPs.", DYNAMIC),
+        ("3", "Teach the switches", "main_rl_prune.py", "Reinforcement learning\nrewards saved FLOPs.", DYNAMIC),
         ("or", "Build a cascade", "main_cascade.py", "The small network answers\nif it is confident.", CASCADE),
     )
     line(axis, (10, 308), (990, 308), colour="#d5dbe1")
