@@ -36,10 +36,10 @@ class SharedBatchNorm(_BatchNorm):
         variance = parallel.Summed.apply(centred.square().sum(axes)) / count
         if self.running_mean is not None:
             self._follow(mean.detach(), (variance * count / (count - 1)).detach())
-        normalised = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised.to(x.dtype)
+        scale = (variance + self.eps).rsqrt()
+        if not self.affine:
+            return (centred * scale.view(shape)).to(x.dtype)
+        return (centred * (scale * self.weight).view(shape) + self.bias.view(shape)).to(x.dtype)
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches_tracked += 1
