@@ -325,7 +325,7 @@ def seeds_table(found: Sequence[dict[str, float]]) -> list[str]:
     for name in (name for name in found[0] if all(name in one for one in found)):
         own = [one[name] for one in found]
         cells = " | ".join(f"{accuracy:.2%}" for accuracy in own)
-        lines.append(f"| {name} | {cells} | {100 * mean(own):.2f} ± {100 * stdev(own):.2f} % |")
+        lines.append(f"| {name} | {cells} | {100 * mean(own):.2f} ± {100 * stdev(own):.2f}% |")
     return lines
 
 
@@ -353,14 +353,15 @@ def draw(found: dict[str, Any]) -> Figure:
             by_flops.plot(*at, marker="x", color="#7f7f7f", linestyle="none")
             if place := LABELS.get(times, (5, -9)):
                 by_flops.annotate(name, at, place, textcoords="offset points", fontsize=7)
-    best_accuracy = 100 * max(row["accuracy"] for row in [*found["networks"], *found["curve"]])
+    shown = [100 * row["accuracy"] for row in [*found["networks"], *found["curve"]]]
     by_flops.set(
         xlabel="executed GFLOPs per image (log scale)",
         ylabel="accuracy on the test images, %",
-        ylim=(best_accuracy - 5, best_accuracy + 0.6),
+        ylim=(min(shown) - 0.4, max(shown) + 0.6),
     )
     by_time.set(xlabel="milliseconds for one image, ONNX Runtime, one CPU thread (log scale)")
     label_curves(by_flops)
+    by_time.legend(fontsize=8, loc="lower right")
     return figure
 
 
@@ -376,7 +377,7 @@ def label_curves(axis: Axes) -> None:
             place = {"xytext": (-7, -3), "ha": "right"} if name == OF_ALL else {"xytext": (7, -12)}
         axis.annotate(name, (x, y), textcoords="offset points", fontsize=8, color=line.get_color(), **place)
     low, high = axis.get_xlim()
-    axis.set_xlim(low, 1.4 * high)
+    axis.set_xlim(0.7 * low, 1.4 * high)
 
 
 def draw_panel(axis: Axes, found: dict[str, Any], cost: Callable[[Row], float], line: str) -> None:

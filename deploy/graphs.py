@@ -92,13 +92,13 @@ def onnx_model(network: ResNet, normalisation: Normalisation, image_size: Size) 
             x = x if block.shortcut is None else graph.add("Relu", carried)
             continue
         if decision is not None:
-            passing = graph.add("Transpose", graph.add("NonZero", decision), perm=[1, 0])
-            x = graph.add("GatherND", x, passing)
+            rows = graph.add("Transpose", graph.add("NonZero", decision), perm=[1, 0])
+            x = graph.add("GatherND", x, rows)
         residual = graph.layers(block.conv2, graph.add("Relu", graph.layers(block.conv1, x)))
         if decision is None:
             x = graph.add("Add", carried, residual)
         else:
-            x = graph.add("ScatterND", carried, passing, residual, reduction="add")
+            x = graph.add("ScatterND", carried, rows, residual, reduction="add")
         x = graph.add("Relu", x)
     graph.prefix = ""
     pooled = graph.add("Flatten", graph.add("GlobalAveragePool", x), axis=1)

@@ -38,7 +38,7 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
         size, switches = checkpoint.data["image_size"], checkpoint.stage in DYNAMIC
         try:
             model = exported_model(checkpoint.network(), checkpoint.normaliser(), size, switches)
-        except UserError:  # ONNX cannot express a network of one's own: its row has no speeds
+        except UserError:  # ONNX cannot express a user's network: its row has no speeds
             continue
         exported[name] = ExportedNetwork(model)
     return speeds(exported, pixels)

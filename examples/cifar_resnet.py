@@ -1,4 +1,4 @@
-"""ResNets for CIFAR-10 as they are usually published, the example of a network in a file of one's own.
+"""ResNets for CIFAR-10 as they are usually published, the example of a network in a file of your own.
 
 Source: arXiv:1512.03385, section 4.2: three groups of n basic blocks with 16, 32 and 64 channels and shortcuts without
 parameters.  The names of the weights are those of github.com/akamaster/pytorch_resnet_cifar10, whose trained networks

@@ -176,8 +176,8 @@ def cheapest_within(
     Many thousands of cascades are compared on the same images, so the winner's accuracy is too optimistic.
     Therefore the mean difference to the reference, image by image, has to exceed ``-drop`` by its standard error.
     Chosen on 5,000 images and tested on 5,000 others (12 splits of CIFAR-10's test images, four networks), this broke
-    the budget in 17 to 33 % of the splits for 2 to 8 % more FLOPs; the plain rule in 50 to 67 %, two-fold cross-fitting
-    in 42 to 58 %.
+    the budget in 17 to 33% of the splits for 2 to 8% more FLOPs; the plain rule in 50 to 67%, two-fold cross-fitting
+    in 42 to 58%.
 
     Args:
         found: cheapest first, as ``candidates`` returns them for this reference.

@@ -11,7 +11,7 @@ from training.evaluate import Evaluation
 
 BEFORE_FIXING = "before_fixing.pt"  # file of stage 3's chosen network before switches were fixed
 # What a switch costs, as a share of the executed FLOPs: its step of the gate; its test, gathering and scattering.
-# Measured are 1 to 4 % of the time for both together (docs/notebook.md): the cheaper the blocks, the more.
+# Measured are 1 to 4% of the time for both together (docs/notebook.md): the cheaper the blocks, the more.
 STEP_COST = TEST_COST = 0.005
 TOLERATED = 0.001  # accuracy that fixing may cost, within the budget: five of CIFAR-10's validation images
 
@@ -69,10 +69,10 @@ def uniform_decisions(decisions: Tensor, share: float) -> dict[int, int]:
     Args:
         decisions: [N, K].
     """
-    passing = decisions.double().mean(dim=0).tolist()
-    same = {switch: max(p, 1 - p) for switch, p in enumerate(passing)}
+    shares = decisions.double().mean(dim=0).tolist()
+    same = {switch: max(p, 1 - p) for switch, p in enumerate(shares)}
     uniform = sorted((switch for switch in same if same[switch] >= share), key=lambda switch: -same[switch])
-    return {switch: int(passing[switch] > 0.5) for switch in uniform}
+    return {switch: int(shares[switch] > 0.5) for switch in uniform}
 
 
 def with_fixed_switches(network: ResNet, decisions: dict[int, int]) -> ResNet:

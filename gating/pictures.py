@@ -14,13 +14,13 @@ CLASSES_A_PAGE = 10  # of images
 MOST_PAGES = 10  # each takes seconds to draw
 
 
-def draw_passing(passing: Tensor, classes: Sequence[str]) -> Figure:
-    """Share of images for which each switched block runs, one row per class; ``passing`` [classes, K]."""
-    figure = Figure(figsize=(2 + 0.5 * passing.shape[1], 1.2 + 0.22 * len(classes)), layout="constrained")
+def draw_run_shares(shares: Tensor, classes: Sequence[str]) -> Figure:
+    """Share of images for which each switched block runs, one row per class; ``shares`` [classes, K]."""
+    figure = Figure(figsize=(2 + 0.5 * shares.shape[1], 1.2 + 0.22 * len(classes)), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(passing, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axis.set(xlabel="switch", ylabel="class", title="share of test images for which the block runs")
-    axis.set_xticks(range(passing.shape[1]), [str(i + 1) for i in range(passing.shape[1])])
+    axis.set_xticks(range(shares.shape[1]), [str(i + 1) for i in range(shares.shape[1])])
     axis.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) > 20 else 9, parse_math=False)
     figure.colorbar(image, ax=axis, format=PercentFormatter(1))
     return figure

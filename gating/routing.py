@@ -7,8 +7,8 @@ from gating.pictures import (
     class_means,
     draw_easy_and_hard,
     draw_executed,
-    draw_passing,
     draw_path,
+    draw_run_shares,
     hardness_by_flops,
 )
 from training.evaluate import Evaluator
@@ -31,8 +31,8 @@ def record_routing(run: Run, best: Checkpoint, test: Images, floor: float, devic
     if not parallel.is_main_process():
         return
     labels = test.labels.cpu()
-    passing = class_means(measured.decisions, labels, len(classes))
-    run.picture("passing_by_class", draw_passing(passing, classes))
+    run_shares = class_means(measured.decisions, labels, len(classes))
+    run.picture("runs_by_class", draw_run_shares(run_shares, classes))
     run.picture("executed_flops", draw_executed(measured.executed, measured.flops_all))
     for name, figure in draw_easy_and_hard(test, hardness_by_flops(measured.executed), classes):
         run.picture(name, figure)
@@ -43,8 +43,8 @@ def record_routing(run: Run, best: Checkpoint, test: Images, floor: float, devic
         "flops_every_block": measured.flops_all,
         "flops_executed": measured.flops_executed,
         "flops_executed_by_class": class_averages(measured.executed, labels, classes),
-        "passing": measured.passing,
-        "passing_by_class": dict(zip(classes, passing.tolist(), strict=True)),
+        "run_shares": measured.run_shares,
+        "run_shares_by_class": dict(zip(classes, run_shares.tolist(), strict=True)),
     }
     with run.going_on_without("routing.json"):
         write_json(run.path / "routing.json", routing)

@@ -15,7 +15,7 @@ def build_network(network: str, **architecture: Any) -> nn.Module:
     """The network that an architecture describes: the switched ResNet, a cascade, or one of the user's own.
 
     Args:
-        network: "resnet", "cascade", or the function that makes a network of one's own (``models.own``).
+        network: "resnet", "cascade", or the function that makes a user's network (``models.own``).
         architecture: arguments of ``ResNet``, ``Cascade`` or ``OwnNetwork``; members of a cascade are architectures
             themselves, with ``mean`` and ``std`` beside.
 

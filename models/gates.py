@@ -12,7 +12,7 @@ class RecurrentGate(nn.Module):
     """One LSTM for all switches, with one step per block.
 
     Global average pool -> projection of the block's input channels to 10 -> LSTM with 10 units -> linear -> sigmoid.
-    About 0.003 % of the FLOPs of the blocks at width 64.
+    About 0.003% of the FLOPs of the blocks at width 64.
 
     Source: SkipNet (arXiv:1711.09485), section 3.1 and figure 3 (RNNGate).  The batch norm behind each projection is
     an addition: pooled features of different images differ by little against their mean, and a gate that sees them
@@ -64,7 +64,7 @@ class FeedForwardGate(nn.Module):
     """A separate small convolutional network for every switch.
 
     ``ff1``: max pool, 3x3 convolution, 3x3 convolution with stride 2, each with batch norm and relu; then global
-    average pool, linear, sigmoid.  5/32 (16 %) of the FLOPs of an identity block.
+    average pool, linear, sigmoid.  5/32 (16%) of the FLOPs of an identity block.
     ``ff2``: one 3x3 convolution with stride 2, batch norm, relu; pool, linear, sigmoid.  1/8 of such a block.
 
     Source: SkipNet (arXiv:1711.09485), section 3.1 and figure 3 (FFGate-I and FFGate-II).

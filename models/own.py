@@ -1,4 +1,4 @@
-"""Networks of one's own: made by a function of a Python file or of an installed module.
+"""Networks of users: made by a function of a Python file or of an installed module.
 
 A checkpoint names the function, and calling it runs code.  So it is called only if ``allow`` has named it in this
 process: loading somebody else's checkpoint runs no code.
@@ -102,7 +102,7 @@ def _named(output: Any) -> str:
 
 
 class OwnNetwork(nn.Module):
-    """A network of one's own, called as the switched ResNet is: without switches, every block runs.
+    """A user's network, called as the switched ResNet is: without switches, every block runs.
 
     Args:
         source: names the function that makes it, see ``own_network``.

@@ -45,9 +45,9 @@ ROWS = {
     "cascade from four ResNets, a quarter": (CIFAR_10, "curve", "share", 0.25),
     "cascade from four ResNets, an eighth": (CIFAR_10, "curve", "share", 0.125),
     "ResNet-32, width 32, trained for 12 epochs": (CIFAR_100, "networks", "name", "resnet32"),
-    "pruned to 21 %, ten epochs": (CIFAR_100, "networks", "name", "resnet32 at 21%"),
-    "cascade with a ResNet-20, 20 %": (CIFAR_100, "curve", "share", 0.2),
-    "cascade with a ResNet-20, 15 %": (CIFAR_100, "curve", "share", 0.15),
+    "pruned to 21%, ten epochs": (CIFAR_100, "networks", "name", "resnet32 at 21%"),
+    "cascade with a ResNet-20, 20%": (CIFAR_100, "curve", "share", 0.2),
+    "cascade with a ResNet-20, 15%": (CIFAR_100, "curve", "share", 0.15),
 }
 
 

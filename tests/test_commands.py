@@ -21,11 +21,11 @@ from utils.runs.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.runs.run import BEST, LAST
 
 METHODS = ["w/o Pruning", "w/ Static Pruning only", "w/ Static and Dynamic Pruning"]
-ROUTING = {"accuracy_against_flops", "easy_and_hard", "executed_flops", "passing_by_class"}
+ROUTING = {"accuracy_against_flops", "easy_and_hard", "executed_flops", "runs_by_class"}
 OVERVIEW = {f"Overview/{figure}_{part}" for part in ("train", "val") for figure in ("loss", "accuracy")}
 OVERVIEW |= {f"Overview/{name}" for name in ("computation_percentage", "executed_flops", "learning_rate")}
 SIZE = {f"Size/{name}" for name in ("flops", "parameters", "prune_ratio")}
-SWITCHES = {f"Switches/{name}" for name in ("accuracy_val_every_block", "passing_01", "passing_02")}
+SWITCHES = {f"Switches/{name}" for name in ("accuracy_val_every_block", "runs_01", "runs_02")}
 EVERY_EPOCH = OVERVIEW | SIZE | SWITCHES
 RESULTS = {"accuracy", "compression", "computation", "gflops", "latency_ms", "parameters", "throughput"}
 

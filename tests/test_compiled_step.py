@@ -131,7 +131,7 @@ def test_drawn_numbers_decide_and_each_switch_has_its_own():
     p = torch.full((3,), 0.5, requires_grad=True)
     assert held(p).tolist() == [1, 0, 1]
     held = half_held_open(torch.tensor([[0.6, 0.424], [0.6, 0.426]]))
-    assert held(p[:2]).tolist() == [1, 0], "15 % of what would run is closed: 0.85 * 0.5 = 0.425"
+    assert held(p[:2]).tolist() == [1, 0], "15% of what would run is closed: 0.85 * 0.5 = 0.425"
     assert sampled(torch.zeros(1, 1))(torch.tensor([float("nan")])).item() == 0
 
 

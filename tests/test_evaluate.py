@@ -13,7 +13,7 @@ from gating.pictures import (
     class_averages,
     class_means,
     draw_easy_and_hard,
-    draw_passing,
+    draw_run_shares,
     extremes_by_class,
     hardness_by_flops,
 )
@@ -80,5 +80,5 @@ def test_names_with_dollar_signs_can_be_drawn():
     (page,) = draw_easy_and_hard(*given, [NAME, "b"], count=1)
     layers = ranks_picture([("start", {NAME: (1, 2)})])
     results = results_picture([record("sp", "1", dataset=NAME)])
-    for figure in (draw_passing(torch.rand(2, 3), [NAME, "b"]), page[1], results, layers):
+    for figure in (draw_run_shares(torch.rand(2, 3), [NAME, "b"]), page[1], results, layers):
         figure.savefig(io.BytesIO(), format="png")

@@ -56,8 +56,8 @@ def test_exported_graph_agrees_with_pytorch_in_any_batch(stage, gate):
     batches = range(1, 258) if stage == "rl_pruned" else (1, 2, 3, 5, 8, 31, 32, 33, 127, 128, 256, 257)
     decisions = check_outputs(network, varied_images(257), batches)
     if stage == "rl_pruned" and network.switches:
-        passing = decisions.mean(axis=0)
-        assert ((passing > 0.1) & (passing < 0.9)).any(), "the test needs images that take different ways"
+        shares = decisions.mean(axis=0)
+        assert ((shares > 0.1) & (shares < 0.9)).any(), "the test needs images that take different ways"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -186,7 +186,7 @@ def test_random_directions_have_the_second_moment_of_the_fisher():
 
 
 def test_of_a_sure_network_few_random_directions_show_the_fisher():
-    """1,000 images, of which each is 99.9 % sure: the trace at the scores.
+    """1,000 images, of which each is 99.9% sure: the trace at the scores.
 
     That of drawn labels, whose squared gradients are 2 (1 - p)^2 or 2 p^2, deviates by (p / (1 - p) / 1000)^1/2 = 1.
     """

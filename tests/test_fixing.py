@@ -118,7 +118,7 @@ def test_checkpoint_says_what_is_fixed(tmp_path):
 def test_decisions_settle_at_the_share_asked_for():
     decisions = torch.zeros(1000, 4)
     decisions[:, 1] = 1
-    decisions[:1, 2] = 1  # 99.9 % closed
+    decisions[:1, 2] = 1  # 99.9% closed
     decisions[:500, 3] = 1
     assert uniform_decisions(decisions, 0.999) == {0: 0, 1: 1, 2: 0}
     assert uniform_decisions(decisions, 1.0) == {0: 0, 1: 1}

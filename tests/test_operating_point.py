@@ -72,7 +72,7 @@ def sought(budget, accuracy) -> tuple[Toy, Evaluation, Evaluation]:
 
 
 def test_the_least_computation_that_keeps_the_accuracy_is_found_from_both_sides():
-    for needed in (0.56, 0.75):  # the threshold of one half executes 67 %
+    for needed in (0.56, 0.75):  # the threshold of one half executes 67%
         _, at_half, best = sought(Budget(0.9), lambda c, n=needed: 0.95 if c >= n else 0.8)
         assert at_half.computation == pytest.approx(0.67, abs=0.01)
         assert best.accuracy == 0.95

@@ -87,8 +87,8 @@ def test_seeds_are_compared_network_by_network():
     lines = seeds_table([accuracies(one) for one in records])
     assert lines[0] == "| network | seed 0 | seed 1 | seed 2 | mean |"
     assert lines[2:] == [  # the deviation of a sample: sqrt((0.03^2 + 0.01^2 + 0.04^2) / 2) = 0.0361
-        "| small at 50% | 50.00% | 52.00% | 57.00% | 53.00 ± 3.61 % |",
-        "| cascade, 25.0% of the FLOPs | 60.00% | 62.00% | 67.00% | 63.00 ± 3.61 % |",
+        "| small at 50% | 50.00% | 52.00% | 57.00% | 53.00 ± 3.61% |",
+        "| cascade, 25.0% of the FLOPs | 60.00% | 62.00% | 67.00% | 63.00 ± 3.61% |",
     ]
 
 

@@ -48,7 +48,7 @@ class Evaluation:
         return {"accuracy": self.accuracy, "computation": self.computation}
 
     @property
-    def passing(self) -> list[float]:
+    def run_shares(self) -> list[float]:
         """Share of the images for which each switched block runs."""
         return self.decisions.mean(dim=0).tolist()
 

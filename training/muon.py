@@ -55,7 +55,7 @@ def filter_group(filters: list[nn.Parameter]) -> dict[str, Any]:
 def orthogonal(matrices: Tensor) -> Tensor:
     """Matrices [K, m, n] with the same singular vectors and singular values near 1.
 
-    Between 0.6 and 1.3, where they were at least 5 % of the matrix's norm; smaller ones are nearer to 0.
+    Between 0.6 and 1.3, where they were at least 5% of the matrix's norm; smaller ones are nearer to 0.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.transpose(1, 2)

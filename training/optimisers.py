@@ -60,7 +60,7 @@ def split_parameters(network: ResNet) -> tuple[list[nn.Parameter], list[nn.Param
 def scheduled(schedule: str, base: float, progress: float) -> float:
     """Learning rate after a share ``progress`` (0 to 1) of the training.
 
-    ``cosine`` falls from ``base`` to 0 along half a cosine; ``step`` multiplies by 0.1 at 50 % and at 75 %.
+    ``cosine`` falls from ``base`` to 0 along half a cosine; ``step`` multiplies by 0.1 at 50% and at 75%.
     """
     if schedule == "cosine":
         return 0.5 * base * (1 + math.cos(math.pi * progress))

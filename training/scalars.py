@@ -15,7 +15,7 @@ EPOCH_CHARTS = {
         "learning rate": ["Overview/learning_rate"],
     },
     "Switches": {
-        "share of images for which the block runs": ["Switches/passing_.*"],
+        "share of images for which the block runs": ["Switches/runs_.*"],
         "accuracy with decisions and with every block run": [
             "Overview/accuracy_val",
             "Switches/accuracy_val_every_block",
@@ -54,8 +54,8 @@ def epoch_scalars(
         "Size/parameters": parameters,
         "Size/prune_ratio": prune_ratio,
     }
-    for switch, share in enumerate(val.passing, start=1):
-        scalars[f"Switches/passing_{switch:02d}"] = share
+    for switch, share in enumerate(val.run_shares, start=1):
+        scalars[f"Switches/runs_{switch:02d}"] = share
     return scalars
 
 

@@ -128,7 +128,7 @@ class StageSettings(RunSettings):
 
     momentum: float = setting(0.9, "Nesterov momentum of SGD", low=0, below=1)
     weight_decay: float = setting(0.0005, "L2 penalty on all weights except the gates'", low=0)
-    schedule: str = setting("cosine", "cosine to 0, or step: x0.1 at 50 % and 75 % of the epochs", choices=SCHEDULES)
+    schedule: str = setting("cosine", "cosine to 0, or step: x0.1 at 50% and 75% of the epochs", choices=SCHEDULES)
     precision: str = setting(
         "auto",
         "precision of convolutions and matrix products in training: bf16 or float32; auto is bf16 on GPUs that have "

@@ -48,7 +48,7 @@ class Checkpoint:
         """The network with its weights, in evaluation mode, on the CPU.
 
         Raises:
-            UserError: if the function of a network of one's own was not allowed, or if the weights do not fit the
+            UserError: if the function of a user's network was not allowed, or if the weights do not fit the
                 architecture.
         """
         try:

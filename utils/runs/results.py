@@ -37,7 +37,7 @@ def _subject(record: Record) -> tuple:
 
 
 def _title(record: Record) -> str:
-    """The title of a chain: data, network, gate (which networks of one's own do not have), seed and image size."""
+    """The title of a chain: data, network, gate (which users' networks do not have), seed and image size."""
     dataset, network, depth, width = _subject(record)
     parts = [str(dataset), f"{network}{depth}", *([f"width {width}"] if width else [])]
     parts += [f"gate {record['gate']}"] if "gate" in record else []

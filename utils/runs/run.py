@@ -39,7 +39,7 @@ class LastRun:
 
 
 def stage_folder(result_dir: str | Path, stage: str, data: str, network: str, depth: int) -> Path:
-    """``result_dir/<stage>/<data set>/<network><depth>``; a network of one's own is called as its function."""
+    """``result_dir/<stage>/<data set>/<network><depth>``; a user's network is called as its function."""
     name = network.rpartition(":")[2] if is_own(network) else f"{network}{depth}"
     return Path(result_dir).expanduser() / stage / data / name
 
