@@ -23,6 +23,7 @@ from deploy.timing import Timing, alternated
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import FixedAlpha
 from models import ResNet, build_network
+from models.edits import TUCKER
 from training.forward import training_forward
 from training.norms import placed
 from training.optimisers import reinforcement_optimisers, sgd
@@ -129,12 +130,13 @@ class Stages:
         network = build_network("resnet", **shape)
         if not small:
             return network
-        ranks = {
-            f"blocks.{i}.{name}": (max(1, conv.in_channels // 2), max(1, conv.out_channels // 2))
+        halved = {
+            f"blocks.{i}.{name}": [max(1, conv.in_channels // 2), max(1, conv.out_channels // 2)]
             for i, block in enumerate(network.blocks)
             for name, conv in (("conv1", block.conv1), ("conv2", block.conv2))
         }
-        return build_network("resnet", **shape, ranks=ranks)
+        edits = [{"name": name, "form": TUCKER, "ranks": ranks, "bias": False} for name, ranks in halved.items()]
+        return build_network("resnet", **shape, edits=edits)
 
     def supervised(self, network: ResNet) -> Callable[[int], object]:
         """An epoch of stage 1, or of fine-tuning."""

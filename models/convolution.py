@@ -1,4 +1,4 @@
-"""A convolution that avoids oneDNN's fault in the gradients of strided 1x1 convolutions."""
+"""Convolutions: one that avoids oneDNN's fault in the gradients of strided 1x1 kernels, and which are pointwise."""
 
 import torch
 from torch import Tensor, nn
@@ -22,3 +22,10 @@ class SafeConv2d(nn.Conv2d):
             down, right = self.stride
             return F.conv2d(input[:, :, ::down, ::right], self.weight, self.bias, groups=self.groups)
         return super().forward(input)
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer mixes channels at each position alone: a linear layer or a 1x1 convolution without padding."""
+    if not hasattr(layer, "kernel_size"):
+        return True
+    return tuple(layer.kernel_size) == (1, 1) and layer.padding in ((0, 0), "valid", "same")

@@ -4,7 +4,7 @@ A checkpoint names the function, and calling it runs code.  So it is called only
 process: loading somebody else's checkpoint runs no code.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.decisions import DecisionRule, thresholded
-from models.lowrank import LOW_RANK, low_rank, replace_layer
+from models.edits import Edit, apply_edits, edits_of
 from models.resnet import RoutedOutput
 from models.user_code import user_module
 
@@ -107,8 +107,7 @@ class OwnNetwork(nn.Module):
     Args:
         source: names the function that makes it, see ``own_network``.
         num_classes: number of classes.
-        layers: of every layer that static pruning has replaced, by name: ``ranks``, ``depthwise`` and ``bias``, see
-            ``models.lowrank.low_rank``.
+        edits: of the layers that static pruning has replaced, see ``models.edits.apply_edits``.
 
     Raises:
         ValueError: for a function or a layer that is not there.
@@ -116,25 +115,15 @@ class OwnNetwork(nn.Module):
 
     switches, gate = 0, None
 
-    def __init__(self, source: str, num_classes: int, layers: Mapping[str, Mapping[str, Any]] | None = None):
+    def __init__(self, source: str, num_classes: int, edits: Sequence[Edit] = ()):
         super().__init__()
         self.source, self.num_classes = source, num_classes
-        self.network = own_network(source).float()
-        for name, form in (layers or {}).items():
-            layer = dict(self.network.named_modules()).get(name)
-            if not isinstance(layer, nn.Conv2d | nn.Linear):
-                raise ValueError(f"{source} has no convolution or linear layer {name!r}: it is another network")
-            replace_layer(self.network, layer, low_rank(layer, **form))
+        self.network = apply_edits(own_network(source).float(), edits)
 
     @property
     def architecture(self) -> dict[str, Any]:
         """Arguments of ``models.build.build_network``."""
-        layers = {
-            name: {"ranks": list(layer.ranks), "depthwise": layer.depthwise, "bias": layer.bias is not None}
-            for name, layer in self.network.named_modules()
-            if isinstance(layer, LOW_RANK)
-        }
-        return {"network": self.source, "num_classes": self.num_classes, "layers": layers}
+        return {"network": self.source, "num_classes": self.num_classes, "edits": edits_of(self.network)}
 
     def forward(self, images: Tensor, decide: DecisionRule = thresholded, skip: bool | None = None) -> RoutedOutput:
         """[N, 3, H, W] -> logits [N, classes]; there is nothing to decide."""

@@ -10,14 +10,11 @@ from torch.nn import functional as F
 
 from models.convolution import SafeConv2d
 from models.decisions import DecisionRule, all_on, thresholded
+from models.edits import Edit, apply_edits, edits_of
 from models.gates import FeedForwardGate, RecurrentGate
-from models.lowrank import LOW_RANK, low_rank, replace_layer
 
 NETWORKS = ("resnet",)
 GATES = ("rnn", "ff1", "ff2", "none")
-
-Ranks = Mapping[str, Sequence[int | None]]
-
 
 DEEPEST = 1202  # of the networks that were published
 
@@ -120,15 +117,14 @@ class ResNet(nn.Module):
         num_classes: number of classes.
         width: channels of the first group.
         gate: kind of switch, one of ``GATES``.
-        ranks: for every convolution that static pruning has rebuilt, its name and (rank_in, rank_out).
-        depthwise: names of those among them whose core is depthwise.
+        edits: of the layers that static pruning has rebuilt, see ``models.edits.apply_edits``.
         inner: for every block whose inner channels were pruned, its name and the channels left between its two
             convolutions.
         fixed_switches: for every block whose switch no longer decides, its name and what was decided for all images: 0
-            leaves its residual out, 1 runs it always.  ``ranks`` and ``inner`` still say what the residual was.
+            leaves its residual out, 1 runs it always.  ``edits`` and ``inner`` still say what the residual was.
 
     Raises:
-        ValueError: for a depth, gate, rank, inner width or fixed switch that does not exist.
+        ValueError: for a depth, gate, edit, inner width or fixed switch that does not exist.
     """
 
     def __init__(
@@ -137,9 +133,8 @@ class ResNet(nn.Module):
         num_classes: int,
         width: int = 64,
         gate: str = "rnn",
-        ranks: Ranks | None = None,
+        edits: Sequence[Edit] = (),
         inner: Mapping[str, int] | None = None,
-        depthwise: Sequence[str] = (),
         fixed_switches: Mapping[str, int] | None = None,
     ):
         super().__init__()
@@ -152,9 +147,8 @@ class ResNet(nn.Module):
             "num_classes": num_classes,
             "width": width,
             "gate": gate,
-            "ranks": {name: list(pair) for name, pair in (ranks or {}).items()},
+            "edits": [dict(edit) for edit in edits],
             "inner": dict(inner or {}),
-            "depthwise": sorted(depthwise),
             "fixed_switches": dict(fixed_switches or {}),
         }
         widths = [width * 2**group for group in range(3) for _ in range((depth - 2) // 6)]
@@ -171,12 +165,7 @@ class ResNet(nn.Module):
         self.gate = _build_gate(gate, inputs[1:])
         self.classifier = nn.Linear(widths[-1], num_classes)
         self._initialise()
-        for name in depthwise:
-            rank_in, rank_out = self._built_as["ranks"].get(name, (None, None))
-            if rank_in is None or rank_in != rank_out:
-                raise ValueError(f"depthwise names the layer {name!r}, which has no two equal ranks")
-        for name, pair in self._built_as["ranks"].items():
-            self._reduce(name, pair, name in depthwise)
+        apply_edits(self, self._built_as["edits"])
         for name, on in self._built_as["fixed_switches"].items():
             if gate == "none" or name not in names[1:] or on not in (0, 1):
                 raise ValueError(
@@ -190,17 +179,11 @@ class ResNet(nn.Module):
     def architecture(self) -> dict[str, Any]:
         """The arguments of ``build_network`` that make this network, plain data.
 
-        Ranks are those of the present layers; a removed block keeps the ones it had.
+        Edits are those of the present layers; a removed block keeps the ones it had.
         """
-        low = {name: module for name, module in self.named_modules() if isinstance(module, LOW_RANK)}
         removed = tuple(f"{block}.conv" for block in self.removed_blocks)
-        kept = {name: pair for name, pair in self._built_as["ranks"].items() if name.startswith(removed)}
-        separable = {name for name, module in low.items() if module.depthwise}
-        return {
-            **copy.deepcopy(self._built_as),
-            "ranks": {**{name: module.ranks for name, module in low.items()}, **kept},
-            "depthwise": sorted(separable | (set(self._built_as["depthwise"]) & set(kept))),
-        }
+        kept = [edit for edit in self._built_as["edits"] if edit["name"].startswith(removed)]
+        return copy.deepcopy({**self._built_as, "edits": [*edits_of(self), *kept]})
 
     @property
     def switches(self) -> int:
@@ -233,12 +216,6 @@ class ResNet(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("gate."):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def _reduce(self, name: str, ranks: Sequence[int | None], depthwise: bool) -> None:
-        layer = dict(self.named_modules()).get(name)
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or name.startswith("gate."):
-            raise ValueError(f"ranks name the layer {name!r}, which is no convolution of this network")
-        replace_layer(self, layer, low_rank(layer, ranks, depthwise, bias=layer.bias is not None))
 
     def forward(self, images: Tensor, decide: DecisionRule = thresholded, skip: bool | None = None) -> RoutedOutput:
         """Classify normalised images.

@@ -1,6 +1,7 @@
 """Modules of a user's own, imported as they would be in the user's project."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ def _found_first(folder: Path) -> Iterator[None]:
         sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != PROGRAM]
     for name in others:
         del sys.modules[name]
+        # Python remembers where a module's file was, and fails on a folder without ``__init__.py``, which has none.
+        inspect._filesbymodname.pop(name, None)
     try:
         yield
     finally:

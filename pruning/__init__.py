@@ -7,7 +7,7 @@ surgery -> refit; ``compress`` calls them in turn.
 from pruning.isolation import own_modules
 
 with own_modules():
+    from models.edits import apply_edits, edits_of
     from pruning.compress import compress
-    from pruning.surgery import apply_edits, edits_of
 
 __all__ = ["apply_edits", "compress", "edits_of"]

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from models import LowRankConv2d
+from models.edits import low_rank_layers
 from pruning.eigenbasis import Eigenbasis
-from pruning.layers import low_rank_layers, prunable_layers
+from pruning.layers import prunable_layers
 
 SMALLEST_DRAWN = 1e-20  # eigenvalue: zero has no logarithm
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.convolution import is_pointwise
 from pruning.capture import Passes, visit_gradients
 from pruning.layers import composed, weights_of
-from pruning.survey import is_pointwise
 from utils import parallel
 from utils.errors import UserError
 

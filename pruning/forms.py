@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.edits import DEPTHWISE, TUCKER, TWO_FACTORS
 from pruning.costs import LayerShape
 from pruning.depthwise import mixtures, separable_terms, sweeps_of
 from pruning.eigenbasis import Eigenbasis, rotate
 from pruning.layers import ConvWeights
 from pruning.prediction import Trials
 from pruning.selection import step_of
-from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS
 from pruning.tucker import coordinates, in_metric, tucker
 
 UNCHANGED = "unchanged"

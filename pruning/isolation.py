@@ -1,5 +1,6 @@
 """Imports of this program's modules in a project that has modules of the same names."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,4 +36,6 @@ def own_modules() -> Iterator[None]:
 def _taken() -> dict:
     """The modules of these names, which are removed from Python's list."""
     names = [name for name in sys.modules if name.partition(".")[0] in ROOMS]
+    for name in names:  # see ``models.user_code``
+        inspect._filesbymodname.pop(name, None)
     return {name: sys.modules.pop(name) for name in names}

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from models import LOW_RANK, LowRankConv2d
+from models.convolution import is_pointwise
 from models.lowrank import multiplied_out
-from pruning.survey import Survey, is_pointwise, outermost, sharing, unsuited
+from pruning.survey import Survey, outermost, sharing, unsuited
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,6 @@ def prunable_layers(network: nn.Module, found: Survey | None = None) -> dict[str
         if isinstance(core, nn.Conv2d) and core.groups == 1 and not is_pointwise(core):
             layers[name] = core
     return layers
-
-
-def low_rank_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers that pruning has rebuilt, by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, LOW_RANK)}
 
 
 def rebuilt_layers(network: nn.Module, smaller: nn.Module, names: Iterable[str]) -> list[str]:

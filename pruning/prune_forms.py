@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.convolution import is_pointwise
+from models.edits import DEPTHWISE, TUCKER, TWO_FACTORS
 from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
 from pruning.choice import choose
@@ -24,8 +26,8 @@ from pruning.layers import ConvWeights, composed, weights_of
 from pruning.prediction import predicted_rise, try_forms
 from pruning.selection import least_kept
 from pruning.settings import Method
-from pruning.surgery import DEPTHWISE, TUCKER, TWO_FACTORS, rebuild
-from pruning.survey import Survey, is_pointwise
+from pruning.surgery import rebuild
+from pruning.survey import Survey
 from utils import parallel
 from utils.flops import NetworkCost
 

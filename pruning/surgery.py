@@ -1,21 +1,14 @@
 """Surgery: layers rebuilt physically smaller from the directions that are kept."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from models import LOW_RANK, ResNet, build_network, low_rank, replace_layer
+from models import ResNet, build_network, low_rank, replace_layer
 from pruning.eigenbasis import Eigenbasis
-from pruning.layers import ConvWeights, low_rank_layers
-from pruning.survey import is_pointwise
-from utils.errors import UserError
+from pruning.layers import ConvWeights
 from utils.modes import copied
-
-# The forms that a layer can take.
-TUCKER, DEPTHWISE, TWO_FACTORS = "tucker", "depthwise", "two_factors"
-ANOTHER = "use the network that was pruned"
 
 
 def truncated(core: Tensor, basis: Eigenbasis, keep_in: Tensor | None, keep_out: Tensor | None) -> ConvWeights:
@@ -75,43 +68,6 @@ def rebuild(network: nn.Module, replaced: Mapping[str, ConvWeights], with_bias: 
             layer.bias.requires_grad_(old.bias.requires_grad)
         replace_layer(smaller, old, layer)
     return smaller
-
-
-def edits_of(network: nn.Module) -> list[dict[str, Any]]:
-    """The forms of the layers that pruning has changed as plain data: one dictionary per layer, see ``apply_edits``."""
-    return [
-        {"name": name, "form": _form(layer), "ranks": layer.ranks, "bias": layer.bias is not None}
-        for name, layer in low_rank_layers(network).items()
-    ]
-
-
-def apply_edits(network: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """Give the layers of a new network, in place, the forms that another one has; its weights can then be loaded.
-
-    Args:
-        edits: of ``edits_of``: the name of a layer, its form ("tucker", "depthwise" or "two_factors"), the ranks before
-            and behind its core (None where there is no rotation), and whether it has a bias.
-
-    Raises:
-        UserError: if the network lacks a layer, or the layer cannot have this form.
-    """
-    for edit in edits:
-        name = edit["name"]
-        old = dict(network.named_modules()).get(name)
-        if not isinstance(old, (nn.Conv2d, nn.Linear, *LOW_RANK)):
-            raise UserError(f"the edits name the layer {name!r}, which is no convolution or linear layer: {ANOTHER}")
-        try:
-            new = low_rank(old, tuple(edit["ranks"]), edit["form"] == DEPTHWISE, edit["bias"])
-        except ValueError as error:
-            raise UserError(f"the edits do not fit the layer {name!r} ({error}): {ANOTHER}") from error
-        replace_layer(network, old, new)
-    return network
-
-
-def _form(layer: nn.Module) -> str:
-    if layer.depthwise:
-        return DEPTHWISE
-    return TWO_FACTORS if is_pointwise(layer) else TUCKER
 
 
 def rebuild_channels(network: ResNet, kept: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> ResNet:

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from models import LOW_RANK
-from models.convolution import SafeConv2d
+from models.convolution import SafeConv2d, is_pointwise
 from pruning.capture import Forward, as_images, differentiable, gradients
 from utils.errors import UserError
 from utils.modes import hooked, layer_input
@@ -100,13 +100,6 @@ def outermost(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = (*inside, f"{name}.")
         if isinstance(module, (*LOW_RANK, nn.Linear, _ConvNd)):
             yield name, module
-
-
-def is_pointwise(layer: nn.Module) -> bool:
-    """Whether a layer mixes channels at each position alone: a linear layer or a 1x1 convolution without padding."""
-    if not hasattr(layer, "kernel_size"):
-        return True
-    return tuple(layer.kernel_size) == (1, 1) and layer.padding in ((0, 0), "valid", "same")
 
 
 def unsuited(layer: nn.Module) -> str | None:

@@ -3,12 +3,14 @@
 import copy
 import functools
 import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models import ResNet, build_network
+from models.edits import DEPTHWISE, TUCKER
 from utils.data.augment import Normalisation
 from utils.runs.checkpoint import Checkpoint, plain_normalisation, save_checkpoint
 
@@ -24,7 +26,7 @@ RANKS = {
     "blocks.2.conv2": (12, 12),
     "blocks.2.shortcut.0": (8, 8),
 }
-DEPTHWISE = ["blocks.2.conv2"]
+SEPARABLE = ["blocks.2.conv2"]
 IDENTITY = {"set_aside": torch.arange(5), "train": "3f", "val": "a0", "test": "77"}
 STAGES = ("sp", "pruned", "rl_pruned")
 NORMALISATION = Normalisation((0.49, 0.48, 0.44), (0.2, 0.25, 0.3))
@@ -37,6 +39,14 @@ def varied_images(count: int, size: int = 16, seed: int = 1) -> Tensor:
     ramp = torch.linspace(-1, 1, size)
     noise = torch.rand(count, 3, size, size, generator=generator) - 0.5
     return (255 * (colour + slope * ramp + strength * noise)).clamp(0, 255).to(torch.uint8)
+
+
+def edits_to(ranks: Mapping[str, Sequence[int | None]], depthwise: Sequence[str] = ()) -> list[dict]:
+    """The edits that give convolutions these ranks, by name."""
+    return [
+        {"name": name, "form": DEPTHWISE if name in depthwise else TUCKER, "ranks": list(pair), "bias": False}
+        for name, pair in ranks.items()
+    ]
 
 
 def small_network(gate: str = "rnn", classes: int = 3, width: int = 4, **more) -> ResNet:
@@ -59,8 +69,8 @@ def _lively_network(stage: str, gate: str, seed: int) -> ResNet:
     width, size = 8, 16
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    ranks, depthwise = ({}, []) if stage == "sp" else (RANKS, DEPTHWISE)
-    network = build_network("resnet", depth=8, num_classes=10, width=width, gate=gate, ranks=ranks, depthwise=depthwise)
+    edits = [] if stage == "sp" else edits_to(RANKS, SEPARABLE)
+    network = build_network("resnet", depth=8, num_classes=10, width=width, gate=gate, edits=edits)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)

@@ -78,7 +78,7 @@ def check_limits(network, smaller, limit):
                 continue
             assert module.core.in_channels >= least_kept(whole.in_channels, limit)
             # There the one rank is that of the input; with one channel a depthwise core is a plain one.
-            if name not in smaller.architecture["depthwise"] and module.core.in_channels > 1:
+            if not module.depthwise and module.core.in_channels > 1:
                 assert module.core.out_channels >= least_kept(whole.out_channels, limit)
     for block, inner in smaller.architecture["inner"].items():
         assert inner >= least_kept(network.get_submodule(block).conv2.out_channels, limit)

@@ -15,9 +15,19 @@ import torch
 from commands import call
 from compare import assert_close
 from conftest import MakesAFolder
-from networks import NORMALISATION, checkpoint_file, checkpoint_of, lively_network, small_network, varied_images
+from networks import (
+    NORMALISATION,
+    RANKS,
+    SEPARABLE,
+    checkpoint_file,
+    checkpoint_of,
+    edits_to,
+    lively_network,
+    small_network,
+    varied_images,
+)
 
-from models import ResNet
+from models import ResNet, build_network
 from scripts import keep
 from utils.data.augment import Normalisation
 from utils.errors import UserError
@@ -152,7 +162,7 @@ def test_a_kept_checkpoint_has_half_the_size_and_the_same_network_within_bf16(tm
 @pytest.fixture(scope="module")
 def content() -> dict:
     """What stands in a small file that is accepted."""
-    return plain(checkpoint_of(small_network(ranks={"blocks.0.conv2": (3, 2)}), "pruned", 8))
+    return plain(checkpoint_of(small_network(edits=edits_to({"blocks.0.conv2": (3, 2)})), "pruned", 8))
 
 
 def saved(path: Path, content: dict) -> Path:
@@ -186,15 +196,14 @@ LAYER = "blocks.1.conv1"
         *(({"depth": depth}, r"6n\+2") for depth in (2, 7, 9, 31, 33, -8)),
         *(({"depth": depth}, "TypeError") for depth in ("8", None)),
         *(({"width": width}, "") for width in (0, "4", 8)),
-        ({"ranks": 3}, "'int' object"),
-        ({"ranks": {"nowhere": [1, 1]}}, "the layer 'nowhere'"),
-        ({"ranks": {"blocks.0.conv2": [3]}}, "expected 2, got 1"),
-        ({"ranks": {"blocks.0.conv2": [3, 0]}}, "ranks are 3 and 0"),
+        ({"edits": 3}, "not int"),
+        ({"edits": [{"name": "stem.0"}]}, "KeyError"),
+        ({"edits": edits_to({"nowhere": [1, 1]})}, "the layer 'nowhere'"),
+        ({"edits": edits_to({LAYER: [3]})}, "expected 2, got 1"),
+        ({"edits": edits_to({LAYER: [3, 0]})}, "ranks are 3 and 0"),
         *(({"inner": inner}, "inner gives") for inner in ({"blocks.7": 3}, {"blocks.1": 0})),
         ({"inner": {"blocks.0": 2.5}}, ""),
-        ({"depthwise": ["nowhere"]}, "'nowhere', which has no two equal ranks"),
-        ({"depthwise": [LAYER], "ranks": {}}, "no two equal ranks"),
-        *(({"depthwise": [LAYER], "ranks": {LAYER: [4, r]}}, "no two equal ranks") for r in (None, 5)),
+        *(({"edits": edits_to({LAYER: [4, r]}, [LAYER])}, "has two equal ranks") for r in (None, 5)),
         *(({"fixed_switches": {block: 0}}, "fixed_switches") for block in ("blocks.0", "blocks.7", "blocks.9")),
         *(({"fixed_switches": fixed}, "fixed_switches") for fixed in ({"blocks.1": 2}, {"stem": 1})),
         ({"gate": "none", "fixed_switches": {"blocks.1": 0}}, "fixed_switches"),
@@ -208,6 +217,15 @@ LAYER = "blocks.1.conv1"
 def test_an_architecture_that_is_no_network_or_another_one(tmp_path: Path, content: dict, change: dict, word: str):
     changed = {**content, "architecture": {**content["architecture"], **change}}
     refused(tmp_path, changed, f"the checkpoint's network cannot be built .*{word}")
+
+
+def test_architectures_of_earlier_versions_build_the_same_network():
+    expected = lively_network("pruned", "rnn")
+    architecture = {k: v for k, v in expected.architecture.items() if k != "edits"}
+    network = build_network(**architecture, ranks=RANKS, depthwise=SEPARABLE)
+    assert network.state_dict().keys() == expected.state_dict().keys()
+    network.load_state_dict(expected.state_dict())
+    assert network.architecture == expected.architecture
 
 
 def test_flipped_bits_are_found(tmp_path: Path, content: dict):

@@ -313,9 +313,9 @@ def test_a_compressed_network_is_compiled_in_one_graph():
 
 def test_edits_that_do_not_fit_are_one_sentence():
     edit = {"name": "layer1.0.conv1", "form": "tucker", "ranks": [4, 4], "bias": False}
-    with pytest.raises(UserError, match="the edits name the layer 'layer9'"):
+    with pytest.raises(ValueError, match="the edits name the layer 'layer9'"):
         apply_edits(resnet20(), [{**edit, "name": "layer9"}])
-    with pytest.raises(UserError, match="do not fit the layer 'linear'"):
+    with pytest.raises(ValueError, match="do not fit the layer 'linear'"):
         apply_edits(resnet20(), [{**edit, "name": "linear"}])
 
 

@@ -21,6 +21,7 @@ from pruning_case import (
 
 from deploy.folding import folded
 from models import LowRankConv2d, all_on, build_network
+from models.edits import edits_of
 from pruning import depthwise
 from pruning.compress import check_goal
 from pruning.eigenbasis import eigenbasis, rotate
@@ -162,7 +163,7 @@ def test_channel_criteria_refuse_a_network_with_low_rank_layers(network, images)
 def test_eigendamage_prunes_what_channel_pruning_left(network, images):
     narrow = pruned_by(network, images, Goal(prune_ratio=0.3), replace(METHOD, criterion="kron_obs")).network
     pruned = pruned_by(narrow, images, Goal(prune_ratio=0.4), METHOD).network
-    assert pruned.architecture["inner"] == narrow.architecture["inner"] and pruned.architecture["ranks"]
+    assert pruned.architecture["inner"] == narrow.architecture["inner"] and pruned.architecture["edits"]
     assert counted(pruned)[0] < counted(narrow)[0]
 
 
@@ -213,9 +214,8 @@ def test_forms_that_compete_hit_budgets_and_their_table_adds_up(network, images,
     assert 0.98 * 0.4 * before[index] <= counted(pruned.network)[index] <= 0.4 * before[index]
     check_table(network, pruned)
     built = {c.name: c.form for c in pruned.changes if c.form != "unchanged"}
-    assert set(built) == set(pruned.network.architecture["ranks"])
+    assert built == {edit["name"]: edit["form"] for edit in edits_of(pruned.network)}
     assert decomposition == "best" or set(built.values()) == {decomposition}
-    assert {n for n, form in built.items() if form == "depthwise"} == set(pruned.network.architecture["depthwise"])
     check_limits(network, pruned.network, 0.95)
 
 
@@ -235,7 +235,7 @@ def test_a_layer_may_change_its_form_in_a_later_iteration(network, images):
     method = replace(METHOD, decomposition="tucker", objective="flops")
     first = pruned_by(network, images, Goal(flops=0.6 * counted(network)[0]), method).network
     second = pruned_by(first, images, Goal(flops=0.3 * counted(network)[0]), replace(method, decomposition="best"))
-    assert set(first.architecture["ranks"]) & set(second.network.architecture["depthwise"])
+    assert set(ranks_of(first)) & set(separable_layers(second.network))
     assert counted(second.network)[0] <= 0.3 * counted(network)[0]
     check_limits(network, second.network, 0.95)
 
@@ -300,6 +300,14 @@ def test_terms_do_not_grow_to_cancel_each_other():
     assert found.core.flatten(1).norm(dim=1).max() < 5 * core.norm()
 
 
+def ranks_of(network) -> dict[str, list[int | None]]:
+    return {edit["name"]: edit["ranks"] for edit in edits_of(network)}
+
+
+def separable_layers(network) -> list[str]:
+    return [edit["name"] for edit in edits_of(network) if edit["form"] == "depthwise"]
+
+
 @pytest.fixture(scope="module")
 def separated(network, images):
     return pruned_by(network, images, Goal(flops=0.4 * counted(network)[0]), TO_DEPTHWISE)
@@ -309,7 +317,7 @@ def separated(network, images):
 def test_the_rebuilt_network_equals_one_with_the_composed_kernels(network, separated):
     plain = build_network(**network.architecture).eval()
     weights = network.state_dict()
-    for name in separated.network.architecture["depthwise"]:
+    for name in separable_layers(separated.network):
         weights[f"{name}.weight"] = composed(weights_of(separated.network.get_submodule(name))).float()
     plain.load_state_dict(weights)
     x = torch.randn(4, 3, SIZE, SIZE)
@@ -321,12 +329,12 @@ def test_the_rebuilt_network_equals_one_with_the_composed_kernels(network, separ
 def test_a_second_iteration_takes_terms_from_separable_layers(network, images, separated):
     second = pruned_by(separated.network, images, Goal(flops=0.2 * counted(network)[0]), TO_DEPTHWISE).network
     assert 0.98 * 0.2 * counted(network)[0] <= counted(second)[0] <= 0.2 * counted(network)[0]
-    ranks, before = second.architecture["ranks"], separated.network.architecture["ranks"]
-    assert any(name in before and ranks[name][0] < before[name][0] for name in second.architecture["depthwise"])
+    ranks, before = ranks_of(second), ranks_of(separated.network)
+    assert any(name in before and ranks[name][0] < before[name][0] for name in separable_layers(second))
     check_limits(network, second, 0.95)
 
 
 def test_truncation_leaves_separable_layers_alone(images, separated):
     other = pruned_by(separated.network, images, Goal(prune_ratio=0.3), METHOD).network
-    assert other.architecture["depthwise"] == separated.network.architecture["depthwise"]
-    assert len(other.architecture["ranks"]) > len(separated.network.architecture["ranks"])
+    assert separable_layers(other) == separable_layers(separated.network)
+    assert len(edits_of(other)) > len(edits_of(separated.network))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import edits_to
 from torch import nn
 
 from models import GATES, all_on, build_network, sampled, straight_through, thresholded
@@ -18,7 +19,9 @@ RANKS = {"blocks.2.conv1": [5, None], "blocks.4.conv2": [6, 7]}
 def routed_network(gate: str = "rnn", dtype: torch.dtype = torch.float32, ranks: dict | None = None):
     """A small network in evaluation mode whose batch norms are not the identity and whose switches disagree."""
     torch.manual_seed(0)
-    network = build_network("resnet", depth=14, num_classes=5, width=8, gate=gate, ranks=ranks).to(dtype)
+    network = build_network("resnet", depth=14, num_classes=5, width=8, gate=gate, edits=edits_to(ranks or {})).to(
+        dtype
+    )
     network.train()
     for _ in range(3):
         network(torch.randn(16, 3, 16, 16, dtype=dtype), decide=all_on)

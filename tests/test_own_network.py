@@ -77,7 +77,7 @@ def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):
     monkeypatch.setattr(own, "_allowed", ["elsewhere/own_networks.py:small", f"{SOURCE}:small"])
     network = checkpoint.network()
     assert isinstance(network, OwnNetwork) and network.architecture == checkpoint.architecture
-    assert checkpoint.architecture["layers"], "some layers have other forms"
+    assert checkpoint.architecture["edits"], "some layers have other forms"
     assert sum(p.numel() for p in network.parameters()) < checkpoint.original["parameters"]
     record = json.loads((best.parent / "record.json").read_text())
     assert record["gflops"] < checkpoint.original["flops"] / 1e9 and record["latency_ms"] > 0

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import checkpoint_of, varied_images
+from networks import checkpoint_of, edits_to, varied_images
 
 from models import build_network
 from utils.data.batches import split_data
@@ -46,7 +46,7 @@ def stage_3_settings(folder: Path, **changed) -> SimpleNamespace:
 
 def checkpoint(stage: str, gate="rnn", width=4, size=8, data=DATA, **changed) -> Checkpoint:
     ranks = changed.pop("ranks", {})
-    network = build_network("resnet", depth=8, num_classes=3, width=width, gate=gate, ranks=ranks)
+    network = build_network("resnet", depth=8, num_classes=3, width=width, gate=gate, edits=edits_to(ranks))
     original = {"accuracy": 0.8, "parameters": 1, "flops": 1}
     made = checkpoint_of(network, stage, size, classes=list(CLASSES), original=original)
     made.data |= {"val_fraction": 0.2, **split_data(data, 0.2, 0).identity}
@@ -105,7 +105,7 @@ def test_what_is_damaged_or_abandoned_is_in_nobodys_way(tmp_path: Path, content:
     run_of(tmp_path, "3", None)
     run_of(tmp_path, "4", checkpoint("sp")).with_name(LAST).write_bytes(content)
     wrong = checkpoint("sp")
-    run_of(tmp_path, "5", replace(wrong, architecture={**wrong.architecture, "ranks": {"stem.0": (None, 2)}}))
+    run_of(tmp_path, "5", replace(wrong, architecture={**wrong.architecture, "edits": edits_to({"stem.0": (None, 2)})}))
     taken, notes = trained_network(settings(tmp_path), DATA)
     assert source_of(taken) == "1"
     assert "2/best.pt cannot be read" in notes[-1] and "network cannot be built" in notes[-1]
@@ -144,7 +144,7 @@ def test_stage_3_takes_the_smallest_of_the_newest_chain_with_switches(tmp_path: 
     run_of(tmp_path, "6", checkpoint("pruned", source="sp/shapes/resnet8/3/best.pt", gate="none"))
     run_of(tmp_path, "7", checkpoint("pruned", source="sp/shapes/resnet8/4/best.pt", size=16))
     taken, notes = pruned_network(stage_3_settings(tmp_path), DATA)
-    assert source_of(taken) == "4" and len(taken.architecture["ranks"]) == len(SMALL)
+    assert source_of(taken) == "4" and len(taken.architecture["edits"]) == len(SMALL)
     assert notes[0].endswith(f"the smallest network within the budget that was made from {of['second']}")
     assert "5/best.pt" in notes[1] and "3/best.pt" in notes[1]
     assert "has no switches to train" in notes[2] and "images of 16 pixels, not 8" in notes[2]

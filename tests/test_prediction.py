@@ -4,14 +4,16 @@ import itertools
 
 import pytest
 import torch
+from networks import edits_to
 from pruning_case import corner
 from torch import nn
 from torch.nn import functional as F
 
 from models import all_on, build_network
+from models.edits import low_rank_layers
 from pruning import prediction
 from pruning.capture import Passes
-from pruning.layers import composed, low_rank_layers, prunable_layers, weights_of
+from pruning.layers import composed, prunable_layers, weights_of
 from pruning.prediction import Trials, predicted_rise, try_forms
 from pruning.tucker import Coordinates
 from utils.flops import every_block
@@ -21,7 +23,7 @@ from utils.flops import every_block
 def network():
     ranks = {"blocks.1.conv1": (3, 4), "blocks.2.conv2": (5, 5)}
     sizes = {"depth": 8, "num_classes": 3, "width": 4, "gate": "none"}
-    network = build_network("resnet", **sizes, ranks=ranks, depthwise=["blocks.2.conv2"]).double()
+    network = build_network("resnet", **sizes, edits=edits_to(ranks, ["blocks.2.conv2"])).double()
     for _ in range(3):
         network(torch.randn(8, 3, 6, 6, dtype=torch.float64))
     return network.eval()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from networks import small_network
+from networks import edits_to, small_network
 from simulated_gpu import SimulatedTensor, simulated
 from torch import nn
 
@@ -40,7 +40,7 @@ NORMALISATION = Normalisation((0.5,) * 3, (0.2,) * 3)
 
 
 def network(gate: str = "rnn", **more) -> ResNet:
-    return small_network(gate, 5, ranks={"blocks.1.conv2": (4, 4)}, **more)
+    return small_network(gate, 5, edits=edits_to({"blocks.1.conv2": (4, 4)}), **more)
 
 
 def images(count: int) -> ImageSet:

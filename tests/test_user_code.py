@@ -1,5 +1,6 @@
 """A user's file is imported as in the user's own project, and this program's modules stay what they are."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -55,6 +56,20 @@ def test_a_project_with_modules_called_as_ours(project: dict, place: str, tmp_pa
         assert own.own_network(source).out_features == 101 * width
     assert sys.path == path
     assert all(sys.modules[name] is module for name, module in before.items())
+
+
+def test_a_folder_called_models_without_an_init_file_may_be_inspected(tmp_path: Path, monkeypatch):
+    """As PyTorch does when it registers operators, which importing torchvision makes it do."""
+    inspect.getmodule(sys._getframe(), "unknown")  # after which it knows where our ``models`` are
+    net = (
+        "import inspect, sys, models.parts.blocks\n"
+        "from torch import nn\n"
+        "inspect.getmodule(sys._getframe(), 'unknown too')\n"
+        "def make(): return nn.Linear(3, 7)\n"
+    )
+    written(tmp_path, {**PROJECT, "net.py": net}, 4)
+    monkeypatch.setattr(own, "_allowed", [f"{tmp_path}/net.py:make"])
+    assert own.own_network(f"{tmp_path}/net.py:make").out_features == 7
 
 
 def test_after_an_import_that_fails_all_is_as_before(tmp_path: Path, monkeypatch):
