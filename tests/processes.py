@@ -28,7 +28,7 @@ from pruning.refit import refit
 from pruning.surgery import merged, rebuild
 from pruning.survey import survey
 from pruning.tucker import tucker
-from training.evaluate import evaluate
+from training.evaluate import Evaluator
 from training.norms import placed, reestimate_batch_norms
 from training.optimisers import sgd
 from training.supervised import Supervision, supervised_epoch
@@ -38,7 +38,7 @@ from utils.data.batches import TrainingBatches, batch_parts_by_process, plain_ba
 from utils.data.images import ImageSet
 from utils.device import pick_device
 from utils.errors import UserError, run_command
-from utils.flops import every_block, network_cost
+from utils.flops import every_block
 from utils.runs.run import Run
 
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def measured() -> dict:
         run = functools.partial(ResNet.__call__, decide=rule)
         reestimate_batch_norms(net, plain_batches(images(), 8, NORMALISATION), run)
         found[rule.__name__] = {key: value.clone() for key, value in net.state_dict().items()}
-    evaluation = evaluate(net, images(), NORMALISATION, network_cost(net, 8), batch_size=6)
+    evaluation = Evaluator(images(), NORMALISATION, 8, batch_size=6)(net)
     found["evaluation"] = vars(evaluation)
     found["normalisation"] = list(training_normalisation(images(), 4).mean)
     return found

@@ -13,7 +13,7 @@ from networks import checkpoint_file
 import main_rl_prune
 from gating.steering import Budget, next_setpoint
 from models import build_network
-from training import evaluate as evaluation
+from training.evaluate import Evaluator
 from utils.data.batches import split_data
 from utils.data.folder import load_data
 from utils.errors import UserError
@@ -95,8 +95,8 @@ def test_where_nothing_can_be_pruned_the_network_is_within_its_budget(chain: Pat
 
 def test_the_iterations_are_not_measured_on_the_test_images(chain, shapes, tmp_path, monkeypatch):
     """Only the report looks at those: of the network that was chosen, with its switches and with every block."""
-    measured, evaluate = [], evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: (measured.append(len(a[1])), evaluate(*a, **k))[1])
+    measured, call = [], Evaluator.__call__
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, *a: (measured.append(len(self.images)), call(self, *a))[1])
     call_stage("pruned", arguments("pruned", shapes, tmp_path, source_of(chain, "pruned")))
     assert set(measured[:-2]) == {24} and measured[-2:] == [30, 30]
     (record,) = json.loads((tmp_path / "results.json").read_text())

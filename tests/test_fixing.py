@@ -26,7 +26,7 @@ from pruning.compress import check_goal
 from pruning.goals import Goal
 from pruning.settings import Method
 from training.distillation import distillation_loss, distillation_loss_fn
-from training.evaluate import Evaluator, evaluate
+from training.evaluate import Evaluator
 from training.optimisers import reinforcement_optimisers
 from utils.data.batches import TrainingBatches
 from utils.data.images import ImageSet
@@ -137,7 +137,7 @@ def test_settled_network_is_kept_within_the_budget_only():
     assert fix_switches(network, evaluator, Budget(floor=1.1), 0.999) is None, "out of reach"
     found = fix_switches(network, evaluator, Budget(floor=1.0), 0.999)
     smaller, measured = found.network, found.after
-    whole = evaluate(network, images, NORMALISATION, cost)
+    whole = evaluator(network)
     assert measured.accuracy == 1.0
     own = network_cost(smaller, 16)
     gates = cost.flops - own.flops  # of steps that no switch needs
@@ -165,10 +165,10 @@ def test_as_many_switches_are_fixed_as_the_budget_allows():
     assert list(uniform_decisions(decisions, 0.9).items()) == [(1, 1), (0, 1)], "the most uniform first"
     both = with_fixed_switches(network, {0: 1, 1: 1})  # is right everywhere, so that fixing costs no accuracy
     images = replace(images, labels=outputs(both, NORMALISATION.apply(images.pixels)).logits.argmax(dim=1))
-    cost = network_cost(with_fixed_switches(network, {1: 1}), 16)
-    one = evaluate(with_fixed_switches(network, {1: 1}), images, NORMALISATION, cost).computation
+    evaluator = Evaluator(images, NORMALISATION, 16)
+    one = evaluator(with_fixed_switches(network, {1: 1})).computation
     for target, fixed in ((1.0, {0: 1, 1: 1}), (one, {1: 1})):
-        found = fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(0.0, target), 0.9)
+        found = fix_switches(network, evaluator, Budget(0.0, target), 0.9)
         assert found.network.fixed_switches == fixed
         assert found.after.computation <= target + 0.005
     assert fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(0.0, one - 0.02), 0.9) is None
@@ -223,10 +223,10 @@ def test_what_costs_accuracy_is_not_fixed_whatever_the_budget(target):
     """Closed for all images, blocks that many need would save FLOPs and keep a budget of computation."""
     network, images, _ = closed_for("sp", 40, 40)
     images = ImageSet(images.pixels, outputs(network, NORMALISATION.apply(images.pixels)).logits.argmax(dim=1))
+    evaluator = Evaluator(images, NORMALISATION, 16)
     for switch in (0, 1):
-        smaller = with_fixed_switches(network, {switch: 0})
-        assert evaluate(smaller, images, NORMALISATION, network_cost(smaller, 16)).accuracy < 0.95
-    assert fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(0.0, target), 0.5) is None
+        assert evaluator(with_fixed_switches(network, {switch: 0})).accuracy < 0.95
+    assert fix_switches(network, evaluator, Budget(0.0, target), 0.5) is None
 
 
 @pytest.mark.parametrize("gate", GATES)

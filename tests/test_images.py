@@ -7,14 +7,13 @@ import torch
 from networks import small_network
 from test_data import UNCHANGED, numbered
 
-from training.evaluate import evaluate
+from training.evaluate import Evaluator
 from utils import parallel
 from utils.data import images, memory
 from utils.data.augment import colour_histogram, normalisation_of
 from utils.data.batches import TrainingBatches, plain_batches, split_data, training_normalisation
 from utils.data.folder import load_data
 from utils.data.images import FetchedSet, HostPixels, ImageSet
-from utils.flops import network_cost
 
 CPU = torch.device("cpu")
 
@@ -74,7 +73,7 @@ def test_subsets_and_evaluations_are_those_of_images_in_memory():
         assert torch.equal(fetched[index][1:].labels, held[index][1:].labels)
     assert len(fetched) == 30
     network = small_network()
-    a, b = (evaluate(network, s, UNCHANGED, network_cost(network, 8), batch_size=8) for s in (fetched, held))
+    a, b = (Evaluator(s, UNCHANGED, 8, batch_size=8)(network) for s in (fetched, held))
     assert (a.loss, a.accuracy) == (b.loss, b.accuracy) and torch.equal(a.decisions, b.decisions)
 
 

@@ -12,7 +12,7 @@ import main_rl_prune
 from gating.operating_point import REACH, SEARCH, find_operating_point, gate_biases_restored, offset_to
 from gating.steering import Budget
 from models import build_network
-from training.evaluate import Evaluation, Evaluator, evaluate
+from training.evaluate import Evaluation, Evaluator
 from training.norms import placed
 from utils.data.augment import Normalisation
 from utils.data.batches import split_data
@@ -101,14 +101,13 @@ def test_the_network_stands_where_it_was_evaluated_and_goes_back(gate):
     pixels = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
     images, normalisation = ImageSet(pixels, torch.randint(0, 4, (200,))), Normalisation((0.5,) * 3, (0.29,) * 3)
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    cost = network_cost(network, 8)
-    at_half = evaluate(network, images, normalisation, cost)
+    evaluated, cost = Evaluator(images, normalisation, 8), network_cost(network, 8)
+    at_half = evaluated(network)
     assert at_half.computation == 1
     with gate_biases_restored(network):
-        evaluated = Evaluator(images, normalisation, 8)
         best = find_operating_point(network, evaluated, Budget(0.0, 0.8), cost, at_half)
         assert 0.8 - REACH < best.computation <= 0.805
-        again = evaluate(network, images, normalisation, cost)
+        again = evaluated(network)
         assert again.accuracy == best.accuracy and torch.equal(again.decisions, best.decisions)
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
 
@@ -118,8 +117,8 @@ def test_a_run_keeps_the_shift_in_its_best_network(chain, shapes):
     best = load_checkpoint(folder / BEST)
     data = load_data(str(shapes), "png", best.data["image_size"], 0)
     images = split_data(data, best.data["val_fraction"], best.data["split_seed"]).val
-    cost = network_cost(best.network(), best.data["image_size"])
-    chosen = evaluate(placed(best.network(), torch.device("cpu")), images, best.normaliser(), cost)
+    evaluated = Evaluator(images, best.normaliser(), best.data["image_size"])
+    chosen = evaluated(placed(best.network(), torch.device("cpu")))
     found = {"accuracy": chosen.accuracy, "computation": chosen.computation}
     assert found == pytest.approx({name: best.metrics[name] for name in found})
     line = metrics(folder)[-1]

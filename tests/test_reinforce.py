@@ -15,12 +15,11 @@ from gating.reinforce import Reinforcement, closing_epoch, reinforce_epoch, thre
 from gating.steering import FixedAlpha
 from gating.temperature import LOGIT, rescale_gate_logits
 from models import ResNet, RoutedOutput, all_on, build_network, sampled, thresholded
-from training.evaluate import evaluate
+from training.evaluate import Evaluator
 from training.norms import batch_norms, freeze_batch_norms, reestimate_batch_norms
 from training.optimisers import reinforcement_optimisers
 from utils.data.augment import Normalisation
 from utils.data.images import ImageSet
-from utils.flops import network_cost
 
 
 class EasyAndHard(nn.Module):
@@ -158,10 +157,7 @@ def test_accuracy_does_not_depend_on_the_batch_size(gate):
         for layer, own in zip(layers, logits.chunk(len(layers), dim=1), strict=True):
             layer.bias -= own.median(dim=0).values.mean()
     labels = torch.randint(0, 4, (300,), generator=generator)
-    one, many = (
-        evaluate(network, ImageSet(images, labels), normalisation, network_cost(network, 8), batch_size=size)
-        for size in (1, 256)
-    )
+    one, many = (Evaluator(ImageSet(images, labels), normalisation, 8, batch_size=size)(network) for size in (1, 256))
     assert 0.02 < many.decisions.mean() < 0.98
     assert one.accuracy == many.accuracy
     assert torch.equal(one.decisions, many.decisions)

@@ -22,7 +22,7 @@ from pruning.layers import prunable_layers
 from pruning.settings import CRITERIA, DECOMPOSITIONS, Method
 from training import forward as training_forward_module
 from training.distillation import distillation_loss_fn
-from training.evaluate import evaluate
+from training.evaluate import Evaluator
 from training.forward import training_forward
 from training.norms import SharedBatchNorm, placed, with_shared_norms
 from training.optimisers import reinforcement_optimisers, sgd
@@ -133,12 +133,11 @@ def test_waits_of_an_evaluation(gate: str):
     with simulated() as waits:
         device = pick_device()
         net = placed(network(gate), device)
-        cost = network_cost(net, 8)
 
         def waited(batches: int, rule: DecisionRule) -> int:
             given = images(BATCH * batches).to(device)
             waits.clear()
-            evaluate(net, given, NORMALISATION, cost, rule, BATCH, torch.bfloat16)
+            Evaluator(given, NORMALISATION, 8, torch.bfloat16, BATCH)(net, rule)
             return waits.total()
 
         assert waited(5, thresholded) - waited(2, thresholded) == 3 * net.switches
@@ -193,9 +192,13 @@ def test_precision_of_a_gpu(wanted: str, capability: tuple[int, int], precision:
         lacking = " (it has no bf16)" if capability < (8, 0) else ""
         assert device_text(device, precision) == f"cuda (simulated) in {used}{lacking}"
         net, seen = placed(network(), device), set()
-        cost = network_cost(net, 8)
-        net.stem[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-        evaluate(net, images(4).to(device), NORMALISATION, cost, precision=precision)
+
+        def see(module, inputs, output):
+            if len(output) == 4:  # not the image on which FLOPs are counted
+                seen.add(output.dtype)
+
+        net.stem[0].register_forward_hook(see)
+        Evaluator(images(4).to(device), NORMALISATION, 8, precision)(net)
         training_forward(net, precision)(
             torch.zeros(4, 3, 8, 8).to(device), lambda drawn: all_on, torch.empty(0), False
         )

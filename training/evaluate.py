@@ -15,7 +15,7 @@ from utils.data.augment import Normalisation
 from utils.data.batches import plain_batches
 from utils.data.images import Images
 from utils.device import mixed_precision
-from utils.flops import NetworkCost, network_cost
+from utils.flops import network_cost
 from utils.modes import evaluation_mode
 from utils.sizes import Size
 
@@ -53,66 +53,47 @@ class Evaluation:
         return self.decisions.mean(dim=0).tolist()
 
 
-@torch.no_grad()
-def evaluate(
-    network: ResNet,
-    images: Images,
-    normalisation: Normalisation,
-    cost: NetworkCost,
-    decide: DecisionRule = thresholded,
-    batch_size: int = 256,
-    precision: torch.dtype = torch.float32,
-) -> Evaluation:
-    """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards.
-
-    Each of several processes runs it on its part of the images, and all get the measurements on all images.
-
-    Args:
-        cost: of the network for one such image (``utils.flops.network_cost``).
-        precision: of products, from ``utils.device.pick_precision``.
-    """
-    loss = correct = torch.zeros((), device=images.device, dtype=torch.float64)
-    local = parallel.local_slice(len(images))
-    switches = torch.zeros(2, len(images), network.switches)  # decisions and probabilities
-    seen, answers = [switches.new_empty(2, 0, network.switches, device=images.device)], []
-    with evaluation_mode(network), mixed_precision(images.device, precision):
-        for x, y in plain_batches(images[local], batch_size, normalisation):
-            output = network(x, decide=decide)
-            loss = loss + F.cross_entropy(output.logits, y, reduction="sum")
-            correct = correct + (output.logits.argmax(dim=1) == y).sum()
-            seen.append(torch.stack([output.decisions, output.probabilities]).float())
-            answers.append(output.logits.float())
-    loss, correct = parallel.all_reduced(torch.stack([loss, correct])).tolist()
-    switches[:, local] = torch.cat(seen, dim=1).cpu()
-    decisions, probabilities = parallel.all_reduced(switches)
-    classes = parallel.broadcast_object(answers[0].shape[1] if answers else 0)  # the first process has images
-    logits = torch.zeros(len(images), classes)
-    if answers:
-        logits[local] = torch.cat(answers).cpu()
-    return Evaluation(
-        loss=loss / len(images),
-        accuracy=correct / len(images),
-        flops_all=float(cost.flops),
-        executed=cost.executed(decisions),
-        decisions=decisions,
-        logits=parallel.all_reduced(logits),
-        probabilities=probabilities,
-    )
-
-
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures networks on one set of images."""
+    """Measures networks on one set of images.  Each of several processes takes its part, and all get the results."""
 
     images: Images
     normalisation: Normalisation
     image_size: Size
     precision: torch.dtype = torch.float32  # of products, from ``utils.device.pick_precision``
+    batch_size: int = 256
 
+    @torch.no_grad()
     def __call__(self, network: ResNet, decide: DecisionRule = thresholded) -> Evaluation:
-        """``evaluate`` on these images."""
-        cost = network_cost(network, self.image_size)
-        return evaluate(network, self.images, self.normalisation, cost, decide, precision=self.precision)
+        """Run ``network`` in evaluation mode, skipped blocks not computed; its mode is restored afterwards."""
+        images, cost = self.images, network_cost(network, self.image_size)
+        loss = correct = torch.zeros((), device=images.device, dtype=torch.float64)
+        local = parallel.local_slice(len(images))
+        switches = torch.zeros(2, len(images), network.switches)  # decisions and probabilities
+        seen, answers = [switches.new_empty(2, 0, network.switches, device=images.device)], []
+        with evaluation_mode(network), mixed_precision(images.device, self.precision):
+            for x, y in plain_batches(images[local], self.batch_size, self.normalisation):
+                output = network(x, decide=decide)
+                loss = loss + F.cross_entropy(output.logits, y, reduction="sum")
+                correct = correct + (output.logits.argmax(dim=1) == y).sum()
+                seen.append(torch.stack([output.decisions, output.probabilities]).float())
+                answers.append(output.logits.float())
+        loss, correct = parallel.all_reduced(torch.stack([loss, correct])).tolist()
+        switches[:, local] = torch.cat(seen, dim=1).cpu()
+        decisions, probabilities = parallel.all_reduced(switches)
+        classes = parallel.broadcast_object(answers[0].shape[1] if answers else 0)  # the first process has images
+        logits = torch.zeros(len(images), classes)
+        if answers:
+            logits[local] = torch.cat(answers).cpu()
+        return Evaluation(
+            loss=loss / len(images),
+            accuracy=correct / len(images),
+            flops_all=float(cost.flops),
+            executed=cost.executed(decisions),
+            decisions=decisions,
+            logits=parallel.all_reduced(logits),
+            probabilities=probabilities,
+        )
 
     def both(self, network: ResNet) -> tuple[Evaluation, Evaluation]:
         """The network as its switches decide, and with every block run; the same where it has none."""
