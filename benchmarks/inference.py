@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from benchmarks.common import machine
 from deploy.export import accuracy
 from deploy.exported import exported_model
-from deploy.int8 import CALIBRATION_IMAGES, quantised
+from deploy.int8 import calibration_pixels, quantised
 from deploy.session import ExportedNetwork
 from deploy.timing import alternated
 from models import allow
@@ -64,8 +63,7 @@ def main() -> None:
     data = load_data(args.data_dir, args.img_type, size, workers=2)
     for checkpoint in checkpoints.values():
         check_data(checkpoint, data, size)
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    calibration = data.train[order[:CALIBRATION_IMAGES]].pixels.numpy()
+    calibration = calibration_pixels(data.train)
     rows = measured("float32", checkpoints, data.test, args)
     if args.int8:
         rows += measured("int8", checkpoints, data.test, args, lambda graph: quantised(graph, calibration))

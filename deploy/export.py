@@ -85,10 +85,9 @@ def int8_version(
 ) -> tuple[onnx.ModelProto, dict[str, float]]:
     """The quantised graph, and its accuracy on the test images beside that of the graph ``model`` in float32."""
     # Imported here: the tools take a second to import, and only this option needs them.
-    from deploy.int8 import CALIBRATION_IMAGES, quantised
+    from deploy.int8 import calibration_pixels, quantised
 
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    calibration = data.train[order[:CALIBRATION_IMAGES]].pixels.numpy()
+    calibration = calibration_pixels(data.train)
     network, size = checkpoint.network(), checkpoint.data["image_size"]
     smaller = exported_model(network, checkpoint.normaliser(), size, finish=lambda graph: quantised(graph, calibration))
     measured = {"int8_accuracy": accuracy(smaller, data.test), "float_accuracy": accuracy(model, data.test)}

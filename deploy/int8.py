@@ -6,13 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from deploy.graphs import BLOCK, DECISIONS, IMAGES, SWITCH
 from deploy.session import open_session, run_session
+from utils.data.images import Images
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 64
+
+
+def calibration_pixels(train: Images) -> np.ndarray:
+    """Training images to measure the ranges of activations on, drawn from all: uint8 [N, 3, H, W]."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    return train[order[:CALIBRATION_IMAGES]].pixels.numpy()
 
 
 def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
@@ -24,7 +32,7 @@ def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
     which hold 2 * 255 * 64 and not 2 * 255 * 127: with all 8 bits the same file would give other answers there.
 
     Args:
-        pixels: training images to measure the ranges of activations on, uint8 [N, 3, H, W].
+        pixels: of ``calibration_pixels``.
     """
     with tempfile.TemporaryDirectory() as folder:
         prepared, result = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
@@ -32,12 +40,12 @@ def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
             quant_pre_process(model, str(prepared))
         except Exception:  # its symbolic inference of shapes does not know every attention or norm
             onnx.save(onnx.shape_inference.infer_shapes(model), prepared)
-        kept = tuple([SWITCH, *_unseen(model, pixels[:CALIBRATION_IMAGES])])
+        kept = tuple([SWITCH, *_unseen(model, pixels)])
         excluded = [node.name for node in onnx.load(prepared).graph.node if node.name.startswith(kept)]
         logging.disable(logging.WARNING)  # it advises the preparation above
         try:
             quantize_static(
-                str(prepared), str(result), _Images(pixels[:CALIBRATION_IMAGES]),
+                str(prepared), str(result), _Images(pixels),
                 quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", "Add"], nodes_to_exclude=excluded,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
                 reduce_range=True,

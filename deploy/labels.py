@@ -1,7 +1,7 @@
 """The files of an exported network, and labels.json, which describes them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ class Labels:
     flops_of_switched_blocks: list[float]
     fixed_blocks: list[int]  # whose switch no longer decides, counted from 1
     members: list[float]  # of a cascade: FLOPs of each with every block run
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "Labels":
+        """From the content of labels.json."""
+        return cls(**{f.name: content[f.name] for f in fields(cls)})
 
 
 def labels_of(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def read_labels(folder: Path) -> Labels:
             values = [content[key]] if key == "flops" else content[key]
             if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
                 raise ValueError(f"{key} is {content[key]!r}")
-        return Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
+        return Labels.of(content)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give the folder that python -m deploy.export wrote") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

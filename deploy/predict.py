@@ -69,7 +69,6 @@ def from_checkpoint(path: Path) -> tuple[Classifier, Labels]:
     """The network of a checkpoint, run by PyTorch; skipped blocks are not computed."""
     checkpoint = load_checkpoint(path)
     network = checkpoint.network()
-    content = labels_of(checkpoint, network)
     normalise = checkpoint.normaliser().apply  # to [0, 1] for a cascade, whose members normalise by themselves
 
     @torch.no_grad()
@@ -77,7 +76,7 @@ def from_checkpoint(path: Path) -> tuple[Classifier, Labels]:
         output = network(normalise(pixels))
         return output.logits[0], output.decisions[0]
 
-    return classify, Labels(**{key: content[key] for key in Labels.__dataclass_fields__})
+    return classify, Labels.of(labels_of(checkpoint, network))
 
 
 def from_folder(folder: Path) -> tuple[Classifier, Labels]:
