@@ -25,7 +25,7 @@ from gating.cascade_report import (
 )
 from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, outcome
 from gating.pictures import draw_easy_and_hard
-from models import Cascade, Member, allow, is_own
+from models import Cascade, Member, allow, check_depth, is_own
 from training.evaluate import Evaluator
 from training.norms import placed
 from training.report import Chosen, report
@@ -52,6 +52,9 @@ class Settings(RunSettings):
     network: tuple[str, ...] = setting(
         ("resnet",), f"{NETWORK_HELP}; several for a cascade of them", check=check_network
     )
+    depth: tuple[int, ...] = setting(
+        (32,), "depth of the network, 6n+2; several for a cascade of networks of these depths", check=check_depth
+    )
     networks: tuple[str, ...] = setting((), "checkpoints to choose from; none: all networks of the newest runs")
     max_accuracy_drop: float = setting(
         0.01, "accuracy that may be lost against stage 1; 0.01 is one percentage point", low=0, high=1
@@ -69,7 +72,7 @@ def main() -> None:
         allow(name)
     networks, notes = cascade_networks(settings, data)
     splits = validation(data, networks).to(device)
-    parent = stage_folder(settings.result_dir, "cascade", data.name, settings.network[0], settings.depth)
+    parent = stage_folder(settings.result_dir, "cascade", data.name, settings.network[0], settings.depth[0])
     with open_run(parent, settings, None, False, {}) as run:
         run.say(
             f"{run.path} on {device_text(device, torch.float32)}: {len(networks)} networks, {len(splits.val):,} "

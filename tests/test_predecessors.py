@@ -10,13 +10,14 @@ import pytest
 import torch
 from networks import checkpoint_of, edits_to, varied_images
 
+import main_cascade
 from models import build_network
 from utils.data.batches import split_data
 from utils.data.folder import DataSet
 from utils.data.images import ImageSet
 from utils.errors import UserError
 from utils.runs.checkpoint import Checkpoint, save_checkpoint
-from utils.runs.predecessors import pruned_network, trained_network
+from utils.runs.predecessors import cascade_networks, pruned_network, trained_network
 from utils.runs.run import BEST, LAST, stage_folder
 
 CLASSES = ("left", "middle", "right")
@@ -184,3 +185,16 @@ def test_stage_3_names_what_is_against_the_only_run(tmp_path: Path):
     run_of(tmp_path, "1", checkpoint("pruned", gate="none", source="sp/shapes/resnet8/1/best.pt"))
     with pytest.raises(UserError, match=r"does not fit: checkpoint .* has no switches to train: train stage 1 with"):
         pruned_network(stage_3_settings(tmp_path), DATA)
+
+
+def test_a_cascade_takes_the_networks_of_every_depth_that_is_named(tmp_path: Path):
+    run_of(tmp_path, "1", checkpoint("sp"))
+    deeper = build_network("resnet", depth=14, num_classes=3, width=4)
+    path = stage_folder(tmp_path, "sp", "shapes", "resnet", 14) / "1" / BEST
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, replace(checkpoint("sp"), architecture=deeper.architecture, weights=deeper.state_dict()))
+    given = main_cascade.Settings(data_dir="shapes", result_dir=str(tmp_path), depth=(8, 14), resize=8)
+    found, _ = cascade_networks(given, DATA)
+    assert [one.architecture["depth"] for _, one in found] == [8, 14]
+    with pytest.raises(UserError, match="needs two networks or more, and there are 1"):
+        cascade_networks(replace(given, depth=(14,)), DATA)

@@ -159,6 +159,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         empty = action.default in (None, "", (), []) or isinstance(action.default, bool)
+        if isinstance(action.default, tuple) and not empty:
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return action.help if empty else super()._get_help_string(action)
 
 
@@ -182,8 +184,9 @@ def settings_parser(cls: type, description: str, resumes: bool = True) -> Parser
             parser.add_argument(f"--{f.name}", action="store_true", help=help)
             continue
         if get_origin(f.type) is tuple:
-            kind = _flag_type(str, f.name, f.metadata)
-            parser.add_argument(f"--{f.name}", nargs="+", type=kind, default=f.default, help=help, metavar="NAME")
+            kind = get_args(f.type)[0]
+            read, metavar = _flag_type(kind, f.name, f.metadata), "NAME" if kind is str else kind.__name__.upper()
+            parser.add_argument(f"--{f.name}", nargs="+", type=read, default=f.default, help=help, metavar=metavar)
             continue
         required = {"required": True, "default": argparse.SUPPRESS}  # which --help would call "None"
         given = required if f.default is MISSING else {"default": f.default}

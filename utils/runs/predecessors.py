@@ -114,9 +114,7 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
 def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
     """The networks that a cascade may be made of: those named, or those of the newest run of every stage that fits.
 
-    With several networks in the settings, of each.
-
-    All iterations of stage 2 count.
+    With several networks or depths in the settings, of each.  All iterations of stage 2 count.
 
     Args:
         settings: of ``main_cascade.py``.
@@ -136,10 +134,11 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
                 raise UserError(f"{path} does not fit: {error}") from None
     else:
         found, unfit = [], {}
-        for network, (stage, name) in product(
-            settings.network, (("sp", BEST), ("pruned", "iteration_*.pt"), ("rl_pruned", BEST))
+        kinds = [(name, depth) for name in settings.network for depth in settings.depth[: 1 if is_own(name) else None]]
+        for (network, depth), (stage, name) in product(
+            kinds, (("sp", BEST), ("pruned", "iteration_*.pt"), ("rl_pruned", BEST))
         ):
-            fitting, others = _saved(replace(settings, network=network), stage, data, name)
+            fitting, others = _saved(replace(settings, network=network, depth=depth), stage, data, name)
             unfit |= others
             found += [item for item in fitting if item[0].parent == fitting[-1][0].parent]
         if unfit and len(found) < 2:
