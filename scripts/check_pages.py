@@ -47,7 +47,6 @@ ROWS = {
     "ResNet-32, width 32, trained for 12 epochs": (CIFAR_100, "networks", "name", "resnet32"),
     "pruned to 21%, ten epochs": (CIFAR_100, "networks", "name", "resnet32 at 21%"),
     "cascade with a ResNet-20, 20%": (CIFAR_100, "curve", "share", 0.2),
-    "cascade with a ResNet-20, 15%": (CIFAR_100, "curve", "share", 0.15),
 }
 
 
