@@ -46,12 +46,14 @@ def apply_edits(network: nn.Module, edits: Sequence[Edit]) -> nn.Module:
     """
     layers = dict(network.named_modules())
     for edit in edits:
-        name = edit["name"]
+        name, form = edit["name"], edit["form"]
+        if form not in (TUCKER, DEPTHWISE, TWO_FACTORS):
+            raise ValueError(f"the edits give the layer {name!r} the form {form!r}, which is unknown: {ANOTHER}")
         old = layers.get(name)
         if not isinstance(old, (nn.Conv2d, nn.Linear, *LOW_RANK)):
             raise ValueError(f"the edits name the layer {name!r}, which is no convolution or linear layer: {ANOTHER}")
         try:
-            new = low_rank(old, edit["ranks"], edit["form"] == DEPTHWISE, edit["bias"])
+            new = low_rank(old, edit["ranks"], form == DEPTHWISE, edit["bias"])
         except ValueError as error:
             raise ValueError(f"the edits do not fit the layer {name!r} ({error}): {ANOTHER}") from error
         replace_layer(network, old, new)

@@ -24,8 +24,10 @@ class ComposedKernel(Tensor):
     compose: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, shape: Sequence[int], like: Tensor, compose: Callable[[], Tensor]) -> "ComposedKernel":
+    def of(cls, shape: Sequence[int], like: Tensor, compose: Callable[[], Tensor]) -> Tensor:
         """The kernel of ``shape`` that ``compose`` returns, of the type and on the device of ``like``."""
+        if torch.compiler.is_compiling():  # compilers and exporters drop what is not used
+            return compose()
         # Not a number, if ever something came past the function below.
         kernel = like.detach().new_full((), math.nan).expand(*shape).as_subclass(cls)
         kernel.compose = compose
@@ -79,7 +81,7 @@ class LowRankConv2d(nn.Module):
         self.rotate_out = None if rank_out is None else nn.Conv2d(core_out, layer.out_channels, 1, bias=bias)
 
     @property
-    def weight(self) -> ComposedKernel:
+    def weight(self) -> Tensor:
         """[out, in, kh, kw]"""
         shape = (self.out_channels, self.in_channels, *self.kernel_size)
         return ComposedKernel.of(shape, self.core.weight, self._composed)
@@ -133,7 +135,7 @@ class LowRankLinear(nn.Module):
         self.rotate_out = nn.Linear(rank, out_features, bias=bias)
 
     @property
-    def weight(self) -> ComposedKernel:
+    def weight(self) -> Tensor:
         """[out, in]"""
         shape = (self.out_features, self.in_features)
         return ComposedKernel.of(shape, self.core.weight, lambda: self.rotate_out.weight @ self.core.weight)
@@ -176,6 +178,9 @@ def low_rank(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.
     weight = next(layer.parameters())
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         smaller = _made(layer, ranks, depthwise, bias)
+    for name, value in vars(layer).items():  # what the user has set on it
+        if not name.startswith("_") and not hasattr(smaller, name):
+            setattr(smaller, name, value)
     return smaller.to(weight.device, weight.dtype).train(layer.training)
 
 
@@ -189,8 +194,9 @@ def _made(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.Mod
 
 
 def replace_layer(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in every place of ``old``: a layer may have two names."""
+    """Put ``new`` in every place of ``old``: a layer may have two names, or be in a list or dictionary, too."""
     for module in list(network.modules()):
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
+        for held in vars(module).values():
+            places = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()
+            for place in [place for place, child in places if child is old]:
+                held[place] = new

@@ -256,14 +256,14 @@ def some_images(batches: Iterable[tuple[Tensor, Any]], count: int) -> Iterator[t
 
     They are spaced evenly where their number is known, as that of a data loader: its images may be sorted by class.
     """
-    seen, step = 0, None
+    seen, needed = 0, 0
     for i, batch in enumerate(batches):
         x, labels = _pair(batch)
-        if step is None:
+        if needed == 0:
             needed = math.ceil(count / max(1, images_of(x, labels)))
-            step = max(1, length_hint(batches, needed) // needed)
+            total = max(needed, length_hint(batches, needed))
         if seen >= count:
             return
-        if i % step == 0:
+        if i == 0 or i * needed // total > (i - 1) * needed // total:
             seen += images_of(x, labels)
             yield x, labels

@@ -64,7 +64,7 @@ class Report:
         if self.flops[0] == self.flops[1]:
             lines.append("no cheaper form was found for any layer: the network is unchanged")
         (f, g), (p, q) = self.flops, self.parameters
-        lines.append(f"FLOPs {f:,} -> {g:,} ({g / f:.1%}), parameters {p:,} -> {q:,} ({q / p:.1%})")
+        lines.append(f"FLOPs {f:,} -> {g:,} ({g / max(1, f):.1%}), parameters {p:,} -> {q:,} ({q / p:.1%})")
         return "\n".join(lines)
 
 

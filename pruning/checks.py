@@ -6,8 +6,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from models.edits import low_rank_layers
 from pruning.survey import outermost
 from utils.errors import UserError
+from utils.flops import NetworkCost
+from utils.modes import copied, evaluation_mode
 
 
 def check_network(network: nn.Module) -> None:
@@ -16,6 +19,8 @@ def check_network(network: nn.Module) -> None:
     Raises:
         UserError: says why, and what to give instead.
     """
+    if not isinstance(network, nn.Module):
+        raise UserError(f"the network is a {type(network).__name__}: give a torch.nn.Module")
     modules = [*network.modules()]
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise UserError(
@@ -33,27 +38,65 @@ def check_network(network: nn.Module) -> None:
         raise UserError("the network has no parameters: give one that is not quantised")
     if any(is_lazy(p) for p in parameters):
         raise UserError("the network has lazy layers without weights: run it on a batch first, and load its weights")
+    if any(p.is_meta for p in parameters):
+        raise UserError("the network is on the meta device, without values: load its weights first")
+    if any(p.is_inference() for p in parameters):
+        raise UserError("the network was made in torch.inference_mode(), so it has no gradients: make it outside")
     if any(layer is network for _, layer in outermost(network)):
         raise UserError("the network is a single layer, which has no place for its parts: give nn.Sequential(layer)")
-    if "report" in network._modules or "report" in network._parameters or "report" in network._buffers:
+    if any(
+        "report" in names for names in (network._modules, network._parameters, network._buffers, dir(type(network)))
+    ):
         raise UserError("the network has a part called report, where its copy keeps the table: rename that part")
+    try:
+        with evaluation_mode(network):
+            copied(network)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"the network cannot be copied, or put into evaluation mode ({reason}): leave out what prevents this"
+        ) from error
 
 
-def check_ratio(prune_ratio: float | None) -> None:
-    """Refuse what is no share.
+def check_functions(**given: object) -> None:
+    """Refuse what is not called as a function.
+
+    Raises:
+        UserError: names the keyword.
+    """
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise UserError(f"{name} is {function!r}: give a function, or leave it out")
+
+
+def check_targets(flops: float | None, parameters: float | None, prune_ratio: float | None) -> None:
+    """Refuse no target, two kinds of them, and what is neither a share nor a count.
 
     Raises:
         UserError: says what to give.
     """
+    if flops is None and parameters is None and prune_ratio is None:
+        raise UserError("compress has no target: give flops= or parameters=, for example flops=0.5 for half")
+    if prune_ratio is not None and (flops is not None or parameters is not None):
+        raise UserError("prune_ratio stands instead of a target, but flops or parameters is given, too: leave one out")
     if prune_ratio is not None and not (isinstance(prune_ratio, numbers.Real) and 0 <= prune_ratio < 1):
         raise UserError(f"prune_ratio is {prune_ratio!r}: give a share from 0 on and below 1, such as 0.3")
+    for name, target in (("flops", flops), ("parameters", parameters)):
+        if target is not None and not (isinstance(target, numbers.Real) and (0 < target <= 1 or target > 100)):
+            raise UserError(
+                f"{name} is {target!r}: give a share above 0 and up to 1, such as 0.5, or a number above 100"
+            )
 
 
-def check_target(name: str, target: float | None) -> None:
-    """Refuse what is neither a share nor a count.
+def check_used(network: nn.Module, cost: NetworkCost) -> None:
+    """Refuse a network that goes on calling a layer that was replaced.
 
     Raises:
-        UserError: says what to give.
+        UserError: names the layer.
     """
-    if target is not None and not (isinstance(target, numbers.Real) and (0 < target <= 1 or target > 100)):
-        raise UserError(f"{name} is {target!r}: give a share above 0 and up to 1, such as 0.5, or a number above 100")
+    for name in low_rank_layers(network):
+        if f"{name}.core" not in cost.layers:
+            raise UserError(
+                f"the network does not call layer {name} after it was replaced, so something else than a module holds "
+                f"the old one, such as a function: leave it as it is with ignored_layers=[{name!r}]"
+            )

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
-from pruning.checks import check_network, check_ratio, check_target
+from pruning.checks import check_functions, check_network, check_targets, check_used
 from pruning.forms import form_costs
-from pruning.goals import Goal, as_target, least_of, shortfall
+from pruning.goals import Goal, as_target, fewest_parameters, least_of, shortfall
 from pruning.layers import rebuilt_layers
 from pruning.prune_channels import channel_groups, prune_channels
 from pruning.prune_directions import direction_groups, prune_directions
@@ -23,6 +23,7 @@ from pruning.selection import group_costs
 from pruning.settings import EIGENBASIS_CRITERIA, Method
 from pruning.survey import Survey, survey
 from training.norms import reestimate_batch_norms
+from utils import parallel
 from utils.errors import UserError
 from utils.flops import NetworkCost, cost_on, network_cost
 from utils.settings import checked_settings
@@ -32,6 +33,7 @@ OWN_KEYWORDS = {"say": None, "seed": 0, "prune_ratio": None}  # of ``compress``,
 
 
 @torch.inference_mode(False)
+@parallel.alone()
 def compress(
     network: nn.Module,
     batches: Batches | Iterable[tuple[Tensor, Any]],
@@ -64,11 +66,8 @@ def compress(
     say, seed, prune_ratio = (settings.pop(key, default) for key, default in OWN_KEYWORDS.items())
     method = checked_settings(Method, settings)
     check_network(network)
-    if flops is None and parameters is None and prune_ratio is None:
-        raise UserError("compress has no target: give flops= or parameters=, for example flops=0.5 for half")
-    check_target("flops", flops)
-    check_target("parameters", parameters)
-    check_ratio(prune_ratio)
+    check_functions(loss_fn=loss_fn, logits=logits, say=say)
+    check_targets(flops, parameters, prune_ratio)
     if not callable(batches):
         loader, batches = batches, lambda: loader
     draws = torch.Generator(next(network.parameters()).device).manual_seed(seed)
@@ -78,16 +77,21 @@ def compress(
     x, labels = next(passes.on(network))
     cost = cost_on(network, x[:1], forward)
     found = survey(network, *passes.probe(x, labels), method.ignored_layers)
-    least = least_of(*_reachable(network, found, cost, replace(method, round_to=1)))
+    reachable = _reachable(network, found, cost, replace(method, round_to=1))
     limits = [
         None if target is None else max(target * whole if target <= 1 else target, few)
-        for target, whole, few in zip((flops, parameters), (cost.flops, cost.parameters), least, strict=True)
+        for target, whole, few in zip(
+            (flops, parameters), (cost.flops, cost.parameters), least_of(*reachable), strict=True
+        )
     ]
+    if None not in limits:  # FLOPs come first, where both together cannot be reached
+        limits[1] = max(limits[1], fewest_parameters(*reachable, limits[0]))
     goal = Goal(prune_ratio or 0.0, *limits)
     pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
     if method.reestimate_batch_norm and not method.refit and not pruned.nothing_changed:
         reestimate_batch_norms(pruned.network, passes.on(pruned.network), forward)
     after = cost_on(pruned.network, x[:1], forward)
+    check_used(pruned.network, after)
     counts = ((cost.flops, after.flops), (cost.parameters, after.parameters))
     pruned.network.report = Report(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
     passes.say(str(pruned.network.report))

@@ -63,6 +63,12 @@ def least_of(costs: Sequence[np.ndarray], fixed: Sequence[float]) -> tuple[int, 
     return int(least[0]), int(least[1])
 
 
+def fewest_parameters(costs: Sequence[np.ndarray], fixed: Sequence[float], flops: float) -> int:
+    """The fewest parameters with at most so many FLOPs, which can be reached; arguments as of ``least_of``."""
+    chosen = least_regretted([Ways(own[:, :1], own[:, 1]) for own in costs], np.array([flops - fixed[0]]))
+    return int(fixed[1]) + sum(int(own[i, 1]) for own, i in zip(costs, chosen, strict=True))
+
+
 def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], by: str = "the layers") -> str | None:
     """Why no choice of forms meets the targets, with the least that can be reached; None if one does.
 
@@ -76,8 +82,7 @@ def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], b
             asked = f"target_{names[k].lower()} asks for {limit:,.0f} {names[k]}"
             return f"{asked}, but {by} can leave no fewer than {least[k]:,}"
     if len(goal.kinds) == 2:
-        chosen = least_regretted([Ways(own[:, :1], own[:, 1]) for own in costs], goal.limits[:1] - fixed[0])
-        parameters = fixed[1] + sum(int(own[i, 1]) for own, i in zip(costs, chosen, strict=True))
+        parameters = fewest_parameters(costs, fixed, goal.flops)
         if parameters > goal.parameters:
             return (
                 f"target_flops ({goal.flops:,.0f}) and target_parameters ({goal.parameters:,.0f}) can be met one by "

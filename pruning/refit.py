@@ -10,13 +10,13 @@ He et al., arXiv:1707.06168, section 3.1, here with low ranks on both sides.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models import LOW_RANK
+from models import LOW_RANK, LowRankLinear
 from pruning.capture import Passes, as_images
 from pruning.channels import damped
 from pruning.factors import padded
@@ -59,6 +59,16 @@ def row_sums(z: Tensor, y: Tensor) -> Tensor:
     ones = z.new_ones(len(z), 1)
     right = torch.cat([z, ones], dim=1)
     return (torch.cat([z, y, ones], dim=1).t() @ right).double()
+
+
+def rough_means(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of z [N, n] and y [N, out] over the rows of all processes.
+
+    Of the first rows of a layer they are subtracted from all: products in float32 would lose small deviations beside a
+    large mean.
+    """
+    total = parallel.all_reduced(torch.cat([z.sum(dim=0), y.sum(dim=0), z.new_tensor([len(z)])]))
+    return tuple((total[:-1] / total[-1].clamp(min=1)).split([z.shape[1], y.shape[1]]))
 
 
 def best_map(found: Moments, metric: Tensor, rank: int | None) -> tuple[Tensor, Tensor | None]:
@@ -183,12 +193,15 @@ def _sides(
 
 def _refit_layer(layer: nn.Module, a: Tensor, wanted: Wanted, costs: Tensor, norm: nn.Module | None) -> None:
     part, rank = _free_part(layer, _of_all(len(wanted.rows)))
-    sums = 0.0
+    sums, shift = 0.0, None
     for rows, y in zip(a.split(CHUNK), wanted.rows.split(CHUNK * len(wanted.positions)), strict=True):
         z = patches(layer, rows, wanted.positions, part)
-        sums = sums + row_sums(z, y)
+        if shift is None:
+            shift = rough_means(z, y)
+        sums = sums + row_sums(z - shift[0], y - shift[1])
     n = sums.shape[1] - 1
     found = moments(parallel.all_reduced(sums), n)
+    found = replace(found, z=found.z + shift[0], y=found.y + shift[1])
     if part is None:
         whole = torch.eye(n, dtype=torch.float64, device=a.device)
     else:
@@ -212,8 +225,12 @@ def _of_all(count: int) -> int:
 def _free_part(layer: nn.Module, rows: int) -> tuple[nn.Module | None, int | None]:
     """The part to refit: a core with the rotation after it, which has the rank given, or the last convolution alone.
 
-    None if the images are too few: then only the mean is refitted.
+    None if the images are too few, or for a linear layer: then only the mean is refitted.  The factors of a linear
+    layer, which often has many outputs that matter together, are better as they are in the metric of the Fisher
+    (docs/notebook.md, "The refit of linear layers").
     """
+    if isinstance(layer, LowRankLinear):
+        return None, None
     core = getattr(layer, "core", layer)
     low = isinstance(layer, LOW_RANK)
     unknowns = core.weight[0].numel()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from models import LOW_RANK
@@ -19,6 +20,7 @@ from utils.modes import hooked, layer_input
 
 # The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
+_CONVOLUTION = nn.Conv2d._conv_forward
 # Channels on a side: factors of more take gigabytes, and their eigenvectors minutes.
 WIDEST = 3072
 
@@ -45,6 +47,8 @@ class _Runs:
     times: Counter = field(default_factory=Counter)  # that a module has run
     read: dict[str, Any] = field(default_factory=dict)  # nodes that made the inputs of batch norms
     mixing: set[str] = field(default_factory=set)
+    running: set[str] = field(default_factory=set)  # layers whose forward pass has begun
+    read_weights: set[str] = field(default_factory=set)  # of layers, by something else than their forward pass
 
 
 def survey(network: nn.Module, x: Tensor, forward: Forward, ignored: Sequence[str] = ()) -> Survey:
@@ -79,13 +83,17 @@ def survey(network: nn.Module, x: Tensor, forward: Forward, ignored: Sequence[st
             continue
         if runs.times[name] > 1:
             alone[name] = "used twice"
+        elif name in runs.read_weights:
+            alone[name] = "weights are read"
         elif name in runs.mixing:
             alone[name] = "mixes images"
         elif node not in edges:
             alone[name] = "reaches no output"
         else:
             readers = [n for n, read in runs.read.items() if read is node and runs.times[n] == 1]
-            fits = readers and edges[node] == 1 and norms[readers[0]].num_features == _outputs(layers[name])
+            axes = 4 if hasattr(layers[name], "kernel_size") else 2  # where the layer's outputs are the norm's channels
+            fits = readers and edges[node] == 1 and runs.outputs[name].dim() == axes
+            fits = fits and norms[readers[0]].num_features == _outputs(layers[name])
             found[name] = readers[0] if fits else None
     return Survey(found, {n: alone.get(n, "never run") for n in layers if n not in found})
 
@@ -110,9 +118,14 @@ def unsuited(layer: nn.Module) -> str | None:
     if isinstance(layer, LOW_RANK):
         return None
     if not isinstance(layer, nn.Conv2d | nn.Linear):
-        return "not two-dimensional"
-    if type(layer).forward not in _KNOWN:
+        return "transposed" if layer.transposed else "not two-dimensional"
+    forward = "forward" not in vars(layer) and type(layer).forward in _KNOWN
+    if not forward or getattr(type(layer), "_conv_forward", _CONVOLUTION) is not _CONVOLUTION:
         return "its own forward"
+    if not isinstance(layer.weight, nn.Parameter) or not layer.weight.is_floating_point():
+        return "weights not real"
+    if tuple(layer.weight.shape[:2]) != _sizes(layer):
+        return "sizes do not agree"
     if _too_wide(layer):
         return "too wide"
     if isinstance(layer, nn.Linear):
@@ -138,8 +151,33 @@ def sharing(network: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     return [name for name, layer in layers.items() if any(owners[id(p)] > 1 for p in layer.parameters())]
 
 
+def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
+    """The outputs and inputs of a weight, as the layer's attributes say."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels // layer.groups
+
+
 def _outputs(layer: nn.Module) -> int:
     return layer.out_features if hasattr(layer, "out_features") else layer.out_channels
+
+
+class _WeightReads(TorchFunctionMode):
+    """Notes every layer with whose weight something else computes than its own forward pass.
+
+    If the layer took another form, that would compute with the kernel that it multiplies out to.
+    """
+
+    def __init__(self, owners: dict[int, str], runs: _Runs):
+        super().__init__()
+        self.owners, self.runs = owners, runs
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(t, Tensor) for t in tree_leaves(result)):  # not a shape or a device
+            given = {self.owners.get(id(t)) for t in tree_leaves((args, kwargs))} - {None}
+            self.runs.read_weights |= given - self.runs.running
+        return result
 
 
 def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forward) -> tuple[_Runs, Counter]:
@@ -149,6 +187,7 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
     def ran(name: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             runs.times[name] += 1
+            runs.running.discard(name)
             runs.nodes[name], runs.outputs[name] = output.grad_fn, output
             linear, count = not hasattr(layer, "kernel_size"), len(layer_input(args, kwargs))
             if count != images if not linear else count % images:
@@ -164,9 +203,14 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
 
         return hook
 
-    handles = [layer.register_forward_hook(ran(name), with_kwargs=True) for name, layer in layers.items()]
+    def starts(name: str):
+        return lambda layer, args: runs.running.add(name)
+
+    handles = [layer.register_forward_pre_hook(starts(name)) for name, layer in layers.items()]
+    handles += [layer.register_forward_hook(ran(name), with_kwargs=True) for name, layer in layers.items()]
     handles += [norm.register_forward_pre_hook(reads(name), with_kwargs=True) for name, norm in norms.items()]
-    with hooked(handles), differentiable(network, layers.values()):
+    owners = {id(p): name for name, layer in layers.items() for p in layer.parameters() if p.dim() > 1}
+    with hooked(handles), differentiable(network, layers.values()), _WeightReads(owners, runs):
         outputs = forward(network, x.clone())
     edges: Counter = Counter()
     waiting = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
@@ -189,5 +233,7 @@ def _mixing(runs: _Runs, layers: dict[str, nn.Module], outputs: Any, images: int
     if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != images or outputs.grad_fn is None:
         return set()
     seen = {name: output for name, output in runs.outputs.items() if output.requires_grad and name not in runs.mixing}
+    if not seen:
+        return set()
     found = zip(seen, gradients(outputs[0].sum(), seen.values()), strict=True)
     return {name for name, g in found if g is not None and as_images(layers[name], g, images)[1:].any()}

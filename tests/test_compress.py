@@ -317,6 +317,8 @@ def test_edits_that_do_not_fit_are_one_sentence():
         apply_edits(resnet20(), [{**edit, "name": "layer9"}])
     with pytest.raises(ValueError, match="do not fit the layer 'linear'"):
         apply_edits(resnet20(), [{**edit, "name": "linear"}])
+    with pytest.raises(ValueError, match="the form 'cp', which is unknown"):
+        apply_edits(resnet20(), [{**edit, "form": "cp"}])
 
 
 CLASSES = 5
@@ -475,7 +477,9 @@ def test_the_weight_of_a_rebuilt_linear_layer():
     assert layer.weight.shape == (5, 6) and layer.weight.device == x.device
 
 
-@pytest.mark.parametrize(("count", "taken"), [(8, [0, 5]), (9, [0, 3, 6]), (40, list(range(10))), (1, [0])])
+@pytest.mark.parametrize(
+    ("count", "taken"), [(8, [0, 5]), (9, [0, 4, 7]), (28, [0, 2, 3, 5, 6, 8, 9]), (40, list(range(10))), (1, [0])]
+)
 def test_images_that_are_sorted_by_class_are_taken_from_all_classes(count, taken):
     batches = [(torch.zeros(4, 3), torch.full((4,), label)) for label in range(10)]
     assert [labels[0].item() for _, labels in some_images(batches, count)] == taken
@@ -551,7 +555,9 @@ NOTHING = r"batches\(\) yields nothing: each call has to start a new pass"
         (Network, images, {"flop": 0.5}, "unknown key 'flop'"),
         (Network, images, {"flops": 50}, "flops is 50: give a share above 0 and up to 1, such as 0.5"),
         (Network, images, {"flops": 0}, "flops is 0: give a share above 0"),
-        (Network, images, {"prune_ratio": 1}, "prune_ratio is 1: give a share from 0 on and below 1, such as 0.3"),
+        (Network, images, {"prune_ratio": 1, "flops": None}, "prune_ratio is 1: give a share from 0 on and below 1"),
+        (Network, images, {"prune_ratio": 0.3}, "prune_ratio stands instead of a target, but flops"),
+        (Network, images, {"loss_fn": "ce"}, "loss_fn is 'ce': give a function"),
         (Network, lambda: [{"pixels": torch.zeros(2, 3, 8, 8)}], {},
          r"batches\(\) yields a dict, but \(inputs, labels\) is"),
         (Network, lambda: [torch.zeros(2, 3, 8, 8)], {}, r"batches\(\) yields a Tensor, but"),

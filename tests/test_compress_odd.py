@@ -1,5 +1,7 @@
 """``compress`` on networks and batches that are unusual, yet occur: each answer is right, or one sentence."""
 
+import copy
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -8,8 +10,12 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
+from models import low_rank
 from pruning import compress, edits_of
-from pruning.survey import survey
+from pruning.capture import Passes
+from pruning.refit import refit
+from pruning.survey import survey, unsuited
+from utils import parallel
 from utils.errors import UserError
 from utils.flops import cost_on
 from utils.modes import copied
@@ -277,3 +283,162 @@ def test_labels_of_other_types(labels: torch.dtype):
     given = {"flops": 0.5, "fisher_type": "empirical"}
     found = compress(small(), [(x, y.to(labels)) for x, y in images()], **given)
     assert str(found.report) == str(compress(small(), images(), **given).report)
+
+
+class Mirrored(nn.Module):
+    """An autoencoder whose decoder is the encoder's weight, transposed, or which looks at that weight's type only."""
+
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.tied, self.encode, self.decode = tied, nn.Linear(64, 32), nn.Linear(32, 64)
+
+    def forward(self, x):
+        codes = F.relu(self.encode(x.to(self.encode.weight.dtype)))
+        return F.linear(codes, self.encode.weight.t()) if self.tied else self.decode(codes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_layer_whose_weight_is_read_elsewhere_is_left_alone(tied: bool):
+    given = [(torch.randn(16, 64), None)] * 2
+    smaller = compress(Mirrored(tied), given, flops=0.6, round_to=4, loss_fn=lambda out, _: out.square().mean(dim=1))
+    assert (smaller.report.left_alone.get("encode") == "weights are read") == tied
+    assert smaller.report.flops[1] <= smaller.report.flops[0]
+    if not tied:  # exporters read the type, too
+        exported = torch.export.export(smaller, (given[0][0],)).module()
+        torch.testing.assert_close(exported(given[0][0]), smaller(given[0][0]))
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+def changed(**attributes) -> nn.Conv2d:
+    layer = nn.Conv2d(16, 16, 3, padding=1)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Standardised(16, 16, 3, padding=1), "its own forward"),
+        (changed(forward=torch.relu), "its own forward"),
+        (changed(out_channels=15), "sizes do not agree"),
+        (nn.Linear(16, 16, dtype=torch.complex64), "weights not real"),
+        (nn.ConvTranspose2d(16, 16, 3), "transposed"),
+    ],
+)
+def test_layers_that_compute_something_else_are_left_alone(layer: nn.Module, reason: str):
+    assert unsuited(layer) == reason
+
+
+def test_attributes_that_the_user_has_set_stay():
+    network = small()
+    network[3].gain = 0.5
+    smaller = compress(network, images(), flops=0.6, round_to=4)
+    assert smaller[3].gain == 0.5 and type(smaller[3]) is not nn.Conv2d
+
+
+class Listed(Around):
+    """Holds its layers in a list, too, or in a function."""
+
+    def __init__(self, function: bool):
+        super().__init__()
+        self.run = (lambda x: inner(x)) if function else None
+        inner, self.parts = self.inner, [*self.inner]
+
+    def forward(self, x):
+        if self.run is not None:
+            return self.run(x)
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def test_layers_that_are_held_in_a_list_too_are_replaced_there():
+    smaller = compress(Listed(function=False), images(), flops=0.6, round_to=4)
+    assert smaller.report.flops[1] <= 0.6 * smaller.report.flops[0]
+    assert all(part is own for part, own in zip(smaller.parts, smaller.inner, strict=True))
+    with pytest.raises(
+        UserError, match=r"does not call layer inner.0 after it was replaced.*ignored_layers=\['inner.0'\]"
+    ):
+        compress(Listed(function=True), images(), flops=0.6, round_to=4)
+
+
+def test_the_norm_behind_a_layer_has_its_outputs_as_channels():
+    """Not where a linear layer works along the last axis of maps and the norm along the second."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 4))
+    assert survey(network, images()[0][0], nn.Module.__call__).norms == {"0": None, "1": None, "4": None}
+
+
+class Locked(Around):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Reported(Around):
+    def report(self) -> str:
+        return "all is well"
+
+
+def frozen_in_inference() -> nn.Module:
+    with torch.inference_mode():
+        return small()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Locked, "cannot be copied, or put into evaluation mode .*cannot pickle '_thread.lock'"),
+        (Reported, "has a part called report"),
+        (frozen_in_inference, "made in torch.inference_mode"),
+        (lambda: small().to("meta"), "on the meta device"),
+        (lambda: torch.relu, "the network is a builtin_function_or_method: give a torch.nn.Module"),
+    ],
+)
+def test_networks_that_cannot_be_measured_are_one_sentence(make, message: str):
+    with pytest.raises(UserError, match=message):
+        compress(make(), images(), flops=0.6)
+
+
+def test_two_targets_that_cannot_be_met_together_are_met_as_far_as_possible():
+    network = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 8, 3, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    alone = compress(network, images(), flops=0.01).report
+    assert compress(network, images(), flops=0.01, parameters=0.01).report.flops == alone.flops
+
+
+def test_a_process_group_of_the_user_is_not_ours(monkeypatch):
+    """As in a training script with ``DistributedDataParallel``, where one process or each compresses by itself."""
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
+    assert compress(small(), images(), flops=0.6, round_to=4).report.flops[1] > 0
+    assert parallel.world_size() == 2
+
+
+def test_the_refit_is_exact_although_features_have_a_large_mean():
+    """In float32, where sums of squares of 1,000 leave nothing of deviations of 1."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4))
+    x = torch.randn(512, 64) @ torch.randn(64, 64) / 8 + 1000
+    for _ in range(100):
+        network(x)
+    network.eval()
+    kernel = nn.Conv2d(64, 64, 1, bias=False)
+    kernel.weight.data = network[0].weight.data[:, :, None, None]
+    errors = []
+    for dtype in (torch.float32, torch.float64):
+        wide = nn.Sequential(copy.deepcopy(kernel), nn.BatchNorm2d(64)).to(dtype).eval()
+        wide[1].load_state_dict(network[1].state_dict())
+        smaller = copy.deepcopy(wide)
+        smaller[0] = low_rank(wide[0], (None, 32), depthwise=False, bias=False)
+        maps = x[:, :, None, None].to(dtype)
+        refit(wide, smaller, {"0": "1"}, {}, Passes(lambda maps=maps: [(maps, torch.zeros(512).long())]))
+        errors.append(((smaller(maps) - wide(maps)).square().mean() / wide(maps).var()).item())
+    assert errors[0] == pytest.approx(errors[1], rel=0.05) and 0 < errors[1] < 0.2

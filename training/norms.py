@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import ResNet
 from utils import parallel
-from utils.modes import evaluation_mode, hooked
+from utils.modes import evaluation_mode, hooked, layer_input
 
 
 class SharedBatchNorm(_BatchNorm):
@@ -92,12 +92,16 @@ def reestimate_batch_norms(
     momenta = [norm.momentum for norm in norms]
     images = dict.fromkeys(norms, 0)
 
-    def weigh(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        images[norm] += len(inputs[0])
-        norm.momentum = len(inputs[0]) / images[norm]  # so that the running average is that of all images
+    def weigh(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen = len(layer_input(args, kwargs))
+        images[norm] += seen
+        norm.momentum = seen / images[norm]  # so that the running average is that of all images
 
     try:
-        with hooked(norm.register_forward_pre_hook(weigh) for norm in norms), evaluation_mode(network):
+        with (
+            hooked(norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms),
+            evaluation_mode(network),
+        ):
             for norm in norms:
                 norm.train()
                 if isinstance(norm, SharedBatchNorm):

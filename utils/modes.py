@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """The network in evaluation mode; afterwards every module is in the mode it was in."""
     modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
+        network.eval()
         yield
     finally:
-        network.train(modes[network])  # some networks then drop what they have cached for evaluation
+        with suppress(NotImplementedError):  # of programs from torch.export, which have one mode
+            network.train(modes[network])  # some networks then drop what they have cached for evaluation
         for module, mode in modes.items():
             module.training = mode
 

@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,12 +28,29 @@ PATIENCE = timedelta(hours=2)
 T = TypeVar("T")
 
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Meanwhile the processes of a group that the user has made count as single ones."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def _joined() -> bool:
+    return dist.is_initialized() and not _alone.get()
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined() else 0
 
 
 def is_main_process() -> bool:
@@ -46,7 +64,7 @@ def hide_progress_bar() -> bool | None:
 
 
 def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if dist.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if _joined() else 1
 
 
 def distributed(main: Callable[[], None]) -> Callable[[], None]:
