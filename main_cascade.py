@@ -24,7 +24,7 @@ from gating.cascade_report import (
     what_is_known,
 )
 from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, outcome
-from gating.pictures import draw_easy_and_hard
+from gating.pictures import by_class, draw_easy_and_hard
 from models import Cascade, Member, allow, check_depth, is_own
 from training.evaluate import Evaluator
 from training.norms import placed
@@ -221,9 +221,8 @@ def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:
     run.picture("answered_by_class", draw_answered(done, labels, classes))
     for name, figure in draw_easy_and_hard(test, hardness_by_answer(done, predictions[0]), classes):
         run.picture(name, figure)
-    shares = answered_by_class(done, labels, len(classes)).tolist()
     routing = what_is_known(done, predictions, labels)
-    routing["answered_by_class"] = dict(zip(classes, shares, strict=True))
+    routing["answered_by_class"] = by_class(answered_by_class(done, labels, len(classes)), classes)
     with run.going_on_without("routing.json"):
         write_json(run.path / "routing.json", routing)
     run.say(

@@ -39,5 +39,6 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def append_line(path: Path, measurement: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(measurement) + "\n")

@@ -70,8 +70,8 @@ def main() -> None:
         supervised_epoch(training, train, rate, f"{args.share:.1%} epoch {epoch}/{args.epochs}")
     found = {"share": args.share, "gflops": cost.flops / 1e9, "parameters": cost.parameters, "epochs": args.epochs}
     found |= {"before_fine_tuning": before, "accuracy": measured(smaller).accuracy}
-    append_line(beside(args.out, ".jsonl"), {**found, "importance": args.importance, "machine": machine()})
     print(json.dumps(found))
+    append_line(beside(args.out, ".jsonl"), {**found, "importance": args.importance, "machine": machine()})
 
 
 def imported(path: Path, depth: int, classes: int) -> ResNet:

@@ -110,6 +110,8 @@ def main() -> None:
         return
     if not record.exists() and not args.results:
         raise UserError(f"{record} does not exist: give RESULT_DIR and --data_dir to make it")
+    if args.results and not args.data_dir:
+        raise UserError("RESULT_DIR is measured on images, and none were given: add --data_dir")
     if args.results:
         for source in filter(is_own, args.network):
             allow(source)
@@ -147,6 +149,8 @@ def measured(
     singles, on_test, on_val = [], [], []
     for path in paths:
         row, predictions = predictions_of(path, splits.test)
+        twins = sum(other["name"].partition(" (")[0] == row["name"] for other in singles)
+        row["name"] += f" ({twins + 1})" * (twins > 0)  # of another run with the same share
         singles.append({**row, "path": str(path.relative_to(results))})
         on_test.append(predictions)
         if not splits.val_is_test:

@@ -23,8 +23,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import append_line, read_lines
+from benchmarks.common import append_line, beside, read_lines
 from deploy.general import general_model
+from models import picked_logits
 from pruning import compress
 from utils.data.augment import Normalisation
 from utils.errors import UserError, run_command
@@ -45,18 +46,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="images that compress measures on")
     parser.add_argument("--batch", type=int, default=8, help="images in a batch, also of the training step")
     parser.add_argument("--decomposition", default="tucker", help="forms to build, as in config.json")
-    parser.add_argument("--out", default="torchvision_models", help="path of the results, without suffix")
+    parser.add_argument(
+        "--out", type=Path, default=Path("torchvision_models"), help="path of the results, without suffix"
+    )
     args = parser.parse_args()
-    path = Path(args.out).with_suffix(".jsonl")
+    path = beside(args.out, ".jsonl")
     for name in args.only or small_enough():
-        if any(row["network"] == name for row in read_lines(path)):
+        before = next((row for row in read_lines(path) if row["network"] == name), None)
+        if before is not None and before.get("asked", args.flops) != args.flops:
+            raise UserError(f"{path} has {name} at {before['asked']:.0%} of the FLOPs: give another --out")
+        if before is not None:
             continue
         row = in_own_process(compressed, name, args)
-        row |= {"network": name, "step_bytes": in_own_process(training_step, name, args)["bytes"]}
+        row |= {"network": name, "asked": args.flops, "step_bytes": in_own_process(training_step, name, args)["bytes"]}
         append_line(path, row)
         print(line(row), flush=True)
     rows = read_lines(path)
-    Path(args.out).with_suffix(".md").write_text(table(rows, args.flops))
+    beside(args.out, ".md").write_text(table(rows, args.flops))
 
 
 def small_enough() -> list[str]:
@@ -114,10 +120,6 @@ def images(size: int, args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
     return [(part, torch.arange(len(part)) % CLASSES) for part in x.split(args.batch)]
 
 
-def scores(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
-
-
 def compressed(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Compress the network, check the result, and return the row of the table."""
     network, size = network_of(name), args.pixels or image_size(name)
@@ -130,7 +132,7 @@ def compressed(name: str, args: argparse.Namespace) -> dict[str, Any]:
     after = network_cost(smaller, size)
     row |= {"smaller_flops": after.flops, "parameters": before.parameters, "smaller_parameters": after.parameters}
     with torch.no_grad():
-        outputs = scores(smaller(batches[0][0]))
+        outputs = picked_logits(smaller(batches[0][0]))
     if outputs.shape != (len(batches[0][0]), CLASSES) or not outputs.isfinite().all():
         raise UserError(f"{name} compressed returns {list(outputs.shape)}, or scores that are not finite")
     try:
@@ -145,7 +147,7 @@ def training_step(name: str, args: argparse.Namespace) -> dict[str, Any]:
     network = network_of(name).train()
     x, labels = images(args.pixels or image_size(name), args)[0]
     optimiser = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
-    F.cross_entropy(scores(network(x)), labels).backward()
+    F.cross_entropy(picked_logits(network(x)), labels).backward()
     optimiser.step()
     return {"peak_bytes": peak_bytes()}
 

@@ -2,7 +2,8 @@
 
 The plain loop trains the same network with the same decisions.  Stages 2 and 3 train a network of half the ranks, and
 so does the plain loop that they stand against; distillation, which adds the forward pass of another network, is left
-out.  A round is one epoch over ``--images`` images, loading included; all take turns in one process after a round that
+out.  A round is one epoch over ``--images`` images.  The plain loop decodes them in every round, as a
+``DataLoader`` does; the stages have decoded theirs before.  All take turns in one process after a round that
 is not counted.  Rates are medians over the rounds, with quartiles.
 
     python -m benchmarks.training --data_dir FOLDER --img_type jpg

@@ -26,7 +26,7 @@ from deploy.session import ExportedNetwork, check_session, open_session
 from gating.fixing import fixed_blocks_text
 from models import ResNet, allow
 from utils.data.folder import DataSet, load_data
-from utils.data.images import Images
+from utils.data.images import Images, evenly_spaced
 from utils.errors import UserError, run_command
 from utils.files import atomic_write
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
@@ -62,7 +62,10 @@ def main() -> None:
     if args.data_dir:
         data = load_data(args.data_dir, args.img_type, size, args.num_workers)
         check_data(checkpoint, data, size)
-    pixels = random_pixels(CHECKED_IMAGES, size) if data is None else data.test[:CHECKED_IMAGES].pixels
+    if data is None:
+        pixels = random_pixels(CHECKED_IMAGES, size)
+    else:
+        pixels = data.test[evenly_spaced(len(data.test), CHECKED_IMAGES)].pixels
     labels = labels_of(checkpoint, network)
     models = {NETWORK: exported_model(network, checkpoint.normaliser(), size)}
     onnx.checker.check_model(models[NETWORK], full_check=True)

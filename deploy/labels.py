@@ -78,7 +78,7 @@ def read_labels(folder: Path) -> Labels:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
-        parse_size(content["image_size"])
+        content["image_size"] = parse_size(content["image_size"])
         for key, kind in ENTRIES.items():
             values = [content[key]] if key == "flops" else content[key]
             if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):

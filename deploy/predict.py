@@ -1,6 +1,7 @@
 """Classify images: ``python -m deploy.predict --checkpoint PATH IMAGE...``, or ``--onnx FOLDER`` for an export.
 
-Prints class, probability, FLOPs spent and blocks skipped for each image.  Exit code 1 if an image could not be read.
+Prints class, probability, FLOPs spent and blocks skipped for each image; of a cascade, the FLOPs of the networks that
+ran, with all of their blocks.  Exit code 1 if an image could not be read.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds

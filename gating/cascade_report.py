@@ -43,8 +43,9 @@ def draw_answered(done: Outcome, labels: Tensor, classes: Sequence[str]) -> Figu
     axis = figure.subplots()
     left = torch.zeros(len(classes))
     for member, share in enumerate(shares[order].t(), start=1):
-        axis.barh([classes[i] for i in order], share, left=left, label=f"network {member}")
+        axis.barh(range(len(classes)), share, left=left, label=f"network {member}")
         left = left + share
+    axis.set_yticks(range(len(classes)), [classes[i] for i in order], parse_math=False)
     axis.set(xlabel="share of the test images that each network answers", xlim=(0, 1))
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.tick_params(axis="y", labelsize=7 if len(classes) > 20 else 9)
@@ -65,7 +66,7 @@ def hardness_by_answer(done: Outcome, first: Predictions) -> Hardness:
 
 def answered_by_class(done: Outcome, labels: Tensor, classes: int) -> Tensor:
     """Share of each class's images that each member answers, [classes, members]; NaN for a class without images."""
-    by_member = torch.stack([done.members_run == m for m in range(1, int(done.members_run.max()) + 1)], dim=1).double()
+    by_member = torch.stack([done.members_run == m for m in range(1, done.members + 1)], dim=1).double()
     return class_means(by_member, labels, classes)
 
 

@@ -40,6 +40,7 @@ class Outcome:
     correct: Tensor  # bool [N]
     executed: Tensor  # [N] in float64
     members_run: Tensor  # int64 [N], 1 for what the first answered
+    members: int
 
 
 def outcome(predictions: Sequence[Predictions], candidate: Candidate, labels: Tensor) -> Outcome:
@@ -54,7 +55,7 @@ def outcome(predictions: Sequence[Predictions], candidate: Candidate, labels: Te
         answer[rows] = total[rows] / position if candidate.answer == "mean" else network.probabilities[rows]
         executed[rows] += network.executed[rows]
         run[rows] = position
-    return Outcome(answer.argmax(dim=1) == labels, executed, run)
+    return Outcome(answer.argmax(dim=1) == labels, executed, run, len(candidate.members))
 
 
 def candidates(predictions: Sequence[Predictions], labels: Tensor, reference: int | None = None) -> list[Candidate]:

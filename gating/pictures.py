@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -94,15 +95,14 @@ def draw_path(accuracies: Sequence[float], executed: Sequence[float], floor: flo
     return figure
 
 
-def class_averages(executed: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    """Mean FLOPs spent on the images of each class that has any."""
-    means = {name: executed[labels == label] for label, name in enumerate(classes)}
-    return {name: torch.mean(values).item() for name, values in means.items() if len(values)}
-
-
 def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Means over each class's images, [classes, K] for values [N, K]; NaN for a class without images."""
+    """Means over each class's images, [classes, ...] for values [N, ...]; NaN for a class without images."""
     return torch.stack([values[labels == label].mean(dim=0) for label in range(classes)])
+
+
+def by_class(means: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """The means of each class that has images, as plain data."""
+    return {name: own.tolist() for name, own in zip(classes, means, strict=True) if not own.isnan().any()}
 
 
 def extremes_by_class(values: Tensor, labels: Tensor, classes: int, count: int) -> list[tuple[Tensor, Tensor]]:

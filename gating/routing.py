@@ -3,7 +3,7 @@
 import torch
 
 from gating.pictures import (
-    class_averages,
+    by_class,
     class_means,
     draw_easy_and_hard,
     draw_executed,
@@ -42,9 +42,9 @@ def record_routing(run: Run, best: Checkpoint, test: Images, floor: float, devic
     routing = {
         "flops_every_block": measured.flops_all,
         "flops_executed": measured.flops_executed,
-        "flops_executed_by_class": class_averages(measured.executed, labels, classes),
+        "flops_executed_by_class": by_class(class_means(measured.executed, labels, len(classes)), classes),
         "run_shares": measured.run_shares,
-        "run_shares_by_class": dict(zip(classes, run_shares.tolist(), strict=True)),
+        "run_shares_by_class": by_class(run_shares, classes),
     }
     with run.going_on_without("routing.json"):
         write_json(run.path / "routing.json", routing)

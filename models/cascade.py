@@ -86,9 +86,10 @@ class Cascade(nn.Module):
         for index in range(len(self.members)):
             if index > 0:
                 threshold = self.thresholds[index - 1]
-                doubt = 0.5 + (threshold - answer[rows].amax(dim=1)) / 2
-                decision = decide(doubt)
-                probabilities[rows, index - 1], decisions[rows, index - 1] = doubt, decision
+                # In float64: in float32 differences of neighbouring confidences near 1 would be lost beside 0.5.
+                doubt = 0.5 + (threshold - answer[rows].amax(dim=1).double()) / 2
+                decision = decide(doubt).to(answer.dtype)
+                probabilities[rows, index - 1], decisions[rows, index - 1] = doubt.to(answer.dtype), decision
                 rows = rows[decision > 0]
                 if len(rows) == 0:
                     break

@@ -6,7 +6,11 @@ use_environment requirements.txt scripts/requirements.txt
 folder=${1:-demo}
 data=$folder/digits
 results=$folder/results
-[ -d "$data" ] || python scripts/digits.py "$data"
+if [ ! -d "$data" ]; then
+    rm -rf "$data.part"
+    python scripts/digits.py "$data.part"
+    mv "$data.part" "$data"
+fi
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 

@@ -12,7 +12,7 @@
 # Uses the python on the PATH, one process at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { sed -n 3,12p "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n 3,12p scripts/study.sh; exit 2; }
 size=$1 results=$2 data=${DATA_DIR:-data/cifar10} type=${IMG_TYPE:-png} precision=${PRECISION:-auto}
 width=32 pixels=32 seeds=${3:-1}
 epochs=8 rate=0.02
@@ -55,12 +55,15 @@ second() {  # second FOLDER SEED: to 46 and 22 % of the FLOPs, with more epochs 
         epochs_start=0 "epochs_end=$epochs" "lr=$rate" fisher_images=2000
 }
 smaller() {  # smaller FOLDER SEED: from there to a tenth, for the cascade
+    local from
+    from=$(newest "$1/pruned" iteration_02.pt)
     prune "$1/smaller" "seed=$2" "depth=$depth" "width=$width" "resize=$pixels" target_flops=0.1 max_iter=1 \
         "epochs_start=$((epochs + 2))" "epochs_end=$((epochs + 2))" "lr=$rate" fisher_images=2000 \
-        max_accuracy_drop=0.05 "checkpoint=$(newest "$1/pruned" iteration_02.pt)"
+        max_accuracy_drop=0.05 "checkpoint=$from"
 }
 newest() {  # newest FOLDER FILE
-    compgen -G "$1/$network/*/$2" | sort | tail -n 1
+    compgen -G "$1/$network/*/$2" | sort | tail -n 1 | grep . ||
+        { echo "error: $1/$network has no $2: stage 2 ended before it, as log.txt there says" >&2; return 1; }
 }
 third() {  # third FOLDER SEED MORE...
     local folder=$1 seed=$2; shift 2
@@ -76,7 +79,9 @@ cascade() {  # cascade FOLDER: of the networks of all depths
 }
 
 further() {  # further TO FROM FLOPS EPOCHS [STEPS]: the network that was pruned last, from its folder to another
-    prune "$folder/$1" "${given[@]}" "checkpoint=$(newest "$folder/$2" iteration_01.pt)" "round_to=${5:-8}" \
+    local from
+    from=$(newest "$folder/$2" iteration_01.pt)
+    prune "$folder/$1" "${given[@]}" "checkpoint=$from" "round_to=${5:-8}" \
         "target_flops=$3" max_iter=1 "epochs_start=$4" "epochs_end=$4"
 }
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +22,7 @@ from deploy import export
 from deploy.exported import exported_model
 from deploy.session import open_session, run_session
 from gating.cascade_search import Candidate, Predictions, best_under, candidates, cheapest_within, frontier, outcome
-from models import Cascade, all_on, build_network
+from models import Cascade, RoutedOutput, all_on, build_network
 from models.cascade import Member
 from utils.data.augment import Normalisation
 from utils.errors import UserError
@@ -281,7 +282,10 @@ def test_what_users_get_wrong(copied, shapes, tmp_path):
     shutil.copytree(shapes / "test", tmp_path / "val")
     with pytest.raises(UserError, match=r"does not fit.*val_dir, or start with stage 1 again"):
         run_cascade(shapes, copied, "--val_dir", tmp_path / "val")
-    checkpoint = load_checkpoint(static)
+    checkpoint, cascade = load_checkpoint(static), tmp_path / "cascade.pt"
+    save_checkpoint(cascade, replace(checkpoint, stage="cascade"))
+    with pytest.raises(UserError, match="is a cascade itself: name the networks that it was made of"):
+        run_cascade(shapes, copied, "--networks", dense, cascade)
     for data, message in (
         ({"split_seed": 3, "set_aside": torch.tensor([1, 2])}, "lacks 2 of the 2 images"),
         ({"image_size": 16}, "trained on images of 16 pixels, not 8"),
@@ -309,6 +313,30 @@ def test_what_is_promised_is_what_happens_where_confidences_nearly_tie(seed: int
         done = outcome(given, candidate, labels)
         assert done.correct.double().mean().item() == pytest.approx(candidate.accuracy, abs=1e-12)
         assert done.executed.mean().item() == pytest.approx(candidate.flops, rel=1e-12)
+
+
+class Fixed(torch.nn.Module):
+    """Gives each image the logits that stand in its first row of pixels."""
+
+    switches, architecture = 0, {"num_classes": CLASSES}
+
+    def forward(self, images, decide):
+        none = images.new_empty(len(images), 0)
+        return RoutedOutput(images[:, 0, 0, :CLASSES], none, none)
+
+
+def test_neighbouring_confidences_below_one_are_told_apart():
+    """As in the search: half of a difference of 6e-8 would vanish beside one half."""
+    confidence, threshold = 1 - 2**-23, 1 - 2**-24
+    images = torch.full((2, 3, 8, 8), -1e3)
+    images[0, 0, 0, 0], images[0, 0, 0, 1] = math.log(confidence), math.log(1 - confidence)
+    images[1, 0, 0, 0] = 0.0  # of which the network is certain
+    first = images[:, 0, 0, :CLASSES].softmax(dim=1)
+    assert first.amax(dim=1).tolist() == [confidence, 1.0]
+    network = Cascade([Member(Fixed(), (0, 0, 0), (1, 1, 1))] * 2, (threshold,), "last")
+    given = [Predictions(first, torch.ones(2).double())] * 2
+    expected = outcome(given, Candidate((0, 1), (threshold,), "last", 0.0, 0.0), torch.zeros(2).long())
+    assert (expected.members_run - 1).tolist() == network(images).decisions[:, 0].tolist() == [1, 0]
 
 
 def test_networks_that_are_certain_of_every_image_are_one_sentence():

@@ -228,6 +228,23 @@ def test_architectures_of_earlier_versions_build_the_same_network():
     assert network.architecture == expected.architecture
 
 
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("data", {}, "KeyError: 'image_size'"),
+        ("data", {"image_size": "wide"}, "ValueError: resize is 'wide'"),
+        ("normalisation", {"mean": [0, 0, 0]}, "KeyError: 'std'"),
+        ("normalisation", {"mean": [0, 0, 0], "std": [1, 0, 1]}, r"std is \[1, 0, 1\]"),
+        ("weights", [], "AttributeError"),
+        ("weights", {"stem.0.weight": "heavy"}, "weights are no tensors"),
+        ("classes", ["a"], "1 classes for 3 outputs"),
+    ],
+    ids=str,
+)
+def test_entries_that_do_not_fit(tmp_path: Path, content: dict, entry: str, value: object, message: str):
+    refused(tmp_path, {**content, entry: value}, f"a.pt has entries that do not fit .*{message}")
+
+
 def test_flipped_bits_are_found(tmp_path: Path, content: dict):
     path = saved(tmp_path / "a.pt", content)
     before = path.read_bytes()

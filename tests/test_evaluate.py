@@ -8,9 +8,11 @@ from networks import NORMALISATION, STAGES, lively_network, varied_images
 from test_records import record
 from torch.utils.flop_counter import FlopCounterMode
 
+from gating.cascade_report import draw_answered
+from gating.cascade_search import Outcome
 from gating.pictures import (
     CLASSES_A_PAGE,
-    class_averages,
+    by_class,
     class_means,
     draw_easy_and_hard,
     draw_run_shares,
@@ -70,7 +72,7 @@ def test_extremes_by_class_of_each_class():
 
 def test_class_averages_leave_out_classes_without_images():
     executed = torch.tensor([2.0, 4.0, 10.0])
-    assert class_averages(executed, torch.tensor([0, 0, 2]), ["a", "b", "c"]) == {"a": 3.0, "c": 10.0}
+    assert by_class(class_means(executed, torch.tensor([0, 0, 2]), 3), ["a", "b", "c"]) == {"a": 3.0, "c": 10.0}
 
 
 NAME = r"a$\nothing{$b"  # no mathematics that there is
@@ -81,5 +83,7 @@ def test_names_with_dollar_signs_can_be_drawn():
     (page,) = draw_easy_and_hard(*given, [NAME, "b"], count=1)
     layers = ranks_picture([("start", {NAME: (1, 2)})])
     results = results_picture([record("sp", "1", dataset=NAME)])
-    for figure in (draw_run_shares(torch.rand(2, 3), [NAME, "b"]), page[1], results, layers):
+    done = Outcome(torch.ones(4).bool(), torch.ones(4), torch.tensor([1, 1, 2, 1]), members=3)
+    answered = draw_answered(done, torch.arange(4) % 2, [NAME, "b"])
+    for figure in (draw_run_shares(torch.rand(2, 3), [NAME, "b"]), page[1], results, layers, answered):
         figure.savefig(io.BytesIO(), format="png")

@@ -111,10 +111,11 @@ main_sp.py) stage=sp ;; main_prune.py) stage=pruned ;; main_cascade.py) stage=ca
 esac
 run="${BASH_REMATCH[1]}/$stage/pictures/resnet$depth/1"
 mkdir -p "$run" && touch "$run/record.json" "$run/best.pt"
+[ $stage != pruned ] || touch "$run/iteration_01.pt" ${LACKING-"$run/iteration_02.pt"}
 """
 
 
-def commands_of(size: str, folder: Path, seeds: str = "1", **settings: str) -> list[str]:
+def commands_of(size: str, folder: Path, seeds: str = "1", tries: int = 40, **settings: str) -> list[str]:
     """What ``study.sh`` calls python with, until it has succeeded."""
     (folder / "bin").mkdir()
     (folder / "pictures").mkdir()
@@ -124,7 +125,7 @@ def commands_of(size: str, folder: Path, seeds: str = "1", **settings: str) -> l
     settings |= {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(calls), "PRECISION": "bf16"}
     settings |= {"DATA_DIR": str(folder / "pictures")}
     command = ["bash", str(ROOT / "scripts" / "study.sh"), size, str(folder / "results"), seeds]
-    for _ in range(40):
+    for _ in range(tries):
         if subprocess.run(command, env=os.environ | settings, capture_output=True).returncode == 0:
             break
     return calls.read_text().splitlines()
@@ -149,14 +150,19 @@ def test_every_stage_with_and_without_switches_piece_by_piece(tmp_path: Path):
     assert called == [*without[:2], *without, *without[:2], "main_rl_prune.py", *without[2:]]
     assert all(made.count(line) > 1 for line in made), "each was stopped once"
     first, second = dict.fromkeys(line for line in made if line.startswith("main_cascade.py"))
-    assert "rl_pruned/pictures/resnet32/1/best.pt" in second, "although no iteration was found before it"
-    assert first.count("best.pt") == 2, "of stage 1, both depths; the script above leaves no iterations"
+    assert "rl_pruned/pictures/resnet32/1/best.pt" in second
+    assert first.count("best.pt") == 2 and first.count("iteration_") == 2 * 2 + 2, "of both depths, and the smaller one"
     depths = [line.split("--depth ")[1].split(" --")[0] for line in dict.fromkeys(made) if line.startswith("-m")]
     assert depths == ["20 32", "32"]
     trained = ("main_sp.py", "main_prune.py", "main_rl_prune.py")
     assert "--gate none" in made[0] and all("bf16" in line for line in made if line.startswith(trained))
     taken = [line.split("\t") for line in (tmp_path / "results" / "commands.tsv").read_text().splitlines()]
     assert [line.replace("'", "").removeprefix("python ").strip() for _, line in taken] == made
+
+
+def test_a_study_whose_second_stage_ended_early_says_so(tmp_path: Path):
+    made = commands_of("cifar100", tmp_path, tries=1, LACKING="")
+    assert made[-1].startswith("main_prune.py") and not any("/smaller " in line for line in made)
 
 
 def test_the_pictures_are_of_the_images_that_were_measured():

@@ -161,14 +161,14 @@ class FetchedSet:
 Images = ImageSet | FetchedSet
 
 
-def read_image(path: Path, size: Size) -> np.ndarray:
+def read_image(path: str | Path, size: Size) -> np.ndarray:
     """The image as uint8 [H, W, 3] of this size in RGB, upright as its EXIF orientation says, transparency over white.
 
     Raises:
         UserError: if the file cannot be decoded to its end, or has pixels whose white is not known.
     """
     try:
-        if path.exists() and not path.is_file():
+        if Path(path).exists() and not Path(path).is_file():
             raise OSError("it is no file")  # a pipe would never end
         with Image.open(path) as image:
             image.load()

@@ -20,7 +20,7 @@ from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flops import NetworkCost
-from utils.sizes import Size
+from utils.sizes import Size, parse_size
 
 FORMAT = "switched-resnet-checkpoint-1"
 
@@ -66,7 +66,7 @@ class Checkpoint:
         return 1 - cost.parameters / self.original["parameters"]
 
     def normaliser(self) -> Normalisation:
-        return Normalisation(tuple(self.normalisation["mean"]), tuple(self.normalisation["std"]))
+        return Normalisation(*(tuple(map(float, self.normalisation[key])) for key in ("mean", "std")))
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -112,6 +112,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT or content.keys() != keys:
         raise UserError(f"{path} is no checkpoint of this program (format {FORMAT}): give one made by the three stages")
     checkpoint = Checkpoint(**content)
+    try:
+        _check_entries(checkpoint)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} has entries that do not fit ({type(error).__name__}: {error}): give another one, or "
+            f"make it again"
+        ) from error
     for name, weight in checkpoint.weights.items():
         if not torch.isfinite(weight).all():
             raise UserError(
@@ -123,6 +130,24 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         for name, weight in checkpoint.weights.items()
     }
     return checkpoint
+
+
+def _check_entries(checkpoint: Checkpoint) -> None:
+    """Refuse entries that others rely on.
+
+    Raises:
+        AttributeError, LookupError, RuntimeError, TypeError, ValueError: for what is missing or of another kind.
+    """
+    parse_size(checkpoint.data["image_size"])
+    for key in ("mean", "std"):
+        values = torch.tensor(checkpoint.normalisation[key], dtype=torch.float32)
+        if values.shape != (3,) or not values.isfinite().all() or (key == "std" and (values <= 0).any()):
+            raise ValueError(f"{key} is {checkpoint.normalisation[key]}")
+    if not all(isinstance(weight, Tensor) for weight in checkpoint.weights.values()):
+        raise TypeError("weights are no tensors")
+    outputs = checkpoint.architecture.get("members", [checkpoint.architecture])[0].get("num_classes")
+    if outputs not in (None, len(checkpoint.classes)):
+        raise ValueError(f"{len(checkpoint.classes)} classes for {outputs} outputs")
 
 
 def _check_sums(path: str | Path) -> None:

@@ -128,6 +128,8 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
     if settings.networks:
         found = [(path, load_checkpoint(path)) for path in (Path(name).expanduser() for name in settings.networks)]
         for path, checkpoint in found:
+            if checkpoint.stage == "cascade":
+                raise UserError(f"{path} is a cascade itself: name the networks that it was made of")
             try:
                 _check_data(checkpoint, settings, data)
             except UserError as error:
