@@ -153,8 +153,8 @@ def main() -> None:
 def first_network(settings: PruneSettings, data: DataSet, device: torch.device) -> tuple[Checkpoint, list[str]]:
     """Stage 1's network, or the user's own, and lines for the log about the choice."""
     if is_own(settings.network) and not is_checkpoint(Path(settings.checkpoint).expanduser()):
-        register_given(settings, data, device, measured_speeds)
-        settings = replace(settings, checkpoint="")
+        registered = register_given(settings, data, device, measured_speeds)
+        settings = replace(settings, checkpoint=str(registered))
     return trained_network(settings, data)
 
 
@@ -302,17 +302,24 @@ def smallest_within_budget(
         best = min(within, key=lambda c: network_cost(c.network(), start.data["image_size"]).flops)
         run.say(f"chosen: iteration {best.progress['iteration']}, the smallest network within the budget")
         return best, True
+    met = not iterations and unpruned.metrics["accuracy"] >= floor - 1e-9
     if iterations:
         run.say(
             "no iteration met the budget, so the unpruned network is kept: try a "
             "smaller prune_ratio or, with a target, a larger max_iter"
         )
+    elif start.metrics["accuracy"] < floor - 1e-9:
+        run.say(
+            "the accuracy is below the budget before pruning, so nothing was pruned and stage 1's network is kept: "
+            "raise max_accuracy_drop"
+        )
+        met = False
     else:
         run.say(
             "nothing was pruned, so the unpruned network is kept: no layer has a cheaper form, or the target is met"
         )
     kept = {"source": start.source, "seed": start.seed, "progress": PruningProgress().state_dict(), "training": {}}
-    return replace(unpruned, stage="pruned", **kept), not iterations
+    return replace(unpruned, stage="pruned", **kept), met
 
 
 def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> None:

@@ -62,6 +62,8 @@ def main() -> None:
     if args.data_dir:
         data = load_data(args.data_dir, args.img_type, size, args.num_workers)
         check_data(checkpoint, data, size)
+        for note in data.notes:
+            print(f"note: {note}")
     if data is None:
         pixels = random_pixels(CHECKED_IMAGES, size)
     else:

@@ -129,7 +129,7 @@ def refit(
             few for the whole, the last convolution is refitted; of a plain one the kernel.
         importances: what an error of each output of a layer without a norm costs, [out]; all the same if unknown.
     """
-    batches = [x for x, _ in passes.on(network)]
+    batches = [x for x, _ in passes.on(network) if len(x)]  # of a small last batch a process may have no image
     # All are run at once, so of several sizes only the most frequent one, as of sentences.
     most = Counter(batch.shape[1:] for batch in batches).most_common(1)[0][0]
     batches = [batch for batch in batches if batch.shape[1:] == most]

@@ -201,11 +201,12 @@ def test_nothing_is_downloaded_beside_images_of_ones_own(tmp_path: Path, downloa
     data = load_data(str(tmp_path / "cifar_100"), "png", 8, 1, download=True)
     assert data.classes == ("left", "middle", "right") and downloads == []
     assert sorted(os.listdir(tmp_path / "cifar_100")) == sorted(parts)
-    assert "already has images: --download does nothing" in capsys.readouterr().out
+    assert "already has images: --download does nothing" in data.notes[0]
 
 
-def test_files_of_cifar_beside_images_of_ones_own_are_named_and_not_read(tmp_path: Path, published: None, capsys):
+def test_files_of_cifar_beside_images_of_ones_own_are_named_and_not_read(tmp_path: Path, published: None):
     write(tmp_path, CIFAR100)
     write_shapes(tmp_path, {"train": 2, "test": 2})
-    assert load_data(str(tmp_path), "png", 8, 1).classes == ("left", "middle", "right")
-    assert capsys.readouterr().out == f"note: folders in {tmp_path} that are not read: cifar-100-python\n"
+    data = load_data(str(tmp_path), "png", 8, 1)
+    assert data.classes == ("left", "middle", "right")
+    assert data.notes == (f"folders in {tmp_path} that are not read: cifar-100-python",)

@@ -439,6 +439,7 @@ def test_the_refit_is_exact_although_features_have_a_large_mean():
         smaller = copy.deepcopy(wide)
         smaller[0] = low_rank(wide[0], (None, 32), depthwise=False, bias=False)
         maps = x[:, :, None, None].to(dtype)
-        refit(wide, smaller, {"0": "1"}, {}, Passes(lambda maps=maps: [(maps, torch.zeros(512).long())]))
+        batches = [(maps, torch.zeros(512).long()), (maps[:0], torch.zeros(0).long())]
+        refit(wide, smaller, {"0": "1"}, {}, Passes(lambda batches=batches: batches))
         errors.append(((smaller(maps) - wide(maps)).square().mean() / wide(maps).var()).item())
     assert errors[0] == pytest.approx(errors[1], rel=0.05) and 0 < errors[1] < 0.2

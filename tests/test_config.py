@@ -109,6 +109,14 @@ def test_a_wrong_key_or_value_is_refused(given: dict, message: str):
         checked({"depth": 14, **given})
 
 
+def test_numbers_and_nesting_beyond_python_are_one_sentence(tmp_path: Path):
+    with pytest.raises(UserError, match="lr is out of range"):
+        checked({"lr": 10**400})
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        load_settings(PruneSettings, tmp_path / "deep.json", [])
+
+
 def test_every_key_refuses_a_wrong_type():
     for field in fields(PruneSettings):
         with pytest.raises(UserError, match=f"^{field.name} is "):

@@ -48,7 +48,7 @@ def two_classes(root: Path, *parts: str) -> Path:
     return root
 
 
-def test_a_file_belongs_by_its_ending_in_any_case(tmp_path: Path, capsys):
+def test_a_file_belongs_by_its_ending_in_any_case(tmp_path: Path):
     for part, kind in itertools.product(("train", "test"), "xy"):
         for i, name in enumerate(("a.png", "b.PNG", "c.Png", "d.jpg", "e.JPEG", "f.bmp", "g.webp")):
             write_image(tmp_path / part / kind / name, Image.new("RGB", (8, 8), (10 * i, 0, 0)))
@@ -57,9 +57,8 @@ def test_a_file_belongs_by_its_ending_in_any_case(tmp_path: Path, capsys):
     counts = {kind: len(read(tmp_path, kind).train) for kind in ("png", "jpg", "jpeg", "bmp")}
     assert counts == {"png": 6, "jpg": 4, "jpeg": 4, "bmp": 2}
     assert len(read(tmp_path, "webp").test) == 2
-    capsys.readouterr()
-    assert len(read(tmp_path, "any").test) == 14
-    assert capsys.readouterr().out == f"note: files in {tmp_path} that are not read: 4 .txt\n"
+    data = read(tmp_path, "any")
+    assert len(data.test) == 14 and data.notes == (f"files in {tmp_path} that are not read: 4 .txt",)
 
 
 def test_one_class_is_refused(tmp_path: Path):
@@ -80,19 +79,20 @@ def test_copies_of_test_images_and_missing_validation_images_are_noted(tmp_path:
     )
 
 
-def test_what_is_not_read_is_named_in_a_line(tmp_path: Path, capsys):
+def test_what_is_not_read_is_named_in_a_line(tmp_path: Path):
     two_classes(tmp_path, "train", "val", "valid", "test", "extra")
     for name in ("1.jpg", "2.JPG", "notes", ".hidden.jpg", "deeper/3.jpg", ".deeper/4.jpg"):
         (tmp_path / "train" / "dog" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "train" / "dog" / name).write_text("")
     (tmp_path / "test" / "stray.png").write_text("")
-    read(tmp_path)
-    assert capsys.readouterr().out.splitlines() == [
-        f"note: folders in {tmp_path} that are not read: extra, valid",
-        f"note: files in {tmp_path} that are not read: 3 .jpg, 1 without an ending, 1 outside of class folders",
-    ]
-    read(two_classes(tmp_path / "plain", "train", "test"))
-    assert capsys.readouterr().out == ""
+    data = read(tmp_path)
+    assert data.notes == (
+        f"folders in {tmp_path} that are not read: extra, valid",
+        f"files in {tmp_path} that are not read: 3 .jpg, 1 without an ending, 1 outside of class folders",
+    )
+    assert read(two_classes(tmp_path / "plain", "train", "test")).notes == ()
+    (tmp_path / "plain" / "train" / "fox").symlink_to(tmp_path / "gone")
+    refused(tmp_path / "plain", "fox is a link to something that is not there")
 
 
 def test_files_are_those_of_torchvisions_image_folder_in_its_order(tmp_path: Path):
@@ -235,35 +235,35 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path):
     refused(no_images, f"class folder {no_images / 'train' / 'dog'} holds no .png file")
 
 
-def test_a_tenth_of_train_alone_is_the_test_set(tmp_path: Path, capsys):
-    """A tenth of each class and all copies of its images, the same in every run."""
+def test_a_tenth_of_train_alone_is_the_test_set(tmp_path: Path):
+    """A tenth of each class and all copies of its images, the same in every run, whatever files are called."""
     write_shapes(tmp_path, {"train": 20})
     copied = tmp_path / "train" / "left" / "000.png"
     for i in range(3):
         shutil.copyfile(copied, copied.with_name(f"copy{i}.png"))
-    first, again = (read(tmp_path) for _ in range(2))
-    assert torch.equal(first.test.pixels, again.test.pixels)
-    assert f"note: {tmp_path} has no test/: {len(first.test)} of its training images" in capsys.readouterr().out
+    first = read(tmp_path)
+    (tmp_path / "train" / "right" / "000.png").rename(tmp_path / "train" / "right" / "zebra.png")
+    assert digest(fingerprints(read(tmp_path).test)) == digest(fingerprints(first.test))
+    assert f"{tmp_path} has no test/: {len(first.test)} of its training images" in first.notes[0]
     train, test = (set(fingerprints(part).tolist()) for part in (first.train, first.test))
     assert not train & test and len(first.train) + len(first.test) == 63
     assert torch.bincount(first.test.labels)[1:].tolist() == [2, 2] and len(test) == 6
     splits = split_data(first, 0.1, 0)
-    assert not splits.val_is_test and len(splits.val) > 0
+    assert not splits.val_is_test and len(splits.val) > 0 and splits.notes[0] == first.notes[0]
     for copy in sorted((tmp_path / "train" / "left").iterdir())[3:]:
         copy.unlink()
-    read(tmp_path)
-    assert "of its training images are held out as test images, but none of left" in capsys.readouterr().out
+    assert "of its training images are held out as test images, but none of left" in read(tmp_path).notes[0]
     few = two_classes(tmp_path / "few", "train")
     refused(few, "has only train/, with fewer than ten images per class: add test/")
 
 
 @pytest.mark.parametrize("parts", [{"train": 4, "test": 2}, {"train": 4, "val": 1, "test": 2}, {"train": 4, "val": 2}])
-def test_validation_images_of_another_folder(tmp_path: Path, parts: dict[str, int], capsys):
+def test_validation_images_of_another_folder(tmp_path: Path, parts: dict[str, int]):
     write_shapes(tmp_path / "data", parts)
     aside = write_shapes(tmp_path / "aside", {"images": 3}, seed=1) / "images"
     data = read(tmp_path / "data", val_dir=str(aside))
     assert (len(data.train), len(data.val), len(data.test)) == (12, 9, 6)
-    assert ("are not read: val" in capsys.readouterr().out) == (len(parts) == 3)
+    assert ("are not read: val" in " ".join(data.notes)) == (len(parts) == 3)
     splits = split_data(data, 0.5, 0)
     assert len(splits.train) == 12 and torch.equal(splits.val.pixels, data.val.pixels)
 

@@ -16,8 +16,10 @@ import main_prune
 from deploy import export, speeds
 from models import OwnNetwork, build_network, own
 from pruning.layers import ConvWeights
+from pruning.settings import PruneSettings
 from pruning.surgery import rebuild
 from training.norms import placed
+from utils.data.folder import load_data
 from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import load_checkpoint
@@ -65,6 +67,22 @@ def test_the_given_network_is_the_first_row(pruned, monkeypatch):
     assert checkpoint.normalisation == {"mean": [0.5] * 3, "std": [0.2] * 3}
     (record,) = results.glob("sp/shapes/small/*/record.json")
     assert json.loads(record.read_text())["parameters"] == sum(p.numel() for p in own_networks.small().parameters())
+
+
+def test_the_network_that_is_named_is_pruned_also_if_another_was_registered_since(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "_allowed", [f"{SOURCE}:small"])
+    data, taken = load_data(str(shapes), "png", 8, 1), []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        torch.save(own_networks.small().state_dict(), tmp_path / f"{seed}.pth")
+        given = PruneSettings(
+            network=f"{SOURCE}:small", checkpoint=str(tmp_path / f"{seed}.pth"), data_dir=str(shapes), resize=8,
+            result_dir=str(tmp_path), val_fraction=0.2,
+        )  # fmt: skip
+        with mock.patch.object(main_prune, "measured_speeds", lambda files, pixels: {}):
+            taken.append(main_prune.first_network(given, data, torch.device("cpu"))[0])
+    assert taken[0].source == taken[2].source != taken[1].source
+    assert all(torch.equal(weight, taken[2].weights[name]) for name, weight in taken[0].weights.items())
 
 
 def test_what_comes_out_is_smaller_and_describes_itself(pruned, monkeypatch):

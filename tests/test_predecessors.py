@@ -18,6 +18,7 @@ from utils.data.images import ImageSet
 from utils.errors import UserError
 from utils.runs.checkpoint import Checkpoint, save_checkpoint
 from utils.runs.predecessors import cascade_networks, pruned_network, trained_network
+from utils.runs.records import RECORD
 from utils.runs.run import BEST, LAST, stage_folder
 
 CLASSES = ("left", "middle", "right")
@@ -172,7 +173,10 @@ def test_stage_3_falls_back_to_iterations_then_to_another_chain_then_to_runs_tha
         return "/".join(Path(start.source).parts[-2:])
 
     assert taken() == "4/iteration_01.pt"
+    save_checkpoint(first.with_name("iteration_01.pt"), made("first", within, ranks=SMALLER))
     second.with_name("iteration_01.pt").unlink()
+    assert taken() == "3/iteration_01.pt", "the smallest within the budget, whatever stage 2 chose"
+    first.with_name("iteration_01.pt").unlink()
     assert taken() == "3/best.pt"
     first.unlink()
     assert taken() == "5/iteration_01.pt"
@@ -198,3 +202,27 @@ def test_a_cascade_takes_the_networks_of_every_depth_that_is_named(tmp_path: Pat
     assert [one.architecture["depth"] for _, one in found] == [8, 14]
     with pytest.raises(UserError, match="needs two networks or more, and there are 1"):
         cascade_networks(replace(given, depth=(14,)), DATA)
+
+
+def test_a_cascade_takes_finished_runs_and_names_what_does_not_fit(tmp_path: Path):
+    """Also through a link to a stage's folder, whose runs are named as they lie in the result folder."""
+    for name, made in (("1", checkpoint("sp")), ("2", checkpoint("pruned", source="x", ranks=SMALL))):
+        path = run_of(tmp_path / "elsewhere", name, made, iteration_01=made if made.stage == "pruned" else None)
+        path.with_name(RECORD).write_text("{}")
+    run_of(tmp_path / "elsewhere", "3", checkpoint("sp", accuracy=0.3), done=1)
+    run_of(tmp_path / "elsewhere", "4", checkpoint("sp", size=16))
+    for stage in ("sp", "pruned"):
+        (tmp_path / stage).symlink_to(tmp_path / "elsewhere" / stage)
+    given = main_cascade.Settings(data_dir="shapes", result_dir=str(tmp_path), depth=(8,), resize=8)
+    found, notes = cascade_networks(given, DATA)
+    assert [path.parent.name for path, _ in found] == ["1", "2"]
+    assert notes[0] == "networks of sp/shapes/resnet8/1, pruned/shapes/resnet8/2"
+    assert "images of 16 pixels, not 8" in notes[1]
+
+
+def test_stage_2_refuses_a_network_without_some_of_its_blocks(tmp_path: Path):
+    network = build_network("resnet", depth=8, num_classes=3, width=4, fixed_switches={"blocks.1": 0})
+    made = replace(checkpoint("rl_pruned"), architecture=network.architecture, weights=network.state_dict())
+    save_checkpoint(tmp_path / "removed.pt", made)
+    with pytest.raises(UserError, match=r"has removed blocks, .*or before_fixing\.pt beside it"):
+        trained_network(settings(tmp_path, checkpoint=str(tmp_path / "removed.pt")), DATA)

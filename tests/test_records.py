@@ -137,7 +137,16 @@ def test_a_run_whose_folder_was_renamed_keeps_its_place(tmp_path):
         chain = [r["checkpoint"] for r in records.latest_chain(found, last)]
         assert chain == ["sp/shapes/resnet8/baseline/best.pt", made["checkpoint"]]
     records.save_record(tmp_path, found[0])
-    assert (tmp_path / "sp/shapes/resnet8/baseline/record.json").exists()
+    folder = tmp_path / "sp/shapes/resnet8/baseline"
+    assert (folder / "record.json").exists()
+    folder.rename(folder.with_name("again"))
+    measured = {start["checkpoint"]: {"latency_ms": 5.0, "throughput": 6.0}, before["checkpoint"]: {}}
+    saved(tmp_path, before | {"chain_speeds": measured})
+    found = records.read_records(tmp_path)
+    chain = records.latest_chain(found, next(r for r in found if r["checkpoint"] == before["checkpoint"]))
+    assert [r["checkpoint"] for r in chain] == ["sp/shapes/resnet8/again/best.pt", before["checkpoint"]]
+    table = results.results_table(chain)
+    assert "5.00 ms" in table and "not from the network of the row above" not in table
 
 
 def test_a_run_reports_beside_runs_that_cannot_be_written(tmp_path, monkeypatch, capsys):

@@ -28,12 +28,15 @@ PREFIXES = ("module.", "_orig_mod.")
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the weights
 
 
-def register_given(settings: Any, data: DataSet, device: torch.device, measure_speeds: MeasureSpeeds) -> None:
+def register_given(settings: Any, data: DataSet, device: torch.device, measure_speeds: MeasureSpeeds) -> Path:
     """Evaluate the given network and save it as a finished run of stage 1, only once if it is pruned several times.
 
     Args:
         settings: of stage 2 (``pruning.settings.PruneSettings``): ``network`` is its function, ``checkpoint`` a file
             with its weights.
+
+    Returns:
+        the file of the network in that run.
 
     Raises:
         UserError: if function, weights or output do not fit.
@@ -57,8 +60,9 @@ def register_given(settings: Any, data: DataSet, device: torch.device, measure_s
         seed=settings.seed,
     )
     parent = stage_folder(settings.result_dir, "sp", data.name, settings.network, settings.depth)
-    if parallel.from_main_process(lambda: any(_registered(given, path) for path in parent.glob(f"*/{BEST}"))):
-        return
+    known = parallel.from_main_process(lambda: [p for p in sorted(parent.glob(f"*/{BEST}")) if _registered(given, p)])
+    if known:
+        return known[-1]
     with Run.new(parent, asdict(settings), EPOCH_CHARTS) as run:
         run.say(f"{run.path}: {settings.network} as it was given, {cost.parameters:,} parameters, {cost.flops:,} FLOPs")
         given.metrics = Evaluator(splits.val, normalisation, settings.resize)(placed(network, device)).metrics
@@ -67,6 +71,7 @@ def register_given(settings: Any, data: DataSet, device: torch.device, measure_s
         }  # fmt: skip
         save_checkpoint(run.path / BEST, given)
         report(settings.result_dir, run, Chosen(given, splits.val_name), splits.test, measure_speeds)
+    return run.path / BEST
 
 
 def given_network(settings: Any, classes: int) -> OwnNetwork:

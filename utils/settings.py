@@ -283,7 +283,7 @@ def load_settings(cls: type[Settings], path: str | Path, overrides: Sequence[str
         content = _parsed(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"settings file {path} does not exist: give --config_path config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"settings file {path} is not valid JSON ({error}): correct it there") from None
     if not isinstance(content, dict):
         raise UserError(f"settings file {path} holds a {type(content).__name__}, not an object with keys and values")
@@ -337,8 +337,8 @@ def checked_settings(cls: type[Settings], content: Mapping[str, Any]) -> Setting
             )
         try:
             values[key] = checked_value(key, float(value) if kind is float else value, known[key].metadata)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        except (OverflowError, ValueError) as error:
+            raise UserError(f"{key} is out of range" if isinstance(error, OverflowError) else str(error)) from None
     for f in known.values():
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{f.name} is not among the settings: add it ({f.metadata['help']})")

@@ -77,10 +77,15 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     Raises:
         UserError: if this is other data, or if fewer than two images are left to train on.
     """
-    if why := other_data(data, known):
+    if why := other_data(data, known, "start a new run without --resume" if resumed else "start with stage 1 again"):
         raise UserError(why)
     splits = _splits(data, known["set_aside"])
     notes = [*splits.notes]
+    if data.val is not None and splits.val_is_test:
+        notes.append(
+            "the validation images of the data are not used: stage 1 had none, and may have been trained on these; to "
+            "use them, start with stage 1 again"
+        )
     changed = [PARTS[part] for part in PARTS if splits.identity[part] != known[part]]
     if changed and resumed:
         raise UserError(
@@ -98,22 +103,23 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     return replace(splits, notes=tuple(notes))
 
 
-def other_data(data: DataSet, known: Mapping[str, Any]) -> str:
+def other_data(data: DataSet, known: Mapping[str, Any], instead: str = "start with stage 1 again") -> str:
     """Why this is not the data of a checkpoint's network; empty if it may be.
 
     Args:
         known: the data's entry in the checkpoint.
+        instead: of using the same data.
     """
     if digest(data.fingerprints["test"]) != known["test"]:
         return (
             f"the test images of data {data.name} are not those that the checkpoint's run had (other files, or decoded "
-            f"by another version of Pillow): use the same data, or start with stage 1 again"
+            f"by another version of Pillow): use the same data, or {instead}"
         )
     missing, count = _missing(data, known["set_aside"]), len(known["set_aside"])
     if 2 * missing > count:
         return (
             f"data {data.name} lacks {missing} of the {count} images that the checkpoint's run set aside for "
-            f"validation: use the same data and val_dir, or start with stage 1 again"
+            f"validation: use the same data and val_dir, or {instead}"
         )
     return ""
 
@@ -136,7 +142,7 @@ def _splits(data: DataSet, set_aside: Tensor) -> Splits:
         val=data.test if val_is_test else _chosen(getattr(data, held), aside),
         test=data.test,
         val_is_test=val_is_test,
-        notes=(note,) if copies else (),
+        notes=(*data.notes, note) if copies else data.notes,
         identity={"set_aside": set_aside.unique(), **{part: digest(own) for part, own in used.items()}},
     )
     if len(splits.train) < 2:

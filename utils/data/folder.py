@@ -40,6 +40,7 @@ class DataSet:
     train: Images
     val: Images | None  # only where the data has validation images of its own
     test: Images
+    notes: tuple[str, ...] = ()  # on what was not read
 
     @cached_property
     def fingerprints(self) -> dict[str, Tensor]:
@@ -65,29 +66,22 @@ def load_data(
         val_dir: folder of validation images, one folder per class, instead of those in the data folder; empty: none.
 
     Image files are decoded into memory.  If all would take more than a third of the available memory
-    (``utils.data.memory``), they are only listed, and decoded when a batch needs them.  One line names the files that
-    are not read, and one the folders.
+    (``utils.data.memory``), they are only listed, and decoded when a batch needs them.  ``DataSet.notes`` names
+    the files and folders that are not read.
 
     Raises:
         UserError: for anything that is missing, empty, unreadable or inconsistent.
     """
     root = Path(folder).expanduser()
     try:
-        data, notes = _load(root, image_type, size, workers, download, Path(val_dir).expanduser() if val_dir else None)
+        return _load(root, image_type, size, workers, download, Path(val_dir).expanduser() if val_dir else None)
     except OSError as error:
         raise UserError(
             f"data folder {root} cannot be read ({error}): fix permissions or choose another folder"
         ) from None
-    if parallel.is_main_process():
-        for note in notes:
-            print(f"note: {note}", flush=True)
-    return data
 
 
-def _load(
-    root: Path, image_type: str, size: Size, workers: int, download: bool, val: Path | None
-) -> tuple[DataSet, list[str]]:
-    """The data, and notes on what was not read."""
+def _load(root: Path, image_type: str, size: Size, workers: int, download: bool, val: Path | None) -> DataSet:
     if val is not None and not val.is_dir():
         raise UserError(f"val_dir {val} is not a folder: name one with a folder of images for each class, or none")
     name = folder_name(root.resolve())
@@ -101,7 +95,7 @@ def _load(
         if val is not None:
             check_classes(val, list(classes), root)
             aside = _decoded(val, *find_files(val, list(classes), image_type, left_out), size, workers)
-        return DataSet(name, classes, train, aside, test), notes_on(val, [], left_out)
+        return DataSet(name, classes, train, aside, test, tuple(notes_on(val, [], left_out)))
     if not root.is_dir():
         raise UserError(
             f"data folder {root} {'is a file' if root.exists() else 'does not exist'}: name one with --data_dir (in "
@@ -134,17 +128,18 @@ def _load(
         untested = ", ".join(name for label, name in enumerate(classes) if label not in tested)
         held_out = f"{len(sets['test'])} of its training images are held out as test images"
         notes.append(f"{root} has no test/: {held_out}{f', but none of {untested}' if untested else ''}")
-    data = DataSet(name, tuple(classes), sets["train"], sets.get("val"), sets["test"])
-    return data, notes + notes_on(root, others, left_out)
+    notes += notes_on(root, others, left_out)
+    return DataSet(name, tuple(classes), sets["train"], sets.get("val"), sets["test"], tuple(notes))
 
 
 def _held_out(root: Path, images: Images) -> tuple[Images, Images]:
-    """Training and test images of a folder that has training images only: the same ones in every run.
+    """Training and test images of a folder that has training images only: the same ones whatever files are called.
 
     Copies of a test image are test images, too.
     """
     prints = fingerprints(images)
     candidates = first_copies(prints).nonzero().squeeze(1)
+    candidates = candidates[prints[candidates].argsort()]
     _, aside = stratified_split(images.labels[candidates], TEST_SHARE, seed=0)
     if not len(aside):
         raise UserError(f"data folder {root} has only train/, with fewer than ten images per class: add test/")

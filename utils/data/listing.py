@@ -79,6 +79,9 @@ def check_classes(part: Path, classes: list[str], place: Path) -> None:
 def _class_folders(part: Path) -> dict[str, list[Path]]:
     """The folders of each class; names that differ only in their Unicode form (NFC, NFD) are one class."""
     folders: dict[str, list[Path]] = {}
+    for path in part.iterdir():
+        if path.is_symlink() and not path.exists() and not path.name.startswith("."):
+            raise UserError(f"{path} is a link to something that is not there: restore that, or remove the link")
     for path in sorted(filter(_is_folder, part.iterdir())):
         folders.setdefault(unicodedata.normalize("NFC", folder_name(path)), []).append(path)
     if not folders:

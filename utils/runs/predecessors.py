@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.runs.records import RECORD
-from utils.runs.run import BEST, LAST, age, stage_folder
+from utils.runs.run import ARGUMENTS, BEST, LAST, age, stage_folder
 
 COMMANDS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
 NAMED = 5  # runs that a line names at most
@@ -57,11 +57,16 @@ def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]
         path = Path(settings.checkpoint).expanduser()
         trained = load_checkpoint(path)
         _check(path, trained, settings, data)
+        if 0 in trained.architecture.get("fixed_switches", {}).values():
+            raise UserError(
+                f"checkpoint {path} is of stage 3, which has removed blocks, so its FLOPs cannot be compared: prune "
+                f"the network that stage 3 started from, or before_fixing.pt beside it"
+            )
         return _started_from(path, trained, "pruned", settings), []
     found, unfit = _saved(settings, "sp", data, BEST)
     if not found:
         raise _nothing_fits(settings, "sp", data, unfit)
-    ended = [item for item in found if (item[0].parent / RECORD).exists() or epochs_missing(item[0]) == 0]
+    ended = _ended(found)
     path, trained = (ended or found)[-1]
     why = "the newest run of stage 1 that fits" + ("" if ended else "; no finished run fits")
     notes = [f"starting from {_introduced(path, trained, settings)}: {why}", *_others(path, found, unfit, settings)]
@@ -73,9 +78,8 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
     """What stage 3 starts from: the checkpoint named, or stage 2's with the fewest FLOPs within the budget.
 
     Networks must have switches, and the depth, image size and images of the settings.  They are searched in this order:
-    the networks that runs chose, made from the same network of stage 1 as the newest run's; those of single iterations,
-    since stage 2's budget may have been wider; networks made from another network of stage 1; networks of unfinished
-    runs.
+    networks and single iterations of runs that have ended, made from the same network of stage 1 as the newest run's;
+    those made from another network of stage 1; networks of unfinished runs.
 
     Args:
         settings: of stage 3.
@@ -96,7 +100,7 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
     if not found and not single:
         raise _nothing_fits(settings, "pruned", data, unfit or unfit_single)
     ended = [item for item in single if (item[0].parent / BEST).exists()]
-    pools = [pool for origin in _origins(found) for pool in (_made_from(origin, found), _made_from(origin, ended))]
+    pools = [_made_from(origin, found) + _made_from(origin, ended) for origin in _origins(found)]
     pools += [_made_from(origin, single) for origin in _origins(single)]
     within = next(filter(None, (_within_budget(pool, settings.max_accuracy_drop) for pool in pools)), None)
     if within is None:
@@ -126,7 +130,9 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
         UserError: if there are fewer than two, or if one that was named does not fit.
     """
     if settings.networks:
-        found = [(path, load_checkpoint(path)) for path in (Path(name).expanduser() for name in settings.networks)]
+        unfit = {}
+        paths = dict.fromkeys(Path(name).expanduser().resolve() for name in settings.networks)
+        found = [(path, load_checkpoint(path)) for path in paths]
         for path, checkpoint in found:
             if checkpoint.stage == "cascade":
                 raise UserError(f"{path} is a cascade itself: name the networks that it was made of")
@@ -142,6 +148,7 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
         ):
             fitting, others = _saved(replace(settings, network=network, depth=depth), stage, data, name)
             unfit |= others
+            fitting = _ended(fitting) or fitting
             found += [item for item in fitting if item[0].parent == fitting[-1][0].parent]
         if unfit and len(found) < 2:
             raise _nothing_fits(settings, "pruned", data, unfit)
@@ -151,7 +158,12 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
             f"main_prune.py first, or name --networks"
         )
     runs = dict.fromkeys(relative_to_results(path.parent, settings.result_dir) for path, _ in found)
-    return found, [f"networks of {', '.join(runs)}"]
+    return found, [f"networks of {', '.join(runs)}", *_others(None, [], unfit, settings)]
+
+
+def _ended(found: Found) -> Found:
+    """Those of runs that have ended."""
+    return [item for item in found if (item[0].parent / RECORD).exists() or epochs_missing(item[0]) == 0]
 
 
 def _started_from(path: Path, source: Checkpoint, stage: str, settings: Any) -> Checkpoint:
@@ -218,9 +230,11 @@ def _introduced(path: Path, checkpoint: Checkpoint, settings: Any) -> str:
     return f"{name} (gate {checkpoint.architecture.get('gate', 'none')}, accuracy {accuracy:.2%})"
 
 
-def _others(taken: Path, found: Found, unfit: dict[Path, UserError], settings: Any) -> list[str]:
+def _others(taken: Path | None, found: Found, unfit: dict[Path, UserError], settings: Any) -> list[str]:
     """A line on the runs that fit and were not taken, and one on those that do not fit, newest first."""
-    fitting = [_introduced(*item, settings) for item in reversed(found) if item[0].parent != taken.parent]
+    fitting = [
+        _introduced(*item, settings) for item in reversed(found) if taken is None or item[0].parent != taken.parent
+    ]
     unfitting = [f"{relative_to_results(path, settings.result_dir)} ({unfit[path]})" for path in reversed(unfit)]
     lines = []
     for title, names in (("other runs that fit", fitting), ("runs that do not fit", unfitting)):
@@ -252,7 +266,7 @@ def epochs_missing(path: Path) -> int | None:
     if not last.exists():
         return 0
     try:
-        wanted = json.loads((path.parent / "arguments.json").read_text())["epochs"]
+        wanted = json.loads((path.parent / ARGUMENTS).read_text())["epochs"]
         return max(0, wanted - load_checkpoint(last).progress["step"])
     except (OSError, KeyError, TypeError, ValueError, UserError):
         return None
@@ -260,8 +274,11 @@ def epochs_missing(path: Path) -> int | None:
 
 def relative_to_results(path: Path, result_dir: str | Path) -> str:
     """``path`` below ``result_dir``, so that the folder can be moved; as it is where it lies elsewhere."""
-    path, root = Path(path).resolve(), Path(result_dir).expanduser().resolve()
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    path, root = Path(path), Path(result_dir).expanduser()
+    for below, above in ((path.absolute(), root.absolute()), (path.resolve(), root.resolve())):  # a stage may be a link
+        if below.is_relative_to(above):
+            return str(below.relative_to(above))
+    return str(path.resolve())
 
 
 def source_path(source: str, result_dir: str | Path) -> Path:

@@ -85,9 +85,8 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
 
 def latest_chain(records: list[Record], last: Record | None = None) -> list[Record]:
     """The newest record of one network and those of the stages it was made from, first stage first."""
-    by_run = {
-        Path(record[key]).parent: record for key in ("renamed", "checkpoint") for record in records if key in record
-    }
+    by_run = {Path(name).parent: record for record in records for name in record.get("renamed", ())}
+    by_run |= {Path(record["checkpoint"]).parent: record for record in records}
     chain = [last or records[-1]]
     by_run.pop(Path(chain[0]["checkpoint"]).parent, None)
     while chain[0]["source"] is not None:
@@ -111,7 +110,14 @@ def chains(records: list[Record]) -> list[list[Record]]:
 def timed_together(chain: list[Record]) -> list[Record]:
     """The records of a chain with the speeds that its last run measured for all; older records keep their own."""
     together = chain[-1].get("chain_speeds")
-    return chain if together is None else [r | together.get(r["checkpoint"], NOT_MEASURED) for r in chain]
+    if together is None:
+        return chain
+    return [r | next((together[name] for name in names(r) if name in together), NOT_MEASURED) for r in chain]
+
+
+def names(record: Record) -> list[str]:
+    """The checkpoint of a record, and as it was called before its run's folder was renamed."""
+    return [record["checkpoint"], *record.get("renamed", ())]
 
 
 def _content(path: Path, checkpoint: str) -> Record:
@@ -122,7 +128,7 @@ def _content(path: Path, checkpoint: str) -> Record:
             raise ValueError("it is no record of a run, or of another version of this program")
         _check_values(record)
         if record["checkpoint"] != checkpoint:
-            record |= {"renamed": record["checkpoint"], "checkpoint": checkpoint}
+            record |= {"renamed": names(record), "checkpoint": checkpoint}
         return record
     except (OSError, ValueError) as error:
         raise UserError(
@@ -141,6 +147,8 @@ def _check_values(record: Record) -> None:
         if not isinstance(record[key], kinds):
             raise ValueError(f"{key} is {record[key]!r}")
     parse_size(record["image_size"])
+    if not isinstance(record.get("renamed", []), list):
+        raise ValueError(f"renamed is {record['renamed']!r}")
     measured, points = record.get("chain_speeds", {}), record["points"]
     if not all(isinstance(point, dict) and point.keys() >= {"accuracy", "measured_on"} for point in points):
         raise ValueError(f"points are {points!r}")

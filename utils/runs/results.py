@@ -8,7 +8,7 @@ from matplotlib.ticker import PercentFormatter
 
 from utils.errors import UserError
 from utils.files import atomic_write, write_json
-from utils.runs.records import DYNAMIC, RESULTS, Record, chains, timed_together
+from utils.runs.records import DYNAMIC, RESULTS, Record, chains, names, timed_together
 from utils.sizes import shown_size
 
 BATCH = 128  # images of a batch that throughput is measured with
@@ -95,7 +95,7 @@ def _marks(before: Record | None, record: Record, footnotes: dict[str, str]) -> 
     if not record["within_budget"]:
         text = "no network met the budget; this is the closest, or the network that the stage started from."
         texts.append((text, "budget"))
-    if before is not None and Path(record["source"]) != Path(before["checkpoint"]):
+    if before is not None and Path(record["source"]) not in map(Path, names(before)):
         others = sum(mark.startswith("source") for mark in footnotes.values())
         text = f"made from {record['source']}, not from the network of the row above."
         texts.append((text, f"source{others + 1 if others else ''}"))
