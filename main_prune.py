@@ -302,24 +302,23 @@ def smallest_within_budget(
         best = min(within, key=lambda c: network_cost(c.network(), start.data["image_size"]).flops)
         run.say(f"chosen: iteration {best.progress['iteration']}, the smallest network within the budget")
         return best, True
-    met = not iterations and unpruned.metrics["accuracy"] >= floor - 1e-9
+    below = start.metrics["accuracy"] < floor - 1e-9
     if iterations:
         run.say(
             "no iteration met the budget, so the unpruned network is kept: try a "
             "smaller prune_ratio or, with a target, a larger max_iter"
         )
-    elif start.metrics["accuracy"] < floor - 1e-9:
+    elif below:
         run.say(
             "the accuracy is below the budget before pruning, so nothing was pruned and stage 1's network is kept: "
             "raise max_accuracy_drop"
         )
-        met = False
     else:
         run.say(
             "nothing was pruned, so the unpruned network is kept: no layer has a cheaper form, or the target is met"
         )
     kept = {"source": start.source, "seed": start.seed, "progress": PruningProgress().state_dict(), "training": {}}
-    return replace(unpruned, stage="pruned", **kept), met
+    return replace(unpruned, stage="pruned", **kept), not iterations and not below
 
 
 def draw_ranks(run: Run, unpruned: Checkpoint, iterations: list[Checkpoint]) -> None:

@@ -3,13 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import arguments, call_stage, metrics, run_folder, source_of
 from compare import assert_close
-from networks import checkpoint_file
+from networks import checkpoint_file, checkpoint_of, small_network
 
+import main_prune
 import main_rl_prune
 from gating.steering import Budget, next_setpoint
 from models import build_network
@@ -160,3 +162,15 @@ def test_the_last_iteration_lands_on_the_target(trained, shapes, tmp_path, kind,
     assert (run / "ranks.png").exists()
     pruned = [line for line in metrics(run) if "Pruning/measured_rise" in line]
     assert len(pruned) == 2 and all("Pruning/predicted_rise" in line for line in pruned)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "said"), [(0.7, "nothing was pruned, so"), (0.5, "below the budget before pruning")]
+)
+def test_a_network_below_the_budget_before_pruning_is_not_within_it(accuracy: float, said: str):
+    lines = []
+    unpruned = checkpoint_of(small_network(), "sp", metrics={"accuracy": 0.7})
+    start = replace(unpruned, stage="pruned", metrics={"accuracy": accuracy})
+    run = SimpleNamespace(say=lines.append)
+    best, within = main_prune.smallest_within_budget(run, start, unpruned, [], floor=0.6)
+    assert within == (accuracy > 0.6) and best.metrics == unpruned.metrics and said in lines[-1]
