@@ -67,7 +67,7 @@ def rough_means(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     Of the first rows of a layer they are subtracted from all: products in float32 would lose small deviations beside a
     large mean.
     """
-    total = parallel.all_reduced(torch.cat([z.sum(dim=0), y.sum(dim=0), z.new_tensor([len(z)])]))
+    total = parallel.all_reduced(torch.cat([z.sum(dim=0), y.sum(dim=0), z.new_full((1,), len(z))]))
     return tuple((total[:-1] / total[-1].clamp(min=1)).split([z.shape[1], y.shape[1]]))
 
 
