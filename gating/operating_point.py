@@ -5,7 +5,7 @@ them.  But the logits rank the images: a shift flips one image after the other, 
 the computations in between.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,13 +24,23 @@ NEAR = 0.005  # difference in computation, share of all FLOPs, below which a sea
 @contextmanager
 def gate_biases_restored(network: ResNet) -> Iterator[None]:
     """Restore the biases of the gates afterwards."""
-    biases = [layer.bias.clone() for layer in network.gate.last_layers]
+    biases = gate_biases(network)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for layer, bias in zip(network.gate.last_layers, biases, strict=True):
-                layer.bias.copy_(bias)
+        set_gate_biases(network, biases)
+
+
+def gate_biases(network: ResNet) -> list[Tensor]:
+    """Copies of the biases of the layers whose outputs are the switches' logits."""
+    return [layer.bias.detach().clone() for layer in network.gate.last_layers]
+
+
+@torch.no_grad()
+def set_gate_biases(network: ResNet, biases: Sequence[Tensor], offset: float = 0.0) -> None:
+    """Give these layers the biases, shifted by a number."""
+    for layer, bias in zip(network.gate.last_layers, biases, strict=True):
+        layer.bias.copy_(bias + offset)
 
 
 @torch.no_grad()
@@ -47,17 +57,12 @@ def find_operating_point(
         evaluated: measures a network on the validation images.
         at_half: what it measures at the threshold of one half.
     """
-    layers = network.gate.last_layers
-    biases = [layer.bias.clone() for layer in layers]
+    biases = gate_biases(network)
     tried = [(0.0, at_half)]  # offsets, and what was measured there
-
-    def shift(offset: float) -> None:
-        for layer, bias in zip(layers, biases, strict=True):
-            layer.bias.copy_(bias + offset)
 
     def measured_at(computation: float) -> Evaluation:
         offset = offset_to(computation, at_half.probabilities, cost)
-        shift(offset)
+        set_gate_biases(network, biases, offset)
         tried.append((offset, evaluated(network)))
         return tried[-1][1]
 
@@ -77,7 +82,7 @@ def find_operating_point(
         downwards = budget.met(**measured_at(middle).metrics) == for_accuracy
         low, high = (low, middle) if downwards else (middle, high)
     offset, best = max(tried, key=lambda one: budget.score(**one[1].metrics))
-    shift(offset)
+    set_gate_biases(network, biases, offset)
     return best
 
 

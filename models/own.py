@@ -93,11 +93,12 @@ def picked_logits(output: Any) -> Tensor:
     if isinstance(output, dict):
         logits = output.get("logits")
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(f"the network returned {_named(output)}: it has to return scores [images, classes]")
+        raise ValueError(f"the network returned {kind_of(output)}: it has to return scores [images, classes]")
     return logits
 
 
-def _named(output: Any) -> str:
+def kind_of(output: Any) -> str:
+    """What an output is, for messages."""
     return f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 

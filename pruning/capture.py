@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import LowRankLinear
+from models import LowRankLinear, kind_of
 from utils import parallel
 from utils.errors import UserError
 from utils.modes import evaluation_mode, frozen, hooked, layer_input
@@ -178,8 +178,7 @@ def _loss(outputs: Any, given: Any, passes: Passes) -> Tensor:
 def _checked_losses(losses: Any) -> Tensor:
     if isinstance(losses, Tensor) and losses.dim() == 1:
         return losses
-    found = f"tensor of shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-    raise UserError(f"loss_fn returned a {found}: it has to return a loss for each image, a tensor [N]")
+    raise UserError(f"loss_fn returned {kind_of(losses)}: it has to return a loss for each image, a tensor [N]")
 
 
 def class_scores(outputs: Any) -> Tensor:
@@ -195,10 +194,9 @@ def class_scores(outputs: Any) -> Tensor:
                 "example binary_cross_entropy_with_logits(scores.squeeze(1), labels.float(), reduction='none')"
             )
         return outputs
-    found = f"a tensor of shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
     raise UserError(
-        f"the network returns {found}, but classification needs scores [N, classes]: pick them with logits=, or give "
-        "loss_fn= for another task"
+        f"the network returns {kind_of(outputs)}, but classification needs scores [N, classes]: pick them with "
+        "logits=, or give loss_fn= for another task"
     )
 
 
