@@ -236,7 +236,13 @@ def _show(name: str, visit: Visit, seen: list[int]):
             )
         precision = next(layer.parameters()).dtype  # within autocast, features have another one
         a = as_images(layer, given.to(precision), images)
-        output.register_hook(lambda g: visit(name, layer, a, as_images(layer, g.to(precision), images)))
+
+        def visited(g: Tensor | None) -> None:
+            if g is None:  # from a function with a backward pass of its own
+                raise UserError(f"layer {name} gets no gradient: leave it as it is with ignored_layers=[{name!r}]")
+            visit(name, layer, a, as_images(layer, g.to(precision), images))
+
+        output.register_hook(visited)
 
     return hook
 

@@ -308,6 +308,33 @@ def test_a_layer_whose_weight_is_read_elsewhere_is_left_alone(tied: bool):
         torch.testing.assert_close(exported(given[0][0]), smaller(given[0][0]))
 
 
+class Cut(torch.autograd.Function):
+    """A function whose backward pass returns nothing."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+class WithCut(Around):
+    def __init__(self):
+        super().__init__()
+        self.side = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.inner(x + Cut.apply(self.side(x)))
+
+
+def test_a_layer_behind_which_gradients_end_is_named():
+    with pytest.raises(UserError, match="layer side gets no gradient: leave it as it is"):
+        compress(WithCut(), images(), flops=0.6, round_to=4)
+    assert compress(WithCut(), images(), flops=0.6, round_to=4, ignored_layers=["side"]).report.flops[1] > 0
+
+
 class Standardised(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight - weight.mean(), bias)
