@@ -225,10 +225,13 @@ def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:
     routing["answered_by_class"] = by_class(answered_by_class(done, labels, len(classes)), classes)
     with run.going_on_without("routing.json"):
         write_json(run.path / "routing.json", routing)
+    shown = {
+        key: "–" if value is None else f"{value:.2%}" for key, value in routing.items() if key != "answered_by_class"
+    }
     run.say(
         f"test images: the first network hands on {routing['handed_on']:.1%}; its accuracy is "
-        f"{routing['accuracy_first_kept']:.2%} on those that it keeps, and would be "
-        f"{routing['accuracy_first_handed_on'] or 0:.2%} on the others"
+        f"{shown['accuracy_first_kept']} on those that it keeps, and would be {shown['accuracy_first_handed_on']} on "
+        f"the others"
     )
 
 

@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser("Export a checkpoint to ONNX.")
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="checkpoint of any stage")
-    add("--network", nargs="+", default=[], help=NETWORK_HELP)
+    add("--network", nargs="+", action="extend", default=[], help=NETWORK_HELP)
     add("--output", type=Path, required=True, help="folder to write to")
     add("--data_dir", help="data folder, to check the files on its test images instead of random ones; --int8 needs it")
     add("--img_type", type=image_type, default="any", help="image files to read in --data_dir")

@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--checkpoint", type=Path, help="checkpoint of any stage")
     network.add_argument("--onnx", type=Path, help="folder written by python -m deploy.export")
-    parser.add_argument("--network", nargs="+", default=[], help=NETWORK_HELP)
+    parser.add_argument("--network", nargs="+", action="extend", default=[], help=NETWORK_HELP)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files of any size")
     args = parser.parse_args()
     # Images behind --network are taken for further functions, whose names have a colon before the last part.

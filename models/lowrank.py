@@ -31,20 +31,27 @@ class ComposedKernel(Tensor):
         # Not a number, if ever something came past the function below.
         kernel = like.detach().new_full((), math.nan).expand(*shape).as_subclass(cls)
         kernel.compose = compose
-        return kernel
+        with torch._C.DisableTorchFunctionSubclass():
+            return kernel.requires_grad_(like.requires_grad)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = args, kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func not in _FREE:
+            like_it = func in (Tensor.to, Tensor.type_as) and not isinstance(args[0], cls)
+            if func not in _FREE and not like_it:
                 given = tree_map_only(cls, lambda kernel: kernel.compose(), given)
             return func(*given[0], **given[1])
 
 
 _FREE = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.is_cuda.__get__,
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point,
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "layout", "requires_grad")
+    ),
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device,
+    Tensor.__len__, torch.zeros_like, torch.ones_like, torch.empty_like, Tensor.new_zeros, Tensor.new_ones,
+    Tensor.new_empty, Tensor.new_full,
 }  # fmt: skip
 
 
@@ -159,6 +166,8 @@ class LowRankLinear(nn.Module):
 
 
 LOW_RANK = (LowRankConv2d, LowRankLinear)
+# Attributes that PyTorch gives its layers.
+_OWN = {*vars(nn.Conv2d(1, 1, 1, device="meta")), *vars(nn.Linear(1, 1, device="meta"))}
 
 
 def low_rank(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.Module:
@@ -179,7 +188,7 @@ def low_rank(layer: nn.Module, ranks: Ranks, depthwise: bool, bias: bool) -> nn.
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         smaller = _made(layer, ranks, depthwise, bias)
     for name, value in vars(layer).items():  # what the user has set on it
-        if not name.startswith("_") and not hasattr(smaller, name):
+        if name not in _OWN and not hasattr(smaller, name):
             setattr(smaller, name, value)
     return smaller.to(weight.device, weight.dtype).train(layer.training)
 

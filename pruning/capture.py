@@ -60,15 +60,15 @@ class Passes:
         if batch is None:
             raise UserError("batches() yields nothing: each call has to start a new pass over a few thousand images")
 
-    def probe(self, x: Tensor, given: Any) -> tuple[Tensor, Forward]:
+    def probe(self, x: Tensor, given: Any) -> tuple[Tensor, Forward, Forward | None]:
         """Inputs and a forward pass to see how the network is used: two images, or the batch where a loss is given.
 
-        The loss may leave out some outputs, such as that of an auxiliary head.
+        The loss may leave out some outputs, such as that of an auxiliary head.  The third is the pass without the loss.
         """
         if self.loss_fn is None:
             two = x[:2] if len(x) else x.new_zeros(2, *x.shape[1:])
-            return two, lambda net, inputs: class_scores(self.forward(net, inputs))
-        return x, lambda net, inputs: _checked_losses(self.loss_fn(self.forward(net, inputs), given))
+            return two, lambda net, inputs: class_scores(self.forward(net, inputs)), None
+        return x, lambda net, inputs: _checked_losses(self.loss_fn(self.forward(net, inputs), given)), self.forward
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

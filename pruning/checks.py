@@ -3,14 +3,19 @@
 import numbers
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from models.edits import low_rank_layers
+from pruning.capture import Forward
+from pruning.changes import Report
 from pruning.survey import outermost
 from utils.errors import UserError
 from utils.flops import NetworkCost
 from utils.modes import copied, evaluation_mode
+
+HOOKS = "a hook or function in it holds the network that it was made for; give it the module that it is called with"
 
 
 def check_network(network: nn.Module) -> None:
@@ -48,6 +53,8 @@ def check_network(network: nn.Module) -> None:
         "report" in names for names in (network._modules, network._parameters, network._buffers, dir(type(network)))
     ):
         raise UserError("the network has a part called report, where its copy keeps the table: rename that part")
+    if not isinstance(vars(network).get("report"), Report | None):
+        raise UserError("the network has an attribute called report, where its copy keeps the table: rename it")
     try:
         with evaluation_mode(network):
             copied(network)
@@ -94,9 +101,30 @@ def check_used(network: nn.Module, cost: NetworkCost) -> None:
     Raises:
         UserError: names the layer.
     """
-    for name in low_rank_layers(network):
-        if f"{name}.core" not in cost.layers:
-            raise UserError(
-                f"the network does not call layer {name} after it was replaced, so something else than a module holds "
-                f"the old one, such as a function: leave it as it is with ignored_layers=[{name!r}]"
-            )
+    old = [name for name in low_rank_layers(network) if f"{name}.core" not in cost.layers]
+    if old:
+        raise UserError(
+            f"the network does not call layer {', '.join(old)} after it was replaced, because a function or a tuple "
+            f"holds the old one, or a new one is no nn.Conv2d: leave it as it is with ignored_layers={old}"
+        )
+
+
+@torch.no_grad()
+def check_copy(network: nn.Module, x: Tensor, forward: Forward) -> None:
+    """Refuse a network of which a copy computes something else.
+
+    Raises:
+        UserError: if it does, though the network itself computes the same twice.
+    """
+    copy = copied(network)
+    with evaluation_mode(network), evaluation_mode(copy):
+        first, again = (tree_leaves(forward(network, x.clone())) for _ in range(2))
+        try:
+            found = tree_leaves(forward(copy, x.flip(0))), tree_leaves(forward(copy, x.clone()))
+        except Exception as error:
+            found, reason = None, f" ({type(error).__name__}: {error})"
+    if found is None:
+        raise UserError(f"a copy of the network cannot run{reason}: {HOOKS}")
+    for one, other, copied_one in zip(first, again, found[1], strict=True):
+        if isinstance(one, Tensor) and torch.equal(one, other) and not torch.allclose(one, copied_one, equal_nan=True):
+            raise UserError(f"a copy of the network does not compute the same: {HOOKS}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
-from pruning.checks import check_functions, check_network, check_targets, check_used
+from pruning.checks import check_copy, check_functions, check_network, check_targets, check_used
 from pruning.forms import form_costs
 from pruning.goals import Goal, as_target, fewest_parameters, least_of, shortfall
 from pruning.layers import rebuilt_layers
@@ -75,6 +75,7 @@ def compress(
     passes = method.passes(batches, draws, forward, loss_fn=loss_fn).some(method.fisher_images)
     passes = passes if say is None else replace(passes, say=say)
     x, labels = next(passes.on(network))
+    check_copy(network, x[:2], forward)
     cost = cost_on(network, x[:1], forward)
     found = survey(network, *passes.probe(x, labels), method.ignored_layers)
     reachable = _reachable(network, found, cost, replace(method, round_to=1))
@@ -141,7 +142,7 @@ def check_goal(
 
     def short_of(by: str = "the layers", **freed: Any) -> str | None:
         finest = replace(method, round_to=1, **freed)
-        found = survey(network, x, forward, finest.ignored_layers)
+        found = survey(network, x, forward, ignored=finest.ignored_layers)
         return shortfall(goal, *_reachable(network, found, cost, finest), by)
 
     short = short_of()

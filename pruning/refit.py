@@ -9,7 +9,7 @@ He et al., arXiv:1707.06168, section 3.1, here with low ranks on both sides.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,28 +193,41 @@ def _sides(
 
 def _refit_layer(layer: nn.Module, a: Tensor, wanted: Wanted, costs: Tensor, norm: nn.Module | None) -> None:
     part, rank = _free_part(layer, _of_all(len(wanted.rows)))
+    chunks = zip(a.split(CHUNK), wanted.rows.split(CHUNK * len(wanted.positions)), strict=True)
+    pairs = ((patches(layer, rows, wanted.positions, part), y) for rows, y in chunks)
+    intercept = _mean_error(pairs) if part is None else _refit_part(layer, part, rank, pairs, costs)
+    if norm is not None:
+        norm.running_mean.copy_(norm.running_mean - intercept + (0 if layer.bias is None else layer.bias))
+    elif layer.bias is not None:
+        layer.bias.copy_(intercept)
+
+
+def _mean_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The mean of y - z over the rows of all processes, [out] in float64."""
+    sums = sum(
+        torch.cat([(y - z).double().sum(dim=0), y.new_full((1,), len(y), dtype=torch.float64)]) for z, y in pairs
+    )
+    total = parallel.all_reduced(sums)
+    return total[:-1] / total[-1]
+
+
+def _refit_part(
+    layer: nn.Module, part: nn.Module, rank: int | None, pairs: Iterable[tuple[Tensor, Tensor]], costs: Tensor
+) -> Tensor:
+    """Fit a part of a layer to the pairs of its inputs z and wanted outputs y; returns the intercept, [out]."""
     sums, shift = 0.0, None
-    for rows, y in zip(a.split(CHUNK), wanted.rows.split(CHUNK * len(wanted.positions)), strict=True):
-        z = patches(layer, rows, wanted.positions, part)
+    for z, y in pairs:
         if shift is None:
             shift = rough_means(z, y)
         sums = sums + row_sums(z - shift[0], y - shift[1])
     n = sums.shape[1] - 1
     found = moments(parallel.all_reduced(sums), n)
     found = replace(found, z=found.z + shift[0], y=found.y + shift[1])
-    if part is None:
-        whole = torch.eye(n, dtype=torch.float64, device=a.device)
-    else:
-        K, U = best_map(found, torch.diag(costs), rank)
-        part.weight.copy_(K.reshape(part.weight.shape))
-        if U is not None:
-            layer.rotate_out.weight.copy_(U.reshape(layer.rotate_out.weight.shape))
-        whole = K if U is None else U @ K
-    intercept = found.y - whole @ found.z
-    if norm is not None:
-        norm.running_mean.copy_(norm.running_mean - intercept + (0 if layer.bias is None else layer.bias))
-    elif layer.bias is not None:
-        layer.bias.copy_(intercept)
+    K, U = best_map(found, torch.diag(costs), rank)
+    part.weight.copy_(K.reshape(part.weight.shape))
+    if U is not None:
+        layer.rotate_out.weight.copy_(U.reshape(layer.rotate_out.weight.shape))
+    return found.y - (K if U is None else U @ K) @ found.z
 
 
 def _of_all(count: int) -> int:

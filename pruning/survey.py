@@ -5,22 +5,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from models import LOW_RANK
 from models.convolution import SafeConv2d, is_pointwise
 from pruning.capture import Forward, as_images, differentiable, gradients
 from utils.errors import UserError
-from utils.modes import hooked, layer_input
+from utils.modes import evaluation_mode, hooked, layer_input, trainable
 
 # The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
 _CONVOLUTION = nn.Conv2d._conv_forward
+_PLAIN = (nn.Conv2d, nn.Linear, SafeConv2d)
 # Channels on a side: factors of more take gigabytes, and their eigenvectors minutes.
 WIDEST = 3072
 
@@ -47,16 +48,18 @@ class _Runs:
     times: Counter = field(default_factory=Counter)  # that a module has run
     read: dict[str, Any] = field(default_factory=dict)  # nodes that made the inputs of batch norms
     mixing: set[str] = field(default_factory=set)
-    running: set[str] = field(default_factory=set)  # layers whose forward pass has begun
-    read_weights: set[str] = field(default_factory=set)  # of layers, by something else than their forward pass
 
 
-def survey(network: nn.Module, x: Tensor, forward: Forward, ignored: Sequence[str] = ()) -> Survey:
+def survey(
+    network: nn.Module, x: Tensor, forward: Forward, plain: Forward | None = None, ignored: Sequence[str] = ()
+) -> Survey:
     """Run ``network`` on the inputs ``x`` in evaluation mode and record how its layers are used.
 
     The readers of an output are found in autograd's graph, so functions count as well as modules.
 
     Args:
+        forward: from network and inputs to what gradients start from.
+        plain: the same without a loss, whose penalties on weights do not count; ``forward`` by default.
         ignored: names of layers, or of modules that hold some, that are to stay as they are.
 
     Raises:
@@ -77,13 +80,14 @@ def survey(network: nn.Module, x: Tensor, forward: Forward, ignored: Sequence[st
             )
         alone |= dict.fromkeys(inside, "ignored")
     runs, edges = _run(network, layers, norms, x, forward)
+    read = _weights_read(network, layers, x, plain or forward)
     found = {}
     for name, node in runs.nodes.items():
         if name in alone:
             continue
         if runs.times[name] > 1:
             alone[name] = "used twice"
-        elif name in runs.read_weights:
+        elif name in read:
             alone[name] = "weights are read"
         elif name in runs.mixing:
             alone[name] = "mixes images"
@@ -126,6 +130,8 @@ def unsuited(layer: nn.Module) -> str | None:
         return "weights not real"
     if tuple(layer.weight.shape[:2]) != _sizes(layer):
         return "sizes do not agree"
+    if _extended(layer):
+        return "has further parts"
     if _too_wide(layer):
         return "too wide"
     if isinstance(layer, nn.Linear):
@@ -151,6 +157,14 @@ def sharing(network: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     return [name for name, layer in layers.items() if any(owners[id(p)] > 1 for p in layer.parameters())]
 
 
+def _extended(layer: nn.Conv2d | nn.Linear) -> bool:
+    """Whether a layer has tensors, modules or methods that a rebuilt one would lack."""
+    further = {*dict(layer.named_parameters()), *dict(layer.named_buffers())} - {"weight", "bias"}
+    own = (cls for cls in type(layer).__mro__ if issubclass(cls, nn.Conv2d | nn.Linear) and cls not in _PLAIN)
+    methods = (name for cls in own for name, value in vars(cls).items() if callable(value))
+    return bool(further or layer._modules) or any(not name.startswith("__") for name in methods)
+
+
 def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
     """The outputs and inputs of a weight, as the layer's attributes say."""
     if isinstance(layer, nn.Linear):
@@ -162,22 +176,31 @@ def _outputs(layer: nn.Module) -> int:
     return layer.out_features if hasattr(layer, "out_features") else layer.out_channels
 
 
-class _WeightReads(TorchFunctionMode):
-    """Notes every layer with whose weight something else computes than its own forward pass.
+def _weights_read(network: nn.Module, layers: dict[str, nn.Module], x: Tensor, plain: Forward) -> set[str]:
+    """The layers with whose weight something else computes than their own forward pass, as in a tied decoder.
 
-    If the layer took another form, that would compute with the kernel that it multiplies out to.
+    If such a layer took another form, that would compute with the kernel that it multiplies out to.  What only looks at
+    a type or a device is not in autograd's graph.
     """
+    owners = {p: name for name, layer in layers.items() for p in layer.parameters() if p.is_floating_point()}
+    with trainable(owners), evaluation_mode(network), torch.enable_grad():
+        edges = _edges(plain(network, x.clone()))
+    return {owners[p] for p, readers in edges.items() if p in owners and p.dim() > 1 and readers > 1}
 
-    def __init__(self, owners: dict[int, str], runs: _Runs):
-        super().__init__()
-        self.owners, self.runs = owners, runs
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if any(isinstance(t, Tensor) for t in tree_leaves(result)):  # not a shape or a device
-            given = {self.owners.get(id(t)) for t in tree_leaves((args, kwargs))} - {None}
-            self.runs.read_weights |= given - self.runs.running
-        return result
+def _edges(outputs: Any) -> Counter:
+    """How many nodes of a graph read each node's output, or each parameter."""
+    waiting = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
+    edges, seen = Counter(waiting), set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is None:
+                continue
+            edges[getattr(node, "variable", node)] += 1
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return edges
 
 
 def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forward) -> tuple[_Runs, Counter]:
@@ -187,7 +210,6 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
     def ran(name: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             runs.times[name] += 1
-            runs.running.discard(name)
             runs.nodes[name], runs.outputs[name] = output.grad_fn, output
             linear, count = not hasattr(layer, "kernel_size"), len(layer_input(args, kwargs))
             if count != images if not linear else count % images:
@@ -203,29 +225,12 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
 
         return hook
 
-    def starts(name: str):
-        return lambda layer, args: runs.running.add(name)
-
-    handles = [layer.register_forward_pre_hook(starts(name)) for name, layer in layers.items()]
-    handles += [layer.register_forward_hook(ran(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(ran(name), with_kwargs=True) for name, layer in layers.items()]
     handles += [norm.register_forward_pre_hook(reads(name), with_kwargs=True) for name, norm in norms.items()]
-    owners = {id(p): name for name, layer in layers.items() for p in layer.parameters() if p.dim() > 1}
-    with hooked(handles), differentiable(network, layers.values()), _WeightReads(owners, runs):
+    with hooked(handles), differentiable(network, layers.values()):
         outputs = forward(network, x.clone())
-    edges: Counter = Counter()
-    waiting = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
-    edges.update(waiting)
-    seen = set(waiting)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is None:
-                continue
-            edges[node] += 1
-            if node not in seen:
-                seen.add(node)
-                waiting.append(node)
     runs.mixing |= _mixing(runs, layers, outputs, images)
-    return runs, edges
+    return runs, _edges(outputs)
 
 
 def _mixing(runs: _Runs, layers: dict[str, nn.Module], outputs: Any, images: int) -> set[str]:

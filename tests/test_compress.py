@@ -183,7 +183,7 @@ def test_ignored_layers_stay_as_they_are():
         assert smaller.report.left_alone[name] == "ignored"
         assert torch.equal(smaller.get_submodule(name).weight, network.get_submodule(name).weight)
     assert smaller.report.flops[1] < smaller.report.flops[0]
-    found = survey(network, torch.randn(2, 3, 16, 16), nn.Module.__call__, ["attention"])
+    found = survey(network, torch.randn(2, 3, 16, 16), nn.Module.__call__, ignored=["attention"])
     assert found.left_alone["attention.out_proj"]
 
 

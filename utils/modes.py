@@ -45,6 +45,19 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """These parameters have gradients; afterwards only those that had them before."""
+    without = [p for p in parameters if not p.requires_grad]
+    try:
+        for parameter in without:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in without:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def plain_attention() -> Iterator[None]:
     """Transformer layers run operator by operator, not fused."""
     fused = torch.backends.mha.get_fastpath_enabled()

@@ -126,6 +126,8 @@ def _content(path: Path, checkpoint: str) -> Record:
         record = json.loads(path.read_text())
         if not isinstance(record, dict) or not record.keys() >= NEEDED.keys() or record["stage"] not in list(METHODS):
             raise ValueError("it is no record of a run, or of another version of this program")
+        if isinstance(record.get("renamed"), str):  # as an earlier version wrote it
+            record["renamed"] = [record["renamed"]]
         _check_values(record)
         if record["checkpoint"] != checkpoint:
             record |= {"renamed": names(record), "checkpoint": checkpoint}
