@@ -41,7 +41,7 @@ from utils.data.batches import (
 )
 from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
-from utils.errors import run_command
+from utils.errors import UserError, run_command
 from utils.flops import NetworkCost, every_block, network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, is_checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.keeper import Keeper, Progress
@@ -165,7 +165,13 @@ def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Che
     if missing:
         epochs = "1 epoch" if missing == 1 else f"{missing} epochs"
         run.say(f"{start.source}: stage 1 still has {epochs} to train; rerun its command with --resume")
-    return load_checkpoint(path)
+    unpruned = load_checkpoint(path)
+    if unpruned.original != start.original:
+        raise UserError(
+            f"{start.source} has changed since this run began, so that it cannot be continued: start a new run without "
+            f"--resume"
+        )
+    return unpruned
 
 
 def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:

@@ -202,7 +202,7 @@ def reinforcement(
         optimisers = (sgd(network, settings.lr, momentum, weight_decay),)
     else:
         optimisers = reinforcement_optimisers(network, momentum, weight_decay)
-        if settings.distill:
+        if settings.distill and start.progress.get("step", 0) < settings.epochs:
             origin = load_checkpoint(source_path(start.source, settings.result_dir))
             loss_fn = distillation_loss_fn(placed(origin.network(), device).eval(), settings.distill, precision)
     return Reinforcement(

@@ -61,7 +61,7 @@ def find_operating_point(
     tried = [(0.0, at_half)]  # offsets, and what was measured there
 
     def measured_at(computation: float) -> Evaluation:
-        offset = offset_to(computation, at_half.probabilities, cost)
+        offset = offset_to(computation, at_half.probabilities, cost, network.free_switches)
         set_gate_biases(network, biases, offset)
         tried.append((offset, evaluated(network)))
         return tried[-1][1]
@@ -86,7 +86,7 @@ def find_operating_point(
     return best
 
 
-def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost) -> float:
+def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost, free: Sequence[int]) -> float:
     """The offset of all logits that makes the thresholded decisions cost about this share of all FLOPs.
 
     With one switch the share is exact to one image.  With several it is approximate, since a block that runs changes
@@ -94,9 +94,10 @@ def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost) -> f
 
     Args:
         probabilities: [N, K], of thresholded evaluation without an offset.
+        free: indices of the switches that decide; fixed ones have no logits.
     """
-    logits = torch.logit(probabilities.double(), eps=1e-12)
-    blocks = torch.tensor(cost.blocks, dtype=torch.float64).expand_as(logits)
+    logits = torch.logit(probabilities[:, free].double(), eps=1e-12)
+    blocks = torch.tensor(cost.blocks, dtype=torch.float64)[free].expand_as(logits)
     ranked, order = logits.flatten().sort(descending=True)
     shares = blocks.flatten()[order].cumsum(0) / (len(logits) * cost.flops) + 1 - cost.skippable
     opened = int((shares <= computation + 1e-12).sum())

@@ -23,6 +23,7 @@ from utils.runs.checkpoint import load_checkpoint
 from utils.runs.run import BEST
 
 COST = NetworkCost(parameters=1, flops=100, blocks=(40, 30, 20), layers={})
+FREE = [0, 1, 2]
 
 
 def logits_of(images: int) -> torch.Tensor:
@@ -36,7 +37,7 @@ def computation_at(logits: torch.Tensor) -> float:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.33, 0.61, 0.999, 1.0])
 def test_an_offset_opens_as_much_as_fits_in_the_order_of_the_logits(share):
     logits = logits_of(50)
-    offset = offset_to(share, torch.sigmoid(logits), COST)
+    offset = offset_to(share, torch.sigmoid(logits), COST, FREE)
     # Brute force: every number of open switches, the most certain ones first.
     reachable = [computation_at(logits - threshold) for threshold in [99.0, *logits.flatten().tolist(), -99.0]]
     fitting = [c for c in reachable if c <= share + 1e-12]
@@ -45,7 +46,16 @@ def test_an_offset_opens_as_much_as_fits_in_the_order_of_the_logits(share):
 
 def test_opening_everything_closes_nothing_even_where_probabilities_are_one():
     logits = torch.linspace(18, 40, 30, dtype=torch.float64).view(10, 3)
-    assert offset_to(1.0, torch.sigmoid(logits).float(), COST) >= 0
+    assert offset_to(1.0, torch.sigmoid(logits).float(), COST, FREE) >= 0
+
+
+def test_a_fixed_switch_has_no_logit():
+    """One that is fixed to closed keeps its block's FLOPs out of reach, and moves no other switch."""
+    logits = logits_of(50)
+    logits[:, 1] = -40.0
+    assert offset_to(1.0, torch.sigmoid(logits), COST, [0, 2]) < 10
+    shift = offset_to(0.5, torch.sigmoid(logits), COST, [0, 2])
+    assert computation_at(logits + shift) == pytest.approx(0.5, abs=0.01)
 
 
 class Toy(nn.Module):
@@ -56,7 +66,7 @@ class Toy(nn.Module):
         layer = nn.Linear(1, 1).double()
         nn.init.constant_(layer.bias, 0.7)
         self.gate = SimpleNamespace(last_layers=[layer])
-        self.logits, self.accuracy = logits, accuracy
+        self.logits, self.accuracy, self.free_switches = logits, accuracy, FREE
 
     def evaluated(self, *_, **__) -> Evaluation:
         logits = self.logits + self.gate.last_layers[0].bias.detach()

@@ -15,6 +15,7 @@ from test_checkpoint import files_of_at_most
 
 from utils.errors import UserError, run_command
 from utils.files import write_json
+from utils.runs import tensorboard
 from utils.runs.run import ARGUMENTS, FINISHED, LAST, METRICS, Run, age, choose_run
 from utils.runs.tensorboard import hyperparameters, settings_table
 from utils.settings import setting
@@ -237,3 +238,14 @@ def test_types_of_hyperparameters():
     assert hyperparameters({"a": 1, "b": None, "c": [1, 2], "d": {}}) == {"a": 1, "c": "[1, 2]", "d": "{}"}
     table = settings_table({"name": "a|b\nc", "none": None})
     assert table.splitlines() == ["| setting | value |", "|---|---|", "| name | a\\|b c |", "| none | null |"]
+
+
+def test_events_are_read_in_their_order_although_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = []
+    for now in (2e9, 1e9, 1.5e9):
+        monkeypatch.setattr(tensorboard.time, "time", lambda now=now: now)
+        tensorboard.TensorBoard(tmp_path, purge_after=1 if names else None)
+        names += [path.name for path in tmp_path.glob("events*") if path.name not in names]
+    assert len(names) == 3 and names == sorted(names)

@@ -258,13 +258,13 @@ def _within_budget(found: Found, drop: float) -> Found:
 
 
 def epochs_missing(path: Path) -> int | None:
-    """Epochs that the run which wrote a checkpoint of stage 1 or 3 has yet to train, None where its files are damaged.
+    """Epochs that the run which wrote a checkpoint of stage 1 or 3 has yet to train, None where files are damaged.
 
     A checkpoint without a run's files around it was put there by its user: 0.
     """
     last = path.parent / LAST
     if not last.exists():
-        return 0
+        return None if (path.parent / ARGUMENTS).exists() else 0
     try:
         wanted = json.loads((path.parent / ARGUMENTS).read_text())["epochs"]
         return max(0, wanted - load_checkpoint(last).progress["step"])

@@ -36,6 +36,7 @@ class LastRun:
 
     path: Path
     checkpoint: Checkpoint
+    stamp: tuple[int, int]  # of the file it was read from
 
 
 def stage_folder(result_dir: str | Path, stage: str, data: str, network: str, depth: int) -> Path:
@@ -53,11 +54,14 @@ class Run:
     Of several processes only the first one writes.
     """
 
-    def __init__(self, path: Path, purge_after: int | None = None):
+    def __init__(self, path: Path, purge_after: int | None = None, stamp: tuple[int, int] | None = None):
         self.path, self._board, self._lock, self._warned = path, None, None, set()
         if not parallel.is_main_process():
             return
         self._lock = _reserved(path)
+        if stamp is not None and stamp != _stamp(path):
+            self.close()
+            raise UserError(f"{path} was continued by another process meanwhile: give the same command again")
         try:
             if purge_after is not None:
                 _trim(path / METRICS, purge_after)
@@ -169,6 +173,15 @@ def _reserved(path: Path) -> FileLock | None:
     return lock
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    """What tells the present ``last.pt`` of a run from a later one: time and size."""
+    try:
+        found = (path / LAST).stat()
+        return found.st_mtime_ns, found.st_size
+    except OSError:
+        return 0, 0
+
+
 def started_runs(parent: Path) -> list[Path]:
     """The runs below ``parent`` that can be continued, oldest first."""
     return sorted((path for path in parent.glob("*") if (path / LAST).is_file()), key=age)
@@ -196,7 +209,10 @@ def find_last_run(parent: Path, settings: Any) -> LastRun | None:
     """
     path = parallel.from_main_process(lambda: choose_run(parent, settings))
     try:
-        return None if path is None else LastRun(path, load_checkpoint(path / LAST))
+        if path is None:
+            return None
+        stamp = _stamp(path)  # before its content
+        return LastRun(path, load_checkpoint(path / LAST), stamp)
     except UserError as error:
         raise UserError(f"{error}; move {path} away, or start a new run without --resume") from error
 
@@ -209,7 +225,7 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
         charts: that TensorBoard shows several curves of a new run in.
     """
     if last is not None:
-        return Run(last.path, purge_after=last.checkpoint.progress["step"])
+        return Run(last.path, last.checkpoint.progress["step"], last.stamp)
     earlier = started_runs(parent)
     run = Run.new(parent, asdict(settings), charts)
     if resume and not earlier:

@@ -8,6 +8,7 @@ several curves in a chart, "HParams" the settings of all runs with the first fiv
 import io
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,10 @@ class TensorBoard:
         *subject, run = folder.parts[-4:]  # stage, data set, network
         self._name = f"{run} {'/'.join(subject)}"  # the part that differs first: TensorBoard shortens long names
         self._last_step = purge_after or 0
-        self._path = folder / f"{EVENTS}.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        # Files are read in the order of their names: behind all that there are, also if the clock was set back.
+        stamps = (re.match(r"\d+", path.name[len(EVENTS) + 1 :]) for path in folder.glob(f"{EVENTS}.*"))
+        now = max([time.time(), *(int(stamp[0]) + 1.0 for stamp in stamps if stamp)])
+        self._path = folder / f"{EVENTS}.{now:017.6f}.{socket.gethostname()}.{os.getpid()}"
         # It takes the first such mark for the start and purges at later ones: a new run needs one, too.
         start = 0 if purge_after is None else purge_after + 1
         self._write(Event(file_version="brain.Event:2"))
