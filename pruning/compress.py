@@ -13,7 +13,7 @@ from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
 from pruning.checks import check_copy, check_functions, check_network, check_targets, check_used
 from pruning.forms import form_costs
-from pruning.goals import Goal, as_target, fewest_parameters, least_of, shortfall
+from pruning.goals import Goal, as_target, nearest, shortfall
 from pruning.layers import rebuilt_layers
 from pruning.prune_channels import channel_groups, prune_channels
 from pruning.prune_directions import direction_groups, prune_directions
@@ -74,20 +74,12 @@ def compress(
     forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
     passes = method.passes(batches, draws, forward, loss_fn=loss_fn).some(method.fisher_images)
     passes = passes if say is None else replace(passes, say=say)
-    x, labels = next(passes.on(network))
+    x, _ = next(passes.on(network))
     check_copy(network, x[:2], forward)
     cost = cost_on(network, x[:1], forward)
-    found = survey(network, *passes.probe(x, labels), method.ignored_layers)
-    reachable = _reachable(network, found, cost, replace(method, round_to=1))
-    limits = [
-        None if target is None else max(target * whole if target <= 1 else target, few)
-        for target, whole, few in zip(
-            (flops, parameters), (cost.flops, cost.parameters), least_of(*reachable), strict=True
-        )
-    ]
-    if None not in limits:  # FLOPs come first, where both together cannot be reached
-        limits[1] = max(limits[1], fewest_parameters(*reachable, limits[0]))
-    goal = Goal(prune_ratio or 0.0, *limits)
+    targets = zip((flops, parameters), (cost.flops, cost.parameters), strict=True)
+    limits = (target * whole if target is not None and target <= 1 else target for target, whole in targets)
+    goal = Goal(prune_ratio or 0.0, *limits, nearest=True)
     pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
     if method.reestimate_batch_norm and not method.refit and not pruned.nothing_changed:
         reestimate_batch_norms(pruned.network, passes.on(pruned.network), forward)
@@ -112,6 +104,8 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     """
     x, labels = next(passes.on(network))
     found = survey(network, *passes.probe(x, labels), method.ignored_layers)
+    if goal.nearest:
+        goal = nearest(goal, *_reachable(network, found, cost, replace(method, round_to=1)))
     asked, method = method.round_to, _fine_enough(network, found, cost, goal, method)
     if method.round_to < asked:
         passes.say(f"the target cannot be reached with round_to {asked}, so ranks are multiples of {method.round_to}")

@@ -17,6 +17,7 @@ class Goal:
     prune_ratio: float = 0.0
     flops: float | None = None  # of the whole network, for one image
     parameters: float | None = None
+    nearest: bool = False  # whether the nearest target that can be reached stands for one that cannot
 
     @property
     def has_target(self) -> bool:
@@ -67,6 +68,19 @@ def fewest_parameters(costs: Sequence[np.ndarray], fixed: Sequence[float], flops
     """The fewest parameters with at most so many FLOPs, which can be reached; arguments as of ``least_of``."""
     chosen = least_regretted([Ways(own[:, :1], own[:, 1]) for own in costs], np.array([flops - fixed[0]]))
     return int(fixed[1]) + sum(int(own[i, 1]) for own, i in zip(costs, chosen, strict=True))
+
+
+def nearest(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float]) -> Goal:
+    """The targets, raised to what can be reached; FLOPs come first where both together cannot.
+
+    Args:
+        costs, fixed: as of ``least_of``.
+    """
+    limits = zip((goal.flops, goal.parameters), least_of(costs, fixed), strict=True)
+    flops, parameters = (None if limit is None else max(limit, least) for limit, least in limits)
+    if flops is not None and parameters is not None:
+        parameters = max(parameters, fewest_parameters(costs, fixed, flops))
+    return Goal(goal.prune_ratio, flops, parameters)
 
 
 def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], by: str = "the layers") -> str | None:
