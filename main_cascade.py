@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deploy.labels import flops_run
 from deploy.speeds import measured_speeds
 from gating.cascade_report import (
     answered_by_class,
@@ -200,13 +201,15 @@ def say_choice(run: Run, networks: Found, chosen: Candidate, best: Checkpoint, w
     names = [f"{Path(networks[i][0]).parent.name}/{Path(networks[i][0]).name}" for i in chosen.members]
     thresholds = ", ".join(f"{threshold:.4f}" for threshold in chosen.thresholds)
     answer = {"last": "that of the last network that ran", "mean": "the mean of the networks that ran"}[chosen.answer]
-    worst = network_cost(best.network(), best.data["image_size"])
+    whole, size = best.network(), best.data["image_size"]
+    worst = sum(flops_run(member, size) for member in whole.members)  # without blocks that were removed
     run.say(f"chosen: {' then '.join(names)}; a network hands on below a confidence of {thresholds}")
     run.say(
         f"the answer is {answer}: validation accuracy {chosen.accuracy:.2%} at {chosen.flops / 1e9:.4g} GFLOPs, "
         f"{chosen.flops / best.original['flops']:.1%} of stage 1's"
     )
-    run.say(f"worst case, all members run: {worst.flops / 1e9:.4g} GFLOPs; {worst.parameters:,} parameters together")
+    parameters = network_cost(whole, size).parameters
+    run.say(f"worst case, all members run: {worst / 1e9:.4g} GFLOPs; {parameters:,} parameters together")
     if not within_budget:
         run.say("no cascade met the budget, so the most accurate is kept: raise --max_accuracy_drop or add --networks")
 

@@ -67,7 +67,7 @@ def main() -> None:
     if data is None:
         pixels = random_pixels(CHECKED_IMAGES, size)
     else:
-        pixels = data.test[evenly_spaced(len(data.test), CHECKED_IMAGES)].pixels
+        pixels = data.test[evenly_spaced(len(data.test), min(len(data.test), CHECKED_IMAGES))].pixels
     labels = labels_of(checkpoint, network)
     models = {NETWORK: exported_model(network, checkpoint.normaliser(), size)}
     onnx.checker.check_model(models[NETWORK], full_check=True)

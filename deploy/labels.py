@@ -48,7 +48,7 @@ def labels_of(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
         "flops": cost.flops,
         "flops_of_switched_blocks": list(cost.blocks),
         "fixed_blocks": [switch + 2 for switch in sorted(_fixed(network))],  # the first block has no switch
-        "members": [_flops_run(own, size) for own in network.members] if isinstance(network, Cascade) else [],
+        "members": [flops_run(own, size) for own in network.members] if isinstance(network, Cascade) else [],
         "stage": checkpoint.stage,
         "dataset": checkpoint.data["name"],
         "metrics": checkpoint.metrics,
@@ -61,7 +61,7 @@ def _fixed(network: Network) -> dict[int, int]:
     return network.fixed_switches if isinstance(network, ResNet) else {}
 
 
-def _flops_run(network: Network, image_size: Size) -> int:
+def flops_run(network: Network, image_size: Size) -> int:
     """FLOPs of an image with every remaining block run."""
     cost = network_cost(network, image_size)
     return cost.flops - sum(cost.blocks[switch] for switch, on in _fixed(network).items() if not on)
@@ -83,8 +83,11 @@ def read_labels(folder: Path) -> Labels:
             values = [content[key]] if key == "flops" else content[key]
             if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
                 raise ValueError(f"{key} is {content[key]!r}")
+        switched = range(2, 2 + len(content["flops_of_switched_blocks"]))
+        if content["flops"] <= 0 or not set(content["fixed_blocks"]) <= set(switched):
+            raise ValueError("flops or fixed_blocks are out of range")
         return Labels.of(content)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give the folder that python -m deploy.export wrote") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, OverflowError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what this program writes ({error}): export the network again") from None

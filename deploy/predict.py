@@ -91,7 +91,7 @@ def from_folder(folder: Path) -> tuple[Classifier, Labels]:
     session = open_session(path)
     takes, gives = session.get_inputs()[0], {output.name: output.shape[1:] for output in session.get_outputs()}
     switches = max(len(labels.members) - 1, 0) or len(labels.flops_of_switched_blocks)
-    fits = gives.get(LOGITS) == [len(labels.classes)] and gives.get(DECISIONS, [switches]) == [switches]
+    fits = gives.get(LOGITS) == [len(labels.classes)] and gives.get(DECISIONS, [0]) == [switches]
     if (takes.name, takes.shape[1:]) != (IMAGES, [3, *height_width(labels.image_size)]) or not fits:
         raise UserError(f"{path} does not fit the labels.json beside it: export the network again")
 

@@ -192,7 +192,7 @@ def cheapest_within(
         if candidate.accuracy < expected.mean() - drop - 1e-9:
             continue
         gain = outcome(predictions, candidate, labels).correct.double() - expected
-        if candidate.members == (reference,) or gain.mean() + drop >= gain.std() / len(labels) ** 0.5:
+        if candidate.members == (reference,) or gain.mean() + drop >= gain.std() / len(labels) ** 0.5 - 1e-9:
             return candidate
     return None
 

@@ -1,5 +1,7 @@
 """Networks of other people as ONNX graphs: PyTorch's logits to 1e-4 for any number of images."""
 
+import math
+
 import onnx
 import onnxruntime
 import pytest
@@ -164,7 +166,7 @@ def test_the_network_is_left_in_its_modes():
         (lambda x: x.flatten(1) if x.max() > 1 else -x.flatten(1), "deviates from the network"),
         (
             lambda x: torch.cat([x.flatten(1), torch.ones(1, 1).expand(len(x), 1)], dim=1),
-            r"does not run on other numbers of images than 2: .*use x.shape\[0\] instead of len",
+            r"does not run on other numbers of images than 2 .*use x.shape\[0\] instead of len",
         ),
     ],
 )
@@ -173,3 +175,45 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(function, message, capfd)
         general_model(Applied(function), NORMALISATION, 8, 8)
     assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
+
+
+class Masked(nn.Module):
+    """Never answers one class, by a logit that is far below all others."""
+
+    def __init__(self, branches: bool, mask: float):
+        super().__init__()
+        self.head, self.branches, self.mask = nn.Linear(3 * 64, 4), branches, mask
+
+    def forward(self, x):
+        y = self.head(x.flatten(1))
+        if self.branches and x.mean() > 0:
+            y = -y
+        return y.masked_fill(torch.tensor([False, False, False, True]), self.mask)
+
+
+@pytest.mark.parametrize("mask", [-1e9, -math.inf])
+def test_a_masked_class_hides_no_difference(mask: float):
+    torch.manual_seed(0)
+    model, deviation = general_model(Masked(False, mask), NORMALISATION, 8, 8)
+    assert 0 <= deviation < 1e-5 and open_session(model)
+    with pytest.raises(UserError, match="look for branches in its forward pass"):
+        general_model(Masked(True, mask), NORMALISATION, 8, 8)
+
+
+class Flipped(nn.Module):
+    """The mean of the answers for an image and its mirror image, of which the exporter does not know the width."""
+
+    def __init__(self, by_length: bool):
+        super().__init__()
+        self.head, self.by_length = nn.Linear(3 * 64, 4), by_length
+
+    def forward(self, x):
+        both = self.head(torch.cat([x, x.flip(3)]).flatten(1))
+        return both.view(2, len(x) if self.by_length else x.shape[0], -1).mean(dim=0)
+
+
+def test_the_number_of_classes_is_in_the_graph():
+    model, _ = general_model(Flipped(by_length=False), NORMALISATION, 8, 8)
+    assert open_session(model).get_outputs()[0].shape[1] == 4
+    with pytest.raises(UserError, match=r"other numbers of images than 2 .*use x.shape\[0\] instead of len"):
+        general_model(Flipped(by_length=True), NORMALISATION, 8, 8)
