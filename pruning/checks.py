@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.flops import NetworkCost
 from utils.modes import copied, evaluation_mode
 
-HOOKS = "a hook or function in it holds the network that it was made for; give it the module that it is called with"
+REMEDY = "leave out what prevents this, such as a lock, or a hook that holds the network that it was made for"
 
 
 def check_network(network: nn.Module) -> None:
@@ -55,14 +55,6 @@ def check_network(network: nn.Module) -> None:
         raise UserError("the network has a part called report, where its copy keeps the table: rename that part")
     if not isinstance(vars(network).get("report"), Report | None):
         raise UserError("the network has an attribute called report, where its copy keeps the table: rename it")
-    try:
-        with evaluation_mode(network):
-            copied(network)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"the network cannot be copied, or put into evaluation mode ({reason}): leave out what prevents this"
-        ) from error
 
 
 def check_functions(**given: object) -> None:
@@ -111,20 +103,21 @@ def check_used(network: nn.Module, cost: NetworkCost) -> None:
 
 @torch.no_grad()
 def check_copy(network: nn.Module, x: Tensor, forward: Forward) -> None:
-    """Refuse a network of which a copy computes something else.
+    """Refuse a network that cannot be copied, or of which a copy computes something else.
 
     Raises:
-        UserError: if it does, though the network itself computes the same twice.
+        UserError: if one does, though the network itself computes the same twice.
     """
-    copy = copied(network)
-    with evaluation_mode(network), evaluation_mode(copy):
+    with evaluation_mode(network):
         first, again = (tree_leaves(forward(network, x.clone())) for _ in range(2))
-        try:
-            found = tree_leaves(forward(copy, x.flip(0))), tree_leaves(forward(copy, x.clone()))
-        except Exception as error:
-            found, reason = None, f" ({type(error).__name__}: {error})"
-    if found is None:
-        raise UserError(f"a copy of the network cannot run{reason}: {HOOKS}")
-    for one, other, copied_one in zip(first, again, found[1], strict=True):
-        if isinstance(one, Tensor) and torch.equal(one, other) and not torch.allclose(one, copied_one, equal_nan=True):
-            raise UserError(f"a copy of the network does not compute the same: {HOOKS}")
+    try:
+        copy = copied(network)
+        with evaluation_mode(copy):
+            forward(copy, x.flip(0))  # so that what it keeps differs from what the network has kept
+            found = tree_leaves(forward(copy, x.clone()))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"a copy of the network cannot be made or run ({reason}): {REMEDY}") from error
+    for one, other, own in zip(first, again, found, strict=True):
+        if isinstance(one, Tensor) and torch.equal(one, other) and not torch.allclose(one, own, equal_nan=True):
+            raise UserError(f"a copy of the network does not compute the same: {REMEDY}")

@@ -16,7 +16,7 @@ from models import LOW_RANK
 from models.convolution import SafeConv2d, is_pointwise
 from pruning.capture import Forward, as_images, differentiable, gradients
 from utils.errors import UserError
-from utils.modes import evaluation_mode, hooked, layer_input, trainable
+from utils.modes import evaluation_mode, gradients_for, hooked, layer_input
 
 # The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
@@ -183,7 +183,7 @@ def _weights_read(network: nn.Module, layers: dict[str, nn.Module], x: Tensor, p
     a type or a device is not in autograd's graph.
     """
     owners = {p: name for name, layer in layers.items() for p in layer.parameters() if p.is_floating_point()}
-    with trainable(owners), evaluation_mode(network), torch.enable_grad():
+    with gradients_for(owners, wanted=True), evaluation_mode(network), torch.enable_grad():
         edges = _edges(plain(network, x.clone()))
     return {owners[p] for p, readers in edges.items() if p in owners and p.dim() > 1 and readers > 1}
 

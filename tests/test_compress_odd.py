@@ -471,10 +471,10 @@ def frozen_in_inference() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Locked, "cannot be copied, or put into evaluation mode .*cannot pickle '_thread.lock'"),
+        (Locked, "a copy of the network cannot be made or run .*cannot pickle '_thread.lock'"),
         (Reported, "has a part called report"),
         (lambda: named(small(), report={}), "has an attribute called report"),
-        (Remembered, r"a copy of the network cannot run \(KeyError: 'now'\): a hook or function in it"),
+        (Remembered, "a copy of the network does not compute the same: leave out what prevents this, such as"),
         (frozen_in_inference, "made in torch.inference_mode"),
         (lambda: small().to("meta"), "on the meta device"),
         (lambda: torch.relu, "the network is a builtin_function_or_method: give a torch.nn.Module"),

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -32,29 +32,21 @@ def copied(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """No parameter has a gradient; afterwards those have one again that had one before."""
-    trainable = [p for p in network.parameters() if p.requires_grad]
+def gradients_for(parameters: Iterable[Tensor], wanted: bool) -> Iterator[None]:
+    """Whether these parameters have gradients; afterwards each has one if it had one before."""
+    changed = [p for p in parameters if p.requires_grad != wanted]
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(wanted)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter in changed:
+            parameter.requires_grad_(not wanted)
 
 
-@contextmanager
-def trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """These parameters have gradients; afterwards only those that had them before."""
-    without = [p for p in parameters if not p.requires_grad]
-    try:
-        for parameter in without:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in without:
-            parameter.requires_grad_(False)
+def frozen(network: nn.Module) -> AbstractContextManager[None]:
+    """No parameter has a gradient."""
+    return gradients_for(network.parameters(), wanted=False)
 
 
 @contextmanager
