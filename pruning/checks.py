@@ -110,10 +110,10 @@ def check_copy(network: nn.Module, x: Tensor, forward: Forward) -> None:
     """
     with evaluation_mode(network):
         first, again = (tree_leaves(forward(network, x.clone())) for _ in range(2))
+        forward(network, x.flip(0))  # so that features that it has kept, and the copy with it, are of other images
     try:
         copy = copied(network)
         with evaluation_mode(copy):
-            forward(copy, x.flip(0))  # so that what it keeps differs from what the network has kept
             found = tree_leaves(forward(copy, x.clone()))
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
