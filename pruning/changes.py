@@ -36,7 +36,7 @@ class Pruned:
     """A smaller network, and the changes that led to it."""
 
     network: nn.Module
-    bases: dict[str, Eigenbasis]  # empty for criteria that work on whole channels
+    bases: dict[str, Eigenbasis]  # of layers above 1x1; empty for criteria that work on whole channels
     changes: list[LayerChange]
     # Rise of the loss by all changes together, in nats, before refit and fine-tuning.  It is not the sum over layers:
     # their changes can add up or cancel.

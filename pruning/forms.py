@@ -16,6 +16,7 @@ from pruning.layers import ConvWeights
 from pruning.prediction import Trials
 from pruning.selection import step_of
 from pruning.tucker import coordinates, in_metric, tucker
+from pruning.two_factors import Pointwise, two_factors
 
 UNCHANGED = "unchanged"
 # Forms of a layer above 1x1, by decomposition.  A pointwise layer has two factors where Tucker forms are allowed.
@@ -84,14 +85,13 @@ def levels(most: int, least: int, step: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A layer's kernel in the metric of the Fisher; of a pointwise layer that of its narrower side, the identity."""
+    """The kernel of a layer above 1x1 and the metric of the Fisher."""
 
     weight: Tensor  # [out, in, kh, kw] in float64
     basis: Eigenbasis
-    pointwise: Tensor | None = None  # the pointwise layer's own kernel [out, in]
 
 
-def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -> dict[str, Trials]:
+def trials(kernels: Mapping[str, Kernel | Pointwise], forms: Mapping[str, Sequence[Form]]) -> dict[str, Trials]:
     """The argument of ``pruning.prediction.try_forms``, for all forms except the first, the present one."""
     depthwise = {
         (name, form.ranks[0]): kernels[name] for name, own in forms.items() for form in own if form.kind == DEPTHWISE
@@ -100,14 +100,15 @@ def trials(kernels: Mapping[str, Kernel], forms: Mapping[str, Sequence[Form]]) -
     found = {}
     for name, own in forms.items():
         kernel, corners = kernels[name], [form.ranks for form in own[1:] if form.kind != DEPTHWISE]
+        if isinstance(kernel, Pointwise):
+            found[name] = Trials(kernel, corners)
+            continue
         at, changes = coordinates(kernel.weight, kernel.basis), None
         counts = [form.ranks[0] for form in own if form.kind == DEPTHWISE]
         if counts:
             rotated = torch.stack([at.rotated(*terms[name, count]) for count in counts])
             changes = (rotated.unflatten(3, at.core.shape[2:]) - at.core).float()
-        if kernel.pointwise is not None:
-            corners = [(len(at.core), r) for _, r in corners]
-        found[name] = Trials(at, corners, changes, kernel.pointwise)
+        found[name] = Trials(at, corners, changes)
     return found
 
 
@@ -125,7 +126,7 @@ def _terms(kernels: Mapping[tuple[str, int], Kernel], quickly: bool) -> dict[tup
     return found
 
 
-def build(forms: Mapping[str, Form], kernels: Mapping[str, Kernel]) -> dict[str, ConvWeights]:
+def build(forms: Mapping[str, Form], kernels: Mapping[str, Kernel | Pointwise]) -> dict[str, ConvWeights]:
     """The convolutions of the forms that layers take, by layer; none of them is the present one."""
     depthwise = {(name, form.ranks[0]): kernels[name] for name, form in forms.items() if form.kind == DEPTHWISE}
     terms, found = _terms(depthwise, quickly=False), {}
@@ -139,18 +140,6 @@ def build(forms: Mapping[str, Form], kernels: Mapping[str, Kernel]) -> dict[str,
         else:
             found[name] = _tucker(kernel, form.ranks)
     return found
-
-
-def two_factors(kernel: Kernel, rank: int) -> ConvWeights:
-    """A pointwise layer as in -> rank -> out, the second factor orthonormal.
-
-    The identity of the narrower side is decomposed, and the layer's kernel multiplied into the factor on the other one.
-    """
-    W, narrow = kernel.pointwise.double(), _tucker(kernel, (len(kernel.weight), rank))
-    first, second = narrow.core[:, :, 0, 0], narrow.rotate_out
-    first, second = (first @ W, second) if len(W) <= W.shape[1] else (first, W @ second)
-    Q, R = torch.linalg.qr(second)
-    return ConvWeights((R @ first)[:, :, None, None], None, Q)
 
 
 def _tucker(kernel: Kernel, ranks: tuple[int, int]) -> ConvWeights:

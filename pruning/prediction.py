@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pruning.capture import Passes, visit_gradients
 from pruning.factors import image_gradients, narrowed
 from pruning.tucker import Coordinates
+from pruning.two_factors import Pointwise
 from utils import parallel
 
 ENTRIES = 2**24  # of images' gradients that are held in memory at once
@@ -31,11 +32,9 @@ class PredictedRise:
 class Trials:
     """Forms of one layer that are tried: corners of its core, see ``pruning.tucker.Coordinates``, and other changes."""
 
-    coordinates: Coordinates
+    coordinates: Coordinates | Pointwise
     corners: Sequence[tuple[int, int]]  # ranks (c, r)
     changes: Tensor | None = None  # [K, out, in, kh, kw] of the kernel, in the coordinates of the core
-    # The kernel W [out, in] of a pointwise layer, whose coordinates are those of its narrower side.
-    pointwise: Tensor | None = None
 
 
 def predicted_rise(
@@ -119,9 +118,10 @@ def try_forms(
 
 def _rounded(own: Trials, like: Tensor) -> Trials:
     """The trials in the type that the network computes in."""
-    P, Q, core = (t.to(like) for t in (own.coordinates.P, own.coordinates.Q, own.coordinates.core))
-    changes, pointwise = (None if t is None else t.to(like) for t in (own.changes, own.pointwise))
-    return Trials(Coordinates(P, Q, core, own.coordinates.to_core), own.corners, changes, pointwise)
+    at, changes = own.coordinates, None if own.changes is None else own.changes.to(like)
+    if isinstance(at, Pointwise):
+        return Trials(Pointwise(at.kernel.to(like), at.P.to(like), at.core.to(like)), own.corners)
+    return Trials(Coordinates(at.P.to(like), at.Q.to(like), at.core.to(like), at.to_core), own.corners, changes)
 
 
 def _products(layer: nn.Module, a: Tensor, g: Tensor, own: Trials) -> Iterator[Tensor]:
@@ -130,11 +130,10 @@ def _products(layer: nn.Module, a: Tensor, g: Tensor, own: Trials) -> Iterator[T
     c, r = (
         torch.tensor([corner[side] for corner in own.corners], dtype=torch.long, device=a.device) for side in (0, 1)
     )
-    if own.pointwise is not None:
-        a, g = narrowed(layer, own.pointwise, a, g)
-        rows = torch.einsum("nihw,pi->nphw", torch.einsum("nihw,ij->njhw", a, at.Q), at.core[:, :, 0, 0])
-        rows = (rows * torch.einsum("nohw,op->nphw", g, at.P)).sum(dim=(2, 3))
-        yield -rows @ (torch.arange(rows.shape[1], device=a.device)[:, None] >= r).to(rows)
+    if isinstance(at, Pointwise):
+        a, g = narrowed(layer, at.kernel, a, g)
+        rows = torch.einsum("nihw,pi->nphw", a, at.core) * torch.einsum("nohw,op->nphw", g, at.P)
+        yield -rows.sum(dim=(2, 3)) @ (torch.arange(rows.shape[1], device=a.device)[:, None] >= r).to(rows)
         return
     a, g = torch.einsum("nihw,ij->njhw", a, at.Q), torch.einsum("nohw,op->nphw", g, at.P)
     (inputs, place_c), (outputs, place_r) = (side.unique(return_inverse=True) for side in (c, r))

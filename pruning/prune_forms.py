@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from models.convolution import is_pointwise
@@ -28,6 +27,7 @@ from pruning.selection import least_kept
 from pruning.settings import Method
 from pruning.surgery import rebuild
 from pruning.survey import Survey
+from pruning.two_factors import Pointwise, pointwise
 from utils import parallel
 from utils.flops import NetworkCost
 
@@ -83,7 +83,7 @@ def prune_to_forms(
         table.append(LayerChange(name, before.ranks, after.ranks, *parameters, *flops, own[i], after.kind))
     smaller = rebuild(network, replaced, [name for name in taken if found.norms[name] is None])
     alone = {**found.left_alone, **{name: "nothing to save" for name in forms if name not in able}}
-    bases = {name: kernel.basis for name, kernel in kernels.items()}
+    bases = {name: kernel.basis for name, kernel in kernels.items() if isinstance(kernel, Kernel)}
     return Pruned(smaller, bases, table, together, importances, alone)
 
 
@@ -109,12 +109,11 @@ def layer_forms(
     return forms, (flops, parameters)
 
 
-def _kernel(layer: nn.Module, factors: Factors) -> Kernel:
+def _kernel(layer: nn.Module, factors: Factors) -> Kernel | Pointwise:
     weight = composed(weights_of(layer))
-    if not is_pointwise(layer):
-        return Kernel(weight, eigenbasis(factors))
-    identity = torch.eye(len(factors.A), dtype=torch.float64, device=weight.device)[:, :, None, None]
-    return Kernel(identity, eigenbasis(factors), weight[:, :, 0, 0].to(next(layer.parameters()).dtype))
+    if is_pointwise(layer):
+        return pointwise(weight[:, :, 0, 0].to(next(layer.parameters()).dtype), factors)
+    return Kernel(weight, eigenbasis(factors))
 
 
 def _change(layer: nn.Module, replaced: ConvWeights) -> Tensor:
@@ -132,12 +131,14 @@ def _entries(layers: Mapping[str, nn.Module], cost: NetworkCost, batches: Iterat
 
 
 def _groups(
-    forms: Mapping[str, list[Form]], kernels: Mapping[str, Kernel], entries: int
+    forms: Mapping[str, list[Form]], kernels: Mapping[str, Kernel | Pointwise], entries: int
 ) -> Iterator[dict[str, list[Form]]]:
     """The layers in groups whose trials fit into memory together: each group is one more pass over the images."""
     group, taken = {}, 0
     for name, own in forms.items():
-        size = kernels[name].weight.numel() * (3 + sum(form.kind == DEPTHWISE for form in own))
+        kernel = kernels[name]
+        entries_of = kernel.P if isinstance(kernel, Pointwise) else kernel.weight
+        size = entries_of.numel() * (3 + sum(form.kind == DEPTHWISE for form in own))
         if group and taken + size > entries:
             yield group
             group, taken = {}, 0

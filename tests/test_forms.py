@@ -27,11 +27,11 @@ from pruning.forms import (
     levels,
     possible_forms,
     trials,
-    two_factors,
 )
 from pruning.layers import composed, prunable_layers, weights_of
 from pruning.surgery import merged, rebuild, truncated
 from pruning.tucker import coordinates
+from pruning.two_factors import pointwise, two_factors
 from utils.flops import every_block
 
 SIZE, INPUTS, OUTPUTS = 6, 16, 24
@@ -131,8 +131,8 @@ def test_two_factors_of_a_pointwise_layer_are_the_best_of_their_rank(inputs, out
     a, g = (torch.randn(80, n, dtype=torch.float64, generator=generator) ** 3 for n in (inputs, outputs))
     A, G = a.t() @ a / 80, g.t() @ g / 80
     narrow = Factors(W @ A @ W.t(), G) if outputs <= inputs else Factors(A, W.t() @ G @ W)
-    m = min(inputs, outputs)
-    kernel = Kernel(torch.eye(m, dtype=torch.float64)[:, :, None, None], eigenbasis(narrow), W)
+    kernel = pointwise(W, narrow)
+    torch.testing.assert_close(kernel.P @ kernel.core, torch.eye(len(kernel.P)).double(), rtol=0, atol=1e-8)
     roots = [torch.linalg.cholesky(F) for F in (A, G)]
     values = torch.linalg.svdvals(roots[1].t() @ W @ roots[0])
     for rank in (1, 3, 5):
@@ -141,7 +141,7 @@ def test_two_factors_of_a_pointwise_layer_are_the_best_of_their_rank(inputs, out
         rise = quadratic_rise(composed(built) - W[:, :, None, None], A, G).item()
         assert rise == pytest.approx(0.5 * values[rank:].square().sum().item(), rel=1e-4)
         tried = trials({"x": kernel}, {"x": [present(), Form(TWO_FACTORS, (inputs, rank), 0, 0)]})["x"]
-        assert tried.corners == [(m, rank)]
+        assert tried.corners == [(inputs, rank)]
 
 
 def test_the_basis_diagonalises_both_factors_and_rotation_is_undone_by_its_transpose():

@@ -16,6 +16,7 @@ from pruning.capture import Passes
 from pruning.layers import composed, prunable_layers, weights_of
 from pruning.prediction import Trials, predicted_rise, try_forms
 from pruning.tucker import Coordinates
+from pruning.two_factors import Pointwise
 from utils.flops import every_block
 
 
@@ -116,10 +117,10 @@ def test_two_factors_are_predicted_at_the_narrower_side(inputs, outputs):
     for name, layer in layers.items():
         W = layer.weight.detach().flatten(1)
         m = min(W.shape)
-        P, Q = torch.linalg.qr(torch.randn(m, m).double()).Q, torch.randn(m, m).double()
-        core = (P.t() @ torch.linalg.inv(Q.t()))[:, :, None, None]  # P core Q^T is the identity
-        tried[name] = Trials(Coordinates(P, Q, core, (P, Q)), [(m, 1), (m, 2)], None, W)
-        narrow = [P[:, :r] @ core[:r, :, 0, 0] @ Q.t() - torch.eye(m).double() for r in (1, 2)]
+        P = torch.randn(m, m).double()
+        core = torch.linalg.inv(P)
+        tried[name] = Trials(Pointwise(W, P, core), [(inputs, 1), (inputs, 2)])
+        narrow = [P[:, :r] @ core[:r] - torch.eye(m).double() for r in (1, 2)]
         changes[name] = [n @ W if len(W) <= W.shape[1] else W @ n for n in narrow]
     passes = Passes(lambda: [(x, y)], None, "empirical")
     found = try_forms(network, layers, tried, passes)
