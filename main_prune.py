@@ -41,11 +41,18 @@ from utils.data.batches import (
 )
 from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
-from utils.errors import UserError, run_command
+from utils.errors import run_command
 from utils.flops import NetworkCost, every_block, network_cost
-from utils.runs.checkpoint import Checkpoint, check_data, is_checkpoint, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import (
+    Checkpoint,
+    check_data,
+    is_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    weights_digest,
+)
 from utils.runs.keeper import Keeper, Progress
-from utils.runs.predecessors import epochs_missing, source_path, trained_network
+from utils.runs.predecessors import epochs_missing, source_of, source_path, trained_network
 from utils.runs.run import BEST, Run, find_last_run, open_run, stage_folder
 from utils.settings import RESUME, Parser, load_settings
 
@@ -120,7 +127,8 @@ def main() -> None:
         evaluated = Evaluator(splits.val, start.normaliser(), settings.resize, precision)
         stage = Stage(run, splits, settings, device, precision, randomness, start, loss_fn, evaluated)
         run.say(f"{splits.val_name} accuracy of the unpruned network {start.original['accuracy']:.2%}")
-        network, progress = placed(start.network(), device), PruningProgress()
+        network = placed(start.network(), device)
+        progress = PruningProgress(source_weights=weights_digest(unpruned))
         keeper = Keeper(run, start, network, progress, {"random": randomness})
         if last:
             keeper.resume(last.checkpoint)
@@ -165,13 +173,7 @@ def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Che
     if missing:
         epochs = "1 epoch" if missing == 1 else f"{missing} epochs"
         run.say(f"{start.source}: stage 1 still has {epochs} to train; rerun its command with --resume")
-    unpruned = load_checkpoint(path)
-    if unpruned.original != start.original:
-        raise UserError(
-            f"{start.source} has changed since this run began, so that it cannot be continued: start a new run without "
-            f"--resume"
-        )
-    return unpruned
+    return source_of(start, settings.result_dir)
 
 
 def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:
@@ -247,7 +249,7 @@ def fine_tune(
         keeper.resume(last)
     else:
         val = stage.evaluated(network)
-        keeper.offer([0 if splits.val_is_test else val.accuracy], val.metrics)
+        keeper.offer([0] if splits.val_is_test else val.score, val.metrics)
         keeper.save_last()
 
     for epoch in range(progress.epoch + 1, progress.epochs + 1):
@@ -262,7 +264,7 @@ def fine_tune(
         run.record(progress.step, scalars, iteration=progress.iteration)
         run.say(epoch_line(title, train, val, every_block, splits.val_name))
         # Without validation images no epoch can be selected: the last one counts.
-        keeper.offer([epoch if splits.val_is_test else val.accuracy], val.metrics)
+        keeper.offer([epoch] if splits.val_is_test else val.score, val.metrics)
         keeper.save_last()
 
     best = keeper.best()

@@ -39,9 +39,9 @@ from utils.data.images import Images, evenly_spaced
 from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import UserError, run_command
 from utils.flops import NetworkCost, network_cost
-from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, save_checkpoint, weights_digest
 from utils.runs.keeper import Keeper, Progress
-from utils.runs.predecessors import pruned_network, source_path
+from utils.runs.predecessors import pruned_network, source_of
 from utils.runs.run import BEST, Run, find_last_run, open_run, stage_folder
 from utils.settings import TrainingSettings, parse_flags, path_setting, setting, with_default
 
@@ -172,7 +172,7 @@ def main() -> None:
     with open_run(parent, settings, last, resume, POLICY_CHARTS) as run:
         first = f"{run.path} on {device_text(device, precision)}, {splits.place}: starting from {start.source}"
         run.say("\n".join([first, *notes, *splits.notes]))
-        progress = Progress()
+        progress = Progress(source_weights=weights_digest(start))
         optimisers = dict(zip(("sgd", "adam"), setup.optimisers, strict=False))
         stateful = {"random": randomness, "steering": steering, **optimisers}
         keeper = Keeper(run, start, network, progress, stateful)
@@ -203,8 +203,8 @@ def reinforcement(
     else:
         optimisers = reinforcement_optimisers(network, momentum, weight_decay)
         if settings.distill and start.progress.get("step", 0) < settings.epochs:
-            origin = load_checkpoint(source_path(start.source, settings.result_dir))
-            loss_fn = distillation_loss_fn(placed(origin.network(), device).eval(), settings.distill, precision)
+            teacher = placed(source_of(start, settings.result_dir).network(), device)
+            loss_fn = distillation_loss_fn(teacher, settings.distill, precision)
     return Reinforcement(
         network=network,
         optimisers=optimisers,
@@ -232,7 +232,7 @@ def begin(stage: Stage) -> None:
         pixels = train[evenly_spaced(len(train), RESCALING_IMAGES)].pixels
         rescale_gate_logits(network, stage.batches.normalisation.apply(pixels))
     stage.steering.begin(**start.metrics)
-    stage.keeper.offer(budget.score(**start.metrics), start.metrics)
+    stage.keeper.offer([*budget.score(**start.metrics), -start.loss], start.metrics)
     stage.keeper.save_last()
 
 
@@ -274,7 +274,7 @@ def offered(stage: Stage, at_half: Evaluation, stays: bool) -> Evaluation:
     with nullcontext() if stays else gate_biases_restored(network):
         if not stage.settings.published:
             found = find_operating_point(network, stage.evaluated, budget, stage.cost, at_half)
-        if stage.keeper.offer(budget.score(**found.metrics), found.metrics):
+        if stage.keeper.offer([*budget.score(**found.metrics), -found.loss], found.metrics):
             stage.steering.remember(found.computation)
     return found
 

@@ -112,7 +112,7 @@ def main() -> None:
             run.say(epoch_line(title, train, val, every_block, splits.val_name))
             progress.step = epoch
             # Without validation images no epoch can be selected: the last one counts.
-            keeper.offer([epoch if splits.val_is_test else val.accuracy], val.metrics)
+            keeper.offer([epoch] if splits.val_is_test else val.score, val.metrics)
             keeper.save_last()
 
         selected_on = "last epoch" if splits.val_is_test else "validation"

@@ -45,7 +45,7 @@ def labels_of(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
         "format": FORMAT,
         "classes": checkpoint.classes,
         "image_size": size,
-        "flops": cost.flops,
+        "flops": cost.flops - cost.removed_gates,
         "flops_of_switched_blocks": list(cost.blocks),
         "fixed_blocks": [switch + 2 for switch in sorted(_fixed(network))],  # the first block has no switch
         "members": [flops_run(own, size) for own in network.members] if isinstance(network, Cascade) else [],
@@ -64,7 +64,9 @@ def _fixed(network: Network) -> dict[int, int]:
 def flops_run(network: Network, image_size: Size) -> int:
     """FLOPs of an image with every remaining block run."""
     cost = network_cost(network, image_size)
-    return cost.flops - sum(cost.blocks[switch] for switch, on in _fixed(network).items() if not on)
+    return (
+        cost.flops - cost.removed_gates - sum(cost.blocks[switch] for switch, on in _fixed(network).items() if not on)
+    )
 
 
 def read_labels(folder: Path) -> Labels:

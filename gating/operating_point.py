@@ -70,7 +70,7 @@ def find_operating_point(
     if not for_accuracy:
         low, high = budget.target_computation - REACH, budget.target_computation + REACH
     elif budget.met(**at_half.metrics):
-        low, high = max(1 - cost.skippable, at_half.computation - REACH), at_half.computation
+        low, high = max(cost.least, at_half.computation - REACH), at_half.computation
     else:
         low, high = at_half.computation, 1.0
         if high - low < NEAR or not budget.met(**measured_at(high).metrics):  # then nothing between is worth a look
@@ -99,7 +99,7 @@ def offset_to(computation: float, probabilities: Tensor, cost: NetworkCost, free
     logits = torch.logit(probabilities[:, free].double(), eps=1e-12)
     blocks = torch.tensor(cost.blocks, dtype=torch.float64)[free].expand_as(logits)
     ranked, order = logits.flatten().sort(descending=True)
-    shares = blocks.flatten()[order].cumsum(0) / (len(logits) * cost.flops) + 1 - cost.skippable
+    shares = blocks.flatten()[order].cumsum(0) / (len(logits) * cost.flops) + cost.least
     opened = int((shares <= computation + 1e-12).sum())
     # Halfway between the last image that runs and the first that does not.
     above = ranked[opened - 1] if opened > 0 else ranked[0] + 2

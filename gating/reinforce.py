@@ -137,7 +137,7 @@ def reinforce_epoch(
         explored.add(
             exploring, total_return=first, squared_return=first.square(), advantage=left,
             squared_advantage=left.square(), executed=sample.decisions @ shares,
-            entropy=(entropy(p) / len(shares)).expand_as(left), alpha=reward * torch.ones_like(left),
+            entropy=(entropy(p) / shares.count_nonzero()).expand_as(left), alpha=reward * torch.ones_like(left),
         )  # fmt: skip
         if step % CHECK_EVERY == 0 or step == steps - 1:
             every.check(title)

@@ -34,9 +34,9 @@ class Budget:
             UserError: says what is left.
         """
         target = self.target_computation
-        if target is not None and target < 1 - cost.skippable:
+        if target is not None and target < cost.least:
             raise UserError(
-                f"--target_computation {target} is out of reach: with every switch off, {1 - cost.skippable:.3f} of "
+                f"--target_computation {target} is out of reach: with every switch off, {cost.least:.3f} of "
                 f"the FLOPs are left; raise it"
             )
 
@@ -158,7 +158,7 @@ class Steering:
         self, budget: Budget, cost: NetworkCost, *, alpha: float, epochs: int, steps: int, device: torch.device,
         fixed: bool,
     ):  # fmt: skip
-        self.budget, self.skippable, self.epochs, self.steps = budget, cost.skippable, epochs, steps
+        self.budget, self.cost, self.epochs, self.steps = budget, cost, epochs, steps
         self.device, self.fixed = device, fixed
         self.now = SteeringPoint(alpha, 1.0)
         self.best = self.now
@@ -179,7 +179,8 @@ class Steering:
         if self.fixed:
             return FixedAlpha(self.now.alpha)
         # From shares of all FLOPs to shares of those that can be skipped.
-        now, end = (max(0.0, 1 - (1 - share) / self.skippable) for share in (self.now.computation, self.setpoint))
+        shares = (self.now.computation, self.setpoint)
+        now, end = (min(1.0, max(0.0, (share - self.cost.least) / self.cost.skippable)) for share in shares)
         return SteeredAlpha(self.now.alpha, now, end, self.steps, self.device)
 
     def observe(self, controller: FixedAlpha | SteeredAlpha, computation: float) -> None:

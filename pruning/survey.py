@@ -23,7 +23,7 @@ _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
 _CONVOLUTION = nn.Conv2d._conv_forward
 _PLAIN = (nn.Conv2d, nn.Linear, SafeConv2d)
 # Channels on a side: factors of more take gigabytes, and their eigenvectors minutes.
-WIDEST = 3072
+WIDEST = 4096
 
 
 @dataclass(frozen=True)

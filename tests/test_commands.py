@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gating.fixing import with_fixed_switches
 from models import all_on
+from training.evaluate import Evaluator
 from utils.errors import UserError, run_command
 from utils.runs.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.runs.run import BEST, LAST
@@ -77,6 +78,27 @@ def test_scalars_in_metrics_and_in_tensorboard(chain: Path, stage: str):
     assert {tag.removeprefix("Pictures/") for tag in events.Tags()["images"]} == pictures
 
 
+def test_of_epochs_with_the_same_accuracy_the_one_with_the_lowest_loss_is_kept(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As on few validation images, where accuracies are the same for many epochs."""
+    measured = Evaluator.__call__
+    same = lambda *given: replace(measured(*given), accuracy=0.5)  # noqa: E731
+    monkeypatch.setattr(Evaluator, "__call__", same)
+    call_stage("sp", arguments("sp", shapes, tmp_path))
+    losses = [line["Overview/loss_val"] for line in metrics(run_folder(tmp_path, "sp"))]
+    assert load_checkpoint(run_folder(tmp_path, "sp") / BEST).progress["step"] == 1 + int(np.argmin(losses)) > 1
+    call_stage("pruned", arguments("pruned", shapes, tmp_path))
+    for i in (1, 2):
+        lines = [
+            x["Overview/loss_val"]
+            for x in metrics(run_folder(tmp_path, "pruned"))
+            if x["iteration"] == i and "Overview/loss_val" in x
+        ]
+        kept = load_checkpoint(run_folder(tmp_path, "pruned") / f"iteration_{i:02d}.pt").progress["epoch"]
+        assert kept in (0, 1 + int(np.argmin(lines)))
+
+
 def test_keys_and_types_of_the_results(chain: Path):
     kinds = {
         "method": str, "stage": str, "dataset": str, "network": str, "depth": int, "width": int, "num_classes": int,
@@ -121,14 +143,10 @@ def test_recorded_figures_come_out_again(chain: Path, shapes: Path, index: int):
     assert record["accuracy"] == pytest.approx((predicted == labels).double().mean().item(), abs=1e-12)
     assert record["accuracy_every_block"] == pytest.approx((with_every_block == labels).double().mean().item())
     gflops, gflops_all = (counter.get_total_flops() / len(files) / 1e9 for counter in (executed, everything))
-    left = [block for block, on in network.architecture["fixed_switches"].items() if on == 0]
-    if left:  # they count as skipped, though they are gone
-        whole = load_network(path.with_name("before_fixing.pt"))
+    if network.architecture["fixed_switches"]:  # what they have removed counts as skipped, though it is gone
         with torch.no_grad(), FlopCounterMode(display=False) as before:
-            whole(images, decide=all_on)
-        counts = before.get_flop_counts()
-        residuals = [counts[f"ResNet.{block}.{conv}"] for block in left for conv in ("conv1", "conv2")]
-        gflops_all += sum(sum(residual.values()) for residual in residuals) / len(files) / 1e9
+            load_network(path.with_name("before_fixing.pt"))(images, decide=all_on)
+        gflops_all = before.get_total_flops() / len(files) / 1e9
     assert record["gflops_executed"] == pytest.approx(gflops, rel=1e-9)
     assert record["gflops_all"] == pytest.approx(gflops_all, rel=1e-9)
     assert record["gflops"] == record["gflops_executed" if index == 2 else "gflops_all"]

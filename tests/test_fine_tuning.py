@@ -28,16 +28,28 @@ def test_a_distilled_epoch_brings_predictions_together():
         parameter.data.mul_(1 + 0.3 * torch.randn_like(parameter))
     x, y = torch.randn(32, 3, 8, 8), torch.randint(3, (32,))
     optimiser = torch.optim.SGD(network.parameters(), 0.05)
+    loss_fn, losses = distillation_loss_fn(teacher, weight=1.0), []
+
+    def recorded(*given: torch.Tensor) -> torch.Tensor:
+        losses.append(loss_fn(*given))
+        return losses[-1]
+
     draws = torch.Generator().manual_seed(0)
+    training = Supervision(network=network, optimiser=optimiser, draws=draws, loss_fn=recorded)
+    for _ in range(7):
+        supervised_epoch(training, [(x, y)] * 4, lambda _: 0.05, "test")
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
 
-    def epoch() -> float:
-        batches = [(x, y)] * 4
-        loss_fn = distillation_loss_fn(teacher, weight=1.0)
-        training = Supervision(network=network, optimiser=optimiser, draws=draws, loss_fn=loss_fn)
-        return supervised_epoch(training, batches, lambda _: 0.05, "test").loss
 
-    first = epoch()
-    assert [epoch() for _ in range(6)][-1] < 0.5 * first
+def test_the_loss_of_an_epoch_is_the_cross_entropy_whatever_is_minimised():
+    network, x, y = small_network("none"), torch.randn(8, 3, 8, 8), torch.randint(3, (8,))
+    with torch.no_grad():
+        expected = F.cross_entropy(network.train()(x).logits, y).item()
+    training = Supervision(
+        network=network, optimiser=torch.optim.SGD(network.parameters(), 0.0), draws=torch.Generator(),
+        loss_fn=distillation_loss_fn(small_network("none"), weight=1.0),
+    )  # fmt: skip
+    assert supervised_epoch(training, [(x, y)], lambda _: 0.0, "test").loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_picture_of_ranks_is_drawn(tmp_path):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,13 +151,20 @@ def test_a_run_that_went_on_meanwhile_is_left_alone(copied: Path):
     open_run(folder.parent, settings, find_last_run(folder.parent, settings), True, {}).close()
 
 
-def test_stage_2_does_not_go_on_when_stage_1_has(copied: Path, shapes: Path):
-    source = run_folder(copied, "sp") / BEST
+@pytest.mark.parametrize("stage", ["pruned", "rl_pruned"])
+def test_a_stage_does_not_go_on_when_its_source_has(stage: str, copied: Path, shapes: Path):
+    """The same accuracy, and other weights: of the network that it is compared with, and distilled from."""
+    folder = run_folder(copied, stage)
+    source = copied / load_checkpoint(folder / LAST).source
     trained = load_checkpoint(source)
-    save_checkpoint(source, replace(trained, original={**trained.original, "accuracy": 0.1}))
-    (run_folder(copied, "pruned") / "record.json").unlink()
+    trained.weights["stem.1.bias"] += 1
+    save_checkpoint(source, trained)
+    unfinished = load_checkpoint(folder / LAST)
+    unfinished.progress["step"] -= 1
+    save_checkpoint(folder / LAST, unfinished)
+    (folder / "record.json").unlink()
     with pytest.raises(UserError, match="has changed since this run began, so that it cannot be continued"):
-        call_stage("pruned", [*arguments("pruned", shapes, copied), "--resume"])
+        call_stage(stage, [*arguments(stage, shapes, copied), "--resume"])
 
 
 def test_a_run_that_is_being_written_is_left_alone(copied: Path):

@@ -48,6 +48,11 @@ class Evaluation:
         return {"accuracy": self.accuracy, "computation": self.computation}
 
     @property
+    def score(self) -> list[float]:
+        """Larger is better: the accuracy and, of networks with the same one, as on few images, the loss."""
+        return [self.accuracy, -self.loss]
+
+    @property
     def run_shares(self) -> list[float]:
         """Share of the images for which each switched block runs."""
         return self.decisions.mean(dim=0).tolist()

@@ -36,7 +36,7 @@ LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # of images, logits in floa
 class EpochMeans:
     """Means over the images of one epoch of training."""
 
-    loss: float
+    loss: float  # cross-entropy, also where another loss is minimised
     accuracy: float
 
 
@@ -47,7 +47,7 @@ class Supervision:
     network: ResNet
     optimiser: Optimizer
     draws: torch.Generator  # on the network's device, of decisions and of the images whose switches are held open
-    loss_fn: LossFn | None = None  # minimised and reported; the cross-entropy by default
+    loss_fn: LossFn | None = None  # minimised; the cross-entropy by default
     forward: Forward | None = None  # from ``training.forward.training_forward``; plain by default
     # Makes a decision rule from numbers [N, 1 + K], uniform in [0, 1).  By default switches learn (``half_held_open``);
     # other rules carry no gradient through decisions, and the gates are not trained.
@@ -87,11 +87,12 @@ def supervised_epoch(
         images, y = len(labels), parallel.local_part(labels)
         drawn = torch.rand(images, 1 + network.switches, generator=training.draws, device=device)
         output = forward(x, training.rule or half_held_open, parallel.local_part(drawn), skip)
-        loss = F.cross_entropy(output.logits, y) if loss_fn is None else loss_fn(x, output.logits, y)
+        cross_entropy = F.cross_entropy(output.logits, y)
+        loss = cross_entropy if loss_fn is None else loss_fn(x, output.logits, y)
         (len(y) / images * loss).backward()
         parallel.all_reduce_gradients(network.parameters())
         optimiser.step()
-        means.add(images, loss=len(y) * loss, accuracy=output.logits.argmax(dim=1) == y)
+        means.add(images, loss=len(y) * cross_entropy, accuracy=output.logits.argmax(dim=1) == y)
         if step % CHECK_EVERY == 0 or step == steps - 1:
             means.check(title)
     return EpochMeans(**means.over_all())

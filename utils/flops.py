@@ -36,9 +36,10 @@ class NetworkCost:
     """Cost of a network for one image."""
 
     parameters: int  # all of them, batch norms and gates included
-    flops: int  # with every block run, removed ones (switch fixed closed) included
+    flops: int  # with every block run, blocks and gates included that fixed switches have removed
     blocks: tuple[int, ...]  # FLOPs that each of the K switches saves when it closes; 0 if it is fixed open
     layers: dict[str, LayerCost]
+    removed_gates: int = 0  # FLOPs of the gates that fixed switches have removed
 
     @property
     def shares(self) -> Tensor:
@@ -51,17 +52,22 @@ class NetworkCost:
         """Share of all FLOPs that closing every switch saves."""
         return sum(self.blocks) / self.flops
 
+    @property
+    def least(self) -> float:
+        """Share of all FLOPs that is left with every switch closed."""
+        return 1 - (sum(self.blocks) + self.removed_gates) / self.flops
+
     def executed(self, decisions: Tensor) -> Tensor:
         """FLOPs spent on each image, [N] in float64, under decisions [N, K]."""
         saved = (1 - decisions.double()) @ torch.tensor(self.blocks, dtype=torch.float64, device=decisions.device)
-        return self.flops - saved
+        return self.flops - self.removed_gates - saved
 
 
 def network_cost(network: nn.Module, image_size: Size) -> NetworkCost:
     """Measure the cost of ``network`` for images of three channels and ``image_size`` pixels, on a blank image.
 
-    Blocks that fixed switches have removed count with their FLOPs, but not with their parameters: so the computation
-    stays comparable whether switches are fixed or not.
+    Blocks and gates that fixed switches have removed count with their FLOPs, but not with their parameters: so the
+    computation stays comparable whether switches are fixed or not.
 
     Args:
         image_size: see ``utils.sizes``.
@@ -104,22 +110,26 @@ def _plain_lstm(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _switched_cost(network: ResNet, blank: Tensor) -> NetworkCost:
-    layers = _layer_costs(network, blank, every_block)
-    before = layers
-    if network.removed_blocks:
-        whole = build_network(**{**network.architecture, "gate": "none", "fixed_switches": {}})
-        before = _layer_costs(whole, blank.cpu().float(), every_block)
-    blocks = []
-    for switch in range(network.switches):
-        known = before if network.fixed_switches.get(switch) == 0 else layers
-        residual = tuple(f"blocks.{switch + 1}.{conv}" for conv in ("conv1", "conv2"))
-        blocks.append(sum(cost.flops for name, cost in known.items() if name.startswith(residual)))
-    left = sum(flops for switch, flops in enumerate(blocks) if network.fixed_switches.get(switch) == 0)
+    layers = whole = _layer_costs(network, blank, every_block)
+    if network.fixed_switches:
+        before = build_network(**{**network.architecture, "fixed_switches": {}})
+        whole = _layer_costs(before, blank.cpu().float(), every_block)
+
+    def below(layers: dict[str, LayerCost], *names: str) -> int:
+        return sum(cost.flops for name, cost in layers.items() if name.startswith(names))
+
+    blocks = [
+        0
+        if network.fixed_switches.get(switch) == 1
+        else below(whole, f"blocks.{switch + 1}.conv1", f"blocks.{switch + 1}.conv2")
+        for switch in range(network.switches)
+    ]
     return NetworkCost(
         parameters=sum(p.numel() for p in network.parameters()),
-        flops=sum(cost.flops for cost in layers.values()) + left,
-        blocks=tuple(0 if network.fixed_switches.get(switch) == 1 else flops for switch, flops in enumerate(blocks)),
+        flops=below(whole, ""),
+        blocks=tuple(blocks),
         layers=layers,
+        removed_gates=below(whole, "gate.") - below(layers, "gate."),
     )
 
 
@@ -130,10 +140,11 @@ def every_block(network: ResNet | OwnNetwork, x: Tensor) -> Tensor:
 
 def _cascade_cost(members: list[NetworkCost]) -> NetworkCost:
     """All members together; a switch between two saves the second one's FLOPs outside of its own switched blocks."""
-    between = [member.flops - sum(member.blocks) for member in members[1:]]
+    between = [member.flops - member.removed_gates - sum(member.blocks) for member in members[1:]]
     return NetworkCost(
         parameters=sum(member.parameters for member in members),
         flops=sum(member.flops for member in members),
+        removed_gates=sum(member.removed_gates for member in members),
         blocks=(*between, *(block for member in members for block in member.blocks)),
         layers={
             f"members.{i}.{name}": cost for i, member in enumerate(members) for name, cost in member.layers.items()

@@ -127,7 +127,9 @@ class StageSettings(RunSettings):
     """What all three stages take."""
 
     momentum: float = setting(0.9, "Nesterov momentum of SGD", low=0, below=1)
-    weight_decay: float = setting(0.0005, "L2 penalty on all weights except the gates'", low=0)
+    weight_decay: float = setting(
+        0.0005, "L2 penalty on all weights except the gates' (with Muon: nor the filters)", low=0
+    )
     schedule: str = setting("cosine", "cosine to 0, or step: x0.1 at 50% and 75% of the epochs", choices=SCHEDULES)
     precision: str = setting(
         "auto",

@@ -4,6 +4,7 @@ A checkpoint is a dictionary of plain types and tensors that ``torch.load(weight
 never runs code.  Its keys are the fields of ``Checkpoint``.
 """
 
+import hashlib
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
@@ -159,6 +160,14 @@ def _check_sums(path: str | Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """Tells networks with other weights apart."""
+    found = hashlib.sha256()
+    for name, weight in sorted(checkpoint.weights.items()):
+        found.update(name.encode() + weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -16,6 +16,7 @@ class Progress:
 
     step: int = 0  # epochs done; in stage 2 every pruning counts as one more
     best: list | None = None  # score of the best network so far, None before the first
+    source_weights: str = ""  # ``weights_digest`` of the network that the run started from
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -14,7 +14,7 @@ from utils.data.batches import other_data
 from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.flops import network_cost
-from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
+from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, weights_digest
 from utils.runs.records import RECORD
 from utils.runs.run import ARGUMENTS, BEST, LAST, age, stage_folder
 
@@ -284,6 +284,25 @@ def relative_to_results(path: Path, result_dir: str | Path) -> str:
 def source_path(source: str, result_dir: str | Path) -> Path:
     """The file that a checkpoint's ``source`` names."""
     return Path(result_dir).expanduser() / source  # an absolute source stays as it is
+
+
+def source_of(start: Checkpoint, result_dir: str | Path) -> Checkpoint:
+    """The network that a run started from.
+
+    Args:
+        start: the first checkpoint of the run or, where it is resumed, its last one.
+
+    Raises:
+        UserError: if it has changed since the run began.
+    """
+    source = load_checkpoint(source_path(start.source, result_dir))
+    before = start.progress.get("source_weights")  # none in a run that begins, or of an earlier version
+    if before and before != weights_digest(source):
+        raise UserError(
+            f"{start.source} has changed since this run began, so that it cannot be continued: start a new run without "
+            f"--resume"
+        )
+    return source
 
 
 def _check_data(checkpoint: Checkpoint, settings: Any, data: DataSet) -> None:
