@@ -37,13 +37,24 @@ class ComposedKernel(Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = args, kwargs or {}
+        name, written = getattr(func, "__name__", ""), [*args[:1], *(given[1].get(key) for key in ("out", "tensor"))]
+        changes = name in _CHANGES or (name.endswith("_") and not name.endswith("__")) or "out" in given[1]
+        if changes and any(isinstance(tensor, cls) for tensor in written):
+            raise RuntimeError("a layer that was replaced has no weight to write to: change its core and rotate_out")
         with torch._C.DisableTorchFunctionSubclass():
+            if func == Tensor.data.__get__:  # which may be written to as well
+                kernel = args[0]
+                return cls.of(kernel.shape, kernel.detach(), lambda: kernel.compose().detach())
             like_it = func in (Tensor.to, Tensor.type_as) and not isinstance(args[0], cls)
             if func not in _FREE and not like_it:
                 given = tree_map_only(cls, lambda kernel: kernel.compose(), given)
             return func(*given[0], **given[1])
 
 
+_CHANGES = (
+    "__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
+    "__ipow__",
+)  # fmt: skip
 _FREE = {
     *(
         getattr(Tensor, name).__get__

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,6 +57,8 @@ class Passes:
             x, labels = _pair(batch)
             if self.loss_fn is None and not (isinstance(labels, Tensor) and labels.dim() == 1):
                 raise UserError("the labels of a batch are not a tensor [N] of classes: give loss_fn= for another task")
+            if self.loss_fn is None and parallel.world_size() == 1 and len(labels) != len(x):
+                raise UserError(f"a batch has {len(x)} inputs and {len(labels)} labels: give one label for each input")
             yield x.to(device), labels.to(device) if isinstance(labels, Tensor) else labels
         if batch is None:
             raise UserError("batches() yields nothing: each call has to start a new pass over a few thousand images")
@@ -68,7 +71,8 @@ class Passes:
         if self.loss_fn is None:
             two = x[:2] if len(x) else x.new_zeros(2, *x.shape[1:])
             return two, lambda net, inputs: class_scores(self.forward(net, inputs)), None
-        return x, lambda net, inputs: _checked_losses(self.loss_fn(self.forward(net, inputs), given)), self.forward
+        of_images = lambda net, inputs: _losses(self.loss_fn, self.forward(net, inputs), given, len(x))  # noqa: E731
+        return x, of_images, self.forward
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -92,19 +96,30 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
         the number of images seen by all processes together.
     """
     seen = [0]  # images of the batch that is running
-    images = 0
-    shown = (layer.register_forward_hook(_show(n, visit, seen), with_kwargs=True) for n, layer in layers.items())
+    images, batches, times = 0, 0, Counter()
+
+    def counted(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
+        times[name] += 1
+        visit(name, layer, a, g)
+
+    shown = (layer.register_forward_hook(_show(n, counted, seen), with_kwargs=True) for n, layer in layers.items())
     with hooked(shown), differentiable(network, layers.values()) as starts:
         for x, given in passes.on(network):
             seen[0] = len(x)
             starts.clear()
             # A copy, so that a network may change its input in place.
             outputs = passes.forward(network, x.clone())
-            loss = _loss(outputs, given, passes)
+            loss = _loss(outputs, given, passes, len(x))
             images += images_of(x, given)
             if len(x) == 0:  # the last batch may be too small for all processes
                 continue
             gradients(loss, starts)
+            batches += 1
+    if rare := [name for name in layers if times[name] < batches]:
+        raise UserError(
+            f"some batches do not reach layer {', '.join(rare)}, as of networks that leave out layers at random: leave "
+            f"them as they are with ignored_layers={rare}"
+        )
     return images
 
 
@@ -163,22 +178,32 @@ def images_of(x: Tensor, labels: Any) -> int:
     return len(labels) if parallel.world_size() > 1 and isinstance(labels, Tensor) else len(x)
 
 
-def _loss(outputs: Any, given: Any, passes: Passes) -> Tensor:
+def _loss(outputs: Any, given: Any, passes: Passes, images: int) -> Tensor:
     """This process's sum to differentiate."""
     if passes.loss_fn is not None:
         own = parallel.local_part(given) if isinstance(given, Tensor) else given
-        return _checked_losses(passes.loss_fn(outputs, own)).sum()
+        return _losses(passes.loss_fn, outputs, own, images).sum()
     logits = class_scores(outputs)
     if passes.fisher_type == "true":
         signs = _signs((len(given), logits.shape[1]), logits, passes.draws)
         return (logits * score_directions(logits.detach(), parallel.local_part(signs))).sum()
-    return F.cross_entropy(logits, parallel.local_part(given).long(), reduction="sum")
+    labels = parallel.local_part(given).long()
+    if len(labels) and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        raise UserError(
+            f"labels are from {labels.min()} to {labels.max()}, but the network has {logits.shape[1]} scores: give "
+            f"classes from 0 on"
+        )
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def _checked_losses(losses: Any) -> Tensor:
-    if isinstance(losses, Tensor) and losses.dim() == 1:
+def _losses(loss_fn: LossFn, outputs: Any, given: Any, images: int) -> Tensor:
+    losses = loss_fn(outputs, given)
+    if isinstance(losses, Tensor) and losses.shape == (images,):
         return losses
-    raise UserError(f"loss_fn returned {kind_of(losses)}: it has to return a loss for each image, a tensor [N]")
+    raise UserError(
+        f"loss_fn returned {kind_of(losses)} for a batch of {images}: it has to return a loss for each image, a tensor "
+        f"[{images}], such as the mean over its positions"
+    )
 
 
 def class_scores(outputs: Any) -> Tensor:
@@ -192,6 +217,15 @@ def class_scores(outputs: Any) -> Tensor:
             raise UserError(
                 "the network returns one score for each image, of which a softmax is always 1: give loss_fn=, for "
                 "example binary_cross_entropy_with_logits(scores.squeeze(1), labels.float(), reduction='none')"
+            )
+        if (
+            len(outputs)
+            and (outputs >= 0).all()
+            and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3)
+        ):
+            raise UserError(
+                "the network returns probabilities, but classification needs the scores before the softmax: leave the "
+                "softmax out, or give logits=lambda p: p.log()"
             )
         return outputs
     raise UserError(

@@ -13,7 +13,7 @@ from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
 from pruning.checks import check_copy, check_functions, check_network, check_targets, check_used
 from pruning.forms import form_costs
-from pruning.goals import Goal, as_target, nearest, shortfall
+from pruning.goals import Goal, as_target, check_near, nearest, shortfall
 from pruning.layers import rebuilt_layers
 from pruning.prune_channels import channel_groups, prune_channels
 from pruning.prune_directions import direction_groups, prune_directions
@@ -26,6 +26,7 @@ from training.norms import reestimate_batch_norms
 from utils import parallel
 from utils.errors import UserError
 from utils.flops import NetworkCost, cost_on, network_cost
+from utils.modes import buffers_restored
 from utils.settings import checked_settings
 from utils.sizes import Size, height_width
 
@@ -53,7 +54,7 @@ def compress(
 
     Args:
         flops, parameters: target: a share up to 1, or a number above 100.  If the layers do not allow it, the nearest
-            possible one.
+            possible one, unless that is near nothing.
         loss_fn: from outputs and labels to each image's loss [N], for tasks that are not classification.
         logits: picks the scores [N, classes] from what the network returns.
         settings: fields of ``pruning.settings.Method``; ``seed`` of the random gradients; ``say``, called with lines of
@@ -74,21 +75,22 @@ def compress(
     forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
     passes = method.passes(batches, draws, forward, loss_fn=loss_fn).some(method.fisher_images)
     passes = passes if say is None else replace(passes, say=say)
-    x, _ = next(passes.on(network))
-    check_copy(network, x[:2], forward)
-    cost = cost_on(network, x[:1], forward)
-    targets = zip((flops, parameters), (cost.flops, cost.parameters), strict=True)
-    limits = (target * whole if target is not None and target <= 1 else target for target, whole in targets)
-    goal = Goal(prune_ratio or 0.0, *limits, nearest=True)
-    pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
-    if method.reestimate_batch_norm and not method.refit and not pruned.nothing_changed:
-        reestimate_batch_norms(pruned.network, passes.on(pruned.network), forward)
-    after = cost_on(pruned.network, x[:1], forward)
-    check_used(pruned.network, after)
-    counts = ((cost.flops, after.flops), (cost.parameters, after.parameters))
-    pruned.network.report = Report(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
-    passes.say(str(pruned.network.report))
-    return pruned.network
+    with buffers_restored(network):
+        x, _ = next(passes.on(network))
+        check_copy(network, x[:2], forward)
+        cost = cost_on(network, x[:1], forward)
+        targets = zip((flops, parameters), (cost.flops, cost.parameters), strict=True)
+        limits = (target * whole if target is not None and target <= 1 else target for target, whole in targets)
+        goal = Goal(prune_ratio or 0.0, *limits, nearest=True)
+        pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
+        if method.reestimate_batch_norm and not method.refit and not pruned.nothing_changed:
+            reestimate_batch_norms(pruned.network, passes.on(pruned.network), forward)
+        after = cost_on(pruned.network, x[:1], forward)
+        check_used(pruned.network, after)
+        counts = ((cost.flops, after.flops), (cost.parameters, after.parameters))
+        pruned.network.report = Report(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
+        passes.say(str(pruned.network.report))
+        return pruned.network
 
 
 def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
@@ -105,7 +107,8 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     x, labels = next(passes.on(network))
     found = survey(network, *passes.probe(x, labels), method.ignored_layers)
     if goal.nearest:
-        goal = nearest(goal, *_reachable(network, found, cost, replace(method, round_to=1)))
+        asked, goal = goal, nearest(goal, *_reachable(network, found, cost, replace(method, round_to=1)))
+        check_near(asked, goal, (cost.flops, cost.parameters), found.left_alone)
     asked, method = method.round_to, _fine_enough(network, found, cost, goal, method)
     if method.round_to < asked:
         passes.say(f"the target cannot be reached with round_to {asked}, so ranks are multiples of {method.round_to}")

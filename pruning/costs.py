@@ -45,10 +45,7 @@ def counted_layer(cost: NetworkCost, name: str) -> LayerCost:
     for key in (name, f"{name}.core"):
         if key in cost.layers:
             return cost.layers[key]
-    raise UserError(
-        f"layer {name} runs on your images, but not on a black one, so that its cost is unknown: add it to "
-        f"ignored_layers"
-    )
+    raise UserError(f"layer {name} does not run on every image, so that its cost is unknown: add it to ignored_layers")
 
 
 def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:

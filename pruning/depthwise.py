@@ -53,7 +53,7 @@ def separable_terms(tensor: Tensor, Q_a: Tensor, terms: int, sweeps: int) -> tup
     """
     # On the CPU: sweeps over small float64 matrices keep a GPU waiting.
     device, tensor, Q_a = tensor.device, tensor.cpu(), Q_a.cpu()
-    batch = torch.arange(len(tensor))[:, None]
+    batch = torch.arange(len(tensor), device=tensor.device)[:, None]
     along = torch.einsum("boit,bik->bkot", tensor, Q_a)
     left, values, right = torch.linalg.svd(along, full_matrices=False)
     largest = values.flatten(1).argsort(dim=1, descending=True)[:, :terms]

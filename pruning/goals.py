@@ -1,13 +1,16 @@
 """Where pruning stops: targets for FLOPs and parameters, shares, and what can be reached."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pruning.combinations import Ways, least_regretted
+from utils.errors import UserError
 
 OBJECTIVES = ("saliency", "flops", "parameters")
+WORTHWHILE = 0.1  # of what is to be removed
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,27 @@ def nearest(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float]) -> 
     if flops is not None and parameters is not None:
         parameters = max(parameters, fewest_parameters(costs, fixed, flops))
     return Goal(goal.prune_ratio, flops, parameters)
+
+
+def check_near(asked: Goal, nearest: Goal, now: Sequence[float], left_alone: Mapping[str, str]) -> None:
+    """Refuse a target if what can be removed is next to nothing: the layers would be ruined to remove it.
+
+    Args:
+        now: FLOPs and parameters of the network as it is.
+        left_alone: why, by layer.
+
+    Raises:
+        UserError: says what can be reached, and what prevents more.
+    """
+    for k, wanted, found in zip(asked.kinds, asked.limits, nearest.limits, strict=True):
+        if 0 < now[k] - found < WORTHWHILE * (now[k] - wanted):
+            name = ("flops", "parameters")[k]
+            counts = Counter(left_alone.values()).most_common()
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts) or "none"
+            raise UserError(
+                f"{name}={wanted / now[k]:.3g} of the network is out of reach: its layers can leave no fewer than "
+                f"{found / now[k]:.2%}; raise it, or change why layers are left alone ({reasons})"
+            )
 
 
 def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], by: str = "the layers") -> str | None:

@@ -77,43 +77,27 @@ def _changed_outputs(layer: nn.Module, a: Tensor, change: Tensor) -> Tensor:
     return nn.functional.conv2d(a, change, None, stride, getattr(layer, "padding", 0), dilation)
 
 
-@dataclass(frozen=True)
-class Tried:
-    """What the forms on trial would change, image by image."""
-
-    products: dict[str, Tensor]  # <grad W, D> of this process's images and a layer's forms, [n, K]
-    images: int  # of all processes
-
-    def rises(self, name: str) -> Tensor:
-        """Predicted rise for each form of a layer, one at a time: corners first, then the other changes, [K]."""
-        return self._rise(self.products[name].double())
-
-    def together(self, chosen: Mapping[str, int]) -> float:
-        """Predicted rise for one form of each of these layers, all at once."""
-        some = [self.products[name][:, i : i + 1].double() for name, i in chosen.items()]
-        return self._rise(sum(some)).item() if some else 0.0
-
-    def _rise(self, products: Tensor) -> Tensor:
-        return 0.5 * parallel.all_reduced(products.square().sum(dim=0)) / self.images
-
-
 def try_forms(
     network: nn.Module, layers: Mapping[str, nn.Module], trials: Mapping[str, Trials], passes: Passes
-) -> Tried:
+) -> dict[str, Tensor]:
     """Predict all forms on trial in one pass over the images.
 
     An image's gradient is computed once for all, in the coordinates of the core.  There the product with a corner is a
     cumulative sum of products of entries, so all corners together cost as much as one.
+
+    Returns:
+        predicted rise for each form of each layer, one at a time: corners first, then the other changes, [K].
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in trials}
+    sums: dict[str, Tensor | float] = dict.fromkeys(trials, 0.0)
     rounded = {name: _rounded(own, next(layers[name].parameters())) for name, own in trials.items()}
 
     def add(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
-        found[name] += _products(layer, a, g, rounded[name])
+        for products in _products(layer, a, g, rounded[name]):
+            sums[name] = sums[name] + products.double().square().sum(dim=0)
 
     visited = {name: layers[name] for name in trials}
     images = visit_gradients(network, visited, passes, add)
-    return Tried({name: torch.cat(products) for name, products in found.items()}, images)
+    return {name: 0.5 * parallel.all_reduced(total) / images for name, total in sums.items()}
 
 
 def _rounded(own: Trials, like: Tensor) -> Trials:

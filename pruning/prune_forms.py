@@ -54,13 +54,11 @@ def prune_to_forms(
     few, rises = passes.some(IMAGES), {}
     # The first process decides for all, whose parts of a batch may differ by one image.
     entries = parallel.broadcast_object(_entries(layers, cost, passes.on(network)))
-    groups = [*_groups(able, kernels, entries)]
-    for group in groups:
+    for group in _groups(able, kernels, entries):
         with passes.phase(f"forms of {len(group)} layers"):
             made = trials(kernels, group)
         with passes.phase("prediction"):
-            tried = try_forms(network, {name: layers[name] for name in group}, made, few)
-        rises |= {name: tried.rises(name) for name in group}
+            rises |= try_forms(network, {name: layers[name] for name in group}, made, few)
         del made  # before the next group's are made
     rises = [np.array([0.0, *rises[name].tolist()] if name in able else [0.0]) for name in forms]
     costs, now = [form_costs(own) for own in forms.values()], (cost.flops, cost.parameters)
@@ -70,21 +68,19 @@ def prune_to_forms(
     taken = {name: forms[name][i] for name, i in chosen.items() if i > 0}
     with passes.phase(f"decomposition of {len(taken)} layers"):
         replaced = build(taken, kernels)
-    if len(groups) == 1:
-        together = tried.together({name: chosen[name] - 1 for name in taken})
-    else:  # each group has seen random gradients of its own
-        with passes.phase("prediction of all together"):
-            changes = {name: _change(layers[name], replaced[name]) for name in taken}
-            together = predicted_rise(network, layers, changes, few).together
+    with passes.phase("prediction of all together"):  # of what was built, which is better than the trials
+        changes = {name: _change(layers[name], replaced[name]) for name in taken}
+        predicted = predicted_rise(network, layers, changes, few)
     table = []
-    for (name, i), own in zip(chosen.items(), rises, strict=True):
+    for name, i in chosen.items():
         before, after = forms[name][0], forms[name][i]
         parameters, flops = (before.parameters, after.parameters), (before.flops, after.flops)
-        table.append(LayerChange(name, before.ranks, after.ranks, *parameters, *flops, own[i], after.kind))
+        rise = predicted.layers.get(name, 0.0)
+        table.append(LayerChange(name, before.ranks, after.ranks, *parameters, *flops, rise, after.kind))
     smaller = rebuild(network, replaced, [name for name in taken if found.norms[name] is None])
     alone = {**found.left_alone, **{name: "nothing to save" for name in forms if name not in able}}
     bases = {name: kernel.basis for name, kernel in kernels.items() if isinstance(kernel, Kernel)}
-    return Pruned(smaller, bases, table, together, importances, alone)
+    return Pruned(smaller, bases, table, predicted.together, importances, alone)
 
 
 def layer_forms(

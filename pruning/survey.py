@@ -80,7 +80,7 @@ def survey(
             )
         alone |= dict.fromkeys(inside, "ignored")
     runs, edges = _run(network, layers, norms, x, forward)
-    read = _weights_read(network, layers, x, plain or forward)
+    read = _weights_read(network, layers, x, forward, plain or forward)
     found = {}
     for name, node in runs.nodes.items():
         if name in alone:
@@ -176,7 +176,9 @@ def _outputs(layer: nn.Module) -> int:
     return layer.out_features if hasattr(layer, "out_features") else layer.out_channels
 
 
-def _weights_read(network: nn.Module, layers: dict[str, nn.Module], x: Tensor, plain: Forward) -> set[str]:
+def _weights_read(
+    network: nn.Module, layers: dict[str, nn.Module], x: Tensor, forward: Forward, plain: Forward
+) -> set[str]:
     """The layers with whose weight something else computes than their own forward pass, as in a tied decoder.
 
     If such a layer took another form, that would compute with the kernel that it multiplies out to.  What only looks at
@@ -184,7 +186,8 @@ def _weights_read(network: nn.Module, layers: dict[str, nn.Module], x: Tensor, p
     """
     owners = {p: name for name, layer in layers.items() for p in layer.parameters() if p.is_floating_point()}
     with gradients_for(owners, wanted=True), evaluation_mode(network), torch.enable_grad():
-        edges = _edges(plain(network, x.clone()))
+        # With the loss where outputs are in an object of their own.
+        edges = _edges(plain(network, x.clone())) or _edges(forward(network, x.clone()))
     return {owners[p] for p, readers in edges.items() if p in owners and p.dim() > 1 and readers > 1}
 
 
@@ -227,10 +230,15 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
 
     handles = [layer.register_forward_hook(ran(name), with_kwargs=True) for name, layer in layers.items()]
     handles += [norm.register_forward_pre_hook(reads(name), with_kwargs=True) for name, norm in norms.items()]
-    with hooked(handles), differentiable(network, layers.values()):
-        outputs = forward(network, x.clone())
-    runs.mixing |= _mixing(runs, layers, outputs, images)
-    return runs, _edges(outputs)
+    with differentiable(network, layers.values()):
+        with hooked(handles):
+            outputs = forward(network, x.clone())
+        # Without these hooks, since networks with checkpoints run again for gradients.
+        runs.mixing |= _mixing(runs, layers, outputs, images)
+    edges = _edges(outputs)
+    if runs.nodes and not edges:
+        raise UserError("the network's outputs have no gradients: take @torch.no_grad() away from its forward pass")
+    return runs, edges
 
 
 def _mixing(runs: _Runs, layers: dict[str, nn.Module], outputs: Any, images: int) -> set[str]:

@@ -47,6 +47,24 @@ class Around(nn.Module):
         return self.inner(x)
 
 
+class WithoutGradients(Around):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Rare(Around):
+    """Leaves out a layer for all batches but the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.side = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        first = torch.equal(x[-1], images()[0][0][len(x) - 1])
+        return self.inner(x + self.side(x) if first else x)
+
+
 class InPlace(Around):
     def forward(self, x):
         x -= 0.5
@@ -246,7 +264,16 @@ def lazy() -> nn.Module:
     [
         (lambda: small(1), images, {}, "returns one score for each image, of which a softmax is always 1: give loss_"),
         (Unpacked, images, {}, r"the network returns a Output, but classification needs scores .* logits="),
-        (small, images, {"loss_fn": lambda outputs, labels: 0.5}, "loss_fn returned a float: it has to return a loss"),
+        (small, images, {"loss_fn": lambda outputs, labels: 0.5}, "loss_fn returned a float for a batch of 8: it has"),
+        (small, images, {"loss_fn": lambda outputs, labels: outputs.sum(dim=1).repeat(2)},
+         r"loss_fn returned a tensor of shape \[16\] for a batch of 8: it has to return a loss for each image"),
+        (lambda: nn.Sequential(small(), nn.Softmax(1)), images, {}, "the network returns probabilities"),
+        (small, lambda: [(x, y[:5]) for x, y in images()], {}, "a batch has 8 inputs and 5 labels"),
+        (small, lambda: [(x, y - 1) for x, y in images()], {"fisher_type": "empirical"},
+         "labels are from -1 to 2, but the network has 4 scores"),
+        (lambda: WithoutGradients(), images, {}, r"take @torch.no_grad\(\) away"),
+        (lambda: Rare(), images, {"loss_fn": lambda out, y: F.cross_entropy(out, y, reduction="none")},
+         "some batches do not reach layer side, as of networks that leave out layers at random"),
         (Routed, images, {}, r"layer some ran on 5 inputs for 8 images.* ignored_layers=\['some'\]"),
         (nothing_finite, images, {}, "the Fisher of layer .* is not finite: look for NaN"),
         (small, lambda: [(x / 0, y) for x, y in images()], {}, "the Fisher of layer .* is not finite: look for NaN"),
@@ -548,3 +575,80 @@ def test_modes_are_restored_where_one_cannot_be_set():
     with pytest.raises(NotImplementedError, match="no"), evaluation_mode(network):
         pass
     assert network.training and network[0].training
+
+
+class Remembering(nn.Module):
+    """Writes a buffer in evaluation mode, too; a part of it runs again for gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        self.head = nn.Linear(16, CLASSES)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += len(x)
+        x = torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def test_a_network_that_runs_again_for_gradients_is_not_changed():
+    torch.manual_seed(0)
+    network = Remembering().train()
+    before = copy.deepcopy(network.state_dict())
+    assert compress(network, images(), flops=0.7, round_to=4).report.flops[1] > 0
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@dataclass
+class Answer:
+    scores: torch.Tensor
+
+
+class TiedObject(nn.Module):
+    """An autoencoder whose decoder has the encoder's weight, and whose output is an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.codes = nn.Linear(48, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        codes = self.codes(self.first(x).relu())
+        return Answer(F.linear(codes, self.codes.weight.t()))
+
+
+def test_weights_that_are_read_are_found_in_outputs_that_are_objects():
+    torch.manual_seed(0)
+    batches = [(x, x) for x, _ in images((48,))]
+    smaller = compress(
+        TiedObject(), batches, flops=0.8, round_to=4, loss_fn=lambda out, x: out.scores.square().mean(dim=1)
+    )
+    assert (
+        smaller.report.left_alone == {"codes": "weights are read"} and smaller.report.flops[1] < smaller.report.flops[0]
+    )
+
+
+def test_layers_are_not_ruined_for_next_to_nothing():
+    """Where nearly all FLOPs are in layers that are left alone."""
+    network = small()
+    with pytest.raises(UserError, match=r"flops=0.5 of the network is out of reach: .* 99\.\d+%; raise it.*2 ignored"):
+        compress(network, images(), flops=0.5, round_to=1, ignored_layers=["0", "3"])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.mul_(0), lambda w: nn.init.normal_(w), lambda w: w.copy_(w + 1),
+        lambda w: setattr(w, "data", w),
+        lambda w: torch.add(w, 1, out=w), lambda w: w.__setitem__(0, 0),
+    ],
+)  # fmt: skip
+def test_the_weight_of_a_rebuilt_layer_is_not_written_to(write):
+    layer = low_rank(nn.Linear(6, 4), (None, 2), depthwise=False, bias=True)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="has no weight to write to: change its core and rotate_out"),
+    ):
+        write(layer.weight)
+    torch.empty(4, 6).copy_(layer.weight)  # reading is allowed

@@ -144,7 +144,7 @@ def test_a_network_that_onnx_cannot_express_is_pruned_without_times(shapes, tmp_
 
 
 def test_a_layer_that_does_not_run_on_a_black_image_is_one_sentence(shapes, tmp_path):
-    with pytest.raises(UserError, match=r"layer network\.\w+ runs on your images, but not on a black one"):
+    with pytest.raises(UserError, match=r"layer network\.\w+ does not run on every image, so that its cost"):
         fresh(main_prune, *settings(shapes, tmp_path, "branching", max_iter=1))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.backends import mkldnn
+from torch.backends import cudnn, mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,13 +98,13 @@ def cost_on(
 
 @contextmanager
 def _plain_lstm(network: nn.Module) -> Iterator[None]:
-    """Without oneDNN, whose LSTM is not counted."""
-    if not any(isinstance(module, nn.LSTM) for module in network.modules()):
+    """Without oneDNN and cuDNN, whose LSTMs are not counted."""
+    if not any(isinstance(module, nn.RNNBase) for module in network.modules()):
         yield
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that only Intel's GPUs have TF32
-        with mkldnn.flags(enabled=False):
+        with mkldnn.flags(enabled=False), cudnn.flags(enabled=False):
             yield
 
 
