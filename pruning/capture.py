@@ -70,7 +70,7 @@ class Passes:
         """
         if self.loss_fn is None:
             two = x[:2] if len(x) else x.new_zeros(2, *x.shape[1:])
-            return two, lambda net, inputs: class_scores(self.forward(net, inputs)), None
+            return two, lambda net, inputs: _no_probabilities(class_scores(self.forward(net, inputs))), None
         of_images = lambda net, inputs: _losses(self.loss_fn, self.forward(net, inputs), given, len(x))  # noqa: E731
         return x, of_images, self.forward
 
@@ -188,12 +188,12 @@ def _loss(outputs: Any, given: Any, passes: Passes, images: int) -> Tensor:
         signs = _signs((len(given), logits.shape[1]), logits, passes.draws)
         return (logits * score_directions(logits.detach(), parallel.local_part(signs))).sum()
     labels = parallel.local_part(given).long()
-    if len(labels) and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+    try:
+        return F.cross_entropy(logits, labels, reduction="sum")
+    except IndexError as error:
         raise UserError(
-            f"labels are from {labels.min()} to {labels.max()}, but the network has {logits.shape[1]} scores: give "
-            f"classes from 0 on"
-        )
-    return F.cross_entropy(logits, labels, reduction="sum")
+            f"the labels are no classes from 0 to {logits.shape[1] - 1} ({error}): give such labels"
+        ) from error
 
 
 def _losses(loss_fn: LossFn, outputs: Any, given: Any, images: int) -> Tensor:
@@ -218,20 +218,21 @@ def class_scores(outputs: Any) -> Tensor:
                 "the network returns one score for each image, of which a softmax is always 1: give loss_fn=, for "
                 "example binary_cross_entropy_with_logits(scores.squeeze(1), labels.float(), reduction='none')"
             )
-        if (
-            len(outputs)
-            and (outputs >= 0).all()
-            and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3)
-        ):
-            raise UserError(
-                "the network returns probabilities, but classification needs the scores before the softmax: leave the "
-                "softmax out, or give logits=lambda p: p.log()"
-            )
         return outputs
     raise UserError(
         f"the network returns {kind_of(outputs)}, but classification needs scores [N, classes]: pick them with "
         "logits=, or give loss_fn= for another task"
     )
+
+
+def _no_probabilities(scores: Tensor) -> Tensor:
+    """The scores, checked; a GPU would wait for this, so it is done once."""
+    if (scores >= 0).all() and torch.allclose(scores.sum(dim=1), scores.new_ones(()), atol=1e-3):
+        raise UserError(
+            "the network returns probabilities, but classification needs the scores before the softmax: leave the "
+            "softmax out, or give logits=lambda p: p.log()"
+        )
+    return scores
 
 
 def score_directions(logits: Tensor, signs: Tensor) -> Tensor:

@@ -270,7 +270,7 @@ def lazy() -> nn.Module:
         (lambda: nn.Sequential(small(), nn.Softmax(1)), images, {}, "the network returns probabilities"),
         (small, lambda: [(x, y[:5]) for x, y in images()], {}, "a batch has 8 inputs and 5 labels"),
         (small, lambda: [(x, y - 1) for x, y in images()], {"fisher_type": "empirical"},
-         "labels are from -1 to 2, but the network has 4 scores"),
+         "the labels are no classes from 0 to 3"),
         (lambda: WithoutGradients(), images, {}, r"take @torch.no_grad\(\) away"),
         (lambda: Rare(), images, {"loss_fn": lambda out, y: F.cross_entropy(out, y, reduction="none")},
          "some batches do not reach layer side, as of networks that leave out layers at random"),
