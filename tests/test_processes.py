@@ -88,6 +88,8 @@ def test_the_three_stages(two, shapes: Path, tmp_path: Path, monkeypatch: pytest
             # size for gradients of any size.
             tolerance = TOLERANCE if stage == "sp" else {"rtol": 2e-3, "atol": 3e-3}
             assert_close(a["weights"], b["weights"], f"{stage}.{name}", **tolerance)
+            for checkpoint in (a, b):  # a digest, which rounding changes
+                checkpoint["progress"].pop("source_weights")
             assert_close(a["progress"], b["progress"], f"{stage}.{name}", **TOLERANCE)
             if name == LAST:
                 # Momentum is of the size of gradients, a hundred times that of the steps that the weights have taken.
