@@ -226,8 +226,7 @@ def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:
         run.picture(name, figure)
     routing = what_is_known(done, predictions, labels)
     routing["answered_by_class"] = by_class(answered_by_class(done, labels, len(classes)), classes)
-    with run.going_on_without("routing.json"):
-        write_json(run.path / "routing.json", routing)
+    write_json(run.path / "routing.json", routing)
     shown = {
         key: "–" if value is None else f"{value:.2%}" for key, value in routing.items() if key != "answered_by_class"
     }

@@ -46,5 +46,4 @@ def record_routing(run: Run, best: Checkpoint, test: Images, floor: float, devic
         "run_shares": measured.run_shares,
         "run_shares_by_class": by_class(run_shares, classes),
     }
-    with run.going_on_without("routing.json"):
-        write_json(run.path / "routing.json", routing)
+    write_json(run.path / "routing.json", routing)

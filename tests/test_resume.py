@@ -18,14 +18,13 @@ from forks import ENVIRONMENT, Forked
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from torch import nn
 
-import main_sp
 from benchmarks import required
 from gating.fixing import BEFORE_FIXING
 from training import forward
 from utils import files, parallel
 from utils.errors import UserError
 from utils.runs.checkpoint import load_checkpoint, save_checkpoint
-from utils.runs.run import BEST, LAST, Run, find_last_run, open_run, stage_folder
+from utils.runs.run import BEST, LAST, Run, stage_folder
 
 # Where each stage is interrupted, first by a signal that it answers, then by a kill: in its first epoch, and later.
 INTERRUPTIONS = {
@@ -135,20 +134,6 @@ def test_other_classes_are_refused(copied: Path, tmp_path: Path):
         (data / part / "left").rename(data / part / "away")
     with pytest.raises(UserError, match=r"trained on 3 classes \(left, .*the data has 3 \(away"):
         call_stage("sp", [*arguments("sp", data, copied), "--resume"])
-
-
-def test_a_run_that_went_on_meanwhile_is_left_alone(copied: Path):
-    """Between reading where it stands and taking its lock."""
-    folder = run_folder(copied, "sp")
-    given = json.loads((folder / "arguments.json").read_text())
-    settings = main_sp.Settings(**{key: value for key, value in given.items() if key != "started"})
-    last = find_last_run(folder.parent, settings)
-    lines = (folder / "metrics.jsonl").read_bytes()
-    os.utime(folder / LAST, ns=(1, 1))
-    with pytest.raises(UserError, match="was continued by another process meanwhile: give the same command again"):
-        open_run(folder.parent, settings, last, True, {})
-    assert (folder / "metrics.jsonl").read_bytes() == lines
-    open_run(folder.parent, settings, find_last_run(folder.parent, settings), True, {}).close()
 
 
 @pytest.mark.parametrize("stage", ["pruned", "rl_pruned"])

@@ -27,22 +27,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def append(path: Path, content: bytes) -> None:
-    """Append ``content`` whole or not at all.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            while content:
-                content = content[file.write(content) :]
-        except OSError:
-            os.truncate(path, end)
-            raise
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON through a temporary file, so that a reader never sees half of it."""
     with atomic_write(path) as file:

@@ -4,8 +4,8 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,10 +18,10 @@ from tqdm import tqdm
 from models import is_own
 from utils import parallel
 from utils.errors import UserError
-from utils.files import append, atomic_write, write_json
+from utils.files import atomic_write, write_json
 from utils.runs.checkpoint import Checkpoint, load_checkpoint
 from utils.runs.tensorboard import Charts, TensorBoard
-from utils.settings import NOT_COMPARED, defaults
+from utils.settings import NOT_COMPARED
 
 LAST, BEST, LOCK, METRICS = "last.pt", "best.pt", ".lock", "metrics.jsonl"
 ARGUMENTS, LOG = "arguments.json", "log.txt"
@@ -36,7 +36,6 @@ class LastRun:
 
     path: Path
     checkpoint: Checkpoint
-    stamp: tuple[int, int]  # of the file it was read from
 
 
 def stage_folder(result_dir: str | Path, stage: str, data: str, network: str, depth: int) -> Path:
@@ -54,14 +53,11 @@ class Run:
     Of several processes only the first one writes.
     """
 
-    def __init__(self, path: Path, purge_after: int | None = None, stamp: tuple[int, int] | None = None):
-        self.path, self._board, self._lock, self._warned = path, None, None, set()
+    def __init__(self, path: Path, purge_after: int | None = None):
+        self.path, self._board, self._lock = path, None, None
         if not parallel.is_main_process():
             return
         self._lock = _reserved(path)
-        if stamp is not None and stamp != _stamp(path):
-            self.close()
-            raise UserError(f"{path} was continued by another process meanwhile: give the same command again")
         try:
             if purge_after is not None:
                 _trim(path / METRICS, purge_after)
@@ -95,21 +91,18 @@ class Run:
             return
         tqdm.write(message, file=sys.stdout)  # above a progress bar
         sys.stdout.flush()
-        with self.going_on_without(LOG):
-            append(self.path / LOG, f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n".encode())
+        _append(self.path / LOG, f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
     def record(self, step: int, values: Mapping[str, float], **notes: Any) -> None:
         """Append one line to ``metrics.jsonl``; ``values`` go to TensorBoard too, under their names."""
         if self._board is None:
             return
-        with self.going_on_without(METRICS):
-            append(self.path / METRICS, (json.dumps({"step": step, **notes, **values}) + "\n").encode())
-        with self.going_on_without("TensorBoard's events"):
-            self._board.scalars(values, step)
+        _append(self.path / METRICS, json.dumps({"step": step, **notes, **values}) + "\n")
+        self._board.scalars(values, step)
 
     def recorded(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``."""
-        return [line for _, line in _lines(self.path / METRICS)]
+        return [json.loads(line) for line in _lines(self.path / METRICS)]
 
     def picture(self, name: str, figure: Figure, step: int | None = None, number: int | None = None) -> None:
         """Keep a figure as ``name``.png in the folder and under Pictures in TensorBoard.
@@ -123,28 +116,18 @@ class Run:
         suffix = "" if number is None else f"_{number:02d}"
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=110)
-        with self.going_on_without("TensorBoard's events"):
-            self._board.picture(name, png.getvalue(), step)
-        with self.going_on_without("pictures"), atomic_write(self.path / f"{name}{suffix}.png") as file:
+        self._board.picture(name, png.getvalue(), step)
+        with atomic_write(self.path / f"{name}{suffix}.png") as file:
             file.write(png.getvalue())
 
     def results(self, table: str, values: Mapping[str, float]) -> None:
         """Show the run's results in TensorBoard: a table in Markdown, and ``values`` beside the hyperparameters."""
         if self._board is not None:
-            with self.going_on_without("TensorBoard's events"):
-                self._board.results(table, values)
-
-    @contextmanager
-    def going_on_without(self, what: str) -> Iterator[None]:
-        """Warn once if ``what`` cannot be written, and continue: no later step needs it."""
-        try:
-            yield
-        except OSError as error:
-            if what not in self._warned:
-                self._warned.add(what)
-                self.say(f"{what} in {self.path} cannot be written ({error.strerror or error}): continuing without it")
+            self._board.results(table, values)
 
     def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -171,15 +154,6 @@ def _reserved(path: Path) -> FileLock | None:
     except (OSError, NotImplementedError):
         return None
     return lock
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """What tells the present ``last.pt`` of a run from a later one: time and size."""
-    try:
-        found = (path / LAST).stat()
-        return found.st_mtime_ns, found.st_size
-    except OSError:
-        return 0, 0
 
 
 def started_runs(parent: Path) -> list[Path]:
@@ -209,10 +183,7 @@ def find_last_run(parent: Path, settings: Any) -> LastRun | None:
     """
     path = parallel.from_main_process(lambda: choose_run(parent, settings))
     try:
-        if path is None:
-            return None
-        stamp = _stamp(path)  # before its content
-        return LastRun(path, load_checkpoint(path / LAST), stamp)
+        return None if path is None else LastRun(path, load_checkpoint(path / LAST))
     except UserError as error:
         raise UserError(f"{error}; move {path} away, or start a new run without --resume") from error
 
@@ -225,7 +196,7 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
         charts: that TensorBoard shows several curves of a new run in.
     """
     if last is not None:
-        return Run(last.path, last.checkpoint.progress["step"], last.stamp)
+        return Run(last.path, last.checkpoint.progress["step"])
     earlier = started_runs(parent)
     run = Run.new(parent, asdict(settings), charts)
     if resume and not earlier:
@@ -239,50 +210,41 @@ def open_run(parent: Path, settings: Any, last: LastRun | None, resume: bool, ch
 
 
 def _differing(path: Path, settings: Any) -> str:
-    """The first setting whose value differs from that of the run, or that is gone; empty if there is none."""
-    try:
-        # A setting that is newer than the run has the default there.
-        before = {**defaults(type(settings)), **json.loads((path / ARGUMENTS).read_text())}
-    except (OSError, TypeError, ValueError) as error:
-        return f"{ARGUMENTS} cannot be read, {error}"
+    """The first setting whose value differs from that of the run; empty if there is none."""
+    before = json.loads((path / ARGUMENTS).read_text())
     for key, wanted in asdict(settings).items():
         if key not in NOT_COMPARED and before.get(key) != wanted:
             return f"{key}={before.get(key)!r}, not {wanted!r}"
-    gone = before.keys() - asdict(settings).keys() - {STARTED}
-    return f"{min(gone)}={before[min(gone)]!r}, a setting of another version" if gone else ""
+    return ""
 
 
 def _new_folder(parent: Path, arguments: Mapping[str, Any]) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    for attempt in itertools.count(1):
-        path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
-        try:
-            path.mkdir(parents=True)
-            write_json(path / ARGUMENTS, {**arguments, STARTED: datetime.now(timezone.utc).isoformat()})
-            return path
-        except FileExistsError:  # of a run that started in the same second
-            if parent.is_dir():
-                continue
-            error = f"{parent} is no folder"
-        except OSError as other:
-            error = str(other)
-        raise UserError(f"result folder {parent} cannot be written ({error}): choose another --result_dir")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in itertools.count(1):
+            path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+            with suppress(FileExistsError):  # of a run that started in the same second
+                path.mkdir()
+                write_json(path / ARGUMENTS, {**arguments, STARTED: datetime.now(timezone.utc).isoformat()})
+                return path
+    except OSError as error:
+        raise UserError(f"result folder {parent} cannot be written ({error}): choose another --result_dir") from error
 
 
-def _lines(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of ``metrics.jsonl``, raw and parsed; what is no line of a step, or was cut short, is left out."""
-    if not metrics.exists():
-        return
-    for line in metrics.read_text(errors="replace").splitlines(keepends=True):
-        with suppress(ValueError):
-            content = json.loads(line)
-            if line.endswith("\n") and isinstance(content, dict) and isinstance(content.get("step"), int):
-                yield line, content
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _lines(metrics: Path) -> list[str]:
+    """The lines of ``metrics.jsonl``; a last one that was cut short is left out."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 def _trim(metrics: Path, step: int) -> None:
     """Forget what was recorded after ``step``."""
-    if metrics.exists():
-        kept = [line for line, content in _lines(metrics) if content["step"] <= step]
-        with atomic_write(metrics) as file:
-            file.write("".join(kept).encode())
+    kept = [line for line in _lines(metrics) if json.loads(line)["step"] <= step]
+    with atomic_write(metrics) as file:
+        file.write("".join(kept).encode())
