@@ -12,7 +12,6 @@ from training.evaluate import Evaluator
 from training.norms import placed
 from utils import parallel
 from utils.data.images import Images
-from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.predecessors import relative_to_results
@@ -85,25 +84,15 @@ def report(result_dir: str | Path, run: Run, chosen: Chosen, test: Images, measu
     if not parallel.is_main_process():
         return record
     save_record(result_dir, record)  # first, so that a later failure cannot lose it
-    with results_locked(result_dir, run.say):
-        records = read_records(result_dir)
-        write_results(result_dir, records)
     run.say("measuring the exported networks")
-    files = {r["checkpoint"]: result_dir / r["checkpoint"] for r in latest_chain(records, record)}
+    files = {r["checkpoint"]: result_dir / r["checkpoint"] for r in latest_chain(read_records(result_dir), record)}
     speeds = measure_speeds(files, test[:: -(-len(test) // TIMED_IMAGES)].pixels.cpu())
+    record["chain_speeds"] = {name: speeds.get(name, NOT_MEASURED) for name in files}
+    record |= record["chain_speeds"][record["checkpoint"]]
+    save_record(result_dir, record)
     with results_locked(result_dir, run.say):
         records = read_records(result_dir)  # read again: other runs may have ended meanwhile
-        measured_now = [r for r in records if r["checkpoint"] in files]
-        for r in measured_now:
-            r.update(speeds.get(r["checkpoint"], NOT_MEASURED))
-            if r["checkpoint"] == record["checkpoint"]:
-                r["chain_speeds"] = {name: speeds.get(name, NOT_MEASURED) for name in files}
-            try:
-                save_record(result_dir, r)
-            except UserError as error:  # in a folder of another run, which may be read-only
-                run.say(f"{error}; the speeds of its network are kept with this run only")
         write_results(result_dir, records)
-    record = next((r for r in records if r["checkpoint"] == record["checkpoint"]), record)
     chain = latest_chain(records, record)
     run.say(f"\n{results_table(chain)}")
     shown = {"accuracy": shown_accuracy(record)} | {key: record[key] for key in SHOWN if record[key] is not None}

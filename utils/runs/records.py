@@ -15,7 +15,6 @@ from filelock import FileLock
 from utils.errors import UserError
 from utils.files import write_json
 from utils.runs.run import BEST, RECORD, age
-from utils.sizes import parse_size
 
 METHODS = {
     "sp": "w/o Pruning",
@@ -28,14 +27,6 @@ RESULTS, LOCK = "results.json", ".results.lock"
 PATIENCE = 60.0  # seconds to wait for a run that writes its results, which takes one or two
 NOT_MEASURED = {"latency_ms": None, "throughput": None}
 Record = dict[str, Any]
-NUMBER, NONE = (int, float), type(None)
-NEEDED = {  # to be shown in the table and the picture
-    "stage": str, "method": str, "dataset": str, "network": str, "depth": (int, str), "width": (int, str),
-    "accuracy": NUMBER, "gflops": NUMBER, "compression": NUMBER, "parameters": int, "computation": NUMBER,
-    "checkpoint": str, "source": (str, NONE), "selected_on": str, "points": list, "accuracy_every_block": NUMBER,
-    "within_budget": bool, "seed": int, "image_size": (int, str), "latency_ms": (*NUMBER, NONE),
-    "throughput": (*NUMBER, NONE),
-}  # fmt: skip
 
 
 def read_records(result_dir: Path) -> list[Record]:
@@ -44,9 +35,9 @@ def read_records(result_dir: Path) -> list[Record]:
     Raises:
         UserError: if a file cannot be read.
     """
-    paths = [path for stage in METHODS for path in result_dir.glob(f"{stage}/*/*/*/{RECORD}")]  # data set, network, run
-    found = [_content(path, (path.parent / BEST).relative_to(result_dir).as_posix()) for path in paths]
-    return sorted(found, key=lambda record: _age(result_dir, record))
+    paths = [path for stage in METHODS for path in sorted(result_dir.glob(f"{stage}/*/*/*/{RECORD}"))]
+    paths.sort(key=lambda path: age(path.parent))
+    return [_content(path, (path.parent / BEST).relative_to(result_dir).as_posix()) for path in paths]
 
 
 def save_record(result_dir: Path, record: Record) -> None:
@@ -83,16 +74,12 @@ def results_locked(result_dir: Path, say: Callable[[str], None]) -> Iterator[Non
         lock.release()
 
 
-def latest_chain(records: list[Record], last: Record | None = None) -> list[Record]:
-    """The newest record of one network and those of the stages it was made from, first stage first."""
+def latest_chain(records: list[Record], last: Record) -> list[Record]:
+    """A record and those of the stages that its network was made from, first stage first."""
     by_run = {Path(name).parent: record for record in records for name in record.get("renamed", ())}
     by_run |= {Path(record["checkpoint"]).parent: record for record in records}
-    chain = [last or records[-1]]
-    by_run.pop(Path(chain[0]["checkpoint"]).parent, None)
-    while chain[0]["source"] is not None:
-        earlier = by_run.pop(Path(chain[0]["source"]).parent, None)  # popped: no record leads back to itself
-        if earlier is None:
-            break
+    chain = [last]
+    while chain[0]["source"] and (earlier := by_run.get(Path(chain[0]["source"]).parent)):
         chain.insert(0, earlier)
     return chain
 
@@ -108,10 +95,8 @@ def chains(records: list[Record]) -> list[list[Record]]:
 
 
 def timed_together(chain: list[Record]) -> list[Record]:
-    """The records of a chain with the speeds that its last run measured for all; older records keep their own."""
-    together = chain[-1].get("chain_speeds")
-    if together is None:
-        return chain
+    """The records of a chain with the speeds that its last run measured for all."""
+    together = chain[-1].get("chain_speeds", {})
     return [r | next((together[name] for name in names(r) if name in together), NOT_MEASURED) for r in chain]
 
 
@@ -124,41 +109,11 @@ def _content(path: Path, checkpoint: str) -> Record:
     """The record in a file whose run has its network in ``checkpoint``: the run's folder may have been renamed."""
     try:
         record = json.loads(path.read_text())
-        if not isinstance(record, dict) or not record.keys() >= NEEDED.keys() or record["stage"] not in list(METHODS):
-            raise ValueError("it is no record of a run, or of another version of this program")
-        if isinstance(record.get("renamed"), str):  # as an earlier version wrote it
-            record["renamed"] = [record["renamed"]]
-        _check_values(record)
-        if record["checkpoint"] != checkpoint:
-            record |= {"renamed": names(record), "checkpoint": checkpoint}
-        return record
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): move it away, then run its stage with the same settings and --resume, "
             "which makes a new one"
         ) from None
-
-
-def _check_values(record: Record) -> None:
-    """Refuse values that neither the table nor the picture can show.
-
-    Raises:
-        ValueError: names the first one.
-    """
-    for key, kinds in NEEDED.items():
-        if not isinstance(record[key], kinds):
-            raise ValueError(f"{key} is {record[key]!r}")
-    parse_size(record["image_size"])
-    if not isinstance(record.get("renamed", []), list):
-        raise ValueError(f"renamed is {record['renamed']!r}")
-    measured, points = record.get("chain_speeds", {}), record["points"]
-    if not all(isinstance(point, dict) and point.keys() >= {"accuracy", "measured_on"} for point in points):
-        raise ValueError(f"points are {points!r}")
-    if not isinstance(measured, dict) or not all(isinstance(speeds, dict) for speeds in measured.values()):
-        raise ValueError(f"chain_speeds are {measured!r}")
-
-
-def _age(result_dir: Path, record: Record) -> tuple:
-    """Sort key: the time of the run's start, then what identifies the run."""
-    checkpoint = record["checkpoint"]
-    return age((result_dir / checkpoint).parent), list(METHODS).index(record["stage"]), checkpoint
+    if record["checkpoint"] != checkpoint:
+        record |= {"renamed": names(record), "checkpoint": checkpoint}
+    return record
