@@ -52,7 +52,7 @@ from utils.runs.checkpoint import (
     weights_digest,
 )
 from utils.runs.keeper import Keeper, Progress
-from utils.runs.predecessors import epochs_missing, source_of, source_path, trained_network
+from utils.runs.predecessors import has_ended, source_of, source_path, trained_network
 from utils.runs.run import BEST, Run, find_last_run, open_run, stage_folder
 from utils.settings import RESUME, Parser, load_settings
 
@@ -168,11 +168,8 @@ def first_network(settings: PruneSettings, data: DataSet, device: torch.device) 
 
 def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Checkpoint:
     """The network that is pruned, before pruning; logs if its training has not ended."""
-    path = source_path(start.source, settings.result_dir)
-    missing = epochs_missing(path)
-    if missing:
-        epochs = "1 epoch" if missing == 1 else f"{missing} epochs"
-        run.say(f"{start.source}: stage 1 still has {epochs} to train; rerun its command with --resume")
+    if not has_ended(source_path(start.source, settings.result_dir)):
+        run.say(f"{start.source}: stage 1 has not ended; rerun its command with --resume")
     return source_of(start, settings.result_dir)
 
 

@@ -1,11 +1,10 @@
 """What a run keeps: the best network so far, and everything that an interrupted run needs to continue."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from models import ResNet
-from utils.errors import UserError
 from utils.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.run import BEST, LAST, Run
 
@@ -22,8 +21,7 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for f in fields(self):  # what an older version did not save has its default
-            setattr(self, f.name, state.get(f.name, f.default))
+        vars(self).update(state)
 
 
 class Keeper:
@@ -64,21 +62,11 @@ class Keeper:
         save_checkpoint(self._last_path, replace(self._checkpoint(self.template.metrics), training=training))
 
     def resume(self, last: Checkpoint) -> None:
-        """Continue from where ``last`` was saved.
-
-        Raises:
-            UserError: if another version of this program saved it.
-        """
-        try:
-            self.network.load_state_dict(last.weights)
-            self.progress.load_state_dict(last.progress)
-            for name, item in self.stateful.items():
-                item.load_state_dict(last.training[name])
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f"{self._last_path} cannot be resumed ({type(error).__name__}: {error}): it was saved by another "
-                f"version, or is damaged; start a new run without --resume"
-            ) from error
+        """Continue from where ``last`` was saved."""
+        self.network.load_state_dict(last.weights)
+        self.progress.load_state_dict(last.progress)
+        for name, item in self.stateful.items():
+            item.load_state_dict(last.training[name])
 
     def best(self) -> Checkpoint:
         return load_checkpoint(self.best_path)

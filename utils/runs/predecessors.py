@@ -1,6 +1,5 @@
 """The networks that stages 2 and 3 start from: found in the result folder, or named."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -16,7 +15,7 @@ from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, weights_digest
 from utils.runs.records import RECORD
-from utils.runs.run import ARGUMENTS, BEST, LAST, age, stage_folder
+from utils.runs.run import BEST, LAST, age, stage_folder
 
 COMMANDS = {"sp": "main_sp.py", "pruned": "main_prune.py", "rl_pruned": "main_rl_prune.py"}
 NAMED = 5  # runs that a line names at most
@@ -95,13 +94,10 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
         pruned = load_checkpoint(path)
         _check(path, pruned, settings, data, switched=True)
         return _started_from(path, pruned, "rl_pruned", settings), []
-    found, unfit = _saved(settings, "pruned", data, BEST, switched=True)
-    single, unfit_single = _saved(settings, "pruned", data, "iteration_*.pt", switched=True)
-    if not found and not single:
-        raise _nothing_fits(settings, "pruned", data, unfit or unfit_single)
-    ended = [item for item in single if (item[0].parent / BEST).exists()]
-    pools = [_made_from(origin, found) + _made_from(origin, ended) for origin in _origins(found)]
-    pools += [_made_from(origin, single) for origin in _origins(single)]
+    found, unfit = _saved(settings, "pruned", data, BEST, "iteration_*.pt", switched=True)
+    if not found:
+        raise _nothing_fits(settings, "pruned", data, unfit)
+    pools = [_made_from(origin, part) for part in (_ended(found), found) for origin in _origins(part)]
     within = next(filter(None, (_within_budget(pool, settings.max_accuracy_drop) for pool in pools)), None)
     if within is None:
         raise UserError(
@@ -161,9 +157,13 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
     return found, [f"networks of {', '.join(runs)}", *_others(None, [], unfit, settings)]
 
 
+def has_ended(path: Path) -> bool:
+    """Whether the run that wrote a checkpoint has ended; one without a run's files beside it was put there by hand."""
+    return (path.parent / RECORD).exists() or not (path.parent / LAST).exists()
+
+
 def _ended(found: Found) -> Found:
-    """Those of runs that have ended."""
-    return [item for item in found if (item[0].parent / RECORD).exists() or epochs_missing(item[0]) == 0]
+    return [item for item in found if has_ended(item[0])]
 
 
 def _started_from(path: Path, source: Checkpoint, stage: str, settings: Any) -> Checkpoint:
@@ -173,18 +173,19 @@ def _started_from(path: Path, source: Checkpoint, stage: str, settings: Any) -> 
 
 
 def _saved(
-    settings: Any, stage: str, data: DataSet, name: str, switched: bool = False
+    settings: Any, stage: str, data: DataSet, *names: str, switched: bool = False
 ) -> tuple[Found, dict[Path, UserError]]:
-    """The checkpoints of a stage called ``name`` that fit, oldest run first, and for all others why not."""
+    """The checkpoints of a stage with one of the names that fit, oldest run first, and why the other runs do not."""
     folder = stage_folder(settings.result_dir, stage, data.name, settings.network, settings.depth)
+    paths = [path for name in names for path in sorted(folder.glob(f"*/{name}"))]
     found, unfit = [], {}
-    for path in sorted(folder.glob(f"*/{name}"), key=lambda path: (age(path.parent), path.name)):
+    for path in sorted(paths, key=lambda path: age(path.parent)):
         try:
             checkpoint = load_checkpoint(path)
             _check(path, checkpoint, settings, data, switched)
             found.append((path, checkpoint))
         except UserError as error:  # of a run that was abandoned, too
-            unfit[path] = error
+            unfit.setdefault(path.parent, error)
     return found, unfit
 
 
@@ -233,7 +234,9 @@ def _introduced(path: Path, checkpoint: Checkpoint, settings: Any) -> str:
 def _others(taken: Path | None, found: Found, unfit: dict[Path, UserError], settings: Any) -> list[str]:
     """A line on the runs that fit and were not taken, and one on those that do not fit, newest first."""
     fitting = [
-        _introduced(*item, settings) for item in reversed(found) if taken is None or item[0].parent != taken.parent
+        _introduced(path, checkpoint, settings)
+        for path, checkpoint in reversed(found)
+        if path.name == BEST and (taken is None or path.parent != taken.parent)
     ]
     unfitting = [f"{relative_to_results(path, settings.result_dir)} ({unfit[path]})" for path in reversed(unfit)]
     lines = []
@@ -255,21 +258,6 @@ def _made_from(origin: str | None, found: Found) -> Found:
 
 def _within_budget(found: Found, drop: float) -> Found:
     return [(path, c) for path, c in found if c.metrics["accuracy"] >= c.original["accuracy"] - drop - 1e-9]
-
-
-def epochs_missing(path: Path) -> int | None:
-    """Epochs that the run which wrote a checkpoint of stage 1 or 3 has yet to train, None where files are damaged.
-
-    A checkpoint without a run's files around it was put there by its user: 0.
-    """
-    last = path.parent / LAST
-    if not last.exists():
-        return None if (path.parent / ARGUMENTS).exists() else 0
-    try:
-        wanted = json.loads((path.parent / ARGUMENTS).read_text())["epochs"]
-        return max(0, wanted - load_checkpoint(last).progress["step"])
-    except (OSError, KeyError, TypeError, ValueError, UserError):
-        return None
 
 
 def relative_to_results(path: Path, result_dir: str | Path) -> str:
@@ -296,7 +284,7 @@ def source_of(start: Checkpoint, result_dir: str | Path) -> Checkpoint:
         UserError: if it has changed since the run began.
     """
     source = load_checkpoint(source_path(start.source, result_dir))
-    before = start.progress.get("source_weights")  # none in a run that begins, or of an earlier version
+    before = start.progress.get("source_weights")  # none in a run that begins
     if before and before != weights_digest(source):
         raise UserError(
             f"{start.source} has changed since this run began, so that it cannot be continued: start a new run without "
