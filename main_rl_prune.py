@@ -43,7 +43,7 @@ from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint, save_
 from utils.runs.keeper import Keeper, Progress
 from utils.runs.predecessors import pruned_network, source_of
 from utils.runs.run import BEST, Run, find_last_run, open_run, stage_folder
-from utils.settings import TrainingSettings, parse_flags, path_setting, setting, with_default
+from utils.settings import TrainingSettings, parse_flags, setting, with_default
 
 RECIPES = ("default", "published")
 RESCALING_IMAGES = 512  # training images that the switches' certainty is measured on
@@ -61,7 +61,7 @@ class Settings(TrainingSettings):
     epochs: int = with_default(TrainingSettings, "epochs", 100)
     lr: float = with_default(TrainingSettings, "lr", 0.001)
     bs: int = with_default(TrainingSettings, "bs", 256)
-    checkpoint: str = path_setting("", "checkpoint to start from; empty: the smallest of stage 2 within the budget")
+    checkpoint: str = setting("", "checkpoint to start from; empty: the smallest of stage 2 within the budget")
     alpha: float = setting(
         0.1, "initial reward for skipping every block, in nats of cross-entropy; then adjusted", low=0, high=1e6
     )

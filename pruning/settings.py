@@ -15,7 +15,6 @@ from utils.settings import (
     MOST_IMAGES,
     StageSettings,
     check_network,
-    path_setting,
     setting,
 )
 
@@ -73,7 +72,7 @@ class PruneSettings(Method, StageSettings):
 
     network: str = setting("resnet", check=check_network)
     width: int = setting(64, low=1, high=MOST_CHANNELS)
-    checkpoint: str = path_setting("")
+    checkpoint: str = setting("")
     mean: list = setting([])
     std: list = setting([])
     val_fraction: float = setting(0.1, low=0, below=1)
