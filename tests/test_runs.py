@@ -70,10 +70,11 @@ def test_a_temporary_file_of_a_killed_writer_is_overwritten(tmp_path: Path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path):
-    Run(tmp_path).close()
+    with Run(tmp_path) as run:
+        run.record(1, {"a": 1.0})
     with files_of_at_most(0), pytest.raises(UserError, match=f"run folder {tmp_path} cannot be written"):
-        Run(tmp_path, purge_after=0)
-    Run(tmp_path).close()  # and the folder is free again
+        Run(tmp_path, purge_after=1)
+    Run(tmp_path, purge_after=1).close()  # and the folder is free again
 
 
 def test_whatever_else_cannot_be_written_is_one_sentence(tmp_path: Path, capsys):

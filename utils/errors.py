@@ -1,14 +1,12 @@
 """Errors that a user can correct, and how a command reports them."""
 
 import errno
-import io
 import sys
 from collections.abc import Callable
 
 WITH_RESUME = "the same command with --resume"
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-TOO_LONG = errno.ENAMETOOLONG
 
 
 class UserError(Exception):
@@ -21,8 +19,6 @@ def run_command(main: Callable[[], None], goes_on: str | None = WITH_RESUME) -> 
     Args:
         goes_on: the command that continues from there; None if there is none.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may have what it cannot encode
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except UserError as error:
@@ -30,11 +26,10 @@ def run_command(main: Callable[[], None], goes_on: str | None = WITH_RESUME) -> 
     except KeyboardInterrupt:
         line, code = f"interrupted{kept(goes_on)}", 130
     except OSError as error:
-        if error.errno not in (*NOT_WRITABLE, TOO_LONG):
+        if error.errno not in NOT_WRITABLE:
             raise
         name, code = error.filename or "a file", 2
-        remedy = "choose a shorter name" if error.errno == TOO_LONG else "free disk space or fix permissions"
-        line = f"error: {name} cannot be written ({error.strerror}): {remedy}{kept(goes_on)}"
+        line = f"error: {name} cannot be written ({error.strerror}): free disk space or fix permissions{kept(goes_on)}"
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 

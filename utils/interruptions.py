@@ -3,7 +3,6 @@
 This is imported before everything else, so nothing here may take long to import.
 """
 
-import atexit
 import io
 import os
 import signal
@@ -37,7 +36,6 @@ def prepare(goes_on: str | None = WITH_RESUME) -> None:
         number = signal.Signals[name]
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, partial(_end, what + kept(goes_on)))
-    atexit.register(_ignore_signals)  # there is nothing left to end
 
 
 def _end(sentence: str, number: int, frame: FrameType | None) -> None:
@@ -46,15 +44,11 @@ def _end(sentence: str, number: int, frame: FrameType | None) -> None:
     An exception is of no use here.  Finalizers, callbacks and C++ code swallow it or turn it into another one, and a
     second signal would interrupt what the first has begun.
     """
-    _ignore_signals()
+    for name in ENDED_BY:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     with suppress(OSError):  # not ``print``, which may have been interrupted
         os.write(2, ("\n" * os.isatty(2) + f"{sentence}\n").encode())  # below a progress bar, where there is one
     os._exit(128 + number)
-
-
-def _ignore_signals() -> None:
-    for name in ENDED_BY:
-        signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 class _Output(io.FileIO):
@@ -68,11 +62,6 @@ class _Output(io.FileIO):
 
 
 def _keep_outputs() -> None:
-    for descriptor in range(3):  # one that was closed would become that of the next file that is opened
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the first that is free
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         encoding = getattr(getattr(sys, name), "encoding", "utf-8")
         output = io.BufferedWriter(_Output(descriptor, "wb", closefd=False))
