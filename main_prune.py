@@ -34,7 +34,6 @@ from utils.data.augment import Normalisation
 from utils.data.batches import (
     Splits,
     TrainingBatches,
-    batch_parts_by_process,
     check_batches,
     plain_batches,
     split_as_before,
@@ -197,7 +196,7 @@ def prune(stage: Stage, network: ResNet, progress: PruningProgress) -> ResNet | 
     fisher = splits.train[order[: settings.fisher_images]]
     cost = network_cost(network, settings.resize)
     passes = settings.passes(
-        lambda: batch_parts_by_process(fisher, settings.batch_size, normalisation), stage.randomness.draws,
+        lambda: plain_batches(fisher, settings.batch_size, normalisation, shared=True), stage.randomness.draws,
         every_block, say=stage.run.say,
     )  # fmt: skip
     pruned = prune_once(network, passes, cost=cost, goal=next_goal(stage, progress, cost), method=settings)

@@ -34,7 +34,7 @@ from training.optimisers import sgd
 from training.supervised import Supervision, supervised_epoch
 from utils import parallel
 from utils.data.augment import Normalisation
-from utils.data.batches import TrainingBatches, batch_parts_by_process, plain_batches, training_normalisation
+from utils.data.batches import TrainingBatches, plain_batches, training_normalisation
 from utils.data.images import ImageSet
 from utils.device import pick_device
 from utils.errors import UserError, run_command
@@ -92,7 +92,7 @@ def measured() -> dict:
     layers = prunable_layers(net)
     for kind in ("true", "empirical"):
         draws = torch.Generator().manual_seed(5)
-        pass_ = lambda: batch_parts_by_process(images(), 8, NORMALISATION)  # noqa: E731 - the last batch holds one image
+        pass_ = lambda: plain_batches(images(), 8, NORMALISATION, shared=True)  # noqa: E731 - the last batch holds one image
         passes = Passes(pass_, draws, kind, every_block)
         factors = collect_factors(net, layers, passes)
         bases = {name: eigenbasis(factor) for name, factor in factors.items()}

@@ -109,9 +109,9 @@ def half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [one_bit, half, Path.unlink])
 @pytest.mark.parametrize(
-    ("source", "name"), [(CIFAR100, "train"), (CIFAR100, "meta"), (CIFAR10, "data_batch_3"), (CIFAR10, "test_batch")]
+    ("source", "name", "damage"),
+    [(CIFAR100, "train", one_bit), (CIFAR100, "meta", Path.unlink), (CIFAR10, "data_batch_3", half)],
 )
 def test_a_folder_with_a_damaged_or_missing_file_is_refused(tmp_path, published, source, name, damage):
     folder = write(tmp_path, source)
@@ -119,24 +119,13 @@ def test_a_folder_with_a_damaged_or_missing_file_is_refused(tmp_path, published,
     assert f"{folder} lacks a file of {source.__name__} or has one that was changed" in refusal(tmp_path)
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, published: None, monkeypatch: pytest.MonkeyPatch):
-    folder = write(tmp_path, CIFAR10)
-
-    def denied(path: str, md5: str) -> bool:
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(cifar, "check_integrity", denied)
-    assert "CIFAR10 could not be read" in (message := refusal(tmp_path)) and f"{folder}/data_batch_1" in message
-
-
-@pytest.mark.parametrize("name", ["train", "test", "meta"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, published: None, name: str):
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, published: None):
     victim = tmp_path / "victim"
     hostile = pickle.dumps({"data": MakesAFolder(victim), "fine_labels": [0], "fine_label_names": []})
     pickle.loads(hostile)
     victim.rmdir()  # the test's own pickle is able to do harm
     folder = write(tmp_path, CIFAR100)
-    (folder / name).write_bytes(hostile)
+    (folder / "train").write_bytes(hostile)
     assert f"{folder} lacks a file" in refusal(tmp_path)
     assert not victim.exists()
 

@@ -146,11 +146,9 @@ def _splits(data: DataSet, set_aside: Tensor) -> Splits:
         identity={"set_aside": set_aside.unique(), **{part: digest(own) for part, own in used.items()}},
     )
     if len(splits.train) < 2:
-        copies = (
-            f" ({int((~kept).sum())} are validation images, too)" if data.val is not None and not kept.all() else ""
-        )
         raise UserError(
-            f"data {data.name} leaves {len(splits.train)} training images{copies}, but batch norms need two: add others"
+            f"data {data.name} leaves {len(splits.train)} training images that are no validation images, but batch "
+            f"norms need two: add others"
         )
     return splits
 
@@ -223,7 +221,7 @@ class TrainingBatches:
         crops = [draw_crops(len(group), self.generator, self.flip) for group in groups]
         local = [part(group) for group in groups]
         # Copied to a GPU at once for the epoch, since each copy waits for the GPU.
-        labels = _labels(images)[order.to(images.device)].split([len(group) for group in groups])
+        labels = images.labels.to(images.device)[order.to(images.device)].split([len(group) for group in groups])
         offsets, mirrored = torch.cat([part(crop) for crop in crops]).to(images.device).split([2, 1], dim=1)
         crops = (t.split([len(group) for group in local]) for t in (offsets, mirrored.squeeze(1) == 1))
         normalise = self.normalisation.on(images.device)
@@ -231,21 +229,15 @@ class TrainingBatches:
             yield normalise(crop_and_flip(pixels, *offset.unbind(1), mirror)), whole_labels
 
 
-def plain_batches(images: Images, batch_size: int, normalisation: Normalisation) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in their order, normalised and not augmented, with their labels."""
-    groups, labels = (t.split(batch_size) for t in (torch.arange(len(images)), _labels(images)))
-    yield from zip(map(normalisation.on(images.device), images.batches(groups)), labels, strict=True)
-
-
-def _labels(images: Images) -> Tensor:
-    """All labels, where batches are."""
-    return images.labels.to(images.device)
-
-
-def batch_parts_by_process(
-    images: Images, batch_size: int, normalisation: Normalisation
+def plain_batches(
+    images: Images, batch_size: int, normalisation: Normalisation, shared: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``plain_batches``, of each of which every process gets its part, as in training, with the labels of all."""
-    groups = [parallel.local_part(group) for group in torch.arange(len(images)).split(batch_size)]
-    batches = map(normalisation.on(images.device), images.batches(groups))
-    yield from zip(batches, _labels(images).split(batch_size), strict=True)
+    """The images in their order, normalised and not augmented, with their labels.
+
+    Args:
+        shared: every process gets its part of each batch, as in training, with the labels of all.
+    """
+    groups = torch.arange(len(images)).split(batch_size)
+    local = [parallel.local_part(group) for group in groups] if shared else groups
+    labels = images.labels.to(images.device).split(batch_size)
+    yield from zip(map(normalisation.on(images.device), images.batches(local)), labels, strict=True)

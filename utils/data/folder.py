@@ -24,7 +24,7 @@ from utils.data import memory
 from utils.data.cifar import CIFAR_FOLDERS, read_cifar
 from utils.data.identity import fingerprints, first_copies, stratified_split
 from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, read_image
-from utils.data.listing import check_classes, find_classes, find_files, find_parts, folder_name, notes_on
+from utils.data.listing import check_classes, find_classes, find_files, find_parts, notes_on
 from utils.errors import UserError
 from utils.sizes import Size, height_width
 
@@ -84,7 +84,7 @@ def load_data(
 def _load(root: Path, image_type: str, size: Size, workers: int, download: bool, val: Path | None) -> DataSet:
     if val is not None and not val.is_dir():
         raise UserError(f"val_dir {val} is not a folder: name one with a folder of images for each class, or none")
-    name = folder_name(root.resolve())
+    name = root.resolve().name
     cifar = [folder for folder in CIFAR_FOLDERS.values() if (root / folder).is_dir()]
     parts, others = find_parts(root)
     if "train" not in parts and (cifar or (download and not parts)):
@@ -156,15 +156,8 @@ def _decoded(folder: Path, files: list[Path], labels: Tensor, size: Size, worker
     with ThreadPoolExecutor(max(1, workers)) as pool:
         decoded = pool.map(lambda path: read_image(path, size), files)
         try:
-            bar = tqdm(
-                decoded,
-                f"reading {folder}",
-                len(files),
-                leave=False,
-                disable=parallel.hide_progress_bar(),
-                unit="image",
-            )
-            for i, image in enumerate(bar):
+            hide = parallel.hide_progress_bar()
+            for i, image in enumerate(tqdm(decoded, f"reading {folder}", len(files), leave=False, disable=hide)):
                 pixels[i] = image.transpose(2, 0, 1)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -19,7 +19,6 @@ from utils.data.memory import fits_on
 from utils.errors import UserError
 from utils.sizes import Size, height_width
 
-BITS_PER_SAMPLE = 258  # tag of a TIFF
 SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit images Pillow may give 32 bits per pixel
 AHEAD = 3  # batches that are fetched while one is trained on
 
@@ -168,11 +167,10 @@ def read_image(path: str | Path, size: Size) -> np.ndarray:
         UserError: if the file cannot be decoded to its end, or has pixels whose white is not known.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError("it is no file")  # a pipe would never end
         with Image.open(path) as image:
             image.load()
-            _turn_upright(image)
+            with suppress(Exception):  # damaged EXIF data have no orientation; the pixels may still be fine
+                ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(in_rgb(image, size))
     except Exception as error:  # decoders raise many kinds of errors
         found = str(error) or type(error).__name__
@@ -181,22 +179,15 @@ def read_image(path: str | Path, size: Size) -> np.ndarray:
         ) from error
 
 
-def _turn_upright(image: Image.Image) -> None:
-    with suppress(Exception):  # damaged EXIF data have no orientation; the pixels may still be fine
-        ImageOps.exif_transpose(image, in_place=True)
-
-
 def in_rgb(image: Image.Image, size: Size) -> Image.Image:
     """The image in 8-bit RGB and of this size; what is transparent shows white.
 
     Raises:
         ValueError: for 32 bits per pixel, integers or floats: files do not say which value is white.
     """
-    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
-    if image.mode.startswith("I;16") and bits[0] not in (1, 8, 16):
-        raise ValueError(f"it has {bits[0]} bits per pixel: 8 or 16 are needed")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS_AS_I):
-        image = _eight_bits(image)
+        # ``convert`` would clip at 255 instead of taking the upper 8 of 16 bits.
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per pixel, and nothing says which value is white: 8 or 16 bits are needed")
     if image.has_transparency_data:
@@ -205,11 +196,3 @@ def in_rgb(image: Image.Image, size: Size) -> Image.Image:
     image = image.convert("RGB")
     height, width = height_width(size)
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper 8 of 16 bits per pixel: ``convert`` would clip at 255 instead of scaling."""
-    values = np.asarray(image).astype(np.uint32)
-    pixels = (values >> 8).clip(0, 255).astype(np.uint8)
-    pixels[values == image.info.get("transparency", -1)] = 255
-    return Image.fromarray(pixels)

@@ -1,7 +1,6 @@
 """The content of a data folder: its parts, their classes, their image files, and what is not read."""
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +56,7 @@ def find_classes(parts: dict[str, Path]) -> list[str]:
     Raises:
         UserError: if there is one only, or the parts differ.
     """
-    train = sorted(_class_folders(parts["train"]))
+    train = _class_names(parts["train"])
     if len(train) < 2:
         raise UserError(f"data folder {parts['train']} has one class, {train[0]}: a classifier needs two or more")
     for path in parts.values():
@@ -71,35 +70,16 @@ def check_classes(part: Path, classes: list[str], place: Path) -> None:
     Raises:
         UserError: names some that are in one of them only.
     """
-    odd = sorted(set(classes) ^ set(_class_folders(part)))
+    odd = sorted(set(classes) ^ set(_class_names(part)))
     if odd:
         raise UserError(f"classes differ between {place} and {part}: {', '.join(odd[:5])} are in only one of them")
 
 
-def _class_folders(part: Path) -> dict[str, list[Path]]:
-    """The folders of each class; names that differ only in their Unicode form (NFC, NFD) are one class."""
-    folders: dict[str, list[Path]] = {}
-    for path in part.iterdir():
-        if path.is_symlink() and not path.exists() and not path.name.startswith("."):
-            raise UserError(f"{path} is a link to something that is not there: restore that, or remove the link")
-    for path in sorted(filter(_is_folder, part.iterdir())):
-        folders.setdefault(unicodedata.normalize("NFC", folder_name(path)), []).append(path)
-    if not folders:
+def _class_names(part: Path) -> list[str]:
+    names = sorted(path.name for path in part.iterdir() if _is_folder(path))
+    if not names:
         raise UserError(f"data folder {part} has no class folders: it needs one folder of images for each class")
-    return folders
-
-
-def folder_name(path: Path) -> str:
-    """The name of a folder, as it appears in results, pictures and checkpoints.
-
-    Raises:
-        UserError: if it is not UTF-8.
-    """
-    try:
-        path.name.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the name of folder {str(path)!a} is not UTF-8: rename it") from None
-    return path.name
+    return names
 
 
 def find_files(part: Path, classes: list[str], image_type: str, left_out: Counter[str]) -> tuple[list[Path], Tensor]:
@@ -112,13 +92,12 @@ def find_files(part: Path, classes: list[str], image_type: str, left_out: Counte
     """
     files: list[Path] = []
     labels: list[int] = []
-    folders = _class_folders(part)
     for label, name in enumerate(classes):
-        found = [path for folder in folders[name] for path in _images_below(folder, image_type, left_out)]
+        found = list(_images_below(part / name, image_type, left_out))
         if not found:
             suffixes = IMAGE_TYPES[image_type]
             kind = "image" if image_type == "any" else " or ".join(suffixes)
-            raise UserError(f"class folder {folders[name][0]} holds no {kind} file: add images or change --img_type")
+            raise UserError(f"class folder {part / name} holds no {kind} file: add images or change --img_type")
         files += found
         labels += [label] * len(found)
     outside = sum(path.is_file() and not path.name.startswith(".") for path in part.iterdir())
@@ -132,16 +111,7 @@ def _images_below(folder: Path, image_type: str, left_out: Counter[str]) -> Iter
     def refused(error: OSError) -> None:
         raise error
 
-    def walked() -> Iterator[tuple[str, list[str]]]:
-        seen: set[str] = set()
-        for inside, folders, names in os.walk(folder, onerror=refused, followlinks=True):
-            if os.path.realpath(inside) in seen:  # a link led back
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(inside))
-            yield inside, names
-
-    for inside, names in sorted(walked()):
+    for inside, _, names in sorted(os.walk(folder, onerror=refused, followlinks=True)):
         if any(part.startswith(".") for part in Path(inside).relative_to(folder).parts):
             continue
         for name in sorted(names):
