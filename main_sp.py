@@ -23,7 +23,6 @@ from training.report import Chosen, report
 from training.scalars import EPOCH_CHARTS, epoch_line, epoch_scalars
 from training.supervised import Supervision, supervised_epoch
 from utils import parallel
-from utils.data.augment import Normalisation
 from utils.data.batches import (
     Splits,
     TrainingBatches,
@@ -35,8 +34,8 @@ from utils.data.batches import (
 from utils.data.folder import DataSet, load_data
 from utils.device import Randomness, device_text, pick_device, pick_precision
 from utils.errors import run_command
-from utils.flops import NetworkCost, network_cost
-from utils.runs.checkpoint import Checkpoint, check_data, data_entry, plain_normalisation
+from utils.flops import network_cost
+from utils.runs.checkpoint import check_data, first_checkpoint
 from utils.runs.keeper import Keeper, Progress
 from utils.runs.run import LastRun, find_last_run, open_run, stage_folder
 from utils.settings import MOST_CHANNELS, TrainingSettings, parse_flags, setting
@@ -90,7 +89,7 @@ def main() -> None:
             run.say(note)
         run.say(f"{settings.network}{settings.depth}: {cost.parameters:,} parameters, {cost.flops:,} FLOPs per image")
         progress = Progress()
-        start = first_checkpoint(settings, data, splits, normalisation, cost)
+        start = first_checkpoint(settings, network, data, splits, normalisation, cost)
         keeper = Keeper(run, start, network, progress, {"optimiser": optimiser, "random": randomness})
         if last:
             keeper.resume(last.checkpoint)
@@ -125,23 +124,6 @@ def split_for(settings: Settings, data: DataSet, last: LastRun | None) -> Splits
         return split_data(data, settings.val_fraction, settings.seed)
     check_data(last.checkpoint, data, settings.resize)
     return split_as_before(data, last.checkpoint.data, resumed=True)
-
-
-def first_checkpoint(
-    settings: Settings, data: DataSet, splits: Splits, normalisation: Normalisation, cost: NetworkCost
-) -> Checkpoint:
-    """The entries that all checkpoints of the run share."""
-    return Checkpoint(
-        stage="sp",
-        architecture={},  # the keeper fills in what belongs to the network
-        weights={},
-        normalisation=plain_normalisation(normalisation),
-        classes=list(data.classes),
-        data=data_entry(settings, data.name, splits.identity),
-        metrics={"accuracy": 0.0, "computation": 1.0},
-        original={"accuracy": 0.0, "parameters": cost.parameters, "flops": cost.flops},
-        seed=settings.seed,
-    )
 
 
 if __name__ == "__main__":

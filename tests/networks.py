@@ -4,6 +4,7 @@ import copy
 import functools
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from models import ResNet, build_network
 from models.edits import DEPTHWISE, TUCKER
 from utils.data.augment import Normalisation
-from utils.runs.checkpoint import Checkpoint, plain_normalisation, save_checkpoint
+from utils.runs.checkpoint import Checkpoint, save_checkpoint
 
 # Of every form: both sides, one side, a wide rotation, a strided core, a 1x1 shortcut, a depthwise core.
 RANKS = {
@@ -108,7 +109,7 @@ def checkpoint_of(network: nn.Module, stage: str = "rl_pruned", size: int = 16, 
         "architecture": network.architecture,
         "weights": network.state_dict(),
         "seed": 0,
-        "normalisation": plain_normalisation(NORMALISATION),
+        "normalisation": asdict(NORMALISATION),
         "classes": list(string.ascii_lowercase[: network.architecture.get("num_classes")]),
         "data": {"name": "shapes", "image_size": size, "flip": True, "val_fraction": 0.1, "split_seed": 0, **IDENTITY},
         "metrics": {"accuracy": 0.5, "computation": 0.5},

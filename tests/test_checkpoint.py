@@ -5,7 +5,7 @@ import pickle
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ from models import ResNet, build_network
 from scripts import keep
 from utils.data.augment import Normalisation
 from utils.errors import UserError
-from utils.runs.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_network, plain_normalisation
+from utils.runs.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_network
 from utils.runs.checkpoint import save_checkpoint as save
 
 
@@ -39,7 +39,7 @@ def trained(network: ResNet) -> Checkpoint:
     optimiser.step()
     training = {"optimiser": optimiser.state_dict(), "random": {"data": torch.Generator().get_state()}}
     more = {"training": training, "metrics": {"accuracy": 2 / 3, "computation": 0.9}, "source": "sp/best.pt", "seed": 5}
-    more["normalisation"] = plain_normalisation(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6)))
+    more["normalisation"] = asdict(Normalisation((0.1, 0.2, 1 / 3), (0.4, 0.5, 0.6)))
     return checkpoint_of(network, "pruned", 8, progress={"step": 4, "fewest": float("inf")}, **more)
 
 

@@ -1,7 +1,5 @@
 """Distillation from the network that training started from, or from the network before pruning."""
 
-import copy
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,16 +35,16 @@ def distillation_loss_fn(teacher: ResNet, weight: float, precision: torch.dtype 
     """``distillation_loss`` as the epochs of training take it (``training.supervised``, ``gating.reinforce``).
 
     Args:
-        teacher: copied; the copy runs in evaluation mode, with every block run.
+        teacher: from now on it is in evaluation mode and has no gate: every block runs.
         weight: of the distillation in the loss.
         precision: of the teacher's convolutions and matrix products, from ``utils.device.pick_precision``.
     """
-    followed = copy.deepcopy(teacher).eval()
-    followed.gate = None
+    teacher.eval()
+    teacher.gate = None
 
     def loss_fn(x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), mixed_precision(x.device, precision):
-            target = followed(x).logits
+            target = teacher(x).logits
         return distillation_loss(logits, target.float(), labels, weight)
 
     return loss_fn

@@ -77,8 +77,7 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     Raises:
         UserError: if this is other data, or if fewer than two images are left to train on.
     """
-    if why := other_data(data, known, "start a new run without --resume" if resumed else "start with stage 1 again"):
-        raise UserError(why)
+    check_images(data, known)
     splits = _splits(data, known["set_aside"])
     notes = [*splits.notes]
     if data.val is not None and splits.val_is_test:
@@ -103,25 +102,26 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     return replace(splits, notes=tuple(notes))
 
 
-def other_data(data: DataSet, known: Mapping[str, Any], instead: str = "start with stage 1 again") -> str:
-    """Why this is not the data of a checkpoint's network; empty if it may be.
+def check_images(data: DataSet, known: Mapping[str, Any]) -> None:
+    """Refuse data whose test or validation images are not those of a checkpoint's network.
 
     Args:
         known: the data's entry in the checkpoint.
-        instead: of using the same data.
+
+    Raises:
+        UserError: says which.
     """
     if digest(data.fingerprints["test"]) != known["test"]:
-        return (
+        raise UserError(
             f"the test images of data {data.name} are not those that the checkpoint's run had (other files, or decoded "
-            f"by another version of Pillow): use the same data, or {instead}"
+            f"by another version of Pillow): use the same data, or start again with stage 1"
         )
     missing, count = _missing(data, known["set_aside"]), len(known["set_aside"])
     if 2 * missing > count:
-        return (
+        raise UserError(
             f"data {data.name} lacks {missing} of the {count} images that the checkpoint's run set aside for "
-            f"validation: use the same data and val_dir, or {instead}"
+            f"validation: use the same data and val_dir, or start again with stage 1"
         )
-    return ""
 
 
 def _missing(data: DataSet, set_aside: Tensor) -> int:

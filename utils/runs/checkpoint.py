@@ -15,6 +15,7 @@ from torch import Tensor
 from models import ResNet, build_network
 from utils import parallel
 from utils.data.augment import Normalisation
+from utils.data.batches import Splits
 from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -143,27 +144,32 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> ResNet
     return load_checkpoint(path).network().to(device)
 
 
-def plain_normalisation(normalisation: Normalisation) -> dict[str, list[float]]:
-    """The normalisation in a checkpoint's plain types."""
-    return {name: list(value) for name, value in asdict(normalisation).items()}
-
-
-def data_entry(settings: Any, name: str, identity: dict[str, Any]) -> dict[str, Any]:
-    """``Checkpoint.data`` of a new run.
+def first_checkpoint(
+    settings: Any, network: ResNet, data: DataSet, splits: Splits, normalisation: Normalisation, cost: NetworkCost
+) -> Checkpoint:
+    """That of a run of stage 1, before anything is measured.
 
     Args:
         settings: with ``resize``, ``no_flip``, ``val_fraction`` and ``seed``.
-        name: of the data set.
-        identity: of its images, see ``utils.data.batches.Splits``.
     """
-    return {
-        "name": name,
-        "image_size": settings.resize,
-        "flip": not settings.no_flip,
-        "val_fraction": settings.val_fraction,
-        "split_seed": settings.seed,
-        **identity,
-    }
+    return Checkpoint(
+        stage="sp",
+        architecture=network.architecture,
+        weights=network.state_dict(),
+        normalisation={key: list(values) for key, values in asdict(normalisation).items()},
+        classes=list(data.classes),
+        data={
+            "name": data.name,
+            "image_size": settings.resize,
+            "flip": not settings.no_flip,
+            "val_fraction": settings.val_fraction,
+            "split_seed": settings.seed,
+            **splits.identity,
+        },
+        metrics={"accuracy": 0.0, "computation": 1.0},
+        original={"accuracy": 0.0, "parameters": cost.parameters, "flops": cost.flops},
+        seed=settings.seed,
+    )
 
 
 def check_data(checkpoint: Checkpoint, data: DataSet, image_size: Size) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from models import is_own
 from utils import parallel
-from utils.data.batches import other_data
+from utils.data.batches import check_images
 from utils.data.folder import DataSet
 from utils.errors import UserError
 from utils.flops import network_cost
@@ -295,5 +295,4 @@ def source_of(start: Checkpoint, result_dir: str | Path) -> Checkpoint:
 
 def _check_data(checkpoint: Checkpoint, settings: Any, data: DataSet) -> None:
     check_data(checkpoint, data, settings.resize)
-    if why := other_data(data, checkpoint.data):
-        raise UserError(why)
+    check_images(data, checkpoint.data)
