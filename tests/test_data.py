@@ -227,6 +227,12 @@ def test_validation_images_of_another_folder(tmp_path: Path, parts: dict[str, in
     assert len(splits.train) == 12 and torch.equal(splits.val.pixels, data.val.pixels)
 
 
+def test_validation_images_inside_of_the_data_folder_are_not_said_to_be_left_out(tmp_path: Path):
+    data = write_shapes(tmp_path, {"train": 4, "test": 2, "dev": 3, "extra": 1})
+    found = read(data, val_dir=str(data / "dev"))
+    assert len(found.val) == 9 and found.notes == (f"folders in {data} that are not read: extra",)
+
+
 def test_wrong_folders_of_validation_images(tmp_path: Path):
     root = write_shapes(tmp_path / "data", {"train": 4, "test": 2})
     refused(root, f"val_dir {tmp_path / 'none'} is not a folder", val_dir=str(tmp_path / "none"))

@@ -111,6 +111,7 @@ def _load(root: Path, image_type: str, size: Size, workers: int, download: bool,
         parts["test"] = parts.pop("val")
     if val is not None:
         others += [parts["val"].name] if "val" in parts else []
+        others = [name for name in others if (root / name).resolve() != val.resolve()]
         parts["val"] = val
     classes = find_classes(parts)
     left_out: Counter[str] = Counter()
