@@ -8,7 +8,6 @@ are the same.
 
 import math
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +22,13 @@ from utils import parallel
 from utils.data import memory
 from utils.data.cifar import CIFAR_FOLDERS, read_cifar
 from utils.data.identity import fingerprints, first_copies, stratified_split
-from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, read_image
+from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb
 from utils.data.listing import check_classes, find_classes, find_files, find_parts, notes_on
 from utils.errors import UserError
 from utils.sizes import Size, height_width
 
 TEST_SHARE = 0.1  # of the training images, where a folder has no others
+BATCH = 64  # images that are decoded at once
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _load(root: Path, image_type: str, size: Size, workers: int, download: bool,
         aside, left_out = None, Counter()
         if val is not None:
             check_classes(val, list(classes), root)
-            aside = _decoded(val, *find_files(val, list(classes), image_type, left_out), size, workers)
+            aside = _in_memory(val, _streamed(*find_files(val, list(classes), image_type, left_out), size, workers))
         return DataSet(name, classes, train, aside, test, tuple(notes_on(val, [], left_out)))
     if not root.is_dir():
         raise UserError(
@@ -115,13 +115,12 @@ def _load(root: Path, image_type: str, size: Size, workers: int, download: bool,
         parts["val"] = val
     classes = find_classes(parts)
     left_out: Counter[str] = Counter()
-    found = {part: find_files(path, classes, image_type, left_out) for part, path in parts.items()}
-    needed = sum(len(files) for files, _ in found.values()) * 3 * math.prod(height_width(size))
-    limit = memory.HOST_SHARE * memory.available_memory() / parallel.local_world_size()
-    if needed > limit:
-        sets = {part: _streamed(*listed, size, workers) for part, listed in found.items()}
-    else:
-        sets = {part: _decoded(parts[part], *listed, size, workers) for part, listed in found.items()}
+    sets: dict[str, Images] = {
+        part: _streamed(*find_files(path, classes, image_type, left_out), size, workers) for part, path in parts.items()
+    }
+    needed = sum(map(len, sets.values())) * 3 * math.prod(height_width(size))
+    if needed <= memory.HOST_SHARE * memory.available_memory() / parallel.local_world_size():
+        sets = {part: _in_memory(parts[part], images) for part, images in sets.items()}
     notes = [f"data folder {root} already has images: --download does nothing"] if download else []
     if "test" not in sets:
         sets["train"], sets["test"] = _held_out(root, sets["train"])
@@ -152,18 +151,15 @@ def _streamed(files: list[Path], labels: Tensor, size: Size, workers: int) -> Fe
     return FetchedSet(ImageFiles(files, size, workers), torch.arange(len(files)), labels, torch.device("cpu"))
 
 
-def _decoded(folder: Path, files: list[Path], labels: Tensor, size: Size, workers: int) -> ImageSet:
-    pixels = np.empty((len(files), 3, *height_width(size)), dtype=np.uint8)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        decoded = pool.map(lambda path: read_image(path, size), files)
-        try:
-            hide = parallel.hide_progress_bar()
-            for i, image in enumerate(tqdm(decoded, f"reading {folder}", len(files), leave=False, disable=hide)):
-                pixels[i] = image.transpose(2, 0, 1)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return ImageSet(torch.from_numpy(pixels), labels)
+def _in_memory(folder: Path, images: FetchedSet) -> ImageSet:
+    """The images, decoded now."""
+    pixels = torch.empty((len(images), 3, *height_width(images.source.size)), dtype=torch.uint8)
+    groups = torch.arange(len(images)).split(BATCH)
+    hide = parallel.hide_progress_bar()
+    decoded = tqdm(images.batches(groups), f"reading {folder}", len(groups), leave=False, disable=hide)
+    for part, batch in zip(pixels.split(BATCH), decoded, strict=True):
+        part.copy_(batch)
+    return ImageSet(pixels, images.labels)
 
 
 def _resized(pixels: np.ndarray, size: Size) -> Tensor:
