@@ -9,7 +9,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     prepare()
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -321,7 +321,7 @@ def smallest_within_budget(
         run.say(
             "nothing was pruned, so the unpruned network is kept: no layer has a cheaper form, or the target is met"
         )
-    kept = {"source": start.source, "seed": start.seed, "progress": PruningProgress().state_dict(), "training": {}}
+    kept = {"source": start.source, "seed": start.seed, "progress": asdict(PruningProgress()), "training": {}}
     return replace(unpruned, stage="pruned", **kept), not iterations and not below
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-import main_rl_prune
-import main_sp
 from pruning.settings import PruneSettings
 from training.optimisers import scheduled
 from utils.errors import UserError
@@ -162,18 +160,3 @@ def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path: Path, t
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         load_settings(PruneSettings, path, [])
-
-
-@pytest.mark.parametrize("settings", [PruneSettings, main_sp.Settings, main_rl_prune.Settings])
-def test_every_integer_has_a_largest_value(settings: type):
-    for field in fields(settings):
-        if field.type is int:
-            assert field.name == "depth" or field.metadata["high"] is not None, field.name
-            with pytest.raises(UserError, match=f"^{field.name} "):
-                checked_settings(settings, {"data_dir": "data", field.name: 2**70})
-
-
-def test_a_file_in_utf_8_with_a_mark_of_its_order(tmp_path: Path):
-    path = tmp_path / "config.json"
-    path.write_bytes('{"data_dir": "données"}'.encode("utf-8-sig"))
-    assert load_settings(PruneSettings, path, []).data_dir == "données"

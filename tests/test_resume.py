@@ -98,12 +98,6 @@ def test_resuming_with_other_settings_starts_a_run_of_its_own(stage, changed, na
     assert len(list(stage_folder(copied, stage, "shapes", "resnet", 8).iterdir())) == 2
 
 
-def test_resuming_where_there_is_no_run_starts_one(shapes: Path, tmp_path: Path, capsys):
-    call_stage("sp", [*arguments("sp", shapes, tmp_path), "--epochs", "1", "--resume"])
-    assert "there is no run to continue in" in capsys.readouterr().out
-    assert (run_folder(tmp_path, "sp") / BEST).exists()
-
-
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_finished_run_only_reports_again(stage: str, copied: Path, shapes: Path):
     before = {path: path.read_bytes() for path in run_folder(copied, stage).glob("*.pt")}

@@ -62,13 +62,6 @@ def test_a_run_that_has_not_ended_goes_on_first(tmp_path: Path):
     assert choose_run(tmp_path, Two(lr=0.4)) is None
 
 
-def test_a_temporary_file_of_a_killed_writer_is_overwritten(tmp_path: Path):
-    (tmp_path / ".a.json.tmp").write_bytes(100 * b"half")
-    write_json(tmp_path / "a.json", [1])
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text()) == [1]
-
-
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path):
     with Run(tmp_path) as run:
         run.record(1, {"a": 1.0})

@@ -27,7 +27,6 @@ PATIENCE = timedelta(hours=2)
 
 T = TypeVar("T")
 
-
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -91,10 +90,7 @@ def _join() -> None:
         if local >= gpus:
             raise UserError(f"there is no GPU for process {local + 1} of this machine, which has {gpus}: start fewer")
         torch.cuda.set_device(local)
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes cannot reach each other ({error}): start them with torchrun") from error
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
 
 
 @contextmanager

@@ -201,11 +201,7 @@ def _kind(f: Field) -> type:
 def _flag_type(kind: type, name: str, rule: Mapping[str, Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
-            value = text if rule["parse"] else kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
-        try:
-            return checked_value(name, value, rule)
+            return checked_value(name, text if rule["parse"] else kind(text), rule)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

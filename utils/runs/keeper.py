@@ -17,12 +17,6 @@ class Progress:
     best: list | None = None  # score of the best network so far, None before the first
     source_weights: str = ""  # ``weights_digest`` of the network that the run started from
 
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
 
 class Keeper:
     """Writes ``best.pt`` and ``last.pt`` of a run, and restores from them.
@@ -64,7 +58,7 @@ class Keeper:
     def resume(self, last: Checkpoint) -> None:
         """Continue from where ``last`` was saved."""
         self.network.load_state_dict(last.weights)
-        self.progress.load_state_dict(last.progress)
+        vars(self.progress).update(last.progress)
         for name, item in self.stateful.items():
             item.load_state_dict(last.training[name])
 
@@ -81,6 +75,6 @@ class Keeper:
             weights=self.network.state_dict(),
             metrics=metrics,
             original=original,
-            progress=self.progress.state_dict(),
+            progress=asdict(self.progress),
             training={},
         )

@@ -53,9 +53,7 @@ def trained_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]
         UserError: if there is none that fits, or if the one named does not.
     """
     if settings.checkpoint:
-        path = Path(settings.checkpoint).expanduser()
-        trained = load_checkpoint(path)
-        _check(path, trained, settings, data)
+        path, trained = _named(settings, data)
         if 0 in trained.architecture.get("fixed_switches", {}).values():
             raise UserError(
                 f"checkpoint {path} is of stage 3, which has removed blocks, so its FLOPs cannot be compared: prune "
@@ -90,9 +88,7 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
         UserError: if there is none, or if the one named does not fit.
     """
     if settings.checkpoint:
-        path = Path(settings.checkpoint).expanduser()
-        pruned = load_checkpoint(path)
-        _check(path, pruned, settings, data, switched=True)
+        path, pruned = _named(settings, data, switched=True)
         return _started_from(path, pruned, "rl_pruned", settings), []
     found, unfit = _saved(settings, "pruned", data, BEST, "iteration_*.pt", switched=True)
     if not found:
@@ -155,6 +151,13 @@ def cascade_networks(settings: Any, data: DataSet) -> tuple[Found, list[str]]:
         )
     runs = dict.fromkeys(relative_to_results(path.parent, settings.result_dir) for path, _ in found)
     return found, [f"networks of {', '.join(runs)}", *_others(None, [], unfit, settings)]
+
+
+def _named(settings: Any, data: DataSet, switched: bool = False) -> tuple[Path, Checkpoint]:
+    path = Path(settings.checkpoint).expanduser()
+    checkpoint = load_checkpoint(path)
+    _check(path, checkpoint, settings, data, switched)
+    return path, checkpoint
 
 
 def has_ended(path: Path) -> bool:

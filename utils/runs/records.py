@@ -115,5 +115,5 @@ def _content(path: Path, checkpoint: str) -> Record:
             "which makes a new one"
         ) from None
     if record["checkpoint"] != checkpoint:
-        record |= {"renamed": names(record), "checkpoint": checkpoint}
+        record |= {"renamed": [record["checkpoint"]], "checkpoint": checkpoint}
     return record

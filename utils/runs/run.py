@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,7 +44,7 @@ def stage_folder(result_dir: str | Path, stage: str, data: str, network: str, de
     return Path(result_dir).expanduser() / stage / data / name
 
 
-class Run:
+class Run(AbstractContextManager):
     """One run's folder, open for writing.
 
     Files: ``arguments.json`` (the settings), ``log.txt``, ``metrics.jsonl`` (one line per step), TensorBoard events,
@@ -130,9 +130,6 @@ class Run:
             self._board.close()
         if self._lock is not None:
             self._lock.release()
-
-    def __enter__(self) -> "Run":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
