@@ -40,6 +40,32 @@ def test_memory_is_measured():
     assert 2**20 < memory.available_memory() < 2**50
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used", "cached"),
+    [
+        ("0::/slurm/job_7/step_0", "slurm/job_7", "memory.max", "memory.current", "inactive_file"),
+        ("4:memory:/slurm/job_7", "memory/slurm/job_7", "memory.limit_in_bytes", "memory.usage_in_bytes",
+         "total_inactive_file"),
+        ("0::/elsewhere", "", "memory.max", "memory.current", "inactive_file"),
+    ],
+    ids=["job, version 2", "job, version 1", "container"],
+)  # fmt: skip
+def test_the_limit_of_a_job_or_container_counts(tmp_path: Path, line, folder, limit, used, cached):
+    """By the kernel's documentation of control groups: limit less use, in which cached files do not count."""
+    group = tmp_path / "sys/fs/cgroup" / folder
+    (tmp_path / "proc/self").mkdir(parents=True)
+    group.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 900 kB\nMemAvailable:   100 kB\n")
+    assert memory.available_memory(tmp_path) == 102400
+    (tmp_path / "proc/self/cgroup").write_text(f"9:name=systemd:/\n{line}\n")
+    (group / limit).write_text("50000\n")
+    (group / used).write_text("30000\n")
+    (group / "memory.stat").write_text(f"active_file 7\n{cached} 4000\nunevictable 0\n")
+    assert memory.available_memory(tmp_path) == 24000
+    (group / limit).write_text("max\n")
+    assert memory.available_memory(tmp_path) == 102400
+
+
 def test_streamed_batches_equal_those_in_memory(shapes: Path, streamed):
     assert type(streamed.train) is FetchedSet
     assert torch.equal(streamed.train.pixels, loaded(shapes).train.pixels)
