@@ -77,7 +77,7 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     Raises:
         UserError: if this is other data, or if fewer than two images are left to train on.
     """
-    check_images(data, known)
+    vanished = check_images(data, known)
     splits = _splits(data, known["set_aside"])
     notes = [*splits.notes]
     if data.val is not None and splits.val_is_test:
@@ -91,7 +91,6 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
             f"the {' and '.join(changed)} images of data {data.name} have changed since this run began: put "
             f"those back, or start a new run without --resume"
         )
-    vanished = _missing(data, known["set_aside"])
     if vanished:
         notes.append(
             f"{vanished} of {len(known['set_aside'])} images that were set aside for validation are no longer in the "
@@ -102,11 +101,14 @@ def split_as_before(data: DataSet, known: Mapping[str, Any], resumed: bool = Fal
     return replace(splits, notes=tuple(notes))
 
 
-def check_images(data: DataSet, known: Mapping[str, Any]) -> None:
+def check_images(data: DataSet, known: Mapping[str, Any]) -> int:
     """Refuse data whose test or validation images are not those of a checkpoint's network.
 
     Args:
         known: the data's entry in the checkpoint.
+
+    Returns:
+        how many of the images that were set aside are no longer in the data, at most one half.
 
     Raises:
         UserError: says which.
@@ -116,17 +118,14 @@ def check_images(data: DataSet, known: Mapping[str, Any]) -> None:
             f"the test images of data {data.name} are not those that the checkpoint's run had (other files, or decoded "
             f"by another version of Pillow): use the same data, or start again with stage 1"
         )
-    missing, count = _missing(data, known["set_aside"]), len(known["set_aside"])
+    there = torch.isin(known["set_aside"], data.fingerprints["train" if data.val is None else "val"])
+    missing, count = int((~there).sum()), len(there)
     if 2 * missing > count:
         raise UserError(
             f"data {data.name} lacks {missing} of the {count} images that the checkpoint's run set aside for "
             f"validation: use the same data and val_dir, or start again with stage 1"
         )
-
-
-def _missing(data: DataSet, set_aside: Tensor) -> int:
-    """How many of the set-aside images (by fingerprint) are missing in the data."""
-    return int((~torch.isin(set_aside, data.fingerprints["train" if data.val is None else "val"])).sum())
+    return missing
 
 
 def _splits(data: DataSet, set_aside: Tensor) -> Splits:

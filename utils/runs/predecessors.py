@@ -93,7 +93,7 @@ def pruned_network(settings: Any, data: DataSet) -> tuple[Checkpoint, list[str]]
     found, unfit = _saved(settings, "pruned", data, BEST, "iteration_*.pt", switched=True)
     if not found:
         raise _nothing_fits(settings, "pruned", data, unfit)
-    pools = [_made_from(origin, part) for part in (_ended(found), found) for origin in _origins(part)]
+    pools = _by_origin(_ended(found)) + _by_origin(found)
     within = next(filter(None, (_within_budget(pool, settings.max_accuracy_drop) for pool in pools)), None)
     if within is None:
         raise UserError(
@@ -250,13 +250,10 @@ def _others(taken: Path | None, found: Found, unfit: dict[Path, UserError], sett
     return lines
 
 
-def _origins(found: Found) -> list[str | None]:
-    """The networks of stage 1 that some of stage 2 were made from, that of the newest run first."""
-    return list(dict.fromkeys(checkpoint.source for _, checkpoint in reversed(found)))
-
-
-def _made_from(origin: str | None, found: Found) -> Found:
-    return [(path, checkpoint) for path, checkpoint in found if checkpoint.source == origin]
+def _by_origin(found: Found) -> list[Found]:
+    """By the network of stage 1 that they were made from, that of the newest run first."""
+    origins = dict.fromkeys(checkpoint.source for _, checkpoint in reversed(found))
+    return [[item for item in found if item[1].source == origin] for origin in origins]
 
 
 def _within_budget(found: Found, drop: float) -> Found:

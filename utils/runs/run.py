@@ -155,7 +155,7 @@ def _reserved(path: Path) -> FileLock | None:
 
 def started_runs(parent: Path) -> list[Path]:
     """The runs below ``parent`` that can be continued, oldest first."""
-    return sorted((path for path in parent.glob("*") if (path / LAST).is_file()), key=age)
+    return sorted((path.parent for path in parent.glob(f"*/{LAST}") if (path.parent / ARGUMENTS).exists()), key=age)
 
 
 def age(path: Path) -> tuple[float, str]:
