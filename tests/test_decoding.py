@@ -1,5 +1,6 @@
 """Image files become pixels: modes, depths, orientation, size, and files that cannot be read."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,17 @@ def test_every_mode_becomes_rgb(tmp_path: Path, image: Image.Image, expected: tu
     pixels = read_image(write_image(tmp_path / "image.png", image), 8)
     assert pixels.dtype == np.uint8 and pixels.shape == (8, 8, 3)
     assert (pixels == expected).all()
+
+
+def test_12_bits_a_pixel_are_refused(tmp_path: Path):
+    """Pillow shows them as 16 bits of which the upper four are zero."""
+    values = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 96}  # tags of a TIFF, by number
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    path = tmp_path / "image.tif"
+    header = b"II*\0" + struct.pack("<I", 8 + 96)
+    path.write_bytes(header + bytes(96) + struct.pack("<H", len(values)) + entries + bytes(4))
+    with pytest.raises(UserError, match="it has 12 bits per pixel: 8 or 16 are needed"):
+        read_image(path, 8)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

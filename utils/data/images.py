@@ -19,6 +19,7 @@ from utils.data.memory import fits_on
 from utils.errors import UserError
 from utils.sizes import Size, height_width
 
+BITS_PER_SAMPLE = 258  # tag of a TIFF
 SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit images Pillow may give 32 bits per pixel
 AHEAD = 3  # batches that are fetched while one is trained on
 
@@ -185,6 +186,8 @@ def in_rgb(image: Image.Image, size: Size) -> Image.Image:
     Raises:
         ValueError: for 32 bits per pixel, integers or floats: files do not say which value is white.
     """
+    if getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,):  # which Pillow shows as 16, the upper four zero
+        raise ValueError("it has 12 bits per pixel: 8 or 16 are needed")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS_AS_I):
         # ``convert`` would clip at 255 instead of taking the upper 8 of 16 bits.
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))

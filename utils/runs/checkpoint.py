@@ -127,10 +127,10 @@ def weights_digest(checkpoint: Checkpoint) -> str:
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of this program, not a ``state_dict`` of a user's own network or anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of any other file; loading it says why
+        load_checkpoint(path)
+    except UserError:
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return True
 
 
 def load_network(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
