@@ -85,6 +85,14 @@ def test_streamed_batches_equal_those_in_memory(shapes: Path, streamed):
     assert training_normalisation(splits.train, 10) == normalisation_of(colour_histogram(expected.train.pixels))
 
 
+def test_passes_over_images_on_disk_show_their_progress(streamed, monkeypatch: pytest.MonkeyPatch):
+    shown = []
+    monkeypatch.setattr(images, "tqdm", lambda batches, title, count, **_: (shown.append((title, count)), batches)[1])
+    splits = split_data(streamed, 0.2, 3)
+    training_normalisation(splits.train, 10)
+    assert shown == [("identifying images", 1), ("identifying images", 1), ("measuring colours", 10)]
+
+
 def loaded(shapes: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "available_memory", lambda: float("inf"))

@@ -11,7 +11,7 @@ from utils import parallel
 from utils.data.augment import Normalisation, colour_histogram, crop_and_flip, draw_crops, normalisation_of
 from utils.data.folder import DataSet
 from utils.data.identity import digest, first_copies, stratified_split
-from utils.data.images import Images
+from utils.data.images import Images, with_progress
 from utils.errors import UserError
 
 PARTS = {"train": "training", "val": "validation", "test": "test"}
@@ -116,14 +116,14 @@ def check_images(data: DataSet, known: Mapping[str, Any]) -> int:
     if digest(data.fingerprints["test"]) != known["test"]:
         raise UserError(
             f"the test images of data {data.name} are not those that the checkpoint's run had (other files, or decoded "
-            f"by another version of Pillow): use the same data, or start again with stage 1"
+            f"by another version of Pillow): use the same data, or start with stage 1 again"
         )
     there = torch.isin(known["set_aside"], data.fingerprints["train" if data.val is None else "val"])
     missing, count = int((~there).sum()), len(there)
     if 2 * missing > count:
         raise UserError(
             f"data {data.name} lacks {missing} of the {count} images that the checkpoint's run set aside for "
-            f"validation: use the same data and val_dir, or start again with stage 1"
+            f"validation: use the same data and val_dir, or start with stage 1 again"
         )
     return missing
 
@@ -185,9 +185,9 @@ def check_batches(images: int, batch_size: int) -> None:
 
 def training_normalisation(images: Images, batch_size: int = 1024) -> Normalisation:
     """Mean and standard deviation of all images, each process counting its part of them."""
-    local = torch.arange(len(images))[parallel.local_slice(len(images))]
+    groups = parallel.local_part(torch.arange(len(images))).split(batch_size)
     counts = torch.zeros(3, 256, dtype=torch.int64)
-    for pixels in images.batches(local.split(batch_size)):
+    for pixels in with_progress(images.batches(groups), "measuring colours", groups):
         counts += colour_histogram(pixels).cpu()
     return normalisation_of(parallel.all_reduced(counts))
 

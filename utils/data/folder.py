@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from utils import parallel
 from utils.data import memory
 from utils.data.cifar import CIFAR_FOLDERS, read_cifar
 from utils.data.identity import fingerprints, first_copies, stratified_split
-from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb
+from utils.data.images import FetchedSet, ImageFiles, Images, ImageSet, in_rgb, with_progress
 from utils.data.listing import check_classes, find_classes, find_files, find_parts, notes_on
 from utils.errors import UserError
 from utils.sizes import Size, height_width
@@ -155,8 +154,7 @@ def _in_memory(folder: Path, images: FetchedSet) -> ImageSet:
     """The images, decoded now."""
     pixels = torch.empty((len(images), 3, *height_width(images.source.size)), dtype=torch.uint8)
     groups = torch.arange(len(images)).split(BATCH)
-    hide = parallel.hide_progress_bar()
-    decoded = tqdm(images.batches(groups), f"reading {folder}", len(groups), leave=False, disable=hide)
+    decoded = with_progress(images.batches(groups), f"reading {folder}", groups)
     for part, batch in zip(pixels.split(BATCH), decoded, strict=True):
         part.copy_(batch)
     return ImageSet(pixels, images.labels)

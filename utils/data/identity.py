@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils import parallel
-from utils.data.images import Images
+from utils.data.images import Images, with_progress
 
 BATCH = 1024
 
@@ -19,8 +19,8 @@ BATCH = 1024
 def fingerprints(images: Images) -> Tensor:
     """int64 [N]; several processes share the work, so that all of them have to call this."""
     found = torch.zeros(len(images), dtype=torch.int64)
-    own = torch.arange(len(images))[parallel.local_slice(len(images))]
-    for group, pixels in zip(own.split(BATCH), images.batches(own.split(BATCH)), strict=True):
+    groups = parallel.local_part(torch.arange(len(images))).split(BATCH)
+    for group, pixels in zip(groups, with_progress(images.batches(groups), "identifying images", groups), strict=True):
         digests = (hashlib.blake2b(image, digest_size=8).digest() for image in pixels.cpu().contiguous().numpy())
         found[group] = torch.from_numpy(np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64))
     return parallel.all_reduced(found)

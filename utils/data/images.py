@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
+from utils import parallel
 from utils.data.memory import fits_on
 from utils.errors import UserError
 from utils.sizes import Size, height_width
@@ -159,6 +161,11 @@ class FetchedSet:
 
 
 Images = ImageSet | FetchedSet
+
+
+def with_progress(batches: Iterator[Tensor], title: str, groups: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The batches of these groups, with a bar: to decode all images may take an hour."""
+    return tqdm(batches, title, len(groups), leave=False, disable=parallel.hide_progress_bar())
 
 
 def read_image(path: str | Path, size: Size) -> np.ndarray:
