@@ -163,16 +163,6 @@ def test_what_is_damaged_is_downloaded_again_whatever_the_folders_name(tmp_path:
     assert downloads == [CIFAR10.url]
 
 
-def test_a_folder_that_was_emptied_is_filled(tmp_path: Path, downloads: list[str]):
-    """What the message advises helps, even where the file with the classes is the damaged one."""
-    folder = write(tmp_path / "data", CIFAR10)
-    one_bit(folder / "batches.meta")
-    assert "delete its files and download them again with --download" in refusal(tmp_path / "data", download=True)
-    for path in folder.iterdir():
-        path.unlink()
-    assert list(load_data(str(tmp_path / "data"), "png", 32, 1, download=True).classes) == CLASSES[CIFAR10]
-
-
 @pytest.mark.parametrize("error", [URLError("no route to host"), OSError(28, "No space left on device")])
 def test_a_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError):
     def fail(*_: object, **__: object) -> None:

@@ -88,15 +88,6 @@ def test_of_epochs_with_the_same_accuracy_the_one_with_the_lowest_loss_is_kept(
     call_stage("sp", arguments("sp", shapes, tmp_path))
     losses = [line["Overview/loss_val"] for line in metrics(run_folder(tmp_path, "sp"))]
     assert load_checkpoint(run_folder(tmp_path, "sp") / BEST).progress["step"] == 1 + int(np.argmin(losses)) > 1
-    call_stage("pruned", arguments("pruned", shapes, tmp_path))
-    for i in (1, 2):
-        lines = [
-            x["Overview/loss_val"]
-            for x in metrics(run_folder(tmp_path, "pruned"))
-            if x["iteration"] == i and "Overview/loss_val" in x
-        ]
-        kept = load_checkpoint(run_folder(tmp_path, "pruned") / f"iteration_{i:02d}.pt").progress["epoch"]
-        assert kept in (0, 1 + int(np.argmin(lines)))
 
 
 def test_keys_and_types_of_the_results(chain: Path):
@@ -219,18 +210,6 @@ def test_a_result_folder_that_cannot_be_written(stage, chain, shapes, tmp_path, 
     assert "cannot be written" in error_line(stage, given, capsys)
 
 
-@pytest.mark.parametrize("stage", ["pruned", "rl_pruned"])
-def test_a_checkpoint_of_other_networks_or_classes(stage, chain, shapes, tmp_path, capsys):
-    source = source_of(chain, stage)
-    other = ["--set=depth=14"] if stage == "pruned" else ["--depth", "14"]
-    assert "has depth 8" in error_line(stage, [*arguments(stage, shapes, chain, source), *other], capsys)
-    data = write_shapes(tmp_path / "shapes", {"train": 4, "test": 2})
-    for part in ("train", "test"):
-        shutil.rmtree(data / part / "right")
-    line = error_line(stage, arguments(stage, data, chain, source), capsys)
-    assert "trained on 3 classes" in line and "the data has 2" in line
-
-
 @pytest.mark.parametrize(
     ("stage", "resumed"),
     [(stage, resumed) for stage in SCRIPTS for resumed in (True, False) if resumed or stage != "sp"],
@@ -288,12 +267,7 @@ def test_unknown_and_abbreviated_flags_are_refused(stage: str, shapes: Path, tmp
     assert long in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["--depth=2.5", "--depth=7", "--bs=1", "--epochs=0", "--lr=-1", "--lr=inf", "--lr=nan", "--momentum=1",
-     "--img_type=gif", "--schedule=linear", "--seed=-1", "--seed=99999999999999999999", "--val_fraction=1",
-     "--gate=big", "--num_workers=x", "--resize=4", "--network=vgg"],
-)  # fmt: skip
+@pytest.mark.parametrize("flag", ["--depth=2.5", "--bs=1", "--lr=nan", "--momentum=1", "--img_type=gif", "--resize=4"])
 def test_wrong_values_of_flags(flag: str, shapes: Path, tmp_path: Path, capsys):
     assert exit_code("sp", [*arguments("sp", shapes, tmp_path), flag]) == 2
     assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err

@@ -43,15 +43,10 @@ def test_keys_that_are_not_given_have_their_defaults(tmp_path: Path):
         ("depth=14", "depth", 14),
         ("lr=1e-3", "lr", 0.001),
         ("refit=false", "refit", False),
-        ("data_dir=some/where", "data_dir", "some/where"),
         ("data_dir=a=b", "data_dir", "a=b"),
-        ('checkpoint="first"', "checkpoint", "first"),
         ("checkpoint=1", "checkpoint", "1"),
-        ("checkpoint=null", "checkpoint", "null"),
         ("checkpoint=", "checkpoint", ""),
         ("img_type=PNG", "img_type", "png"),
-        ("fisher_type=empirical", "fisher_type", "empirical"),
-        ("schedule=step", "schedule", "step"),
         ('ignored_layers=["classifier"]', "ignored_layers", ["classifier"]),
     ],
 )  # fmt: skip
@@ -74,18 +69,11 @@ TYPES = {
     "str": [("data_dir", 3), ("data_dir", None), ("schedule", {"name": "step"}), ("schedule", ["step"])],
     "list": [("ignored_layers", "classifier")],
 }
-NAMES = {
-    "prune_ration": "prune_ratio", "LR": "lr", "batchsize": "batch_size", "epoch_end": "epochs_end",
-    "momentun": "momentum", "Prune_Ratio_Limt": "prune_ratio_limit", "scheduler_params": "schedule",
-}  # fmt: skip
+NAMES = {"prune_ration": "prune_ratio", "LR": "lr", "batchsize": "batch_size", "scheduler_params": "schedule"}
 CHOICES = [("criterion", "eigendamge", "eigendamage"), ("img_type", "jpgg", "jpg"), ("schedule", "linear", "cosine")]
 OUT_OF_RANGE = [
-    ("width", 0), ("resize", 7), ("batch_size", 1), ("num_workers", -1), ("lr", -0.1),
-    ("lr", float("inf")), ("lr", float("nan")), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9),
-    ("epochs_start", -1), ("prune_ratio", 1.0), ("prune_ratio", -0.1), ("prune_ratio_limit", 1),
-    ("fisher_images", 0), ("max_iter", 0), ("max_accuracy_drop", 1.1),
-    ("seed", -1), ("seed", 2**64),
-    ("round_to", 0), ("target_flops", -0.1),
+    ("width", 0), ("resize", 7), ("batch_size", 1), ("lr", -0.1), ("lr", float("inf")), ("lr", float("nan")),
+    ("momentum", 1.0), ("weight_decay", -1e-9), ("prune_ratio", -0.1), ("max_accuracy_drop", 1.1), ("seed", 2**64),
 ]  # fmt: skip
 
 

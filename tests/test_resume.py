@@ -80,22 +80,14 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(shapes: Path, tmp_path: Pa
     assert "watch    tensorboard" in (run_folder(tmp_path, "sp") / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("stage", "changed", "named"),
-    [
-        ("sp", ["--epochs", "1"], "epochs=5, not 1"),
-        ("pruned", ["--set", "prune_ratio=0.4", "--set", "max_iter=1"], "prune_ratio=0.3, not 0.4"),
-        ("rl_pruned", ["--recipe", "published"], "recipe='default', not 'published'"),
-    ],
-)
-def test_resuming_with_other_settings_starts_a_run_of_its_own(stage, changed, named, copied, shapes, capsys):
+def test_resuming_with_other_settings_starts_a_run_of_its_own(copied: Path, shapes: Path, capsys):
     """Two seeds into one folder: each goes on with its own run, and the command is always the same."""
-    before = {path: path.read_bytes() for path in run_folder(copied, stage).glob("*.pt")}
-    call_stage(stage, [*arguments(stage, shapes, copied), *changed, "--resume"])
+    before = {path: path.read_bytes() for path in run_folder(copied, "sp").glob("*.pt")}
+    call_stage("sp", [*arguments("sp", shapes, copied), "--epochs", "1", "--resume"])
     said = capsys.readouterr().out
-    assert "no run in" in said and f"{named}): starting a new one" in said
+    assert "no run in" in said and "epochs=5, not 1): starting a new one" in said
     assert {path: path.read_bytes() for path in before} == before
-    assert len(list(stage_folder(copied, stage, "shapes", "resnet", 8).iterdir())) == 2
+    assert len(list(stage_folder(copied, "sp", "shapes", "resnet", 8).iterdir())) == 2
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
