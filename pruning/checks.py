@@ -1,21 +1,13 @@
 """What ``compress`` cannot work on, each refused in one sentence before anything is measured."""
 
-import numbers
-
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from models.edits import low_rank_layers
-from pruning.capture import Forward
-from pruning.changes import Report
 from pruning.survey import outermost
 from utils.errors import UserError
 from utils.flops import NetworkCost
-from utils.modes import copied, evaluation_mode
-
-REMEDY = "leave out what prevents this, such as a lock, or a hook that holds the network that it was made for"
+from utils.modes import copied
 
 
 def check_network(network: nn.Module) -> None:
@@ -38,34 +30,15 @@ def check_network(network: nn.Module) -> None:
             "the network, or a part of it, was compiled by torch.compile: give the original network, or "
             "network._orig_mod, and compile the result"
         )
-    parameters = [*network.parameters()]
-    if not parameters:
+    if not any(True for _ in network.parameters()):
         raise UserError("the network has no parameters: give one that is not quantised")
-    if any(is_lazy(p) for p in parameters):
-        raise UserError("the network has lazy layers without weights: run it on a batch first, and load its weights")
-    if any(p.is_meta for p in parameters):
-        raise UserError("the network is on the meta device, without values: load its weights first")
-    if any(p.is_inference() for p in parameters):
-        raise UserError("the network was made in torch.inference_mode(), so it has no gradients: make it outside")
     if any(layer is network for _, layer in outermost(network)):
         raise UserError("the network is a single layer, which has no place for its parts: give nn.Sequential(layer)")
-    if any(
-        "report" in names for names in (network._modules, network._parameters, network._buffers, dir(type(network)))
-    ):
-        raise UserError("the network has a part called report, where its copy keeps the table: rename that part")
-    if not isinstance(vars(network).get("report"), Report | None):
-        raise UserError("the network has an attribute called report, where its copy keeps the table: rename it")
-
-
-def check_functions(**given: object) -> None:
-    """Refuse what is not called as a function.
-
-    Raises:
-        UserError: names the keyword.
-    """
-    for name, function in given.items():
-        if function is not None and not callable(function):
-            raise UserError(f"{name} is {function!r}: give a function, or leave it out")
+    try:
+        copied(network)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"the network cannot be copied ({reason}): leave out what prevents this") from error
 
 
 def check_targets(flops: float | None, parameters: float | None, prune_ratio: float | None) -> None:
@@ -78,10 +51,10 @@ def check_targets(flops: float | None, parameters: float | None, prune_ratio: fl
         raise UserError("compress has no target: give flops= or parameters=, for example flops=0.5 for half")
     if prune_ratio is not None and (flops is not None or parameters is not None):
         raise UserError("prune_ratio stands instead of a target, but flops or parameters is given, too: leave one out")
-    if prune_ratio is not None and not (isinstance(prune_ratio, numbers.Real) and 0 <= prune_ratio < 1):
+    if prune_ratio is not None and not 0 <= prune_ratio < 1:
         raise UserError(f"prune_ratio is {prune_ratio!r}: give a share from 0 on and below 1, such as 0.3")
     for name, target in (("flops", flops), ("parameters", parameters)):
-        if target is not None and not (isinstance(target, numbers.Real) and (0 < target <= 1 or target > 100)):
+        if target is not None and not (0 < target <= 1 or target > 100):
             raise UserError(
                 f"{name} is {target!r}: give a share above 0 and up to 1, such as 0.5, or a number above 100"
             )
@@ -99,25 +72,3 @@ def check_used(network: nn.Module, cost: NetworkCost) -> None:
             f"the network does not call layer {', '.join(old)} after it was replaced, because a function or a tuple "
             f"holds the old one, or a new one is no nn.Conv2d: leave it as it is with ignored_layers={old}"
         )
-
-
-@torch.no_grad()
-def check_copy(network: nn.Module, x: Tensor, forward: Forward) -> None:
-    """Refuse a network that cannot be copied, or of which a copy computes something else.
-
-    Raises:
-        UserError: if one does, though the network itself computes the same twice.
-    """
-    with evaluation_mode(network):
-        first, again = (tree_leaves(forward(network, x.clone())) for _ in range(2))
-        forward(network, x.flip(0))  # so that features that it has kept, and the copy with it, are of other images
-    try:
-        copy = copied(network)
-        with evaluation_mode(copy):
-            found = tree_leaves(forward(copy, x.clone()))
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"a copy of the network cannot be made or run ({reason}): {REMEDY}") from error
-    for one, other, own in zip(first, again, found, strict=True):
-        if isinstance(one, Tensor) and torch.equal(one, other) and not torch.allclose(one, own, equal_nan=True):
-            raise UserError(f"a copy of the network does not compute the same: {REMEDY}")

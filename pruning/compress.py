@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
-from pruning.checks import check_copy, check_functions, check_network, check_targets, check_used
+from pruning.checks import check_network, check_targets, check_used
 from pruning.forms import form_costs
 from pruning.goals import Goal, as_target, check_near, nearest, shortfall
 from pruning.layers import rebuilt_layers
@@ -67,7 +67,6 @@ def compress(
     say, seed, prune_ratio = (settings.pop(key, default) for key, default in OWN_KEYWORDS.items())
     method = checked_settings(Method, settings)
     check_network(network)
-    check_functions(loss_fn=loss_fn, logits=logits, say=say)
     check_targets(flops, parameters, prune_ratio)
     if not callable(batches):
         loader, batches = batches, lambda: loader
@@ -77,7 +76,6 @@ def compress(
     passes = passes if say is None else replace(passes, say=say)
     with buffers_restored(network):
         x, _ = next(passes.on(network))
-        check_copy(network, x[:2], forward)
         cost = cost_on(network, x[:1], forward)
         targets = zip((flops, parameters), (cost.flops, cost.parameters), strict=True)
         limits = (target * whole if target is not None and target <= 1 else target for target, whole in targets)

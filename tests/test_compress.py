@@ -557,7 +557,6 @@ NOTHING = r"batches\(\) yields nothing: each call has to start a new pass"
         (Network, images, {"flops": 0}, "flops is 0: give a share above 0"),
         (Network, images, {"prune_ratio": 1, "flops": None}, "prune_ratio is 1: give a share from 0 on and below 1"),
         (Network, images, {"prune_ratio": 0.3}, "prune_ratio stands instead of a target, but flops"),
-        (Network, images, {"loss_fn": "ce"}, "loss_fn is 'ce': give a function"),
         (Network, lambda: [{"pixels": torch.zeros(2, 3, 8, 8)}], {},
          r"batches\(\) yields a dict, but \(inputs, labels\) is"),
         (Network, lambda: [torch.zeros(2, 3, 8, 8)], {}, r"batches\(\) yields a Tensor, but"),
