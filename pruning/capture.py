@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,9 +56,7 @@ class Passes:
             x, labels = _pair(batch)
             if self.loss_fn is None and not (isinstance(labels, Tensor) and labels.dim() == 1):
                 raise UserError("the labels of a batch are not a tensor [N] of classes: give loss_fn= for another task")
-            if self.loss_fn is None and parallel.world_size() == 1 and len(labels) != len(x):
-                raise UserError(f"a batch has {len(x)} inputs and {len(labels)} labels: give one label for each input")
-            yield x.to(device), labels.to(device) if isinstance(labels, Tensor) else labels
+            yield x.detach().to(device), labels.to(device) if isinstance(labels, Tensor) else labels
         if batch is None:
             raise UserError("batches() yields nothing: each call has to start a new pass over a few thousand images")
 
@@ -96,13 +93,8 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
         the number of images seen by all processes together.
     """
     seen = [0]  # images of the batch that is running
-    images, batches, times = 0, 0, Counter()
-
-    def counted(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
-        times[name] += 1
-        visit(name, layer, a, g)
-
-    shown = (layer.register_forward_hook(_show(n, counted, seen), with_kwargs=True) for n, layer in layers.items())
+    images = 0
+    shown = (layer.register_forward_hook(_show(n, visit, seen), with_kwargs=True) for n, layer in layers.items())
     with hooked(shown), differentiable(network, layers.values()) as starts:
         for x, given in passes.on(network):
             seen[0] = len(x)
@@ -111,15 +103,8 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
             outputs = passes.forward(network, x.clone())
             loss = _loss(outputs, given, passes, len(x))
             images += images_of(x, given)
-            if len(x) == 0:  # the last batch may be too small for all processes
-                continue
-            gradients(loss, starts)
-            batches += 1
-    if rare := [name for name in layers if times[name] < batches]:
-        raise UserError(
-            f"some batches do not reach layer {', '.join(rare)}, as of networks that leave out layers at random: leave "
-            f"them as they are with ignored_layers={rare}"
-        )
+            if len(x) > 0:  # the last batch may be too small for all processes
+                gradients(loss, starts)
     return images
 
 
@@ -152,9 +137,7 @@ def differentiable(network: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
 
     def start(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         given = layer_input(args, kwargs)
-        if given.requires_grad:
-            if given.is_leaf or not starts:  # it depends on none of the starts
-                starts.append(given)
+        if given.requires_grad and starts:
             return None
         starts.append(given.detach().requires_grad_())
         return ((starts[-1], *args[1:]), kwargs) if args else (args, {**kwargs, "input": starts[-1]})
@@ -264,7 +247,7 @@ def _signs(shape: tuple[int, int], like: Tensor, draws: torch.Generator | None) 
 def _show(name: str, visit: Visit, seen: list[int]):
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         images, given = seen[0], layer_input(args, kwargs).detach()
-        if len(given) % max(1, images) if isinstance(layer, nn.Linear | LowRankLinear) else len(given) != images:
+        if len(given) % max(1, images) if is_linear(layer) else len(given) != images:
             raise UserError(
                 f"layer {name} ran on {len(given)} inputs for {images} images, so some images do not reach it: leave "
                 f"it as it is with ignored_layers=[{name!r}]"
@@ -272,19 +255,19 @@ def _show(name: str, visit: Visit, seen: list[int]):
         precision = next(layer.parameters()).dtype  # within autocast, features have another one
         a = as_images(layer, given.to(precision), images)
 
-        def visited(g: Tensor | None) -> None:
-            if g is None:  # from a function with a backward pass of its own
-                raise UserError(f"layer {name} gets no gradient: leave it as it is with ignored_layers=[{name!r}]")
-            visit(name, layer, a, as_images(layer, g.to(precision), images))
-
-        output.register_hook(visited)
+        output.register_hook(lambda g: visit(name, layer, a, as_images(layer, g.to(precision), images)))
 
     return hook
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is linear or has replaced a linear one, rather than a convolution."""
+    return isinstance(layer, nn.Linear | LowRankLinear)
+
+
 def as_images(layer: nn.Module, t: Tensor, images: int) -> Tensor:
     """A linear layer's inputs or outputs [N, ..., channels] as [N, channels, positions, 1]; a convolution's as is."""
-    if not isinstance(layer, nn.Linear | LowRankLinear):
+    if not is_linear(layer):
         return t
     positions = t[..., 0].numel() // max(1, images)
     return t.reshape(images, positions, t.shape[-1]).transpose(1, 2).unsqueeze(3)

@@ -14,14 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from models import LOW_RANK
 from models.convolution import SafeConv2d, is_pointwise
-from pruning.capture import Forward, as_images, differentiable, gradients
+from pruning.capture import Forward, as_images, differentiable, gradients, is_linear
 from utils.errors import UserError
 from utils.modes import evaluation_mode, gradients_for, hooked, layer_input
 
 # The forwards that are known: a subclass may use its weight in another way.
 _KNOWN = (nn.Conv2d.forward, nn.Linear.forward, SafeConv2d.forward)
 _CONVOLUTION = nn.Conv2d._conv_forward
-_PLAIN = (nn.Conv2d, nn.Linear, SafeConv2d)
 # Channels on a side: factors of more take gigabytes, and their eigenvectors minutes.
 WIDEST = 4096
 
@@ -80,7 +79,7 @@ def survey(
             )
         alone |= dict.fromkeys(inside, "ignored")
     runs, edges = _run(network, layers, norms, x, forward)
-    read = _weights_read(network, layers, x, forward, plain or forward)
+    read = _weights_read(network, layers, x, plain or forward)
     found = {}
     for name, node in runs.nodes.items():
         if name in alone:
@@ -95,9 +94,8 @@ def survey(
             alone[name] = "reaches no output"
         else:
             readers = [n for n, read in runs.read.items() if read is node and runs.times[n] == 1]
-            axes = 4 if hasattr(layers[name], "kernel_size") else 2  # where the layer's outputs are the norm's channels
+            axes = 2 if is_linear(layers[name]) else 4  # where the layer's outputs are the norm's channels
             fits = readers and edges[node] == 1 and runs.outputs[name].dim() == axes
-            fits = fits and norms[readers[0]].num_features == _outputs(layers[name])
             found[name] = readers[0] if fits else None
     return Survey(found, {n: alone.get(n, "never run") for n in layers if n not in found})
 
@@ -126,11 +124,10 @@ def unsuited(layer: nn.Module) -> str | None:
     forward = "forward" not in vars(layer) and type(layer).forward in _KNOWN
     if not forward or getattr(type(layer), "_conv_forward", _CONVOLUTION) is not _CONVOLUTION:
         return "its own forward"
-    if not isinstance(layer.weight, nn.Parameter) or not layer.weight.is_floating_point():
+    if not layer.weight.is_floating_point():
         return "weights not real"
-    if tuple(layer.weight.shape[:2]) != _sizes(layer):
-        return "sizes do not agree"
-    if _extended(layer):
+    parts = {*dict(layer.named_parameters()), *dict(layer.named_buffers())}
+    if parts - {"weight", "bias"} or layer._modules:
         return "has further parts"
     if _too_wide(layer):
         return "too wide"
@@ -157,28 +154,7 @@ def sharing(network: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     return [name for name, layer in layers.items() if any(owners[id(p)] > 1 for p in layer.parameters())]
 
 
-def _extended(layer: nn.Conv2d | nn.Linear) -> bool:
-    """Whether a layer has tensors, modules or methods that a rebuilt one would lack."""
-    further = {*dict(layer.named_parameters()), *dict(layer.named_buffers())} - {"weight", "bias"}
-    own = (cls for cls in type(layer).__mro__ if issubclass(cls, nn.Conv2d | nn.Linear) and cls not in _PLAIN)
-    methods = (name for cls in own for name, value in vars(cls).items() if callable(value))
-    return bool(further or layer._modules) or any(not name.startswith("__") for name in methods)
-
-
-def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
-    """The outputs and inputs of a weight, as the layer's attributes say."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    return layer.out_channels, layer.in_channels // layer.groups
-
-
-def _outputs(layer: nn.Module) -> int:
-    return layer.out_features if hasattr(layer, "out_features") else layer.out_channels
-
-
-def _weights_read(
-    network: nn.Module, layers: dict[str, nn.Module], x: Tensor, forward: Forward, plain: Forward
-) -> set[str]:
+def _weights_read(network: nn.Module, layers: dict[str, nn.Module], x: Tensor, forward: Forward) -> set[str]:
     """The layers with whose weight something else computes than their own forward pass, as in a tied decoder.
 
     If such a layer took another form, that would compute with the kernel that it multiplies out to.  What only looks at
@@ -186,8 +162,7 @@ def _weights_read(
     """
     owners = {p: name for name, layer in layers.items() for p in layer.parameters() if p.is_floating_point()}
     with gradients_for(owners, wanted=True), evaluation_mode(network), torch.enable_grad():
-        # With the loss where outputs are in an object of their own.
-        edges = _edges(plain(network, x.clone())) or _edges(forward(network, x.clone()))
+        edges = _edges(forward(network, x.clone()))
     return {owners[p] for p, readers in edges.items() if p in owners and p.dim() > 1 and readers > 1}
 
 
@@ -214,8 +189,8 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             runs.times[name] += 1
             runs.nodes[name], runs.outputs[name] = output.grad_fn, output
-            linear, count = not hasattr(layer, "kernel_size"), len(layer_input(args, kwargs))
-            if count != images if not linear else count % images:
+            count = len(layer_input(args, kwargs))
+            if count % images if is_linear(layer) else count != images:
                 runs.mixing.add(name)
 
         return hook

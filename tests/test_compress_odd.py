@@ -53,39 +53,11 @@ class WithoutGradients(Around):
         return self.inner(x)
 
 
-class Rare(Around):
-    """Leaves out a layer for all batches but the first."""
-
-    def __init__(self):
-        super().__init__()
-        self.side = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, x):
-        first = torch.equal(x[-1], images()[0][0][len(x) - 1])
-        return self.inner(x + self.side(x) if first else x)
-
-
 class InPlace(Around):
     def forward(self, x):
         x -= 0.5
         x /= 0.25
         return self.inner(x)
-
-
-class Learned(Around):
-    """Adds a tensor that is trained, but no parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.added = [torch.zeros(1, 3, 8, 8, requires_grad=True)]
-
-    def forward(self, x):
-        return self.inner(x + self.added[0])
-
-
-class OwnStart(Around):
-    def forward(self, x):
-        return self.inner(x.detach().requires_grad_())
 
 
 class Keeps(Around):
@@ -158,9 +130,8 @@ def report_of(network: nn.Module, batches, **settings) -> str:
     return str(compress(network, batches, flops=0.5, **settings).report).replace("inner.", "")
 
 
-@pytest.mark.parametrize("network", [Learned, OwnStart, Keeps])
-def test_gradients_of_other_tensors_change_nothing(network):
-    assert report_of(network(), images()) == report_of(Around(), images())
+def test_kept_features_and_images_with_gradients_change_nothing():
+    assert report_of(Keeps(), images()) == report_of(Around(), images())
     assert report_of(Around(), [(x.requires_grad_(), y) for x, y in images()]) == report_of(Around(), images())
 
 
@@ -258,12 +229,9 @@ def nothing_finite() -> nn.Module:
         (small, images, {"loss_fn": lambda outputs, labels: outputs.sum(dim=1).repeat(2)},
          r"loss_fn returned a tensor of shape \[16\] for a batch of 8: it has to return a loss for each image"),
         (lambda: nn.Sequential(small(), nn.Softmax(1)), images, {}, "the network returns probabilities"),
-        (small, lambda: [(x, y[:5]) for x, y in images()], {}, "a batch has 8 inputs and 5 labels"),
         (small, lambda: [(x, y - 1) for x, y in images()], {"fisher_type": "empirical"},
          "the labels are no classes from 0 to 3"),
         (lambda: WithoutGradients(), images, {}, r"take @torch.no_grad\(\) away"),
-        (lambda: Rare(), images, {"loss_fn": lambda out, y: F.cross_entropy(out, y, reduction="none")},
-         "some batches do not reach layer side, as of networks that leave out layers at random"),
         (Routed, images, {}, r"layer some ran on 5 inputs for 8 images.* ignored_layers=\['some'\]"),
         (nothing_finite, images, {}, "the Fisher of layer .* is not finite: look for NaN"),
         (small, lambda: [(x / 0, y) for x, y in images()], {}, "the Fisher of layer .* is not finite: look for NaN"),
@@ -352,41 +320,9 @@ def test_looking_at_a_weight_and_penalties_in_the_loss_are_no_reading():
     assert "weights are read" not in smaller.report.left_alone.values()
 
 
-class Cut(torch.autograd.Function):
-    """A function whose backward pass returns nothing."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return None
-
-
-class WithCut(Around):
-    def __init__(self):
-        super().__init__()
-        self.side = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x):
-        return self.inner(x + Cut.apply(self.side(x)))
-
-
-def test_a_layer_behind_which_gradients_end_is_named():
-    with pytest.raises(UserError, match="layer side gets no gradient: leave it as it is"):
-        compress(WithCut(), images(), flops=0.6, round_to=4)
-    assert compress(WithCut(), images(), flops=0.6, round_to=4, ignored_layers=["side"]).report.flops[1] > 0
-
-
 class Standardised(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight - weight.mean(), bias)
-
-
-class Scaled(nn.Conv2d):
-    def scale(self) -> float:
-        return 2.0
 
 
 def named(module: nn.Module, **attributes) -> nn.Module:
@@ -404,10 +340,8 @@ def changed(**attributes) -> nn.Module:
     [
         (Standardised(16, 16, 3, padding=1), "its own forward"),
         (changed(forward=torch.relu), "its own forward"),
-        (changed(out_channels=15), "sizes do not agree"),
         (changed(act=nn.ReLU()), "has further parts"),
         (changed(scale=nn.Parameter(torch.ones(1))), "has further parts"),
-        (Scaled(16, 16, 3), "has further parts"),
         (nn.Linear(16, 16, dtype=torch.complex64), "weights not real"),
         (nn.ConvTranspose2d(16, 16, 3), "transposed"),
     ],
@@ -558,34 +492,6 @@ def test_a_network_that_runs_again_for_gradients_is_not_changed():
     assert compress(network, images(), flops=0.7, round_to=4).report.flops[1] > 0
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-@dataclass
-class Answer:
-    scores: torch.Tensor
-
-
-class TiedObject(nn.Module):
-    """An autoencoder whose decoder has the encoder's weight, and whose output is an object."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.codes = nn.Linear(48, 64), nn.Linear(64, 32)
-
-    def forward(self, x):
-        codes = self.codes(self.first(x).relu())
-        return Answer(F.linear(codes, self.codes.weight.t()))
-
-
-def test_weights_that_are_read_are_found_in_outputs_that_are_objects():
-    torch.manual_seed(0)
-    batches = [(x, x) for x, _ in images((48,))]
-    smaller = compress(
-        TiedObject(), batches, flops=0.8, round_to=4, loss_fn=lambda out, x: out.scores.square().mean(dim=1)
-    )
-    assert (
-        smaller.report.left_alone == {"codes": "weights are read"} and smaller.report.flops[1] < smaller.report.flops[0]
-    )
 
 
 def test_layers_are_not_ruined_for_next_to_nothing():
