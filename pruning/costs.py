@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from pruning.layers import ConvWeights
+from pruning.layers import weights_of
 from utils.errors import UserError
-from utils.flops import LayerCost, NetworkCost
+from utils.flops import NetworkCost
 
 Count = Any  # an int, or an integer array that broadcasts
 
@@ -36,21 +37,18 @@ class LayerShape:
         return flops, before + core + behind
 
 
-def counted_layer(cost: NetworkCost, name: str) -> LayerCost:
-    """The cost of a layer, or of the core of one that was rebuilt.
+def layer_shape(layer: nn.Module, cost: NetworkCost, name: str) -> LayerShape:
+    """The sizes of a layer of this name; a core has the input and output resolution of its whole layer.
 
     Raises:
         UserError: if the layer did not run when costs were counted.
     """
-    for key in (name, f"{name}.core"):
-        if key in cost.layers:
-            return cost.layers[key]
-    raise UserError(f"layer {name} does not run on every image, so that its cost is unknown: add it to ignored_layers")
-
-
-def layer_shape(weights: ConvWeights, cost: NetworkCost, name: str) -> LayerShape:
-    """The sizes of a layer; a core has the input and output resolution of its whole layer."""
-    counted = counted_layer(cost, name)
+    counted = cost.layers.get(name) or cost.layers.get(f"{name}.core")
+    if counted is None:
+        raise UserError(
+            f"layer {name} does not run on every image, so that its cost is unknown: add it to ignored_layers"
+        )
+    weights = weights_of(layer)
     return LayerShape(
         (weights.in_channels, weights.out_channels),
         (weights.core.shape[0] if weights.depthwise else weights.core.shape[1], weights.core.shape[0]),

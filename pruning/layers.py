@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models import LOW_RANK, LowRankConv2d
 from models.convolution import is_pointwise
 from models.lowrank import multiplied_out
-from pruning.survey import Survey, outermost, sharing, unsuited
+from pruning.survey import Survey, outermost, unsuited
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,10 @@ def prunable_layers(network: nn.Module, found: Survey | None = None) -> dict[str
         found: leaves out the layers that it leaves alone.  Without it the gates of the switched ResNet are left out.
     """
     layers: dict[str, nn.Conv2d] = {}
-    every = dict(outermost(network))
-    shared = sharing(network, every)
-    for name, module in every.items():
+    for name, module in outermost(network):
         core = module.core if isinstance(module, LowRankConv2d) else module
-        left_out = name.startswith("gate.") if found is None else name not in found.norms
-        if unsuited(module) or name in shared or left_out:
-            continue
-        if isinstance(core, nn.Conv2d) and core.groups == 1 and not is_pointwise(core):
+        left_out = name.startswith("gate.") or unsuited(module) if found is None else name not in found.norms
+        if not left_out and isinstance(core, nn.Conv2d) and core.groups == 1 and not is_pointwise(core):
             layers[name] = core
     return layers
 
@@ -79,7 +75,7 @@ def rebuilt_layers(network: nn.Module, smaller: nn.Module, names: Iterable[str])
 
 
 def weights_of(layer: nn.Module) -> ConvWeights:
-    """A copy of a layer's weights; a linear layer counts as a 1x1 convolution."""
+    """A layer's weights; a linear layer counts as a 1x1 convolution."""
     if not isinstance(layer, LOW_RANK):
         return ConvWeights(_kernel(layer))
     rotations = (getattr(layer, side, None) for side in ("rotate_in", "rotate_out"))
@@ -88,7 +84,7 @@ def weights_of(layer: nn.Module) -> ConvWeights:
 
 
 def _kernel(layer: nn.Module) -> Tensor:
-    weight = layer.weight.detach().clone()
+    weight = layer.weight.detach()
     return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 

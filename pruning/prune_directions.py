@@ -4,6 +4,7 @@ Source: EigenDamage (arXiv:1905.05934), section 4.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,29 +31,26 @@ def prune_directions(
     """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
     layers = prunable_layers(network, found)
     bases, spectra = measured(network, layers, passes, method)
-    weights = {name: weights_of(network.get_submodule(name)) for name in layers}
     saliencies = {}
-    for name in layers:
-        saliency = eigendamage(rotate(weights[name].core, bases[name]), spectra[name])
+    for name, core in layers.items():
+        saliency = eigendamage(rotate(core.weight.detach(), bases[name]), spectra[name])
         saliencies[name] = saliency.sum(dim=(2, 3)).t()  # of pairs of an input and an output direction
     groups, fixed = direction_groups(network, found, cost, method, saliencies)
-    kept = select(groups, goal, fixed, method.objective)
 
-    replaced, changes, ranks = {}, {}, {}
-    for name, before in weights.items():
-        shape = layer_shape(before, cost, name)
-        ranks[name] = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept[name])))
-        if ranks[name] != shape.ranks:
-            sides = zip(kept[name], ranks[name], shape.ranks, strict=True)
+    replaced, changes, table = {}, {}, []
+    for name, kept in select(groups, goal, fixed, method.objective).items():
+        layer = network.get_submodule(name)
+        before, shape = weights_of(layer), layer_shape(layer, cost, name)
+        ranks = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept)))
+        if ranks != shape.ranks:
+            sides = zip(kept, ranks, shape.ranks, strict=True)
             reduced = truncated(before.core, bases[name], *(side if r < whole else None for side, r, whole in sides))
             replaced[name] = merged(before, reduced)
             changes[name] = composed(reduced) - before.core.double()
+        flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks), strict=True)
+        table.append(LayerChange(name, shape.ranks, ranks, *parameters, *flops, 0.0))
     predicted = predicted_rise(network, layers, changes, passes)
-    table = []
-    for name, before in weights.items():
-        shape = layer_shape(before, cost, name)
-        flops, parameters = zip(shape.cost(*shape.ranks), shape.cost(*ranks[name]), strict=True)
-        table.append(LayerChange(name, shape.ranks, ranks[name], *parameters, *flops, predicted.layers.get(name, 0.0)))
+    table = [replace(change, predicted_rise=predicted.layers.get(change.name, 0.0)) for change in table]
     others = dict.fromkeys((name for name in found.names if name not in layers), "pointwise or depthwise")
     alone = {**found.left_alone, **others}
     return Pruned(rebuild(network, replaced), bases, table, predicted.together, left_alone=alone)
@@ -81,7 +79,7 @@ def direction_groups(
     """
     groups, flops, parameters = {}, cost.flops, cost.parameters
     for name in prunable_layers(network, found):
-        shape = layer_shape(weights_of(network.get_submodule(name)), cost, name)
+        shape = layer_shape(network.get_submodule(name), cost, name)
         counts = tuple(
             counts_kept(rank, channels, method.prune_ratio_limit, method.round_to)
             for rank, channels in zip(shape.ranks, shape.channels, strict=True)

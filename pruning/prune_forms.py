@@ -16,7 +16,7 @@ from models.edits import DEPTHWISE, TUCKER, TWO_FACTORS
 from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
 from pruning.choice import choose
-from pruning.costs import LayerShape, counted_layer, layer_shape
+from pruning.costs import LayerShape, layer_shape
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors, collect_factors
 from pruning.forms import KINDS, UNCHANGED, Form, Kernel, build, form_costs, possible_forms, trials
@@ -90,8 +90,7 @@ def layer_forms(
     forms, flops, parameters = {}, cost.flops, cost.parameters
     for name, norm in found.norms.items():
         layer = network.get_submodule(name)
-        weights = weights_of(layer)
-        present = layer_shape(weights, cost, name)
+        present = layer_shape(layer, cost, name)
         channels = present.channels
         plain = LayerShape(channels, channels, (False, False), present.taps, present.positions)
         now = Form(UNCHANGED, present.ranks, *present.cost(*present.ranks))
@@ -121,8 +120,8 @@ def _entries(layers: Mapping[str, nn.Module], cost: NetworkCost, batches: Iterat
     """As many entries as the inputs and outputs of these layers have for a batch, which a training step holds, too."""
     features = 0
     for name, layer in layers.items():
-        weights, counted = weights_of(layer), counted_layer(cost, name)
-        features += weights.in_channels * counted.positions_in + weights.out_channels * counted.positions_out
+        shape = layer_shape(layer, cost, name)
+        features += int(np.dot(shape.channels, shape.positions))
     return max(ENTRIES, features * len(next(batches)[0]))
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import LOW_RANK, LowRankLinear
-from pruning.capture import Passes, as_images
+from models import LOW_RANK
+from pruning.capture import Passes, as_images, is_linear
 from pruning.channels import damped
 from pruning.factors import padded
 from utils import parallel
@@ -159,13 +159,14 @@ def _outputs(
 
     def keep(name: str):
         def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
-            y = as_images(layer, output, seen[0]).flatten(2)
+            y = as_images(layer, output, seen[0])
             if name not in positions:
                 unknowns = getattr(layer, "in_channels", 1) * math.prod(getattr(layer, "kernel_size", (1, 1)))
-                count = min(y.shape[2], max(POSITIONS, -(-ROWS * unknowns // images)))
-                drawn = torch.randperm(y.shape[2], generator=torch.Generator().manual_seed(0))[:count]
+                of_image = y[0, 0].numel()
+                count = min(of_image, max(POSITIONS, -(-ROWS * unknowns // images)))
+                drawn = torch.randperm(of_image, generator=torch.Generator().manual_seed(0))[:count]
                 positions[name] = drawn.sort().values.to(y.device)
-            parts[name].append(y[:, :, positions[name]].transpose(1, 2).flatten(0, 1))
+            parts[name].append(_rows(y, positions[name]))
 
         return hook
 
@@ -194,19 +195,26 @@ def _sides(
 def _refit_layer(layer: nn.Module, a: Tensor, wanted: Wanted, costs: Tensor, norm: nn.Module | None) -> None:
     part, rank = _free_part(layer, _of_all(len(wanted.rows)))
     chunks = zip(a.split(CHUNK), wanted.rows.split(CHUNK * len(wanted.positions)), strict=True)
-    pairs = ((patches(layer, rows, wanted.positions, part), y) for rows, y in chunks)
-    intercept = _mean_error(pairs) if part is None else _refit_part(layer, part, rank, pairs, costs)
+    bias = 0 if layer.bias is None else layer.bias
+    if part is None:
+        intercept = bias + _mean_error(layer, chunks, wanted.positions)
+    else:
+        pairs = ((patches(layer, inputs, wanted.positions, part), y) for inputs, y in chunks)
+        intercept = _refit_part(layer, part, rank, pairs, costs)
     if norm is not None:
-        norm.running_mean.copy_(norm.running_mean - intercept + (0 if layer.bias is None else layer.bias))
+        norm.running_mean.copy_(norm.running_mean - intercept + bias)
     elif layer.bias is not None:
         layer.bias.copy_(intercept)
 
 
-def _mean_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The mean of y - z over the rows of all processes, [out] in float64."""
-    sums = sum(
-        torch.cat([(y - z).double().sum(dim=0), y.new_full((1,), len(y), dtype=torch.float64)]) for z, y in pairs
-    )
+def _mean_error(layer: nn.Module, chunks: Iterable[tuple[Tensor, Tensor]], positions: Tensor) -> Tensor:
+    """The mean over the rows of all processes of the wanted outputs less those of the layer, [out] in float64."""
+    sums = 0.0
+    for a, y in chunks:
+        # Not through hooks: one of this layer's hooks calls this.
+        outputs = layer.forward(a[..., 0].transpose(1, 2) if is_linear(layer) else a)
+        errors = (y - _rows(as_images(layer, outputs, len(a)), positions)).double()
+        sums = sums + torch.cat([errors.sum(dim=0), errors.new_full((1,), len(errors))])
     total = parallel.all_reduced(sums)
     return total[:-1] / total[-1]
 
@@ -242,7 +250,7 @@ def _free_part(layer: nn.Module, rows: int) -> tuple[nn.Module | None, int | Non
     layer, which often has many outputs that matter together, are better as they are in the metric of the Fisher
     (docs/notebook.md, "The refit of linear layers").
     """
-    if isinstance(layer, LowRankLinear):
+    if is_linear(layer):
         return None, None
     core = getattr(layer, "core", layer)
     low = isinstance(layer, LOW_RANK)
@@ -253,36 +261,28 @@ def _free_part(layer: nn.Module, rows: int) -> tuple[nn.Module | None, int | Non
     return (last if last is not None and last.weight[0].numel() <= rows / ENOUGH else None), None
 
 
-def patches(layer: nn.Module, a: Tensor, positions: Tensor, part: nn.Module | None) -> Tensor:
-    """The inputs of a part of a layer, one row per image and position, for the layer's inputs a [N, in, H, W].
+def patches(layer: nn.Module, a: Tensor, positions: Tensor, part: nn.Module) -> Tensor:
+    """The inputs of a part of a convolution, one row per image and position, for its inputs a [N, in, H, W].
 
     Args:
         positions: indices of the output positions.
-        part: the core, or the layer itself where it is plain; the rotation behind the core; None: the layer's outputs
-            without its bias.
+        part: the core, or the layer itself where it is plain; or the rotation behind the core.
     """
     if isinstance(layer, LOW_RANK) and getattr(layer, "rotate_in", None) is not None:
         a = layer.rotate_in(a)
     core = getattr(layer, "core", layer)
     if part is core:
         return _windows(core, a, positions)
-    linear = isinstance(core, nn.Linear)
-    # Not through hooks: one of this layer's hooks calls this.
-    z = core.forward(a[..., 0].transpose(1, 2)).transpose(1, 2) if linear else core.forward(a).flatten(2)
-    z = z[:, :, positions]
-    if part is None:
-        last = getattr(layer, "rotate_out", None)
-        if last is not None:
-            z = torch.einsum("nrs,or->nos", z, last.weight.flatten(1))
-        elif core.bias is not None:
-            z = z - core.bias[:, None]
-    return z.transpose(1, 2).flatten(0, 1)
+    return _rows(core(a), positions)
+
+
+def _rows(y: Tensor, positions: Tensor) -> Tensor:
+    """[N * positions, channels] of y [N, channels, H, W]."""
+    return y.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
 
 
 def _windows(core: nn.Module, a: Tensor, positions: Tensor) -> Tensor:
-    """[N * positions, in * taps], the windows that a convolution or a linear layer reads."""
-    if isinstance(core, nn.Linear):
-        return a.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
+    """[N * positions, in * taps], the windows that a convolution reads."""
     a = padded(core, a)
     width = (a.shape[3] - core.dilation[1] * (core.kernel_size[1] - 1) - 1) // core.stride[1] + 1
     corners = positions // width * core.stride[0] * a.shape[3] + positions % width * core.stride[1]
