@@ -18,7 +18,7 @@ from deploy.speeds import measured_speeds
 from models import ResNet, all_on, allow, is_own
 from pruning.changes import Pruned, changes_table, eigenvalues_picture, layer_ranks, ranks_picture
 from pruning.compress import check_goal, prune_once
-from pruning.goals import Goal, part_of_the_way
+from pruning.goals import Goal, as_count, part_of_the_way
 from pruning.settings import PruneSettings
 from training.distillation import distillation_loss_fn
 from training.evaluate import Evaluation, Evaluator, check_finite
@@ -174,11 +174,8 @@ def stage_1_network(run: Run, start: Checkpoint, settings: PruneSettings) -> Che
 
 def last_goal(settings: PruneSettings, original: dict[str, float]) -> Goal:
     """The goal of the last iteration."""
-    limits = {}
-    for key in ("flops", "parameters"):
-        target = getattr(settings, f"target_{key}")
-        limits[key] = (target * original[key] if target <= 1 else target) or None
-    return Goal(settings.prune_ratio, **limits)
+    flops = as_count(settings.target_flops, original["flops"])
+    return Goal(settings.prune_ratio, flops, as_count(settings.target_parameters, original["parameters"]))
 
 
 def next_goal(stage: Stage, progress: PruningProgress, cost: NetworkCost) -> Goal:

@@ -1,6 +1,6 @@
 """The changes of an iteration, layer by layer: numbers, a table and a picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import matplotlib
@@ -107,17 +107,13 @@ def ranks_picture(iterations: Sequence[tuple[str, Mapping[str, tuple[int, int]]]
         iterations: a label and ``layer_ranks`` of the network, from the unpruned one to the last.
     """
     names = list(iterations[0][1])
-    figure = Figure(figsize=(max(6.0, 0.32 * len(names)), 6.4), layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True)
+    figure, axes = _two_axes(names, ("input directions", "output directions"))
     shades = [matplotlib.colormaps["viridis"](0.85 * i / max(1, len(iterations) - 1)) for i in range(len(iterations))]
-    for side, (axis, title) in enumerate(zip(axes, ("input directions", "output directions"), strict=True)):
-        for i, (label, ranks) in enumerate(iterations):
+    for side, axis in enumerate(axes):
+        for shade, (label, ranks) in zip(shades, iterations, strict=True):
             heights = [ranks[name][side] for name in names]
-            axis.stairs(heights, [n - 0.5 for n in range(len(names) + 1)], color=shades[i], label=label, linewidth=1.5)
-        axis.set_ylabel(title)
+            axis.stairs(heights, [n - 0.5 for n in range(len(names) + 1)], color=shade, label=label, linewidth=1.5)
         axis.set_ylim(bottom=0)
-        axis.grid(axis="y", alpha=0.3)
-    _name_layers(axes[1], names)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
@@ -127,21 +123,21 @@ def eigenvalues_picture(bases: Mapping[str, Eigenbasis]) -> Figure:
 
     The further a box reaches down, the more of the layer's directions matter little.
     """
-    names = list(bases)
-    figure = Figure(figsize=(max(6.0, 0.32 * len(names)), 6.4), layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True)
-    for axis, title, values in (
-        (axes[0], "of A, input directions", [bases[name].d_a for name in names]),
-        (axes[1], "of G, output directions", [bases[name].d_g for name in names]),
-    ):
+    titles = (f"log10 of the eigenvalues\nof {sides}" for sides in ("A, input directions", "G, output directions"))
+    figure, axes = _two_axes(list(bases), titles)
+    for axis, values in zip(axes, ([b.d_a for b in bases.values()], [b.d_g for b in bases.values()]), strict=True):
         logarithms = [d.clamp(min=SMALLEST_DRAWN).log10().cpu().numpy() for d in values]
-        axis.boxplot(logarithms, positions=range(len(names)), whis=(0, 100), widths=0.6)
-        axis.set_ylabel(f"log10 of the eigenvalues\n{title}")
-        axis.grid(axis="y", alpha=0.3)
-    _name_layers(axes[1], names)
+        axis.boxplot(logarithms, positions=range(len(bases)), whis=(0, 100), widths=0.6, manage_ticks=False)
     return figure
 
 
-def _name_layers(axis: Axes, names: Sequence[str]) -> None:
+def _two_axes(names: Sequence[str], titles: Iterable[str]) -> tuple[Figure, Sequence[Axes]]:
+    """Axes for input directions above those for output directions, over the layers of these names."""
+    figure = Figure(figsize=(max(6.0, 0.32 * len(names)), 6.4), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_ylabel(title)
+        axis.grid(axis="y", alpha=0.3)
     labels = [name.removeprefix("blocks.") for name in names]
-    axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7, parse_math=False)
+    axes[1].set_xticks(range(len(names)), labels, rotation=90, fontsize=7, parse_math=False)
+    return figure, axes

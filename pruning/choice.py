@@ -14,19 +14,13 @@ TIE = 1e-9
 
 
 def choose(
-    costs: Sequence[np.ndarray],
-    rises: Sequence[np.ndarray],
-    now: Sequence[float],
-    goal: Goal,
-    fixed: tuple[int, int],
-    objective: str,
+    costs: Sequence[np.ndarray], rises: Sequence[np.ndarray], goal: Goal, fixed: Sequence[int], objective: str
 ) -> list[int]:
     """The index of each layer's form: of all combinations that reach the targets, the one with the least summed rise.
 
     Args:
-        costs: FLOPs and parameters [n, 2] of the forms of each layer or block.
+        costs: FLOPs and parameters [n, 2] of the forms of each layer or block, which costs most as it is.
         rises: predicted of the loss, [n] for each.
-        now: FLOPs and parameters of the network as it is.
         goal: targets, or a share, see ``pruning.goals.as_target``.
         fixed: FLOPs and parameters of everything outside of the layers.
         objective: quantity that a share refers to.
@@ -34,6 +28,7 @@ def choose(
     Raises:
         UserError: if the target cannot be reached.
     """
+    now = sum((own.max(axis=0) for own in costs), np.asarray(fixed))
     goal = as_target(goal, now, least_of(costs, fixed), objective)
     whole, outside = (np.asarray(pair)[goal.kinds] for pair in (now, fixed))
     used = [own[:, goal.kinds] for own in costs]

@@ -13,7 +13,7 @@ from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
 from pruning.checks import check_network, check_targets, check_used
 from pruning.forms import form_costs
-from pruning.goals import Goal, as_target, check_near, nearest, shortfall
+from pruning.goals import Goal, as_count, as_target, check_near, nearest, outside, shortfall
 from pruning.layers import rebuilt_layers
 from pruning.prune_channels import channel_groups, prune_channels
 from pruning.prune_directions import direction_groups, prune_directions
@@ -77,9 +77,8 @@ def compress(
     with buffers_restored(network):
         x, _ = next(passes.on(network))
         cost = cost_on(network, x[:1], forward)
-        targets = zip((flops, parameters), (cost.flops, cost.parameters), strict=True)
-        limits = (target * whole if target is not None and target <= 1 else target for target, whole in targets)
-        goal = Goal(prune_ratio or 0.0, *limits, nearest=True)
+        counts = as_count(flops, cost.flops), as_count(parameters, cost.parameters)
+        goal = Goal(prune_ratio or 0.0, *counts, nearest=True)
         pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
         if method.reestimate_batch_norm and not method.refit and not pruned.nothing_changed:
             reestimate_batch_norms(pruned.network, passes.on(pruned.network), forward)
@@ -165,13 +164,12 @@ def _fine_enough(network: nn.Module, found: Survey, cost: NetworkCost, goal: Goa
 
 def _reachable(
     network: nn.Module, found: Survey, cost: NetworkCost, method: Method
-) -> tuple[list[np.ndarray], tuple[int, int]]:
+) -> tuple[list[np.ndarray], np.ndarray]:
     """FLOPs and parameters of every form of each layer or block, [n, 2], and of everything outside of them."""
     if method.forms_compete:
-        forms, fixed = layer_forms(network, found, cost, method)
-        return [form_costs(own) for own in forms.values()], fixed
-    if method.criterion in EIGENBASIS_CRITERIA:
-        groups, fixed = direction_groups(network, found, cost, method, saliencies=None)
+        costs = [form_costs(own) for own in layer_forms(network, found, cost, method).values()]
+    elif method.criterion in EIGENBASIS_CRITERIA:
+        costs = group_costs(direction_groups(network, found, cost, method, saliencies=None))
     else:
-        groups, fixed = channel_groups(network, cost, method, saliencies=None)
-    return group_costs(groups), fixed
+        costs = group_costs(channel_groups(network, cost, method, saliencies=None))
+    return costs, outside(cost, costs)

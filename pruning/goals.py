@@ -8,6 +8,7 @@ import numpy as np
 
 from pruning.combinations import Ways, least_regretted
 from utils.errors import UserError
+from utils.flops import NetworkCost
 
 OBJECTIVES = ("saliency", "flops", "parameters")
 WORTHWHILE = 0.1  # of what is to be removed
@@ -35,6 +36,11 @@ class Goal:
     def limits(self) -> np.ndarray:
         """The target of each of ``kinds``."""
         return np.array([limit for limit in (self.flops, self.parameters) if limit is not None], dtype=float)
+
+
+def as_count(target: float | None, whole: float) -> float | None:
+    """A target as a count, of which up to 1 is a share of the whole; 0 and None are none."""
+    return target * whole if target and target <= 1 else target or None
 
 
 def part_of_the_way(now: float, target: float | None, iterations: int) -> float | None:
@@ -65,6 +71,11 @@ def least_of(costs: Sequence[np.ndarray], fixed: Sequence[float]) -> tuple[int, 
     """
     least = sum((own.min(axis=0) for own in costs), np.asarray(fixed))
     return int(least[0]), int(least[1])
+
+
+def outside(cost: NetworkCost, costs: Sequence[np.ndarray]) -> np.ndarray:
+    """FLOPs and parameters of everything outside of the layers, each of which costs most as it is, [2]."""
+    return np.array([cost.flops, cost.parameters]) - sum(own.max(axis=0) for own in costs)
 
 
 def fewest_parameters(costs: Sequence[np.ndarray], fixed: Sequence[float], flops: float) -> int:

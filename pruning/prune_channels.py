@@ -16,9 +16,9 @@ from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
 from pruning.eigenbasis import gradient_squares
 from pruning.factors import Factors, collect_factors
-from pruning.goals import Goal
+from pruning.goals import Goal, outside
 from pruning.prediction import predicted_rise
-from pruning.selection import Group, counts_kept, select
+from pruning.selection import Group, counts_kept, group_costs, select
 from pruning.settings import Method
 from pruning.surgery import rebuild_channels
 from utils.errors import UserError
@@ -29,7 +29,6 @@ COMPENSATED = ("c_obs", "kron_obs")
 
 def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
     """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
-    _refuse_rebuilt(network, method)
     blocks = {f"blocks.{i}": block for i, block in enumerate(network.blocks)}
     seconds = {name: block.conv2 for name, block in blocks.items()}
     factors: dict[str, Factors] = {}
@@ -41,26 +40,29 @@ def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goa
     saliencies = {}
     for name, block in blocks.items():
         saliencies[name] = _saliency(block, factors.get(name), diagonals.get(name), passes.draws, method)
-    groups, fixed = channel_groups(network, cost, method, saliencies)
+    groups = channel_groups(network, cost, method, saliencies)
     kept = {
         name: side
-        for name, (side,) in select(groups, goal, fixed, method.objective).items()
+        for name, (side,) in select(groups, goal, outside(cost, group_costs(groups)), method.objective).items()
         if len(side) < blocks[name].conv1.out_channels
     }
     weights, changes = {}, {}
     for name, side in kept.items():
         whole = seconds[name].weight.detach()
-        weights[name] = _kept_weight(whole, factors.get(name), side, method)
+        side = side.to(whole.device)
+        if method.criterion in COMPENSATED:
+            weights[name] = channels.compensated(whole, factors[name].A, side).to(whole.dtype)
+        else:
+            weights[name] = whole[:, side]
         changes[name] = whole.double().neg()
-        changes[name][:, side.to(whole.device)] += weights[name].double()
+        changes[name][:, side] += weights[name].double()
     predicted = predicted_rise(network, seconds, changes, passes)
     table = []
     for name, block in blocks.items():
         before = block.conv1.out_channels
         after = len(kept.get(name, range(before)))
         positions = cost.layers[f"{name}.conv2"].positions_out
-        outside = {"conv1": block.conv1.in_channels, "conv2": block.conv2.out_channels}
-        for layer, other in outside.items():
+        for layer, other in (("conv1", block.conv1.in_channels), ("conv2", block.conv2.out_channels)):
             ranks = [(other, n) if layer == "conv1" else (n, other) for n in (before, after)]
             parameters = [other * n * 9 for n in (before, after)]
             flops = [2 * p * positions for p in parameters]
@@ -71,8 +73,8 @@ def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goa
 
 def channel_groups(
     network: ResNet, cost: NetworkCost, method: Method, saliencies: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Group], tuple[int, int]]:
-    """The inner channels of every block, and the FLOPs and parameters of everything else.
+) -> dict[str, Group]:
+    """The inner channels of every block.
 
     Args:
         saliencies: of each channel, by block; None counts them all as zero.
@@ -81,17 +83,15 @@ def channel_groups(
         UserError: for a network with low-rank layers.
     """
     _refuse_rebuilt(network, method)
-    groups, flops, parameters = {}, cost.flops, cost.parameters
+    groups = {}
     for i, block in enumerate(network.blocks):
         name, now = f"blocks.{i}", block.conv1.out_channels
         positions = cost.layers[f"{name}.conv2"].positions_out
-        outside = (block.conv1.in_channels, block.conv2.out_channels)
-        block_cost = partial(_block_cost, sum(outside), positions)
+        block_cost = partial(_block_cost, block.conv1.in_channels + block.conv2.out_channels, positions)
         counts = counts_kept(now, block.conv2.out_channels, method.prune_ratio_limit, method.round_to)
         values = torch.zeros(now) if saliencies is None else saliencies[name]
         groups[name] = Group(values, (counts,), block_cost)
-        flops, parameters = flops - block_cost(now)[0], parameters - block_cost(now)[1]
-    return groups, (flops, parameters)
+    return groups
 
 
 def _refuse_rebuilt(network: ResNet, method: Method) -> None:
@@ -134,13 +134,5 @@ def _saliency(
             return channels.removed_in_turn(weight, factors.A, factors.G)
         case "magnitude":
             return channels.magnitude(block.conv1.weight.detach(), weight)
-        case "random":
+        case _:  # random
             return torch.rand(weight.shape[1], generator=draws, device=weight.device)
-    raise AssertionError(method.criterion)
-
-
-def _kept_weight(weight: Tensor, factors: Factors | None, kept: Tensor, method: Method) -> Tensor:
-    kept = kept.to(weight.device)
-    if method.criterion not in COMPENSATED:
-        return weight[:, kept]
-    return channels.compensated(weight, factors.A, kept).to(weight.dtype)

@@ -15,10 +15,10 @@ from pruning.changes import LayerChange, Pruned
 from pruning.costs import cheapest_cost, cheapest_ranks, layer_shape
 from pruning.eigenbasis import Eigenbasis, curvature, eigenbasis, eigendamage, gradient_squares, rotate
 from pruning.factors import collect_factors
-from pruning.goals import Goal
+from pruning.goals import Goal, outside
 from pruning.layers import composed, prunable_layers, weights_of
 from pruning.prediction import predicted_rise
-from pruning.selection import Group, counts_kept, select
+from pruning.selection import Group, counts_kept, group_costs, select
 from pruning.settings import Method
 from pruning.surgery import merged, rebuild, truncated
 from pruning.survey import Survey
@@ -35,10 +35,10 @@ def prune_directions(
     for name, core in layers.items():
         saliency = eigendamage(rotate(core.weight.detach(), bases[name]), spectra[name])
         saliencies[name] = saliency.sum(dim=(2, 3)).t()  # of pairs of an input and an output direction
-    groups, fixed = direction_groups(network, found, cost, method, saliencies)
+    groups = direction_groups(network, found, cost, method, saliencies)
 
     replaced, changes, table = {}, {}, []
-    for name, kept in select(groups, goal, fixed, method.objective).items():
+    for name, kept in select(groups, goal, outside(cost, group_costs(groups)), method.objective).items():
         layer = network.get_submodule(name)
         before, shape = weights_of(layer), layer_shape(layer, cost, name)
         ranks = tuple(int(rank) for rank in cheapest_ranks(shape, *(len(side) for side in kept)))
@@ -71,13 +71,13 @@ def measured(
 
 def direction_groups(
     network: nn.Module, found: Survey, cost: NetworkCost, method: Method, saliencies: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Group], tuple[int, int]]:
-    """The input and output directions of every layer, and the FLOPs and parameters of everything else.
+) -> dict[str, Group]:
+    """The input and output directions of every layer.
 
     Args:
         saliencies: of the pairs of directions [in, out], by layer; None counts them all as zero.
     """
-    groups, flops, parameters = {}, cost.flops, cost.parameters
+    groups = {}
     for name in prunable_layers(network, found):
         shape = layer_shape(network.get_submodule(name), cost, name)
         counts = tuple(
@@ -86,6 +86,4 @@ def direction_groups(
         )
         pairs = torch.zeros(shape.ranks) if saliencies is None else saliencies[name]
         groups[name] = Group(pairs, counts, partial(cheapest_cost, shape))
-        now = shape.cost(*shape.ranks)
-        flops, parameters = flops - now[0], parameters - now[1]
-    return groups, (flops, parameters)
+    return groups

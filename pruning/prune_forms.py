@@ -20,7 +20,7 @@ from pruning.costs import LayerShape, layer_shape
 from pruning.eigenbasis import eigenbasis
 from pruning.factors import Factors, collect_factors
 from pruning.forms import KINDS, UNCHANGED, Form, Kernel, build, form_costs, possible_forms, trials
-from pruning.goals import Goal
+from pruning.goals import Goal, outside
 from pruning.layers import ConvWeights, composed, weights_of
 from pruning.prediction import predicted_rise, try_forms
 from pruning.selection import least_kept
@@ -43,7 +43,7 @@ def prune_to_forms(
     A layer that was rebuilt before counts as the plain layer that it multiplies out to, and its new form is made from
     that.
     """
-    forms, fixed = layer_forms(network, found, cost, method)
+    forms = layer_forms(network, found, cost, method)
     able = {name: own for name, own in forms.items() if len(own) > 1}
     layers = {name: network.get_submodule(name) for name in able}
     with passes.phase("factors"):
@@ -61,9 +61,9 @@ def prune_to_forms(
             rises |= try_forms(network, {name: layers[name] for name in group}, made, few)
         del made  # before the next group's are made
     rises = [np.array([0.0, *rises[name].tolist()] if name in able else [0.0]) for name in forms]
-    costs, now = [form_costs(own) for own in forms.values()], (cost.flops, cost.parameters)
+    costs = [form_costs(own) for own in forms.values()]
     with passes.phase("choice"):
-        chosen = dict(zip(forms, choose(costs, rises, now, goal, fixed, method.objective), strict=True))
+        chosen = dict(zip(forms, choose(costs, rises, goal, outside(cost, costs), method.objective), strict=True))
 
     taken = {name: forms[name][i] for name, i in chosen.items() if i > 0}
     with passes.phase(f"decomposition of {len(taken)} layers"):
@@ -83,11 +83,9 @@ def prune_to_forms(
     return Pruned(smaller, bases, table, predicted.together, importances, alone)
 
 
-def layer_forms(
-    network: nn.Module, found: Survey, cost: NetworkCost, method: Method
-) -> tuple[dict[str, list[Form]], tuple[int, int]]:
-    """The forms that every layer can take, the present one first; FLOPs and parameters of everything else."""
-    forms, flops, parameters = {}, cost.flops, cost.parameters
+def layer_forms(network: nn.Module, found: Survey, cost: NetworkCost, method: Method) -> dict[str, list[Form]]:
+    """The forms that every layer can take, the present one first."""
+    forms = {}
     for name, norm in found.norms.items():
         layer = network.get_submodule(name)
         present = layer_shape(layer, cost, name)
@@ -100,8 +98,7 @@ def layer_forms(
             kinds = (TWO_FACTORS,) if TUCKER in kinds else ()
         bias = channels[1] if norm is None and layer.bias is None else 0
         forms[name] = possible_forms(now, plain, least, kinds, method.round_to, bias)
-        flops, parameters = flops - now.flops, parameters - now.parameters
-    return forms, (flops, parameters)
+    return forms
 
 
 def _kernel(layer: nn.Module, factors: Factors) -> Kernel | Pointwise:

@@ -136,7 +136,5 @@ def _least_saliency(
     groups: Mapping[str, Group], goal: Goal, fixed: tuple[int, int], objective: str
 ) -> dict[str, Sequence[int]]:
     forms = [group.forms() for group in groups.values()]
-    costs = [own[1] for own in forms]
-    now = sum((own[-1] for own in costs), np.asarray(fixed))
-    chosen = choose(costs, [lost for *_, lost in forms], now, goal, fixed, objective)
+    chosen = choose([own for _, own, _ in forms], [lost for *_, lost in forms], goal, fixed, objective)
     return {name: counts[i] for name, (counts, *_), i in zip(groups, forms, chosen, strict=True)}

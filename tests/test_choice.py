@@ -21,7 +21,8 @@ def made_up(seed: int) -> tuple[dict[str, list[Form]], dict[str, list[float]]]:
     for name in "abcd":
         shares = np.concatenate([[1.0], np.sort(generator.uniform(0.05, 0.9, 7))[::-1]])
         flops = (generator.integers(200, 2000) * shares).astype(int)
-        parameters = (generator.integers(200, 2000) * shares * generator.uniform(0.5, 1, len(shares))).astype(int)
+        factors = np.concatenate([[1.0], generator.uniform(0.5, 1, 7)])  # a layer as it is has most parameters
+        parameters = (generator.integers(200, 2000) * shares * factors).astype(int)
         rows = zip(shares, flops.tolist(), parameters.tolist(), strict=True)
         forms[name] = [Form(TUCKER, (int(20 * s), int(30 * s)), f, p) for s, f, p in rows]
         rises[name] = (generator.uniform(0.5, 2) * (1 / shares - 1) * generator.uniform(0.8, 1.2, len(shares))).tolist()
@@ -30,8 +31,7 @@ def made_up(seed: int) -> tuple[dict[str, list[Form]], dict[str, list[float]]]:
 
 def choose_forms(forms, rises, goal, fixed, objective) -> dict[str, int]:
     costs = [form_costs(own) for own in forms.values()]
-    now = used(forms, dict.fromkeys(forms, 0), fixed)
-    chosen = choose(costs, [np.asarray(rises[name]) for name in forms], now, goal, fixed, objective)
+    chosen = choose(costs, [np.asarray(rises[name]) for name in forms], goal, fixed, objective)
     return dict(zip(forms, chosen, strict=True))
 
 
