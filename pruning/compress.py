@@ -33,7 +33,6 @@ from utils.sizes import Size, height_width
 OWN_KEYWORDS = {"say": None, "seed": 0, "prune_ratio": None}  # of ``compress``, beside those of ``Method``
 
 
-@torch.inference_mode(False)
 @parallel.alone()
 def compress(
     network: nn.Module,

@@ -7,7 +7,6 @@ import numpy as np
 from torch import nn
 
 from pruning.layers import weights_of
-from utils.errors import UserError
 from utils.flops import NetworkCost
 
 Count = Any  # an int, or an integer array that broadcasts
@@ -38,17 +37,8 @@ class LayerShape:
 
 
 def layer_shape(layer: nn.Module, cost: NetworkCost, name: str) -> LayerShape:
-    """The sizes of a layer of this name; a core has the input and output resolution of its whole layer.
-
-    Raises:
-        UserError: if the layer did not run when costs were counted.
-    """
-    counted = cost.layers.get(name) or cost.layers.get(f"{name}.core")
-    if counted is None:
-        raise UserError(
-            f"layer {name} does not run on every image, so that its cost is unknown: add it to ignored_layers"
-        )
-    weights = weights_of(layer)
+    """The sizes of a layer of this name; a core has the input and output resolution of its whole layer."""
+    weights, counted = weights_of(layer), cost.layers.get(name) or cost.layers[f"{name}.core"]
     return LayerShape(
         (weights.in_channels, weights.out_channels),
         (weights.core.shape[0] if weights.depthwise else weights.core.shape[1], weights.core.shape[0]),

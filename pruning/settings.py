@@ -24,11 +24,6 @@ CRITERIA = EIGENBASIS_CRITERIA + CHANNEL_CRITERIA
 DECOMPOSITIONS = ("best", "tucker", "depthwise", "truncate")
 
 
-def _check_names(names: list) -> None:
-    if not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f'ignored_layers is {reprlib.repr(names)}: it takes a list of names, such as ["classifier"]')
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """How an iteration of pruning measures, chooses and rebuilds; docs/options.md says what each setting means."""
@@ -38,7 +33,7 @@ class Method:
     objective: str = setting("flops", choices=OBJECTIVES)
     round_to: int = setting(16, low=1, high=MOST_CHANNELS)
     prune_ratio_limit: float = setting(0.9, low=0, below=1)
-    ignored_layers: list = setting([], check=_check_names)
+    ignored_layers: list = setting([])
     fisher_type: str = setting("true", choices=FISHER_TYPES)
     fisher_images: int = setting(3000, low=1, high=10**9)
     correct_eigenvalues: bool = setting(True)

@@ -76,22 +76,6 @@ def smoothed() -> Smoothed:
     return Smoothed()
 
 
-class Branching(Small):
-    """Black images, which are normalised to less than zero everywhere, take another layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.dark = nn.Conv2d(3, 32, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.conv1 if x.amax() > 0 else self.dark
-        return self.head(torch.relu(self.conv2(torch.relu(self.bn1(first(x))))).mean(dim=(2, 3)))
-
-
-def branching() -> Branching:
-    return Branching()
-
-
 class Pair(Small):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x), x

@@ -9,7 +9,6 @@ import own_networks
 import pytest
 import torch
 from commands import ROOT, answer_of_both, call, run
-from torch import nn
 
 import main_cascade
 import main_prune
@@ -18,7 +17,6 @@ from models import OwnNetwork, build_network, own
 from pruning.layers import ConvWeights
 from pruning.settings import PruneSettings
 from pruning.surgery import rebuild
-from training.norms import placed
 from utils.data.folder import load_data
 from utils.errors import UserError
 from utils.flops import network_cost
@@ -143,11 +141,6 @@ def test_a_network_that_onnx_cannot_express_is_pruned_without_times(shapes, tmp_
         fresh(export, "--checkpoint", best, "--network", f"{SOURCE}:smoothed", "--output", tmp_path / "exported")
 
 
-def test_a_layer_that_does_not_run_on_a_black_image_is_one_sentence(shapes, tmp_path):
-    with pytest.raises(UserError, match=r"layer network\.\w+ does not run on every image, so that its cost"):
-        fresh(main_prune, *settings(shapes, tmp_path, "branching", max_iter=1))
-
-
 def test_its_int8_version_comes_with_its_accuracy_and_time(pruned, shapes, tmp_path, capsys, monkeypatch):
     times = {"network.onnx": {"latency_ms": 1.0}, "network_int8.onnx": {"latency_ms": 2.0}}
     monkeypatch.setattr(speeds, "speeds", lambda networks, pixels: {name: times[name] for name in networks})
@@ -207,11 +200,6 @@ def test_what_users_get_wrong(change: dict, message: str, pruned, shapes, tmp_pa
     with pytest.raises(UserError) as raised:
         fresh(main_prune, *settings(shapes, tmp_path, **change))
     assert message in str(raised.value)
-
-
-def test_a_network_with_volumes_inside_is_placed():
-    network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(1, 2), nn.Conv2d(2, 4, 3))
-    assert placed(network, torch.device("cpu")) is network
 
 
 def test_a_pruned_layer_with_two_names_is_rebuilt_under_both(monkeypatch):
