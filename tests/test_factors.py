@@ -185,18 +185,6 @@ def test_random_directions_have_the_second_moment_of_the_fisher():
     torch.testing.assert_close(v @ v.transpose(1, 2) / 16, fisher, rtol=0, atol=1e-14)
 
 
-def test_of_a_sure_network_few_random_directions_show_the_fisher():
-    """1,000 images, of which each is 99.9% sure: the trace at the scores.
-
-    That of drawn labels, whose squared gradients are 2 (1 - p)^2 or 2 p^2, deviates by (p / (1 - p) / 1000)^1/2 = 1.
-    """
-    p = torch.tensor([0.999, 0.001], dtype=torch.float64)
-    signs = 2 * torch.randint(0, 2, (200, 1000, 2), generator=torch.Generator().manual_seed(0)).double() - 1
-    v = score_directions(p.log().expand(200_000, 2), signs.flatten(0, 1)).view(200, 1000, 2)
-    traces = v.square().sum(2).mean(1)
-    assert ((traces / (2 * p.prod()) - 1) ** 2).mean().sqrt() < 0.01
-
-
 def test_factors_do_not_depend_on_how_the_images_are_batched():
     network, x = tiny()
     layers, labels = prunable_layers(network), torch.tensor([0, 1, 2, 0, 1])

@@ -19,15 +19,14 @@ from pruning_case import (
     switched_network,
 )
 
-from deploy.folding import folded
-from models import LowRankConv2d, all_on, build_network
+from models import LowRankConv2d, build_network
 from models.edits import edits_of
 from pruning import depthwise
 from pruning.compress import check_goal
 from pruning.eigenbasis import eigenbasis, rotate
 from pruning.factors import Factors
 from pruning.goals import OBJECTIVES, Goal
-from pruning.layers import composed, weights_of
+from pruning.layers import composed
 from pruning.settings import CHANNEL_CRITERIA, CRITERIA, DECOMPOSITIONS
 from pruning.surgery import truncated
 from pruning.tucker import root, tucker
@@ -60,24 +59,6 @@ def test_budgets_are_hit_within_two_per_cent(network, images, criterion, objecti
     least = 0.95 if objective == "saliency" else 0.98
     assert least * target <= counted(pruned.network)[index] <= target
     check_limits(network, pruned.network, 0.95)
-
-
-@pytest.mark.parametrize(
-    ("depth", "width", "kind", "share", "method"),
-    [
-        (14, 12, "parameters", 0.8, {"decomposition": "depthwise", "objective": "flops"}),
-        (8, 16, "parameters", 0.8, {"decomposition": "depthwise", "objective": "saliency"}),
-        (14, 16, "flops", 0.6, {"criterion": "kron_obd", "round_to": 16, "objective": "flops"}),
-        (8, 16, "flops", 0.6, {"decomposition": "tucker", "objective": "flops", "round_to": 16}),
-    ],
-)
-def test_budgets_are_met_where_layers_are_few_and_steps_large(images, depth, width, kind, share, method):
-    small = switched_network(depth, width)
-    index = KINDS.index(kind)
-    target = share * counted(small)[index]
-    pruned = pruned_by(small, images, Goal(**{kind: target}), replace(METHOD, **method))
-    assert 0.9 * target <= counted(pruned.network)[index] <= target
-    check_limits(small, pruned.network, 0.95)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -311,19 +292,6 @@ def separable_layers(network) -> list[str]:
 @pytest.fixture(scope="module")
 def separated(network, images):
     return pruned_by(network, images, Goal(flops=0.4 * counted(network)[0]), TO_DEPTHWISE)
-
-
-@torch.no_grad()
-def test_the_rebuilt_network_equals_one_with_the_composed_kernels(network, separated):
-    plain = build_network(**network.architecture).eval()
-    weights = network.state_dict()
-    for name in separable_layers(separated.network):
-        weights[f"{name}.weight"] = composed(weights_of(separated.network.get_submodule(name))).float()
-    plain.load_state_dict(weights)
-    x = torch.randn(4, 3, SIZE, SIZE)
-    expected = plain(x, decide=all_on).logits
-    for other in (separated.network, folded(separated.network)):
-        torch.testing.assert_close(other(x, decide=all_on).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_iteration_takes_terms_from_separable_layers(network, images, separated):
