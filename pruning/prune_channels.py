@@ -25,18 +25,15 @@ from utils.errors import UserError
 from utils.flops import NetworkCost
 
 COMPENSATED = ("c_obs", "kron_obs")
+KRONECKER = (*COMPENSATED, "kron_obd")
 
 
 def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
     """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
     blocks = {f"blocks.{i}": block for i, block in enumerate(network.blocks)}
     seconds = {name: block.conv2 for name, block in blocks.items()}
-    factors: dict[str, Factors] = {}
-    diagonals: dict[str, Tensor] = {}
-    if method.criterion == "c_obd":
-        diagonals = gradient_squares(network, seconds, {}, passes)
-    elif method.criterion in ("c_obs", "kron_obd", "kron_obs"):
-        factors = collect_factors(network, seconds, passes)
+    factors = collect_factors(network, seconds, passes) if method.criterion in KRONECKER else {}
+    diagonals = gradient_squares(network, seconds, {}, passes) if method.criterion == "c_obd" else {}
     saliencies = {}
     for name, block in blocks.items():
         saliencies[name] = _saliency(block, factors.get(name), diagonals.get(name), passes.draws, method)

@@ -46,7 +46,7 @@ class _Runs:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # of layers
     times: Counter = field(default_factory=Counter)  # that a module has run
     read: dict[str, Any] = field(default_factory=dict)  # nodes that made the inputs of batch norms
-    mixing: set[str] = field(default_factory=set)
+    mixing: set[str] = field(default_factory=set)  # layers that combine images
 
 
 def survey(
@@ -183,33 +183,29 @@ def _edges(outputs: Any) -> Counter:
 
 def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forward) -> tuple[_Runs, Counter]:
     """One forward pass, and how many nodes of its graph read each node's output."""
-    runs, images = _Runs(), len(x)
+    runs = _Runs()
 
     def ran(name: str):
-        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
             runs.times[name] += 1
             runs.nodes[name], runs.outputs[name] = output.grad_fn, output
-            count = len(layer_input(args, kwargs))
-            if count % images if is_linear(layer) else count != images:
-                runs.mixing.add(name)
 
         return hook
 
     def reads(name: str):
         def hook(norm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             runs.times[name] += 1
-            if layer_input(args, kwargs).dim() in (2, 4):
-                runs.read[name] = layer_input(args, kwargs).grad_fn
+            runs.read[name] = layer_input(args, kwargs).grad_fn
 
         return hook
 
-    handles = [layer.register_forward_hook(ran(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(ran(name)) for name, layer in layers.items()]
     handles += [norm.register_forward_pre_hook(reads(name), with_kwargs=True) for name, norm in norms.items()]
     with differentiable(network, layers.values()):
         with hooked(handles):
             outputs = forward(network, x.clone())
         # Without these hooks, since networks with checkpoints run again for gradients.
-        runs.mixing |= _mixing(runs, layers, outputs, images)
+        runs.mixing = _mixing(runs, layers, outputs, len(x))
     edges = _edges(outputs)
     if runs.nodes and not edges:
         raise UserError("the network's outputs have no gradients: take @torch.no_grad() away from its forward pass")
@@ -218,10 +214,10 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
 
 def _mixing(runs: _Runs, layers: dict[str, nn.Module], outputs: Any, images: int) -> set[str]:
     """The layers of which several images reach the first image's result, or whose first axis is not the images'."""
-    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != images or outputs.grad_fn is None:
-        return set()
-    seen = {name: output for name, output in runs.outputs.items() if output.requires_grad and name not in runs.mixing}
-    if not seen:
-        return set()
-    found = zip(seen, gradients(outputs[0].sum(), seen.values()), strict=True)
-    return {name for name, g in found if g is not None and as_images(layers[name], g, images)[1:].any()}
+    mixing = {n for n, y in runs.outputs.items() if (len(y) % images if is_linear(layers[n]) else len(y) != images)}
+    seen = {name: y for name, y in runs.outputs.items() if y.requires_grad and name not in mixing}
+    if seen and isinstance(outputs, Tensor) and outputs.requires_grad:
+        for name, g in zip(seen, gradients(outputs[0].sum(), seen.values()), strict=True):
+            if g is not None and as_images(layers[name], g, images)[1:].any():
+                mixing.add(name)
+    return mixing
