@@ -26,7 +26,6 @@ from training.norms import reestimate_batch_norms
 from utils import parallel
 from utils.errors import UserError
 from utils.flops import NetworkCost, cost_on, network_cost
-from utils.modes import buffers_restored
 from utils.settings import checked_settings
 from utils.sizes import Size, height_width
 
@@ -73,20 +72,19 @@ def compress(
     forward = nn.Module.__call__ if logits is None else lambda net, x: logits(net(x))
     passes = method.passes(batches, draws, forward, loss_fn=loss_fn).some(method.fisher_images)
     passes = passes if say is None else replace(passes, say=say)
-    with buffers_restored(network):
-        x, _ = next(passes.on(network))
-        cost = cost_on(network, x[:1], forward)
-        counts = as_count(flops, cost.flops), as_count(parameters, cost.parameters)
-        goal = Goal(prune_ratio or 0.0, *counts, nearest=True)
-        pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
-        if method.reestimate_batch_norm and not method.refit and not pruned.nothing_changed:
-            reestimate_batch_norms(pruned.network, passes.on(pruned.network), forward)
-        after = cost_on(pruned.network, x[:1], forward)
-        check_used(pruned.network, after)
-        counts = ((cost.flops, after.flops), (cost.parameters, after.parameters))
-        pruned.network.report = Report(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
-        passes.say(str(pruned.network.report))
-        return pruned.network
+    x, _ = next(passes.on(network))
+    cost = cost_on(network, x[:1], forward)
+    flops, parameters = as_count(flops, cost.flops), as_count(parameters, cost.parameters)
+    goal = Goal(prune_ratio or 0.0, flops, parameters, nearest=True)
+    pruned = prune_once(network, passes, cost=cost, goal=goal, method=method)
+    if method.reestimate_batch_norm and not method.refit and not pruned.nothing_changed:
+        reestimate_batch_norms(pruned.network, passes.on(pruned.network), forward)
+    after = cost_on(pruned.network, x[:1], forward)
+    check_used(pruned.network, after)
+    counts = ((cost.flops, after.flops), (cost.parameters, after.parameters))
+    pruned.network.report = Report(pruned.changes, pruned.left_alone, pruned.predicted_rise, *counts)
+    passes.say(str(pruned.network.report))
+    return pruned.network
 
 
 def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:

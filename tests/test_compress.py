@@ -1,7 +1,6 @@
 """``compress`` on networks that are not ours: torchvision's, and small ones that do what tracers stumble over."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -183,22 +182,11 @@ def test_ignored_layers_stay_as_they_are():
     assert found.left_alone["attention.out_proj"]
 
 
-class Padded(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.narrow, self.padded = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 128, 1, stride=2, padding=(1, 2))
-        self.head = nn.Linear(128, 10)
-
-    def forward(self, x):
-        return {"scores": self.head(F.relu(self.padded(F.relu(self.narrow(x)))).mean((2, 3)))}
-
-
-@pytest.mark.parametrize(("make", "expected"), [(Odd, "two_factors"), (Padded, "tucker")])
-def test_layers_of_every_shape_equal_their_composed_kernels(make: Callable, expected: str):
-    network = make().eval()
+def test_layers_of_every_shape_equal_their_composed_kernels():
+    network = Odd().eval()
     smaller = compress(network, labelled(40, 16), flops=0.5, logits=scores, round_to=1)
     forms = {edit["name"]: edit["form"] for edit in edits_of(smaller)}
-    assert len(forms) >= (3 if make is Odd else 1) and expected in forms.values()
+    assert len(forms) >= 3 and "two_factors" in forms.values()
     plain = copy.deepcopy(smaller)
     for name in forms:
         whole, layer = copy.deepcopy(network.get_submodule(name)), smaller.get_submodule(name)

@@ -25,18 +25,6 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def buffers_restored(network: nn.Module) -> Iterator[None]:
-    """Afterwards the buffers are as they were, also those that a network writes in evaluation mode."""
-    before = [(m, name, b, b.clone()) for m in network.modules() for name, b in m._buffers.items() if b is not None]
-    try:
-        yield
-    finally:
-        for module, name, buffer, values in before:
-            module._buffers[name] = buffer
-            buffer.copy_(values)
-
-
 def copied(network: nn.Module) -> nn.Module:
     """A deep copy; features that the network has kept, as for Grad-CAM, are copied without their graph."""
     kept = (t for module in network.modules() for t in tree_leaves(vars(module)) if isinstance(t, Tensor))
