@@ -1,4 +1,4 @@
-"""What a network costs: parameters and FLOPs, layer by layer and image by image.
+"""What a network costs: its parameters, and its FLOPs layer by layer and image by image.
 
 FLOPs are two per multiply-add of convolutions and linear layers (the LSTM's among them), for one image, and equal what
 ``torch.utils.flop_counter.FlopCounterMode`` counts.  Batch norms, activations and pooling are free by that convention.
@@ -25,7 +25,6 @@ from utils.sizes import Size, height_width
 class LayerCost:
     """Cost of one convolution, linear layer or LSTM cell for one image; of several runs, the last one's positions."""
 
-    parameters: int
     flops: int
     positions_in: int  # H * W of the input, or tokens
     positions_out: int  # H' * W' of the output
@@ -164,7 +163,6 @@ def _layer_costs(network: nn.Module, x: Tensor, forward: Callable[[nn.Module, Te
 
 def _recorder(name: str, layers: dict[str, LayerCost]):
     def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        parameters = sum(p.numel() for p in module.parameters(recurse=False))
         positions_in = positions_out = 1
         if isinstance(module, nn.Conv2d):
             positions_in, positions_out = layer_input(args, kwargs).shape[2:].numel(), output.shape[2:].numel()
@@ -175,7 +173,7 @@ def _recorder(name: str, layers: dict[str, LayerCost]):
         else:
             weights = [module.weight_ih, module.weight_hh]
         flops = 2 * sum(weight.numel() for weight in weights) * positions_out
-        before = layers.get(name)  # the LSTM runs once per switch: its FLOPs add up, its parameters do not
-        layers[name] = LayerCost(parameters, flops + (before.flops if before else 0), positions_in, positions_out)
+        before = layers.get(name)  # the LSTM runs once per switch: its FLOPs add up
+        layers[name] = LayerCost(flops + (before.flops if before else 0), positions_in, positions_out)
 
     return record
