@@ -89,16 +89,6 @@ def test_c_obs_prices_single_weights_with_those_of_the_channels_left(example):
     assert found.tolist() == pytest.approx(expected, rel=1e-8)
 
 
-def test_channels_that_make_up_for_each_other_do_not_go_together(example):
-    """Two copies of an expensive channel: each costs nothing alone, the second everything."""
-    weight, A, G = example
-    mixing = torch.eye(IN + 1, IN, dtype=torch.float64)
-    mixing[IN, 0] = 1
-    twins = torch.cat([weight, weight[:, :1]], dim=1)
-    costs = channels.removed_in_turn(twins, mixing @ A @ mixing.t(), G)[[0, IN]].sort().values
-    assert costs[0] < 1e-4 * costs[1]
-
-
 def test_kron_obd_is_the_rise_of_zeroing_a_channel(example):
     weight, A, G = example
     for j, value in enumerate(channels.kron_obd(weight, A, G).tolist()):

@@ -459,36 +459,3 @@ def test_without_the_refit_norms_are_measured_again(reestimated: bool):
     mean = features.mean(dim=(0, 2, 3)) if reestimated else torch.zeros(16)
     torch.testing.assert_close(smaller[1].running_mean, mean, rtol=1e-4, atol=1e-6)
     assert smaller.training and network[1].running_mean.abs().max() == 0
-
-
-@pytest.mark.parametrize(
-    ("make", "batches", "settings", "message"),
-    [
-        (Network, images, {"decomposition": "bst"},
-         "decomposition is 'bst', but takes one of best, tucker, depthwise, truncate"),
-        (Network, images, {"round_to": 0}, "round_to is 0, out of range"),
-        (Network, images, {"criterion": "c_obs"},
-         "criterion c_obs removes channels inside the blocks of this program's ResNet"),
-        (Network, images, {"ignored_layers": ["hea"]},
-         "ignored_layers names hea, which is neither a layer .* the network has one, "),
-        (Network, images, {"ignored_layers": ["head"], "decomposition": "truncate"},
-         "ignored_layers needs forms of layers that compete"),
-        (Network, images, {"loss_fn": F.cross_entropy}, r"loss_fn returned a tensor of shape \[\]"),
-        (Network, images, {"flop": 0.5}, "unknown key 'flop'"),
-        (Network, images, {"flops": 50}, "flops is 50: give a share above 0 and up to 1, such as 0.5"),
-        (Network, images, {"prune_ratio": 1, "flops": None}, "prune_ratio is 1: give a share from 0 on and below 1"),
-        (Network, images, {"prune_ratio": 0.3}, "prune_ratio stands instead of a target, but flops"),
-        (Network, lambda: [{"pixels": torch.zeros(2, 3, 8, 8)}], {},
-         r"batches\(\) yields a dict, but \(inputs, labels\) is"),
-        (Network, [(torch.zeros(3, 8, 8), 4)], {}, r"the labels of a batch are not a tensor \[N\] of classes"),
-        (Network, iter(images()), {}, r"batches\(\) yields nothing: each call has to start a new pass"),
-        (
-            lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(432, CLASSES))), images, {},
-            "TorchScript, which hides its layers: give the original module",
-        ),
-        (lambda: torch.compile(Network()), images, {}, r"compiled by torch\.compile: give the original network"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_compressed_is_refused_in_one_sentence(make, batches, settings, message):
-    with pytest.raises(UserError, match=message):
-        compress(make(), batches, **{"flops": 0.5, **settings})
