@@ -51,7 +51,6 @@ def predicted_rise(
     names = list(changes)
     products: dict[str, Tensor] = {}  # of the batch that is being visited, [N] for each layer
     sums = next(network.parameters()).new_zeros(len(names) + 1, dtype=torch.float64)
-    rounded = {name: change.to(next(layers[name].parameters())) for name, change in changes.items()}
 
     def close_batch() -> None:
         if products:
@@ -63,7 +62,7 @@ def predicted_rise(
     def add(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
         if name in products:  # the next batch has begun
             close_batch()
-        products[name] = _changed_outputs(layer, a, rounded[name]).mul_(g).flatten(1).double().sum(dim=1)
+        products[name] = _changed_outputs(layer, a, changes[name].to(a)).mul_(g).flatten(1).double().sum(dim=1)
 
     images = visit_gradients(network, {name: layers[name] for name in names}, passes, add)
     close_batch()
@@ -89,10 +88,9 @@ def try_forms(
         predicted rise for each form of each layer, one at a time: corners first, then the other changes, [K].
     """
     sums: dict[str, Tensor | float] = dict.fromkeys(trials, 0.0)
-    rounded = {name: _rounded(own, next(layers[name].parameters())) for name, own in trials.items()}
 
     def add(name: str, layer: nn.Module, a: Tensor, g: Tensor) -> None:
-        for products in _products(layer, a, g, rounded[name]):
+        for products in _products(layer, a, g, trials[name]):
             sums[name] = sums[name] + products.double().square().sum(dim=0)
 
     visited = {name: layers[name] for name in trials}
@@ -100,35 +98,28 @@ def try_forms(
     return {name: 0.5 * parallel.all_reduced(total) / images for name, total in sums.items()}
 
 
-def _rounded(own: Trials, like: Tensor) -> Trials:
-    """The trials in the type that the network computes in."""
-    at, changes = own.coordinates, None if own.changes is None else own.changes.to(like)
-    if isinstance(at, Pointwise):
-        return Trials(Pointwise(at.kernel.to(like), at.P.to(like), at.core.to(like)), own.corners)
-    return Trials(Coordinates(at.P.to(like), at.Q.to(like), at.core.to(like), at.to_core), own.corners, changes)
-
-
 def _products(layer: nn.Module, a: Tensor, g: Tensor, own: Trials) -> Iterator[Tensor]:
-    """<grad W, D> of images and changes, [n, K] for a few images at a time."""
-    at = own.coordinates
+    """<grad W, D> of images and changes, [n, K] for a few images at a time, in the type of ``a``."""
+    at, P, core = own.coordinates, own.coordinates.P.to(a), own.coordinates.core.to(a)
     c, r = (
         torch.tensor([corner[side] for corner in own.corners], dtype=torch.long, device=a.device) for side in (0, 1)
     )
     if isinstance(at, Pointwise):
         a, g = narrowed(layer, at.kernel, a, g)
-        rows = torch.einsum("nihw,pi->nphw", a, at.core) * torch.einsum("nohw,op->nphw", g, at.P)
+        rows = torch.einsum("nihw,pi->nphw", a, core) * torch.einsum("nohw,op->nphw", g, P)
         yield -rows.sum(dim=(2, 3)) @ (torch.arange(rows.shape[1], device=a.device)[:, None] >= r).to(rows)
         return
-    a, g = torch.einsum("nihw,ij->njhw", a, at.Q), torch.einsum("nohw,op->nphw", g, at.P)
+    a, g = torch.einsum("nihw,ij->njhw", a, at.Q.to(a)), torch.einsum("nohw,op->nphw", g, P)
     (inputs, place_c), (outputs, place_r) = (side.unique(return_inverse=True) for side in (c, r))
     into = (torch.arange(a.shape[1], device=a.device)[:, None] < inputs).to(a)
     out = (torch.arange(g.shape[1], device=a.device)[:, None] < outputs).to(a)
-    at_once = max(1, min(ENTRIES // at.core.numel(), WINDOWS // (at.core[0].numel() * g[0, 0].numel())))
+    changes = None if own.changes is None else own.changes.to(a).flatten(1).t()
+    at_once = max(1, min(ENTRIES // core.numel(), WINDOWS // (core[0].numel() * g[0, 0].numel())))
     for part_a, part_g in zip(a.split(at_once), g.split(at_once), strict=True):
         gradients = image_gradients(layer, part_a, part_g)
-        entries = (gradients * at.core).sum(dim=(3, 4))
+        entries = (gradients * core).sum(dim=(3, 4))
         kept = torch.einsum("npj,pr,jc->nrc", entries, out, into)[:, place_r, place_c]
         found = [kept - entries.sum(dim=(1, 2))[:, None]]
-        if own.changes is not None:
-            found.append(gradients.flatten(1) @ own.changes.flatten(1).t())
+        if changes is not None:
+            found.append(gradients.flatten(1) @ changes)
         yield torch.cat(found, dim=1)

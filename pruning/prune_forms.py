@@ -58,7 +58,7 @@ def prune_to_forms(
         with passes.phase(f"forms of {len(group)} layers"):
             made = trials(kernels, group)
         with passes.phase("prediction"):
-            rises |= try_forms(network, {name: layers[name] for name in group}, made, few)
+            rises |= try_forms(network, layers, made, few)
         del made  # before the next group's are made
     rises = [np.array([0.0, *rises[name].tolist()] if name in able else [0.0]) for name in forms]
     costs = [form_costs(own) for own in forms.values()]
