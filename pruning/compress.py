@@ -20,7 +20,7 @@ from pruning.prune_directions import direction_groups, prune_directions
 from pruning.prune_forms import layer_forms, prune_to_forms
 from pruning.refit import BATCHES, IMAGES, refit
 from pruning.selection import group_costs
-from pruning.settings import EIGENBASIS_CRITERIA, Method
+from pruning.settings import Method
 from pruning.survey import Survey, survey
 from training.norms import reestimate_batch_norms
 from utils import parallel
@@ -108,7 +108,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
         passes.say(f"the target cannot be reached with round_to {asked}, so ranks are multiples of {method.round_to}")
     if method.forms_compete:
         pruned = prune_to_forms(network, found, passes, cost, goal, method)
-    elif method.criterion in EIGENBASIS_CRITERIA:
+    elif method.criterion == "eigendamage":
         pruned = prune_directions(network, found, passes, cost, goal, method)
     else:
         pruned = prune_channels(network, passes, cost, goal, method)
@@ -120,9 +120,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     return pruned
 
 
-def check_goal(
-    network: nn.Module, image_size: Size, goal: Goal, method: Method, forward: Forward = nn.Module.__call__
-) -> None:
+def check_goal(network: nn.Module, image_size: Size, goal: Goal, method: Method, forward: Forward) -> None:
     """Refuse targets that ``network`` cannot be brought to, before anything is measured.
 
     Raises:
@@ -165,7 +163,7 @@ def _reachable(
     """FLOPs and parameters of every form of each layer or block, [n, 2], and of everything outside of them."""
     if method.forms_compete:
         costs = [form_costs(own) for own in layer_forms(network, found, cost, method).values()]
-    elif method.criterion in EIGENBASIS_CRITERIA:
+    elif method.criterion == "eigendamage":
         costs = group_costs(direction_groups(network, found, cost, method, saliencies=None))
     else:
         costs = group_costs(channel_groups(network, cost, method, saliencies=None))

@@ -18,9 +18,8 @@ from utils.settings import (
     setting,
 )
 
-EIGENBASIS_CRITERIA = ("eigendamage",)
 CHANNEL_CRITERIA = ("c_obd", "c_obs", "kron_obd", "kron_obs", "magnitude", "random")
-CRITERIA = EIGENBASIS_CRITERIA + CHANNEL_CRITERIA
+CRITERIA = ("eigendamage", *CHANNEL_CRITERIA)
 DECOMPOSITIONS = ("best", "tucker", "depthwise", "truncate")
 
 
@@ -50,7 +49,7 @@ class Method:
     @property
     def forms_compete(self) -> bool:
         """Whether whole forms of layers compete, or directions or channels one by one."""
-        return self.criterion in EIGENBASIS_CRITERIA and self.decomposition != "truncate"
+        return self.criterion == "eigendamage" and self.decomposition != "truncate"
 
     def passes(self, batches: Batches, draws: torch.Generator, forward: Forward, **more: Any) -> Passes:
         """The passes that measure the Fisher, see ``pruning.capture.Passes``."""
