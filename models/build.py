@@ -1,12 +1,10 @@
 """From the description in a checkpoint to a network with fresh weights."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from models.cascade import Cascade, Member
-from models.edits import DEPTHWISE, TUCKER, Edit
 from models.own import OwnNetwork, is_own
 from models.resnet import NETWORKS, ResNet
 
@@ -27,29 +25,11 @@ def build_network(network: str, **architecture: Any) -> nn.Module:
     if network == CASCADE:
         return Cascade([_member(**member) for member in architecture.pop("members")], **architecture)
     if is_own(network):
-        return OwnNetwork(network, **_with_edits(**architecture))
+        return OwnNetwork(network, **architecture)
     if network not in NETWORKS:
         raise ValueError(f"network {network!r} is unknown: use one of {', '.join(NETWORKS)}")
-    return ResNet(**_with_edits(**architecture))
+    return ResNet(**architecture)
 
 
 def _member(mean: list[float], std: list[float], **architecture: Any) -> Member:
     return Member(build_network(**architecture), mean, std)
-
-
-def _with_edits(
-    edits: Sequence[Edit] = (),
-    layers: Mapping[str, Mapping[str, Any]] | None = None,
-    ranks: Mapping[str, Sequence[int | None]] | None = None,
-    depthwise: Sequence[str] = (),
-    **architecture: Any,
-) -> dict[str, Any]:
-    """The architecture with edits, also one of an earlier version, which held ``layers``, or ``ranks``, by name."""
-    before = dict(layers or {})
-    for name, pair in (ranks or {}).items():
-        before[name] = {"ranks": pair, "depthwise": name in depthwise, "bias": name == "classifier"}
-    earlier = [
-        {"name": name, "form": DEPTHWISE if form["depthwise"] else TUCKER, "ranks": form["ranks"], "bias": form["bias"]}
-        for name, form in before.items()
-    ]
-    return {**architecture, "edits": [*edits, *earlier]}

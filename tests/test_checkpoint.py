@@ -15,8 +15,6 @@ from compare import assert_close
 from conftest import MakesAFolder
 from networks import (
     NORMALISATION,
-    RANKS,
-    SEPARABLE,
     checkpoint_file,
     checkpoint_of,
     edits_to,
@@ -25,7 +23,7 @@ from networks import (
     varied_images,
 )
 
-from models import ResNet, build_network
+from models import ResNet
 from scripts import keep
 from utils.data.augment import Normalisation
 from utils.errors import UserError
@@ -156,12 +154,3 @@ def test_an_architecture_that_is_no_network_or_another_one(tmp_path: Path, chang
     save(tmp_path / "a.pt", replace(checkpoint, architecture={**checkpoint.architecture, **change}))
     with pytest.raises(UserError, match=f"the checkpoint's network cannot be built .*{word}"):
         load_network(tmp_path / "a.pt")
-
-
-def test_architectures_of_earlier_versions_build_the_same_network():
-    expected = lively_network("pruned", "rnn")
-    architecture = {k: v for k, v in expected.architecture.items() if k != "edits"}
-    network = build_network(**architecture, ranks=RANKS, depthwise=SEPARABLE)
-    assert network.state_dict().keys() == expected.state_dict().keys()
-    network.load_state_dict(expected.state_dict())
-    assert network.architecture == expected.architecture
