@@ -26,6 +26,7 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 TOLERANCE = 1e-4
+MASK = 1e4  # a logit above this, and this many times the median of all, is no score
 RUN_ERRORS = (Fail, InvalidArgument, RuntimeException)  # of a graph that does not fit its inputs
 # Features of more images do not fit into the cache, and gathering and scattering become slow: docs/notebook.md.
 AT_ONCE = 16
@@ -118,7 +119,7 @@ def _cores() -> int:
 def check_session(
     session: onnxruntime.InferenceSession, network: ResNet, normalisation: Normalisation, pixels: Tensor, name: str
 ) -> float:
-    """The largest deviation of the logits from those of ``network``, relative where logits exceed 1.
+    """The largest deviation of the logits from those of ``network``, see ``deviation_of``.
 
     Images on which a switch is undecided (its probability within the tolerance of one half) are left out: there the
     last bit of a sum decides whether a block runs.
@@ -139,8 +140,7 @@ def check_session(
         raise UserError(
             f"{name} cannot be checked, because a switch is too close to its threshold on every image: add --data_dir"
         )
-    logits = expected.logits[decided]
-    deviation = ((torch.from_numpy(outputs[LOGITS])[decided] - logits).abs() / logits.abs().clamp(min=1)).max().item()
+    deviation = deviation_of(torch.from_numpy(outputs[LOGITS])[decided], expected.logits[decided])
     same = DECISIONS not in outputs or torch.equal(
         torch.from_numpy(outputs[DECISIONS])[decided], expected.decisions[decided][:, : outputs[DECISIONS].shape[1]]
     )
@@ -151,3 +151,15 @@ def check_session(
             "written; report it with the versions of torch and onnxruntime"
         )
     return deviation
+
+
+def deviation_of(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of logits, as a share of the largest logit; of those that mask a class, of its own size.
+
+    Masks are far larger than the rest, such as -1e9, and would hide every difference.
+    """
+    size = expected.abs()
+    masks = (size > MASK * size.median()) & (size > MASK)
+    rest = size[~masks].max().clamp(min=torch.finfo(expected.dtype).tiny)  # all zero in a network never trained, say
+    shares = torch.where(found == expected, 0.0, (found - expected).abs() / torch.where(masks, size, rest))
+    return shares.max().item()
