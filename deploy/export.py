@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import argparse
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from deploy.exported import exported_model
 from deploy.labels import INT8, LABELS, NETWORK, NETWORK_HELP, labels_of
-from deploy.session import ExportedNetwork, check_session, open_session
+from deploy.session import ExportedNetwork, check_exported
 from gating.fixing import fixed_blocks_text
 from models import ResNet, allow
 from utils.data.folder import DataSet, load_data
@@ -58,20 +57,18 @@ def main() -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     network = checkpoint.network()
     size = checkpoint.data["image_size"]
-    data = None
     if args.data_dir:
         data = load_data(args.data_dir, args.img_type, size, args.num_workers)
         check_data(checkpoint, data, size)
         for note in data.notes:
             print(f"note: {note}")
-    if data is None:
-        pixels = random_pixels(CHECKED_IMAGES, size)
-    else:
         pixels = data.test[evenly_spaced(len(data.test), min(len(data.test), CHECKED_IMAGES))].pixels
+    else:
+        pixels = random_pixels(CHECKED_IMAGES, size)
     labels = labels_of(checkpoint, network)
     models = {NETWORK: exported_model(network, checkpoint.normaliser(), size)}
     onnx.checker.check_model(models[NETWORK], full_check=True)
-    deviation = check_session(open_session(models[NETWORK]), network, checkpoint.normaliser(), pixels, NETWORK)
+    deviation = check_exported(ExportedNetwork(models[NETWORK]), network, checkpoint.normaliser(), pixels, NETWORK)
     labels["files"][NETWORK] = {"deviation": deviation, "images_checked": len(pixels)}
     if isinstance(network, ResNet) and network.fixed_switches:
         free = len(network.free_switches)
@@ -128,23 +125,20 @@ def random_pixels(count: int, size: Size) -> Tensor:
 def write_folder(folder: Path, models: dict[str, onnx.ModelProto], labels: dict[str, Any]) -> None:
     """Replace an export by the graphs and labels.json.
 
-    All files are written before the first is replaced.  labels.json leaves first and comes last: a folder that has it
-    holds a whole export, also where this was killed.
+    labels.json leaves first and comes last: a folder that has it holds a whole export, also where this was killed.
 
     Raises:
-        UserError: if the folder cannot be written; an earlier export in it is left as it was.
+        UserError: if the folder cannot be written.
     """
-    contents = {LABELS: (json.dumps(labels, indent=2) + "\n").encode()}
-    contents |= {name: model.SerializeToString() for name, model in models.items()}
+    contents = {name: model.SerializeToString() for name, model in models.items()}
+    contents[LABELS] = (json.dumps(labels, indent=2) + "\n").encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as replaced:  # in the reverse order
-            for name, content in contents.items():
-                file = replaced.enter_context(atomic_write(folder / name))
+        for name in (LABELS, INT8):
+            (folder / name).unlink(missing_ok=True)
+        for name, content in contents.items():
+            with atomic_write(folder / name) as file:
                 file.write(content)
-                file.flush()
-            for name in (LABELS, INT8):
-                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}): free disk space or choose another --output") from None
 

@@ -11,7 +11,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from deploy.graphs import BLOCK, DECISIONS, IMAGES, SWITCH
-from deploy.session import open_session, run_session
+from deploy.session import ExportedNetwork
 from utils.data.images import Images
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 64
@@ -57,14 +57,8 @@ def quantised(model: onnx.ModelProto, pixels: np.ndarray) -> onnx.ModelProto:
 
 def _unseen(model: onnx.ModelProto, pixels: np.ndarray) -> list[str]:
     """Prefixes of the node names of blocks that never run on the images."""
-    session = open_session(model)
-    taken: np.ndarray | int = 0
-    for i in range(0, len(pixels), CALIBRATION_BATCH):
-        outputs = run_session(session, pixels[i : i + CALIBRATION_BATCH])
-        if DECISIONS not in outputs:
-            return []
-        taken = taken + outputs[DECISIONS].sum(axis=0)
-    return [f"{BLOCK}{block}." for block, images in enumerate(taken, start=1) if images == 0]
+    decisions = ExportedNetwork(model)(pixels).get(DECISIONS, np.empty((1, 0)))
+    return [f"{BLOCK}{block}." for block, runs in enumerate(decisions.any(axis=0), start=1) if not runs]
 
 
 class _Images(CalibrationDataReader):

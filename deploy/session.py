@@ -116,8 +116,8 @@ def _cores() -> int:
 
 
 @torch.no_grad()
-def check_session(
-    session: onnxruntime.InferenceSession, network: ResNet, normalisation: Normalisation, pixels: Tensor, name: str
+def check_exported(
+    exported: ExportedNetwork, network: ResNet, normalisation: Normalisation, pixels: Tensor, name: str
 ) -> float:
     """The largest deviation of the logits from those of ``network``, see ``deviation_of``.
 
@@ -132,18 +132,16 @@ def check_session(
         UserError: if a logit deviates by more than ``TOLERANCE``, a decision differs, or no image is left.
     """
     parts = pixels.split(AT_ONCE)  # all at once, large images would fill the memory
-    found = [run_session(session, part.numpy()) for part in parts]
-    outputs = {name: np.concatenate([output[name] for output in found]) for name in found[0]}
     expected = RoutedOutput(*map(torch.cat, zip(*(network(normalisation.apply(part)) for part in parts), strict=True)))
     decided = ((expected.probabilities - 0.5).abs() > TOLERANCE).all(dim=1)
     if not decided.any():
         raise UserError(
             f"{name} cannot be checked, because a switch is too close to its threshold on every image: add --data_dir"
         )
-    deviation = deviation_of(torch.from_numpy(outputs[LOGITS])[decided], expected.logits[decided])
-    same = DECISIONS not in outputs or torch.equal(
-        torch.from_numpy(outputs[DECISIONS])[decided], expected.decisions[decided][:, : outputs[DECISIONS].shape[1]]
-    )
+    outputs = {name: torch.from_numpy(values)[decided] for name, values in exported(pixels.numpy()).items()}
+    deviation = deviation_of(outputs[LOGITS], expected.logits[decided])
+    found = outputs.get(DECISIONS, expected.decisions[decided, :0])
+    same = torch.equal(found, expected.decisions[decided, : found.shape[1]])  # those between members of a cascade first
     if not same or not deviation <= TOLERANCE:
         differently = "" if same else " and its switches decide differently"
         raise UserError(

@@ -1,5 +1,6 @@
 """Measured speed for the results table: the exported networks run in turns, in one process, on the CPU."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from deploy.session import ExportedNetwork
 from deploy.timing import alternated
 from utils.data.images import evenly_spaced
 from utils.errors import UserError
-from utils.runs.checkpoint import Checkpoint, load_checkpoint
+from utils.runs.checkpoint import load_checkpoint
 from utils.runs.records import DYNAMIC
 from utils.runs.results import BATCH
 
@@ -34,13 +35,13 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
         for each name latency_ms, of one image, and throughput, images per second in batches of ``BATCH``.
     """
     exported = {}
-    for name, checkpoint in _readable(checkpoints).items():
-        size, switches = checkpoint.data["image_size"], checkpoint.stage in DYNAMIC
-        try:
+    for name, path in checkpoints.items():
+        # Moved or removed since, or a user's network that ONNX cannot express: its row has no speeds.
+        with suppress(UserError):
+            checkpoint = load_checkpoint(path)
+            size, switches = checkpoint.data["image_size"], checkpoint.stage in DYNAMIC
             model = exported_model(checkpoint.network(), checkpoint.normaliser(), size, switches)
-        except UserError:  # ONNX cannot express a user's network: its row has no speeds
-            continue
-        exported[name] = ExportedNetwork(model)
+            exported[name] = ExportedNetwork(model)
     return speeds(exported, pixels)
 
 
@@ -58,13 +59,3 @@ def speeds(exported: dict[str, ExportedNetwork], pixels: Tensor) -> dict[str, di
     # Images side by side in a turn are of different classes, where a data set is sorted.
     single, whole = seconds([images[i::turns] for i in range(turns)]), seconds([[batch]])
     return {name: {"latency_ms": 1e3 * single[name] / TURN, "throughput": BATCH / whole[name]} for name in exported}
-
-
-def _readable(checkpoints: dict[str, Path]) -> dict[str, Checkpoint]:
-    found = {}
-    for name, path in checkpoints.items():
-        try:
-            found[name] = load_checkpoint(path)
-        except UserError:  # moved or removed since: its row has no speeds
-            continue
-    return found

@@ -1,6 +1,8 @@
 """Exported files against PyTorch: every logit within 1e-4, every decision equal, for stages, gates and batch sizes."""
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,8 @@ from deploy import export
 from deploy.folding import folded
 from deploy.graphs import onnx_model
 from deploy.int8 import quantised
-from deploy.labels import LABELS, NETWORK
-from deploy.session import AT_ONCE, TOLERANCE, ExportedNetwork, check_session, open_session, run_session
+from deploy.labels import INT8, LABELS, NETWORK
+from deploy.session import AT_ONCE, TOLERANCE, ExportedNetwork, check_exported, open_session, run_session
 from models import GATES
 from utils.errors import UserError
 
@@ -90,9 +92,9 @@ def test_all_images_may_skip_or_take_every_block(gate, bias):
 
 def test_check_refuses_a_graph_of_another_network():
     network, other = lively_network("sp", "rnn"), lively_network("sp", "rnn", seed=1)
-    session = open_session(onnx_model(folded(other), NORMALISATION, 16), threads=1)
+    exported = ExportedNetwork(onnx_model(folded(other), NORMALISATION, 16), threads=1)
     with pytest.raises(UserError, match="deviates"):
-        check_session(session, network, NORMALISATION, varied_images(8), NETWORK)
+        check_exported(exported, network, NORMALISATION, varied_images(8), NETWORK)
 
 
 @pytest.mark.parametrize("gate", SWITCHED)
@@ -123,9 +125,28 @@ def test_command_writes_a_folder(tmp_path):
     assert len(blocks) == 2 and 0 < sum(blocks) < labels["flops"]
     assert all(file["deviation"] <= TOLERANCE for file in labels["files"].values())
 
-    plain = checkpoint_file(tmp_path / "plain.pt", lively_network("pruned", "none"))
-    call(export, "--checkpoint", plain, "--output", tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {NETWORK, LABELS}, "no file of the earlier export is left"
+
+@pytest.mark.parametrize("killed_at", [0, 1, None])
+def test_a_folder_with_labels_holds_a_whole_export(killed_at, tmp_path, monkeypatch):
+    """Over an older export with more files, and killed before any of the new ones."""
+
+    def made(name: str, *files: str) -> tuple[dict, dict]:
+        return {file: onnx.ModelProto(producer_name=name) for file in files}, {"name": name}
+
+    def replaced(old: Path, new: Path) -> None:
+        if len(names) == killed_at:
+            raise KeyboardInterrupt
+        names.append(new.name)
+        rename(old, new)
+
+    export.write_folder(tmp_path, *made("old", NETWORK, INT8))
+    names, rename = [], os.replace
+    monkeypatch.setattr(os, "replace", replaced)
+    with nullcontext() if killed_at is None else pytest.raises(KeyboardInterrupt):
+        export.write_folder(tmp_path, *made("new", NETWORK))
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == ({NETWORK, LABELS} if killed_at is None else {NETWORK})
+    assert onnx.load(tmp_path / NETWORK).producer_name == ("old" if killed_at == 0 else "new")
 
 
 @pytest.mark.parametrize("closed", [False, True])

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deploy import export, predict
 from deploy.folding import folded
 from deploy.graphs import onnx_model
-from deploy.session import check_session, open_session, run_session
+from deploy.session import ExportedNetwork, check_exported
 from gating.fixing import fix_switches, fixed_blocks_text, uniform_decisions, with_fixed_switches
 from gating.reinforce import Reinforcement, reinforce_epoch
 from gating.steering import Budget, FixedAlpha
@@ -96,11 +96,11 @@ def test_fixed_network_is_exported(gate, fixed):
     smaller = with_fixed_switches(lively_network("rl_pruned", gate), fixed)
     pixels = varied_images(64)
     model = onnx_model(folded(smaller), NORMALISATION, 16)
-    session = open_session(model, threads=1)
-    check_session(session, smaller, NORMALISATION, pixels, "network.onnx")
+    exported = ExportedNetwork(model, threads=1)
+    check_exported(exported, smaller, NORMALISATION, pixels, "network.onnx")
     gathered = {node.name.split(".")[0] for node in model.graph.node if node.op_type == "GatherND"}
     assert gathered == {f"block_{k + 1}" for k in range(2) if k not in fixed}
-    answers = run_session(session, pixels[:3].numpy())
+    answers = exported(pixels[:3].numpy())
     expected = outputs(smaller, NORMALISATION.apply(pixels[:3]))
     np.testing.assert_array_equal(answers["decisions"], expected.decisions)
 

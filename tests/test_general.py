@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from deploy.general import general_model
 from deploy.int8 import quantised
-from deploy.session import check_session, open_session, run_session
+from deploy.session import ExportedNetwork, check_exported, open_session, run_session
 from examples.cifar_resnet import resnet20
 from models import LowRankConv2d, LowRankLinear, RoutedOutput
 from pruning import compress
@@ -198,7 +198,7 @@ def test_a_masked_class_hides_no_difference(mask: float):
     assert 0 <= deviation < 1e-5
     pixels = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
     as_ours = lambda x: RoutedOutput(network(x), none[: len(x)], none[: len(x)])  # noqa: E731
-    assert 0 <= check_session(open_session(model), as_ours, NORMALISATION, pixels, "network.onnx") < 1e-5
+    assert 0 <= check_exported(ExportedNetwork(model), as_ours, NORMALISATION, pixels, "network.onnx") < 1e-5
     with pytest.raises(UserError, match="look for branches in its forward pass"):
         general_model(Masked(True, mask), NORMALISATION, 8, 8)
 
