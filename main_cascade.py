@@ -86,14 +86,14 @@ def main() -> None:
             right, flops = network.probabilities.argmax(dim=1) == labels, network.executed.mean().item()
             name = relative_to_results(path, settings.result_dir)
             run.say(f"{name}: {right.double().mean():.2%} at {flops / 1e9:.4g} GFLOPs")
-        found = candidates(predictions, labels, reference_of(networks))
+        reference = reference_of(networks)
+        found = candidates(predictions, labels, reference)
         chosen, within_budget = choose(found, predictions, labels, networks, settings)
         best = checkpoint_of(networks, chosen, settings)
         save_checkpoint(run.path / BEST, best)
         say_choice(run, networks, chosen, best, within_budget)
-        reference = networks[reference_of(networks)][1].metrics["accuracy"]
-        floor = None if settings.target_flops else reference - settings.max_accuracy_drop
-        run.picture("frontier", draw_frontier(found, chosen, floor))
+        floor = networks[reference][1].metrics["accuracy"] - settings.max_accuracy_drop
+        run.picture("frontier", draw_frontier(found, chosen, None if settings.target_flops else floor))
         on_test(run, networks, chosen, splits.test)
         report(settings.result_dir, run, Chosen(best, "validation", within_budget), splits.test, measured_speeds)
 
@@ -227,13 +227,11 @@ def on_test(run: Run, networks: Found, chosen: Candidate, test: Images) -> None:
     routing = what_is_known(done, predictions, labels)
     routing["answered_by_class"] = by_class(answered_by_class(done, labels, len(classes)), classes)
     write_json(run.path / "routing.json", routing)
-    shown = {
-        key: "–" if value is None else f"{value:.2%}" for key, value in routing.items() if key != "answered_by_class"
-    }
+    kept, others = (routing[f"accuracy_first_{where}"] for where in ("kept", "handed_on"))
+    kept, others = ("–" if accuracy is None else f"{accuracy:.2%}" for accuracy in (kept, others))
     run.say(
-        f"test images: the first network hands on {routing['handed_on']:.1%}; its accuracy is "
-        f"{shown['accuracy_first_kept']} on those that it keeps, and would be {shown['accuracy_first_handed_on']} on "
-        f"the others"
+        f"test images: the first network hands on {routing['handed_on']:.1%}; its accuracy is {kept} on those that it "
+        f"keeps, and would be {others} on the others"
     )
 
 

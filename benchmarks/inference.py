@@ -18,7 +18,7 @@ from deploy.export import accuracy
 from deploy.exported import exported_model
 from deploy.int8 import calibration_pixels, quantised
 from deploy.session import ExportedNetwork
-from deploy.timing import alternated
+from deploy.speeds import milliseconds
 from models import allow
 from training.evaluate import Evaluator
 from utils.data.folder import load_data
@@ -30,7 +30,6 @@ from utils.settings import image_type, number
 
 BATCHES = (1, 32, 128)
 TIMED_IMAGES = 128
-TURN = 32  # images
 
 
 @dataclass(frozen=True)
@@ -85,29 +84,14 @@ def measured(
         graphs[name] = exported_model(network, checkpoint.normaliser(), size, finish=finish)
         gflops[name] = Evaluator(timed, checkpoint.normaliser(), size)(network).flops_executed / 1e9
     networks = {name: ExportedNetwork(graph, threads=args.threads) for name, graph in graphs.items()}
-    taken = milliseconds(networks, timed.pixels, args.seconds)
+    taken = by_batch(networks, timed.pixels, args.seconds)
     return [Row(precision, name, accuracy(graphs[name], test), gflops[name], taken[name]) for name in checkpoints]
 
 
-def milliseconds(
-    networks: Mapping[str, ExportedNetwork], pixels: Tensor, seconds: float
-) -> dict[str, dict[str, float]]:
-    """Milliseconds for an image by name and batch size, medians; all networks in turns.
-
-    A turn computes ``TURN`` images, batch by batch: after each change of the network its weights are read from main
-    memory first, which single images in a stream do not wait for.
-
-    Args:
-        pixels: uint8 [N, 3, H, W], a multiple of the largest batch.
-        seconds: for each batch size, five rounds at least.
-    """
-    found: dict[str, dict[str, float]] = {name: {} for name in networks}
-    for size in BATCHES:
-        turns = [[part.cpu().numpy() for part in turn.split(size)] for turn in pixels.split(max(size, TURN))]
-        runs = {name: lambda i, run=run, turns=turns: [*map(run, turns[i])] for name, run in networks.items()}
-        for name, timing in alternated(runs, len(turns), seconds).items():
-            found[name][str(size)] = 1e3 * timing.median * len(turns) / len(pixels)
-    return found
+def by_batch(networks: Mapping[str, ExportedNetwork], pixels: Tensor, seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds for an image by name and batch size, for every batch size in so many seconds."""
+    taken = {str(size): milliseconds(networks, pixels, size, seconds) for size in BATCHES}
+    return {name: {size: found[name] for size, found in taken.items()} for name in networks}
 
 
 def table(rows: Sequence[Row]) -> str:

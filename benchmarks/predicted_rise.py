@@ -53,19 +53,15 @@ BATCH = 128
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare predicted and measured rise of the loss.", allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="best.pt of stage 1")
-    parser.add_argument("--data_dir", required=True, help="data folder it was trained on")
-    parser.add_argument("--img_type", type=image_type, default="png", help="image files to read")
-    parser.add_argument(
-        "--shares",
-        type=float,
-        nargs="+",
-        default=[0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.25],
-        help="shares of the FLOPs to keep",
-    )
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="forms of layers to compare")
-    parser.add_argument("--images", type=int, default=2000, help="training images for the Fisher and the divergence")
-    parser.add_argument("--out", default="predicted_rise", help="path of the results, without .jsonl, .json and .png")
+    add = parser.add_argument
+    shares = [0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.25]
+    add("--checkpoint", required=True, help="best.pt of stage 1")
+    add("--data_dir", required=True, help="data folder it was trained on")
+    add("--img_type", type=image_type, default="png", help="image files to read")
+    add("--shares", type=float, nargs="+", default=shares, help="shares of the FLOPs to keep")
+    add("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="forms of layers to compare")
+    add("--images", type=int, default=2000, help="training images for the Fisher and the divergence")
+    add("--out", default="predicted_rise", help="path of the results, without .jsonl, .json and .png")
     return parser.parse_args()
 
 

@@ -28,7 +28,7 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from benchmarks.common import machine
-from benchmarks.inference import milliseconds
+from benchmarks.inference import by_batch
 from deploy.exported import exported_model
 from deploy.session import ExportedNetwork
 from gating.cascade_report import draw_answered, hardness_by_answer, what_is_known
@@ -212,7 +212,7 @@ def with_times(found: dict[str, Any], results: Path, test: Images) -> dict[str, 
         )
         for name, network in timed.items()
     }
-    taken = milliseconds(exported, test[evenly_spaced(len(test), TIMED_IMAGES)].pixels, TIMED_SECONDS)
+    taken = by_batch(exported, test[evenly_spaced(len(test), TIMED_IMAGES)].pixels, TIMED_SECONDS)
     for row in found["networks"]:
         row["milliseconds"] = taken[row["name"]]
     for row in cascades:

@@ -1,10 +1,10 @@
 """Measured speed for the results table: the exported networks run in turns, in one process, on the CPU."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from deploy.exported import exported_model
@@ -16,8 +16,8 @@ from utils.runs.checkpoint import load_checkpoint
 from utils.runs.records import DYNAMIC
 from utils.runs.results import BATCH
 
-TURN = 16  # single images of a network in a row: as in a stream, its weights are in the cache
-TURNS = 16  # of different images, where networks decide image by image; the others take any image the same time
+TURN = 32  # images of a network in a row
+TURNS = 8  # of different images, where networks decide image by image; the others take any image the same time
 SECONDS = 2.0  # of each of the two measurements, where every network is fast enough for the least number of rounds
 
 
@@ -48,14 +48,27 @@ def measured_speeds(checkpoints: dict[str, Path], pixels: Tensor) -> dict[str, d
 def speeds(exported: dict[str, ExportedNetwork], pixels: Tensor) -> dict[str, dict[str, float]]:
     """Latency and throughput of every network, see ``measured_speeds``."""
     turns = TURNS if any(network.decides for network in exported.values()) else 1
-    images = [pixels[i : i + 1].numpy() for i in evenly_spaced(len(pixels), turns * TURN).tolist()]
-    batch = pixels[evenly_spaced(len(pixels), BATCH)].numpy()
+    # Images of a turn are far apart: of different classes, where a data set is sorted.
+    images = pixels[evenly_spaced(len(pixels), turns * TURN).view(TURN, turns).t().flatten()]
+    single = milliseconds(exported, images, 1, SECONDS, least=3)
+    whole = milliseconds(exported, pixels[evenly_spaced(len(pixels), BATCH)], BATCH, SECONDS, least=3)
+    return {name: {"latency_ms": single[name], "throughput": 1e3 / whole[name]} for name in exported}
 
-    def seconds(turns: list[list[np.ndarray]]) -> dict[str, float]:
-        """Of a network's turn, the mean over all."""
-        runs = {name: lambda i, network=network: [*map(network, turns[i])] for name, network in exported.items()}
-        return {name: timing.median for name, timing in alternated(runs, len(turns), SECONDS, least=3).items()}
 
-    # Images side by side in a turn are of different classes, where a data set is sorted.
-    single, whole = seconds([images[i::turns] for i in range(turns)]), seconds([[batch]])
-    return {name: {"latency_ms": 1e3 * single[name] / TURN, "throughput": BATCH / whole[name]} for name in exported}
+def milliseconds(
+    networks: Mapping[str, ExportedNetwork], pixels: Tensor, batch: int, seconds: float, least: int = 5
+) -> dict[str, float]:
+    """Milliseconds for an image, medians; all networks in turns.
+
+    A turn computes ``TURN`` images or one batch, batch by batch: after each change of the network its weights are read
+    from main memory first, which single images in a stream do not wait for.
+
+    Args:
+        pixels: uint8 [N, 3, H, W], a multiple of a turn.
+        batch: images that are computed together.
+        seconds, least: see ``deploy.timing.alternated``.
+    """
+    turns = [[part.numpy() for part in turn.split(batch)] for turn in pixels.cpu().split(max(batch, TURN))]
+    runs = {name: lambda i, network=network: [*map(network, turns[i])] for name, network in networks.items()}
+    taken = alternated(runs, len(turns), seconds, least)
+    return {name: 1e3 * timing.median * len(turns) / len(pixels) for name, timing in taken.items()}
