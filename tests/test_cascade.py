@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 import torch
 from commands import answer_of_both, call, run_folder, source_of
-from networks import checkpoint_file
 from torch.nn import functional as F
 
 import main_cascade
@@ -26,7 +25,7 @@ from models import Cascade, RoutedOutput, all_on, build_network
 from models.cascade import Member
 from utils.data.augment import Normalisation
 from utils.errors import UserError
-from utils.runs.checkpoint import load_checkpoint, load_network, save_checkpoint
+from utils.runs.checkpoint import load_checkpoint, save_checkpoint
 
 IMAGES, CLASSES = 24, 4
 
@@ -78,8 +77,12 @@ def test_the_search_finds_the_frontier_of_all_thresholds(answer):
                 assert dominated(point, points) or point in points, (members, thresholds, point)
 
 
-def test_what_a_candidate_promises_is_what_it_does():
+@pytest.mark.parametrize("saturated", [False, True])
+def test_what_a_candidate_promises_is_what_it_does(saturated: bool):
+    """Also where confidences nearly tie: between two neighbouring numbers of float32 lies no threshold."""
     given, labels = predictions(4, seed=1)
+    if saturated:
+        given = [replace(p, probabilities=(20 * p.probabilities.log()).softmax(dim=1).float()) for p in given]
     for candidate in candidates(given, labels):
         done = outcome(given, candidate, labels)
         own = by_loops([given[i] for i in candidate.members], list(candidate.thresholds), candidate.answer, labels)
@@ -131,22 +134,6 @@ def test_the_network_answers_as_the_predictions_of_its_members_say(answer):
     mean = torch.stack([p.probabilities for p in given]).mean(dim=0)
     expected = mean if answer == "mean" else given[2].probabilities
     assert torch.allclose(every.logits.exp(), expected, atol=1e-6)
-
-
-def test_a_choice_stays_one_standard_error_within_the_budget():
-    given, labels = predictions(3, seed=2)
-    found = candidates(given, labels)
-    expected = (given[2].probabilities.argmax(dim=1) == labels).double()
-    for drop in (0.0, 0.05, 0.2):
-        chosen = cheapest_within(found, given, labels, 2, drop)
-        within = []
-        for candidate in found:
-            gain = outcome(given, candidate, labels).correct.double() - expected
-            error = (gain.var() / len(labels)).sqrt()
-            sure = candidate.accuracy >= expected.mean() - drop and gain.mean() + drop >= error
-            if sure or candidate.members == (2,):
-                within.append(candidate.flops)
-        assert chosen.flops == min(within)
 
 
 @pytest.mark.parametrize("seed", [*range(6), 14, 17])
@@ -300,21 +287,6 @@ def test_what_users_get_wrong(copied, shapes, tmp_path):
         run_cascade(shapes, copied, "--networks", dense, other)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_what_is_promised_is_what_happens_where_confidences_nearly_tie(seed: int):
-    """Saturated networks: between two neighbouring numbers of float32 lies no threshold."""
-    generator = torch.Generator().manual_seed(seed)
-    given = [
-        Predictions((20 * torch.randn(60, 3, generator=generator)).softmax(dim=1), torch.full((60,), 10.0**i).double())
-        for i in range(3)
-    ]
-    labels = torch.randint(3, (60,), generator=generator)
-    for candidate in candidates(given, labels):
-        done = outcome(given, candidate, labels)
-        assert done.correct.double().mean().item() == pytest.approx(candidate.accuracy, abs=1e-12)
-        assert done.executed.mean().item() == pytest.approx(candidate.flops, rel=1e-12)
-
-
 class Fixed(torch.nn.Module):
     """Gives each image the logits that stand in its first row of pixels."""
 
@@ -349,20 +321,12 @@ def test_networks_that_are_certain_of_every_image_are_one_sentence():
         main_cascade.choose(candidates(sure, labels), sure, labels, networks, settings)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"thresholds": [0.5, 0.6]}, "2 networks and 2 thresholds: a cascade takes n and n - 1"),
-        ({"thresholds": [1.5]}, "thresholds are .1.5.: they take numbers from 0 to 1"),
-        ({"thresholds": ["half"]}, "the checkpoint's network cannot be built"),
-        ({"answer": "first"}, "answer 'first' is unknown"),
-        ({"members": slice(1), "thresholds": []}, "1 networks and 0 thresholds: a cascade takes n and n - 1"),
-    ],
-)
-def test_a_cascade_edited_by_hand(change: dict, message: str, tmp_path: Path):
-    network = Cascade(members()[:2], (0.5,), "mean")
-    architecture, classes = {**network.architecture, **change}, [str(i) for i in range(CLASSES)]
-    architecture["members"] = network.architecture["members"][change.get("members", slice(None))]
-    path = checkpoint_file(tmp_path / "best.pt", network, "cascade", architecture=architecture, classes=classes)
-    with pytest.raises(UserError, match=message):
-        load_network(path)
+def test_a_cascade_that_cannot_be():
+    for count, thresholds, answer, message in (
+        (2, (0.5, 0.6), "last", "2 networks and 2 thresholds: a cascade takes n and n - 1"),
+        (1, (), "last", "1 networks and 0 thresholds"),
+        (2, (1.5,), "last", "thresholds are .1.5.: they take numbers from 0 to 1"),
+        (2, (0.5,), "first", "answer 'first' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Cascade(members()[:count], thresholds, answer)

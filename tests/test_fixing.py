@@ -1,7 +1,6 @@
 """Fixed switches: the same logits where decisions agree, the FLOPs that run, and a smaller checkpoint."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,43 +147,6 @@ def test_settled_network_is_kept_within_the_budget_only():
     assert fix_switches(smaller, evaluator, Budget(floor=1.0), 0.999) is None, "no more to fix"
 
 
-def closed_for(stage: str, *closed: int):
-    """A network, 64 images, and its decisions on them: each switch is closed for the given number of images."""
-    network, images = lively_network(stage, "ff2"), labelled(lively_network(stage, "ff2"), 64)
-    for switch, count in enumerate(closed):  # those whose probability is lowest
-        logits = outputs(network, NORMALISATION.apply(images.pixels)).probabilities[:, switch].double().logit()
-        low, high = logits.sort().values[count - 1 : count + 1]
-        network.gate.last_layers[switch].bias.data -= ((low + high) / 2).float()
-    decisions = outputs(network, NORMALISATION.apply(images.pixels)).decisions
-    assert (len(images) - decisions.sum(dim=0)).tolist() == list(closed)
-    return network, images, decisions
-
-
-def test_as_many_switches_are_fixed_as_the_budget_allows():
-    network, images, decisions = closed_for("sp", 12, 2)  # the first switch skips a little more than it costs
-    assert list(uniform_decisions(decisions, 0.8).items()) == [(1, 1), (0, 1)], "the most uniform first"
-    both = with_fixed_switches(network, {0: 1, 1: 1})  # is right everywhere, so that fixing costs no accuracy
-    images = replace(images, labels=outputs(both, NORMALISATION.apply(images.pixels)).logits.argmax(dim=1))
-    evaluator = Evaluator(images, NORMALISATION, 16)
-    one = evaluator(with_fixed_switches(network, {1: 1})).computation
-    for target, fixed in ((1.0, {0: 1, 1: 1}), (one - 0.004, {1: 1})):
-        found = fix_switches(network, evaluator, Budget(0.0, target), 0.8)
-        assert found.network.fixed_switches == fixed
-        assert found.after.computation <= target + 0.005
-    assert fix_switches(network, evaluator, Budget(0.0, one - 0.02), 0.8) is None
-
-
-def test_switches_that_save_more_than_they_cost_go_on_deciding():
-    """Fixed open, a switch executes the FLOPs that it saved; step and test cost a percent of all that are executed."""
-    network, images, decisions = closed_for("sp", 30, 2)
-    executed = network_cost(network, 16).executed(decisions).mean().item()
-    both = network_cost(with_fixed_switches(network, {0: 1, 1: 1}), 16).flops  # nothing is skipped any more
-    assert both > 1.02 * executed
-    found = fix_switches(network, Evaluator(images, NORMALISATION, 16), Budget(0.0), 0.5)
-    assert found.network.fixed_switches == {1: 1}
-    assert found.after.flops_executed <= 1.01 * executed
-
-
 # Accuracy and FLOPs where switches are fixed, those of the network as it is, 0.9 and 1000, where nothing is said.
 TOGETHER = [
     # One alone costs accuracy, and with the other it does not.
@@ -216,17 +178,6 @@ def test_what_is_fixed_keeps_the_accuracy_and_costs_least(measured, fixed):
 
     found = fix_switches(lively_network("sp", "rnn"), told, Budget(0.0), 0.5)
     assert (found and set(found.network.fixed_switches)) == fixed
-
-
-@pytest.mark.parametrize("target", [None, 1.0])
-def test_what_costs_accuracy_is_not_fixed_whatever_the_budget(target):
-    """Closed for all images, blocks that many need would save FLOPs and keep a budget of computation."""
-    network, images, _ = closed_for("sp", 40, 40)
-    images = ImageSet(images.pixels, outputs(network, NORMALISATION.apply(images.pixels)).logits.argmax(dim=1))
-    evaluator = Evaluator(images, NORMALISATION, 16)
-    for switch in (0, 1):
-        assert evaluator(with_fixed_switches(network, {switch: 0})).accuracy < 0.95
-    assert fix_switches(network, evaluator, Budget(0.0, target), 0.5) is None
 
 
 @pytest.mark.parametrize("gate", GATES)

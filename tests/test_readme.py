@@ -101,29 +101,21 @@ def test_every_value_that_can_be_chosen_is_named(settings: type, headings: tuple
             assert choice == str(f.default) or f"`{choice}`" in described[f.name][1], (f.name, choice)
 
 
-def test_the_readme_s_commands_for_a_laptop_export_and_predict(tmp_path, monkeypatch, capsys):
-    """Those that take seconds, one after the other and as written; then the lines of Python that use the files."""
+def test_commands_that_take_seconds_run_as_written(tmp_path, monkeypatch, capsys):
+    """Those of README one after the other, then those of all pages that need this repository only."""
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    for _, *given in (command for command in commands(README) if command[:2] == ["python", "-m"]):
-        call(importlib.import_module(given[1]), *given[2:])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("image.png: ")
-    names = {"images": np.zeros((3, 3, 32, 32), np.uint8)}
-    exec(re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)[1], names)
-    assert names["outputs"]["logits"].shape == (3, 100)
-
-
-def test_the_pages_commands_that_need_this_repository_only_run_as_written(tmp_path, monkeypatch, capsys):
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
-    Image.fromarray(varied_images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
-    monkeypatch.chdir(tmp_path)
-    given = [c[2:] for page in PAGES for c in commands(page) if c[:2] == ["python", "-m"] and "--data_dir" not in c]
-    given = [c for c in given if "docs/" in " ".join(c) and c[0] != "benchmarks.inference"]  # which takes minutes
+    given = [(page, c[2:]) for page in PAGES for c in commands(page) if c[:2] == ["python", "-m"]]
+    given = [c for page, c in given if page == README or ("docs/" in " ".join(c) and "--data_dir" not in c)]
     assert {c[0] for c in given} == {"deploy.export", "deploy.predict", "benchmarks.study"}
     for module, *arguments in given:
         call(importlib.import_module(module), *arguments)
-    assert "resnet56 at 25%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nimage.png: " in said and "resnet56 at 25%" in said
+    names = {"images": np.zeros((3, 3, 32, 32), np.uint8)}
+    exec(re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S)[1], names)
+    assert names["outputs"]["logits"].shape == (3, 100)
 
 
 def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(tmp_path, monkeypatch):

@@ -92,12 +92,6 @@ def test_seeds_are_compared_network_by_network():
     ]
 
 
-def test_the_study_names_what_it_does_not_know(tmp_path: Path):
-    done = subprocess.run(["bash", ROOT / "scripts" / "study.sh", "tiny", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "error: study tiny is unknown: use yardstick, cifar100, small or full\n"
-
-
 FAKE = r"""#!/usr/bin/env bash
 # Each command takes two calls, the first of which is stopped; a run that reports leaves record.json.
 echo "$*" >> "$CALLS"
