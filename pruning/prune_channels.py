@@ -98,15 +98,12 @@ def _refuse_rebuilt(network: ResNet, method: Method) -> None:
             f"criterion {method.criterion} removes channels inside the blocks of this program's ResNet: for a network "
             "of your own use criterion eigendamage"
         )
-    if network.removed_blocks:
+    low_rank = any(isinstance(module, LowRankConv2d) for module in network.modules())
+    if network.removed_blocks or low_rank:
+        found = "some blocks were removed" if network.removed_blocks else "the network has low-rank layers"
         raise UserError(
-            f"criterion {method.criterion} removes channels from whole blocks, but some blocks were removed: prune "
-            f"a network of stage 1, or use criterion eigendamage"
-        )
-    if any(isinstance(module, LowRankConv2d) for module in network.modules()):
-        raise UserError(
-            f"criterion {method.criterion} removes whole channels, but the network has low-rank layers: prune a "
-            f"network without them, or use criterion eigendamage"
+            f"criterion {method.criterion} removes channels from whole blocks, but {found}: prune a network of stage "
+            "1, or use criterion eigendamage"
         )
 
 
