@@ -70,21 +70,6 @@ def test_factors_of_a_convolution_equal_brute_force(spec, memory_format):
     torch.testing.assert_close(G, expected_G / g[0, 0].numel(), rtol=1e-12, atol=1e-12)
 
 
-def test_kfac_is_exact_on_a_linear_network_with_squared_error():
-    """The gradient at a layer of a linear network does not depend on the image: A (x) G is the Fisher, to rounding."""
-    first, second = nn.Conv2d(3, 4, 1, bias=False).double(), torch.randn(5, 4, dtype=torch.float64)
-    x = torch.randn(7, 3, 1, 1, dtype=torch.float64)
-    # The noise of the labels has unit covariance, so one unit vector an output stands for its expectation.
-    gradients = [(second.t() @ unit).expand(7, 4)[:, :, None, None] for unit in torch.eye(5, dtype=torch.float64)]
-    exact = sum(
-        torch.einsum("np,nq->pq", v, v)
-        for v in (image_gradients(first, x, g).reshape(7, 4, 3).transpose(1, 2).flatten(1) for g in gradients)
-    )
-    A = input_factor(first, x) / 7
-    G = sum(output_factor(g) for g in gradients) / 7
-    torch.testing.assert_close(torch.kron(A, G), exact / 7, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("spec", CONVOLUTIONS)
 def test_rotated_gradient_squares_equal_autograd_image_by_image(spec):
     layer, a, g = example(spec)

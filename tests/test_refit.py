@@ -95,21 +95,6 @@ def test_a_core_without_a_rotation_behind_is_the_least_squares_solution():
     torch.testing.assert_close(K, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_core_has_its_closed_form_in_the_true_covariance_of_patches():
-    """K = (U^T G U)^-1 U^T G W A Z^T (Z A Z^T)^-1, A the centred covariance of the layer's unfolded inputs."""
-    whole, layer, a, _ = example(3, 4, 1)
-    patched = windows(whole, a)
-    centred = patched - patched.mean(0)
-    A = centred.t() @ centred / len(patched)
-    Z = torch.kron(layer.rotate_in.weight[:, :, 0, 0].detach(), torch.eye(9).double())
-    g = torch.randn(30, 5).double()
-    G, W = g.t() @ g / 30, whole.weight.detach().flatten(1)
-    z = read_by(layer, a)
-    K, U = best_map(moments(row_sums(z, patched @ W.t()), z.shape[1]), G, 4)
-    expected = torch.linalg.inv(U.t() @ G @ U) @ U.t() @ G @ W @ A @ Z.t() @ torch.linalg.inv(Z @ A @ Z.t())
-    torch.testing.assert_close(K, expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_rotation_and_core_are_the_best_of_their_rank(rank):
     """What is left is what the best projection of that rank leaves: Eckart-Young, on the rows themselves."""
