@@ -208,7 +208,10 @@ def _run(network: nn.Module, layers: dict, norms: dict, x: Tensor, forward: Forw
         runs.mixing = _mixing(runs, layers, outputs, len(x))
     edges = _edges(outputs)
     if runs.nodes and not edges:
-        raise UserError("the network's outputs have no gradients: take @torch.no_grad() away from its forward pass")
+        raise UserError(
+            "the network's outputs have no gradients: take @torch.no_grad() away from its forward pass, or "
+            "torch.inference_mode() from around it"
+        )
     return runs, edges
 
 
