@@ -90,11 +90,6 @@ def compress(
 def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
     """Prune every layer, or the channels inside of every block, once and rebuild the network.
 
-    Args:
-        passes: over the images that the Fisher is measured on.
-        cost: of the network.
-        goal: where to stop.
-
     Raises:
         UserError: if the target cannot be reached, or the criterion does not suit the network.
     """

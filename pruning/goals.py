@@ -1,4 +1,8 @@
-"""Where pruning stops: targets for FLOPs and parameters, shares, and what can be reached."""
+"""Where pruning stops: targets for FLOPs and parameters, shares, and what can be reached.
+
+Throughout, ``costs`` are FLOPs and parameters of every form of each layer, [n, 2], and ``fixed`` those of everything
+outside of the layers, [2].
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -63,12 +67,7 @@ def as_target(goal: Goal, now: Sequence[float], least: Sequence[float], objectiv
 
 
 def least_of(costs: Sequence[np.ndarray], fixed: Sequence[float]) -> tuple[int, int]:
-    """The fewest FLOPs and the fewest parameters, each by itself.
-
-    Args:
-        costs: FLOPs and parameters of every form of each layer, [n, 2].
-        fixed: of everything outside of the layers.
-    """
+    """The fewest FLOPs and the fewest parameters, each by itself."""
     least = sum((own.min(axis=0) for own in costs), np.asarray(fixed))
     return int(least[0]), int(least[1])
 
@@ -79,17 +78,13 @@ def outside(cost: NetworkCost, costs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def fewest_parameters(costs: Sequence[np.ndarray], fixed: Sequence[float], flops: float) -> int:
-    """The fewest parameters with at most so many FLOPs, which can be reached; arguments as of ``least_of``."""
+    """The fewest parameters with at most so many FLOPs, which can be reached."""
     chosen = least_regretted([Ways(own[:, :1], own[:, 1]) for own in costs], np.array([flops - fixed[0]]))
     return int(fixed[1]) + sum(int(own[i, 1]) for own, i in zip(costs, chosen, strict=True))
 
 
 def nearest(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float]) -> Goal:
-    """The targets, raised to what can be reached; FLOPs come first where both together cannot.
-
-    Args:
-        costs, fixed: as of ``least_of``.
-    """
+    """The targets, raised to what can be reached; FLOPs come first where both together cannot."""
     limits = zip((goal.flops, goal.parameters), least_of(costs, fixed), strict=True)
     flops, parameters = (None if limit is None else max(limit, least) for limit, least in limits)
     if flops is not None and parameters is not None:
@@ -122,7 +117,6 @@ def shortfall(goal: Goal, costs: Sequence[np.ndarray], fixed: Sequence[float], b
     """Why no choice of forms meets the targets, with the least that can be reached; None if one does.
 
     Args:
-        costs, fixed: as of ``least_of``.
         by: what sets the limit.
     """
     names, least = ("FLOPs", "parameters"), least_of(costs, fixed)
