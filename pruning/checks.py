@@ -1,13 +1,15 @@
 """What ``compress`` cannot work on, each refused in one sentence before anything is measured."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from models.edits import low_rank_layers
+from pruning.capture import Forward
 from pruning.survey import outermost
 from utils.errors import UserError
 from utils.flops import NetworkCost
-from utils.modes import copied
+from utils.modes import copied, evaluation_mode
 
 
 def check_network(network: nn.Module) -> None:
@@ -34,11 +36,6 @@ def check_network(network: nn.Module) -> None:
         raise UserError("the network has no parameters: give one that is not quantised")
     if any(layer is network for _, layer in outermost(network)):
         raise UserError("the network is a single layer, which has no place for its parts: give nn.Sequential(layer)")
-    try:
-        copied(network)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"the network cannot be copied ({reason}): leave out what prevents this") from error
 
 
 def check_targets(flops: float | None, parameters: float | None, prune_ratio: float | None) -> None:
@@ -72,3 +69,30 @@ def check_used(network: nn.Module, cost: NetworkCost) -> None:
             f"the network does not call layer {', '.join(old)} after it was replaced, because a function or a tuple "
             f"holds the old one, or a new one is no nn.Conv2d: leave it as it is with ignored_layers={old}"
         )
+
+
+@torch.no_grad()
+def check_copy(network: nn.Module, x: Tensor, forward: Forward) -> None:
+    """Refuse a network that cannot be copied, or of which a copy computes something else.
+
+    Raises:
+        UserError: if one does, though the network itself computes the same twice.
+    """
+    with evaluation_mode(network):
+        first, again = (tree_leaves(forward(network, x.clone())) for _ in range(2))
+        forward(network, x.flip(0))  # so that features that it has kept, and the copy with it, are of other images
+    try:
+        copy = copied(network)
+        with evaluation_mode(copy):
+            found = tree_leaves(forward(copy, x.clone()))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"a copy of the network cannot be made or run ({reason}): leave out what prevents this, such as a lock"
+        ) from error
+    for one, other, own in zip(first, again, found, strict=True):
+        if isinstance(one, Tensor) and torch.equal(one, other) and not torch.allclose(one, own, equal_nan=True):
+            raise UserError(
+                "a copy of the network does not compute the same: leave out what prevents this, such as a hook with "
+                "a function that holds the network that it was made for"
+            )

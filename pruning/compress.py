@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruning.capture import Batches, Forward, LossFn, Passes, images_of
 from pruning.changes import Pruned, Report
-from pruning.checks import check_network, check_targets, check_used
+from pruning.checks import check_copy, check_network, check_targets, check_used
 from pruning.forms import form_costs
 from pruning.goals import Goal, as_count, as_target, check_near, nearest, outside, shortfall
 from pruning.layers import rebuilt_layers
@@ -73,6 +73,7 @@ def compress(
     passes = method.passes(batches, draws, forward, loss_fn=loss_fn).some(method.fisher_images)
     passes = passes if say is None else replace(passes, say=say)
     x, _ = next(passes.on(network))
+    check_copy(network, x[:2], forward)
     cost = cost_on(network, x[:1], forward)
     flops, parameters = as_count(flops, cost.flops), as_count(parameters, cost.parameters)
     goal = Goal(prune_ratio or 0.0, flops, parameters, nearest=True)
