@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from models import ResNet
+from utils.errors import UserError
 from utils.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.run import BEST, LAST, Run
 
@@ -56,11 +57,21 @@ class Keeper:
         save_checkpoint(self._last_path, replace(self._checkpoint(self.template.metrics), training=training))
 
     def resume(self, last: Checkpoint) -> None:
-        """Continue from where ``last`` was saved."""
-        self.network.load_state_dict(last.weights)
-        vars(self.progress).update(last.progress)
-        for name, item in self.stateful.items():
-            item.load_state_dict(last.training[name])
+        """Continue from where ``last`` was saved.
+
+        Raises:
+            UserError: if another version of this program saved it.
+        """
+        try:
+            self.network.load_state_dict(last.weights)
+            vars(self.progress).update(last.progress)
+            for name, item in self.stateful.items():
+                item.load_state_dict(last.training[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self._last_path} cannot be resumed ({type(error).__name__}: {error}): it was saved by another "
+                f"version; start a new run without --resume"
+            ) from error
 
     def best(self) -> Checkpoint:
         return load_checkpoint(self.best_path)
