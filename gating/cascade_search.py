@@ -10,6 +10,9 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from utils import parallel
 
 LEVELS = 200  # of what the first of three members hands on; the second threshold is exact for each
 
@@ -74,7 +77,8 @@ def candidates(predictions: Sequence[Predictions], labels: Tensor, reference: in
     expected = None if reference is None else (predictions[reference].probabilities.argmax(dim=1) == labels).double()
     order = sorted(range(len(predictions)), key=lambda i: predictions[i].executed.mean().item())
     found = [_alone(i, predictions[i], labels) for i in order]
-    for members in (*combinations(order, 2), *combinations(order, 3)):
+    groups = [*combinations(order, 2), *combinations(order, 3)]
+    for members in tqdm(groups, "cascades", leave=False, disable=parallel.hide_progress_bar()):
         for answer in ("last", "mean"):
             points = _points([predictions[i] for i in members], answer, labels, expected)
             kept = torch.cat([_undominated(points[:, [0, 1]]), _undominated(points[:, [2, 1]])]).unique()
