@@ -14,7 +14,7 @@ several functions in --network, those of each.  Writes ``study.json``, ``study.m
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -163,22 +163,24 @@ def measured(
     if splits.val_is_test:
         rounds = halves(on_test, labels)
     reference = max(range(len(singles)), key=lambda i: (singles[i]["given"], singles[i]["accuracy"]))
-    searched = [candidates(one_round.chosen_on, one_round.chosen_labels) for one_round in rounds]
     whole = singles[reference]["gflops"] * 1e9
+
+    def searched(among: Collection[int]) -> list[list[Candidate]]:
+        return [candidates(one.chosen_on, one.chosen_labels, among=among) for one in rounds]
 
     def curve(searched: list[list[Candidate]]) -> list[Row]:
         chosen = ((share, [best_under(found, share * whole) for found in searched]) for share in SHARES)
         return [{"share": share, **row} for share, one in chosen if (row := mean_of(one, rounds, singles))]
 
     relatives = {i for i, row in enumerate(singles) if row["family"] == singles[reference]["family"]}
-    of_one = [[candidate for candidate in found if relatives.issuperset(candidate.members)] for found in searched]
+    of_all = searched(range(len(singles)))
     record = {
         "reference": singles[reference]["name"],
         "networks": singles,
-        "curve": curve(searched),
-        "one_family": curve(of_one) if len(relatives) < len(singles) else [],
+        "curve": curve(of_all),
+        "one_family": curve(searched(relatives)) if len(relatives) < len(singles) else [],
     }
-    return record, pictures_of(best_under(searched[0], DRAWN * whole), rounds[0], splits.test, classes)
+    return record, pictures_of(best_under(of_all[0], DRAWN * whole), rounds[0], splits.test, classes)
 
 
 def pictures_of(

@@ -4,15 +4,16 @@ Every network is evaluated once.  The answers and the cost of every cascade foll
 image, so thresholds are read off the sorted confidences.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from utils import parallel
+from utils.parallel import hide_progress_bar
 
 LEVELS = 200  # of what the first of three members hands on; the second threshold is exact for each
 
@@ -61,8 +62,13 @@ def outcome(predictions: Sequence[Predictions], candidate: Candidate, labels: Te
     return Outcome(answer.argmax(dim=1) == labels, executed, run, len(candidate.members))
 
 
-def candidates(predictions: Sequence[Predictions], labels: Tensor, reference: int | None = None) -> list[Candidate]:
-    """Every network alone, and of every pair and triple the cascades that no other of the same networks beats.
+def candidates(
+    predictions: Sequence[Predictions],
+    labels: Tensor,
+    reference: int | None = None,
+    among: Collection[int] | None = None,
+) -> list[Candidate]:
+    """Every network alone, and the cascades of two or three that no other cascade beats, cheapest first.
 
     That is in accuracy at fewer FLOPs or, with a ``reference``, in its margin over that network (``_points``).
 
@@ -73,17 +79,22 @@ def candidates(predictions: Sequence[Predictions], labels: Tensor, reference: in
         predictions: of networks on the same N images, in any order; cheaper ones run first.
         labels: int64 [N].
         reference: index of the network that ``cheapest_within`` compares with.
+        among: indices of the networks to use; None: all.
     """
     expected = None if reference is None else (predictions[reference].probabilities.argmax(dim=1) == labels).double()
-    order = sorted(range(len(predictions)), key=lambda i: predictions[i].executed.mean().item())
+    among = range(len(predictions)) if among is None else among
+    order = sorted(among, key=lambda i: predictions[i].executed.mean().item())
+    tried = [*product((*combinations(order, 2), *combinations(order, 3)), ("last", "mean"))]
+    best = torch.empty(0, 6, dtype=torch.float64)  # accuracy, FLOPs, margin, two thresholds, index in ``tried``
+    for index, (members, answer) in enumerate(tqdm(tried, "cascades", leave=False, disable=hide_progress_bar())):
+        points = _points([predictions[i] for i in members], answer, labels, expected)
+        points = F.pad(F.pad(points, (0, 5 - points.shape[1])), (0, 1), value=index)
+        best = torch.cat([best, points])
+        best = best[torch.cat([_undominated(best[:, [0, 1]]), _undominated(best[:, [2, 1]])]).unique()]
     found = [_alone(i, predictions[i], labels) for i in order]
-    groups = [*combinations(order, 2), *combinations(order, 3)]
-    for members in tqdm(groups, "cascades", leave=False, disable=parallel.hide_progress_bar()):
-        for answer in ("last", "mean"):
-            points = _points([predictions[i] for i in members], answer, labels, expected)
-            kept = torch.cat([_undominated(points[:, [0, 1]]), _undominated(points[:, [2, 1]])]).unique()
-            for accuracy, flops, _, *thresholds in points[kept].tolist():
-                found.append(Candidate(members, tuple(thresholds), answer, accuracy, flops))
+    for accuracy, flops, _, *thresholds, index in best.tolist():
+        members, answer = tried[int(index)]
+        found.append(Candidate(members, tuple(thresholds[: len(members) - 1]), answer, accuracy, flops))
     return sorted(found, key=lambda c: (c.flops, -c.accuracy))
 
 

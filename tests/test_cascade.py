@@ -63,18 +63,31 @@ def dominated(point: tuple[float, float], others: list[tuple[float, float]]) -> 
     return any(a >= point[0] - 1e-9 and f <= point[1] + 1e-9 and (a, f) != point for a, f in others)
 
 
-@pytest.mark.parametrize("answer", ["last", "mean"])
-def test_the_search_finds_the_frontier_of_all_thresholds(answer):
+def test_the_search_finds_the_frontier_of_all_thresholds():
     """Every pair of thresholds that tells images apart, tried by loops, is matched by what was found."""
     given, labels = predictions()
-    found = [c for c in candidates(given, labels) if c.answer == answer or len(c.members) == 1]
-    points = [(c.accuracy, c.flops) for c in found]
+    points = [(c.accuracy, c.flops) for c in candidates(given, labels)]
     steps = torch.linspace(0.2, 1.0, 13).tolist()
-    for size in (2, 3):
+    for size, answer in itertools.product((2, 3), ("last", "mean")):
         for members in itertools.combinations(range(3), size):
             for thresholds in itertools.product(steps, repeat=size - 1):
                 point = by_loops([given[i] for i in members], list(thresholds), answer, labels)
                 assert dominated(point, points) or point in points, (members, thresholds, point)
+
+
+def test_cascades_that_another_one_beats_are_left_out():
+    """Also those of other networks: of twenty networks there are a thousand groups of three."""
+    given, labels = predictions(5)
+    cascades = [c for c in candidates(given, labels) if len(c.members) > 1]
+    assert all(a.flops < b.flops and a.accuracy < b.accuracy for a, b in itertools.pairwise(cascades))
+
+
+def test_the_search_among_some_networks_is_that_of_these_alone():
+    given, labels = predictions(5)
+    some = (1, 3, 4)
+    alone = candidates([given[i] for i in some], labels, reference=1)
+    expected = [replace(c, members=tuple(some[i] for i in c.members)) for c in alone]
+    assert candidates(given, labels, reference=3, among=some) == expected
 
 
 @pytest.mark.parametrize("saturated", [False, True])
