@@ -26,7 +26,6 @@ from utils.data.augment import Normalisation
 from utils.errors import UserError
 
 TOLERANCE = 1e-4
-MASK = 1e4  # a logit above this, and this many times the median of all, is no score
 RUN_ERRORS = (Fail, InvalidArgument, RuntimeException)  # of a graph that does not fit its inputs
 # Features of more images do not fit into the cache, and gathering and scattering become slow: docs/notebook.md.
 AT_ONCE = 16
@@ -119,7 +118,7 @@ def _cores() -> int:
 def check_exported(
     exported: ExportedNetwork, network: ResNet, normalisation: Normalisation, pixels: Tensor, name: str
 ) -> float:
-    """The largest deviation of the logits from those of ``network``, see ``deviation_of``.
+    """The largest deviation of the logits from those of ``network``, relative where logits exceed 1.
 
     Images on which a switch is undecided (its probability within the tolerance of one half) are left out: there the
     last bit of a sum decides whether a block runs.
@@ -139,7 +138,9 @@ def check_exported(
             f"{name} cannot be checked, because a switch is too close to its threshold on every image: add --data_dir"
         )
     outputs = {name: torch.from_numpy(values)[decided] for name, values in exported(pixels.numpy()).items()}
-    deviation = deviation_of(outputs[LOGITS], expected.logits[decided])
+    logits = expected.logits[decided]
+    shares = (outputs[LOGITS] - logits).abs() / logits.abs().clamp(min=1)
+    deviation = torch.where(outputs[LOGITS] == logits, 0.0, shares).max().item()  # infinities may mask a class
     found = outputs.get(DECISIONS, expected.decisions[decided, :0])
     same = torch.equal(found, expected.decisions[decided, : found.shape[1]])  # those between members of a cascade first
     if not same or not deviation <= TOLERANCE:
@@ -149,15 +150,3 @@ def check_exported(
             "written; report it with the versions of torch and onnxruntime"
         )
     return deviation
-
-
-def deviation_of(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of logits, as a share of the largest logit; of those that mask a class, of its own size.
-
-    Masks are far larger than the rest, such as -1e9, and would hide every difference.
-    """
-    size = expected.abs()
-    masks = (size > MASK * size.median()) & (size > MASK)
-    rest = size[~masks].max().clamp(min=torch.finfo(expected.dtype).tiny)  # all zero in a network never trained, say
-    shares = torch.where(found == expected, 0.0, (found - expected).abs() / torch.where(masks, size, rest))
-    return shares.max().item()
