@@ -16,7 +16,9 @@ import main_cascade
 import main_prune
 import main_rl_prune
 import main_sp
+from benchmarks.common import read_lines
 from benchmarks.study import rows, seeds_table
+from benchmarks.torchvision_models import table
 from utils.errors import UserError
 from utils.runs.results import cells
 from utils.settings import settings_parser
@@ -170,6 +172,7 @@ def missing_rows() -> list[str]:
     wanted = [row for found in studies for kind in kinds for row in rows(found, kind)]
     wanted += [row for path in RESULTS.rglob("seeds.json") for row in seeds_table(json.loads(path.read_text()))[2:]]
     wanted += [f"| {' | '.join([record['method'], *cells(record)])} |" for record in chains]
+    wanted += table(read_lines(RESULTS / "torchvision.jsonl"), share=0.7).splitlines()
     return [row for row in wanted if row not in page]
 
 
