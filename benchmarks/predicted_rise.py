@@ -10,7 +10,6 @@ OUT.jsonl, so a run that is started again with the same arguments continues.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from utils.data.folder import load_data
 from utils.data.images import Images
 from utils.device import pick_device
 from utils.errors import UserError, run_command
+from utils.files import write_json
 from utils.flops import every_block, network_cost
 from utils.runs.checkpoint import Checkpoint, check_data, load_checkpoint
 from utils.settings import image_type
@@ -91,7 +91,7 @@ def main() -> None:
         for name in PREDICTIONS
     }
     content = {"machine": machine(), "settings": vars(args), "correlations": correlations, "points": points}
-    beside(out, ".json").write_text(json.dumps(content, indent=2))
+    write_json(beside(out, ".json"), content)
     draw(beside(out, ".png"), points)
     print("| FLOPs | form | predicted, sum over layers | predicted, together | divergence |\n|---|---|---|---|---|")
     for p in points:

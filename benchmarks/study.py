@@ -42,6 +42,7 @@ from utils.data.folder import load_data
 from utils.data.images import Images, evenly_spaced
 from utils.device import pick_device
 from utils.errors import UserError, run_command
+from utils.files import write_json
 from utils.runs.checkpoint import load_checkpoint
 from utils.runs.run import stage_folder
 from utils.settings import image_type, number
@@ -105,7 +106,7 @@ def main() -> None:
                 f"--seeds takes two folders with a study.json or more: {[*map(str, lacking or args.seeds)]}"
             )
         found = [json.loads((folder / "study.json").read_text()) for folder in args.seeds]
-        (args.out / "seeds.json").write_text(json.dumps([accuracies(one) for one in found], indent=1))
+        write_json(args.out / "seeds.json", [accuracies(one) for one in found])
         print("\n".join(seeds_table([accuracies(one) for one in found])))
         return
     if not record.exists() and not args.results:
@@ -122,7 +123,7 @@ def main() -> None:
             raise UserError(f"{args.results[0]} holds {len(paths)} networks of {args.network}: run main_prune.py first")
         splits, root = split_as_before(data, load_checkpoint(paths[0]).data).to(pick_device()), args.results[0]
         found, pictures = measured(root, paths, splits, data.classes)
-        record.write_text(json.dumps(with_times(found, root, splits.test), indent=1))
+        write_json(record, with_times(found, root, splits.test))
         for name, figure in pictures:
             figure.savefig(args.out / f"{name}.png", dpi=110)
     found = json.loads(record.read_text())

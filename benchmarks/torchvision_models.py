@@ -51,6 +51,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     path = beside(args.out, ".jsonl")
+    if unknown := {*(args.only or ())} - {*torchvision.models.list_models(torchvision.models)}:
+        raise UserError(f"torchvision has no {', '.join(sorted(unknown))}: see torchvision.models.list_models()")
     for name in args.only or small_enough():
         before = next((row for row in read_lines(path) if row["network"] == name), None)
         if before is not None and before.get("asked", args.flops) != args.flops:

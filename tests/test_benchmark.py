@@ -7,12 +7,13 @@ import torch
 from commands import call, run_folder
 from torch.nn import functional as F
 
-from benchmarks import inference, training
+from benchmarks import inference, torchvision_models, training
 from benchmarks.competitor import IMPORTANCES, _gradients, torch_pruned
 from benchmarks.torchvision_models import table
 from deploy.timing import Timing
 from models import build_network
 from utils.data.images import evenly_spaced
+from utils.errors import UserError
 from utils.flops import network_cost
 from utils.runs.run import BEST
 
@@ -104,3 +105,9 @@ def test_table_counts_networks_within_two_percent_of_the_budget_and_exported_one
     assert first == "3 networks to 70% of their FLOPs: 1 within 2% of the target, 1 exported."
     assert lower == "| lower | 64 | 0.000 | 68.5% | 25.0% | no | 1.5 | 1 |"
     assert above.startswith("| above | 64 | 0.000 | 71.5%") and last == ""
+
+
+def test_a_network_that_torchvision_does_not_have_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match="torchvision has no resnet19: see"):
+        call(torchvision_models, "--only", "resnet18", "resnet19", "--out", tmp_path / "found")
+    assert not list(tmp_path.iterdir())
