@@ -29,7 +29,7 @@ from models import picked_logits
 from pruning import compress
 from utils.data.augment import Normalisation
 from utils.errors import UserError, run_command
-from utils.flops import network_cost
+from utils.flops import cost_on
 
 MOST_PARAMETERS = 100e6
 CLASSES = 10
@@ -125,13 +125,13 @@ def images(size: int, args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
 def compressed(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Compress the network, check the result, and return the row of the table."""
     network, size = network_of(name), args.pixels or image_size(name)
-    batches = images(size, args)
-    before = network_cost(network.eval(), size)
+    batches, blank = images(size, args), torch.zeros(1, 3, size, size)
+    before = cost_on(network.eval(), blank)
     start = time.perf_counter()
     smaller = compress(network, lambda: batches, flops=args.flops, decomposition=args.decomposition).eval()
     row: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
     row |= {"size": size, "flops": before.flops}
-    after = network_cost(smaller, size)
+    after = cost_on(smaller, blank)
     row |= {"smaller_flops": after.flops, "parameters": before.parameters, "smaller_parameters": after.parameters}
     with torch.no_grad():
         outputs = picked_logits(smaller(batches[0][0]))

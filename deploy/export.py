@@ -23,7 +23,7 @@ from deploy.exported import exported_model
 from deploy.labels import INT8, LABELS, NETWORK, NETWORK_HELP, labels_of
 from deploy.session import ExportedNetwork, check_exported
 from gating.fixing import fixed_blocks_text
-from models import ResNet, allow
+from models import allow
 from utils.data.folder import DataSet, load_data
 from utils.data.images import Images, evenly_spaced
 from utils.errors import UserError, run_command
@@ -70,7 +70,7 @@ def main() -> None:
     onnx.checker.check_model(models[NETWORK], full_check=True)
     deviation = check_exported(ExportedNetwork(models[NETWORK]), network, checkpoint.normaliser(), pixels, NETWORK)
     labels["files"][NETWORK] = {"deviation": deviation, "images_checked": len(pixels)}
-    if isinstance(network, ResNet) and network.fixed_switches:
+    if network.fixed_switches:
         free = len(network.free_switches)
         print(f"{NETWORK}: {fixed_blocks_text(network)}; switches that decide image by image: {free}")
     print(f"{NETWORK}: logits within {deviation:.1e} of PyTorch's on {len(pixels)} images")

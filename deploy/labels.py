@@ -44,7 +44,7 @@ def labels_of(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
         "image_size": size,
         "flops": cost.flops - cost.removed_gates,
         "flops_of_switched_blocks": list(cost.blocks),
-        "fixed_blocks": [switch + 2 for switch in sorted(_fixed(network))],  # the first block has no switch
+        "fixed_blocks": [switch + 2 for switch in sorted(network.fixed_switches)],  # the first block has no switch
         "members": [flops_run(own, size) for own in network.members] if isinstance(network, Cascade) else [],
         "stage": checkpoint.stage,
         "dataset": checkpoint.data["name"],
@@ -53,17 +53,11 @@ def labels_of(checkpoint: Checkpoint, network: Network) -> dict[str, Any]:
     }
 
 
-def _fixed(network: Network) -> dict[int, int]:
-    """What the switches that no longer decide are fixed to."""
-    return network.fixed_switches if isinstance(network, ResNet) else {}
-
-
 def flops_run(network: Network, image_size: Size) -> int:
     """FLOPs of an image with every remaining block run."""
     cost = network_cost(network, image_size)
-    return (
-        cost.flops - cost.removed_gates - sum(cost.blocks[switch] for switch, on in _fixed(network).items() if not on)
-    )
+    removed = sum(cost.blocks[switch] for switch, on in network.fixed_switches.items() if not on)
+    return cost.flops - cost.removed_gates - removed
 
 
 def read_labels(folder: Path) -> Labels:

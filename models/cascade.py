@@ -1,6 +1,7 @@
 """A cascade: a small network answers if it is confident and hands other images on to the next network."""
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class Cascade(nn.Module):
     Raises:
         ValueError: for fewer than two members, another number of thresholds, or an unknown ``answer``.
     """
+
+    fixed_switches = MappingProxyType({})  # of its own; members may have some
 
     def __init__(self, members: Sequence[Member], thresholds: Sequence[float], answer: str):
         super().__init__()

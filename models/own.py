@@ -7,7 +7,7 @@ process: loading somebody else's checkpoint runs no code.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class OwnNetwork(nn.Module):
         ValueError: for a function or a layer that is not there.
     """
 
-    switches, gate = 0, None
+    switches, gate, fixed_switches = 0, None, MappingProxyType({})
 
     def __init__(self, source: str, num_classes: int, edits: Sequence[Edit] = ()):
         super().__init__()

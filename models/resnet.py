@@ -196,6 +196,12 @@ class ResNet(nn.Module):
         return [f"blocks.{switch + 1}" for switch, on in self.fixed_switches.items() if not on]
 
     @property
+    def plain_blocks(self) -> dict[str, BasicBlock]:
+        """The blocks, by name, whose residuals are two plain convolutions."""
+        named = ((f"blocks.{i}", block) for i, block in enumerate(self.blocks) if isinstance(block, BasicBlock))
+        return {name: b for name, b in named if type(b.conv1) is type(b.conv2) is nn.Conv2d}
+
+    @property
     def free_switches(self) -> list[int]:
         """Indices of the switches that decide image by image."""
         return [switch for switch in range(self.switches) if switch not in self.fixed_switches]

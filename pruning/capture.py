@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import length_hint
@@ -93,19 +93,33 @@ def visit_gradients(network: nn.Module, layers: Mapping[str, nn.Module], passes:
         the number of images seen by all processes together.
     """
     seen = [0]  # images of the batch that is running
-    images = 0
-    shown = (layer.register_forward_hook(_show(n, visit, seen), with_kwargs=True) for n, layer in layers.items())
+    images, ran = 0, set()
+    shown = (layer.register_forward_hook(_show(n, visit, seen, ran), with_kwargs=True) for n, layer in layers.items())
     with hooked(shown), differentiable(network, layers.values()) as starts:
         for x, given in passes.on(network):
             seen[0] = len(x)
             starts.clear()
+            ran.clear()
             # A copy, so that a network may change its input in place.
             outputs = passes.forward(network, x.clone())
+            check_ran(layers, ran)
             loss = _loss(outputs, given, passes, len(x))
             images += images_of(x, given)
             if len(x) > 0:  # the last batch may be too small for all processes
                 gradients(loss, starts)
     return images
+
+
+def check_ran(layers: Iterable[str], ran: Collection[str]) -> None:
+    """Refuse layers that run in some passes only, as those that are skipped at random.
+
+    Raises:
+        UserError: names them.
+    """
+    if left_out := [name for name in layers if name not in ran]:
+        raise UserError(
+            f"layer {', '.join(left_out)} is left out in some passes: leave it as it is with ignored_layers={left_out}"
+        )
 
 
 def gradients(loss: Tensor, inputs: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
@@ -244,8 +258,9 @@ def _signs(shape: tuple[int, int], like: Tensor, draws: torch.Generator | None) 
     return 2 * torch.randint(0, 2, shape, generator=draws, device=like.device).to(like) - 1
 
 
-def _show(name: str, visit: Visit, seen: list[int]):
+def _show(name: str, visit: Visit, seen: list[int], ran: set[str]):
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        ran.add(name)
         images, given = seen[0], layer_input(args, kwargs).detach()
         if len(given) % max(1, images) if is_linear(layer) else len(given) != images:
             raise UserError(

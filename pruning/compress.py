@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.capture import Batches, Forward, LossFn, Passes, images_of
+from pruning.capture import Batches, Forward, LossFn, Passes, check_ran, images_of
 from pruning.changes import Pruned, Report
 from pruning.checks import check_copy, check_network, check_targets, check_used
 from pruning.forms import form_costs
@@ -96,6 +96,7 @@ def prune_once(network: nn.Module, passes: Passes, *, cost: NetworkCost, goal: G
     """
     x, labels = next(passes.on(network))
     found = survey(network, *passes.probe(x, labels), method.ignored_layers)
+    check_ran(found.names, {name.removesuffix(".core") for name in cost.layers})
     if goal.nearest:
         asked, goal = goal, nearest(goal, *_reachable(network, found, cost, replace(method, round_to=1)))
         check_near(asked, goal, (cost.flops, cost.parameters), found.left_alone)

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models import LowRankConv2d, ResNet
+from models import ResNet
+from models.resnet import BasicBlock
 from pruning import channels
 from pruning.capture import Passes
 from pruning.changes import LayerChange, Pruned
@@ -30,7 +31,7 @@ KRONECKER = (*COMPENSATED, "kron_obd")
 
 def prune_channels(network: ResNet, passes: Passes, cost: NetworkCost, goal: Goal, method: Method) -> Pruned:
     """Measure, choose and rebuild, see ``pruning.compress.prune_once``."""
-    blocks = {f"blocks.{i}": block for i, block in enumerate(network.blocks)}
+    blocks = _blocks(network, method)
     seconds = {name: block.conv2 for name, block in blocks.items()}
     factors = collect_factors(network, seconds, passes) if method.criterion in KRONECKER else {}
     diagonals = gradient_squares(network, seconds, {}, passes) if method.criterion == "c_obd" else {}
@@ -79,10 +80,9 @@ def channel_groups(
     Raises:
         UserError: for a network with low-rank layers.
     """
-    _refuse_rebuilt(network, method)
     groups = {}
-    for i, block in enumerate(network.blocks):
-        name, now = f"blocks.{i}", block.conv1.out_channels
+    for name, block in _blocks(network, method).items():
+        now = block.conv1.out_channels
         positions = cost.layers[f"{name}.conv2"].positions_out
         block_cost = partial(_block_cost, block.conv1.in_channels + block.conv2.out_channels, positions)
         counts = counts_kept(now, block.conv2.out_channels, method.prune_ratio_limit, method.round_to)
@@ -91,20 +91,21 @@ def channel_groups(
     return groups
 
 
-def _refuse_rebuilt(network: ResNet, method: Method) -> None:
-    """Refuse blocks that are not two plain convolutions: channels cannot be removed there."""
-    if not isinstance(network, ResNet):
+def _blocks(network: ResNet, method: Method) -> dict[str, BasicBlock]:
+    """The blocks, by name, if all of them are two plain convolutions: channels cannot be removed elsewhere."""
+    blocks = getattr(network, "plain_blocks", None)
+    if blocks is None:
         raise UserError(
             f"criterion {method.criterion} removes channels inside the blocks of this program's ResNet: for a network "
             "of your own use criterion eigendamage"
         )
-    low_rank = any(isinstance(module, LowRankConv2d) for module in network.modules())
-    if network.removed_blocks or low_rank:
+    if len(blocks) < len(network.blocks):
         found = "some blocks were removed" if network.removed_blocks else "the network has low-rank layers"
         raise UserError(
             f"criterion {method.criterion} removes channels from whole blocks, but {found}: prune a network of stage "
             "1, or use criterion eigendamage"
         )
+    return blocks
 
 
 def _block_cost(outside: int, positions: int, inner):

@@ -16,7 +16,7 @@ from pruning.capture import some_images
 from pruning.layers import composed, weights_of
 from pruning.survey import survey
 from utils.errors import UserError
-from utils.flops import cost_on, network_cost
+from utils.flops import cost_on
 
 NAMES = ["resnet18", "vgg11", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1"]
 
@@ -46,7 +46,7 @@ def torchvision_network(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_of_torchvision_are_compressed_as_they_are(name):
     network = torchvision_network(name)
-    before, whole = copy.deepcopy(network.state_dict()), network_cost(network, 64)
+    before, whole = copy.deepcopy(network.state_dict()), cost_on(network, torch.zeros(1, 3, 64, 64))
     # All forms for the small network; depthwise ones of hundreds of channels take their time.
     decomposition = "best" if name == "squeezenet1_1" else "tucker"
     smaller = compress(network.train(), labelled(), flops=0.7, decomposition=decomposition)
@@ -226,7 +226,7 @@ def test_a_compressed_network_trains_and_is_compressed_again():
     F.cross_entropy(first(images), labels).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in first.parameters())
     second = compress(first, labelled(64, 16), flops=0.7, decomposition="tucker")
-    whole = network_cost(resnet20(), 16).flops
+    whole = cost_on(resnet20(), torch.zeros(1, 3, 16, 16)).flops
     assert 0.98 * 0.42 * whole <= flops_of(second, 16) <= 0.42 * whole
     assert sum(isinstance(m, nn.Conv2d) for m in second.modules()) <= 3 * 19
 

@@ -206,6 +206,18 @@ def test_what_was_frozen_is_frozen():
     assert trainable == {name for name in parameters if name.endswith("bias")} != set()
 
 
+class SkippedAtRandom(Around):
+    """A layer that runs in two of three passes only, in evaluation mode too."""
+
+    def forward(self, x):
+        return self.inner[5:](self.inner[:3](x) if torch.rand(()) < 1 / 3 else self.inner[:5](x))
+
+
+def test_a_layer_that_is_skipped_at_random_can_be_ignored():
+    smaller = compress(SkippedAtRandom(), images(), flops=0.7, ignored_layers=["inner.3"], round_to=1)
+    assert {edit["name"] for edit in edits_of(smaller)} == {"inner.0", "inner.7"}
+
+
 def named(module: nn.Module, **attributes) -> nn.Module:
     for name, value in attributes.items():
         setattr(module, name, value)
@@ -248,6 +260,8 @@ def named(module: nn.Module, **attributes) -> nn.Module:
         (small, images, {"flops": None, "parameters": -1}, "parameters is -1: give a share above 0"),
         (lambda: named(small(), lock=threading.Lock()), images, {},
          "a copy of the network cannot be made or run .*cannot pickle '_thread.lock'"),
+        (SkippedAtRandom, images, {}, r"layer inner\.3 is left out in some passes.* ignored_layers=\['inner\.3'\]"),
+        (lambda: named(small(), report=nn.ReLU()), images, {}, "the network has an attribute report"),
         (Remembered, images, {}, "a copy of the network does not compute the same: leave out what prevents this"),
         (lambda: torch.relu, images, {}, "the network is a builtin_function_or_method: give a torch.nn.Module"),
     ],

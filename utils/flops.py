@@ -62,7 +62,7 @@ class NetworkCost:
         return self.flops - self.removed_gates - saved
 
 
-def network_cost(network: nn.Module, image_size: Size) -> NetworkCost:
+def network_cost(network: ResNet | OwnNetwork | Cascade, image_size: Size) -> NetworkCost:
     """Measure the cost of ``network`` for images of three channels and ``image_size`` pixels, on a blank image.
 
     Blocks and gates that fixed switches have removed count with their FLOPs, but not with their parameters: so the
@@ -76,9 +76,7 @@ def network_cost(network: nn.Module, image_size: Size) -> NetworkCost:
     height, width = height_width(image_size)
     parameter = next(network.parameters())
     blank = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
-    if isinstance(network, ResNet):
-        return _switched_cost(network, blank)
-    return cost_on(network, blank, every_block if isinstance(network, OwnNetwork) else nn.Module.__call__)
+    return _switched_cost(network, blank) if network.switches else cost_on(network, blank, every_block)
 
 
 def cost_on(
