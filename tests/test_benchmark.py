@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from commands import call, run_folder
+from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import inference, torchvision_models, training
+from benchmarks import architectures, inference, torchvision_models, training
 from benchmarks.competitor import IMPORTANCES, _gradients, torch_pruned
 from benchmarks.torchvision_models import table
 from deploy.timing import Timing
@@ -111,3 +112,22 @@ def test_a_network_that_torchvision_does_not_have_is_refused_before_anything_is_
     with pytest.raises(UserError, match="torchvision has no resnet19: see"):
         call(torchvision_models, "--only", "resnet18", "resnet19", "--out", tmp_path / "found")
     assert not list(tmp_path.iterdir())
+
+
+def test_another_network_is_trained_compressed_and_fine_tuned_once(shapes, tmp_path, monkeypatch):
+    layers = (nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    monkeypatch.setattr(architectures, "vgg", lambda: nn.Sequential(*layers, nn.Linear(16, 10)))
+    flags = {
+        "epochs": 1,
+        "fine_tuning": 1,
+        "images": 32,
+        "networks": "vgg",
+        "data_dir": shapes,
+        "out": tmp_path / "found",
+    }
+    for _ in range(2):
+        call(architectures, *(f"--{name}={value}" for name, value in flags.items()))
+    (line,) = (tmp_path / "found.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert 0.4 < found["flops"][1] / found["flops"][0] <= 0.5
+    assert all(0 <= found[key] <= 1 for key in ("accuracy", "compressed", "fine_tuned", "control"))
