@@ -39,8 +39,10 @@ class RecurrentGate(nn.Module):
         return [self.decision]
 
     def remove(self, switch: int) -> None:
-        """Remove the layers of a switch that is never computed."""
+        """Remove the layers of a switch that is never computed; with the last one, those of all switches."""
         self.projections[switch] = nn.Identity()
+        if all(isinstance(projection, nn.Identity) for projection in self.projections):
+            self.lstm = self.decision = nn.Identity()
 
     def forward(self, switch: int, features: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
         """Probability that the block behind ``switch`` runs.

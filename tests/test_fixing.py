@@ -242,3 +242,14 @@ def test_channel_criteria_refuse_a_network_that_blocks_have_left():
         UserError, match="criterion kron_obd removes channels from whole blocks, but some blocks were removed"
     ):
         check_goal(network, 16, Goal(prune_ratio=0.1), method, every_block)
+
+
+@pytest.mark.parametrize("kind", ["rnn", "ff1", "ff2"])
+def test_a_network_without_free_switches_has_no_gate_left(kind):
+    network = lively_network("rl_pruned", kind)
+    fixed = with_fixed_switches(network, {switch: switch % 2 for switch in range(network.switches)})
+    assert [name for name in fixed.state_dict() if name.startswith("gate.")] == []
+    whole, gate = (sum(p.numel() for p in part.parameters()) for part in (network, network.gate))
+    removed = sum(p.numel() for i in range(0, network.switches, 2) for n, p in network.blocks[i + 1].named_parameters()
+                  if not n.startswith("shortcut"))  # fmt: skip
+    assert network_cost(fixed, 16).parameters == whole - gate - removed
