@@ -9,8 +9,9 @@ is added to OUT.jsonl; those that are there already are left out.
 
 import argparse
 import copy
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,7 +79,7 @@ def main() -> None:
     for name in args.networks:
         if name not in {line["network"] for line in read_lines(out)}:
             append_line(out, {**measured(name, splits, device, args), "machine": machine()})
-            print(json.dumps(read_lines(out)[-1]))
+    print(table(read_lines(out)))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured(name: str, splits: Splits, device: torch.device, args: argparse.Namespace) -> dict:
+def measured(name: str, splits: Splits, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """Train, compress and fine-tune one network."""
     source = f"benchmarks.architectures:{name}"
     allow(source)
@@ -131,6 +132,22 @@ def measured(name: str, splits: Splits, device: torch.device, args: argparse.Nam
         loss_fn = distillation_loss_fn(network, 0.5, precision)
         found[key] = train(own, args.fine_tuning, optimiser, rate / 10, loss_fn)
     return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each network."""
+    head = [
+        "| network | MFLOPs | trained | FLOPs left | parameters left | compressed | fine-tuned | control |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *map(_line, rows)])
+
+
+def _line(row: dict[str, Any]) -> str:
+    (flops, fewer), (parameters, less) = row["flops"], row["parameters"]
+    accuracies = [f"{row[key]:.2%}" for key in ("compressed", "fine_tuned", "control")]
+    cells = [row["network"], f"{flops / 1e6:.1f}", f"{row['accuracy']:.2%}", f"{fewer / flops:.1%}"]
+    return f"| {' | '.join([*cells, f'{less / parameters:.1%}', *accuracies])} |"
 
 
 def optimiser_of(name: str, network: OwnNetwork) -> tuple[Optimizer, float]:

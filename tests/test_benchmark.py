@@ -131,3 +131,10 @@ def test_another_network_is_trained_compressed_and_fine_tuned_once(shapes, tmp_p
     found = json.loads(line)
     assert 0.4 < found["flops"][1] / found["flops"][0] <= 0.5
     assert all(0 <= found[key] <= 1 for key in ("accuracy", "compressed", "fine_tuned", "control"))
+
+
+def test_the_table_of_other_networks_has_shares_of_what_there_was():
+    found = {"accuracy": 0.9, "compressed": 0.85, "fine_tuned": 0.895, "control": 0.905}
+    found |= {"network": "vgg", "flops": [2_000_000, 999_000], "parameters": [1000, 400]}
+    last = architectures.table([found]).splitlines()[-1]
+    assert last == "| vgg | 2.0 | 90.00% | 50.0% | 40.0% | 85.00% | 89.50% | 90.50% |"
