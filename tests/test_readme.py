@@ -131,7 +131,7 @@ def test_a_network_of_one_s_own_is_compressed_and_rebuilt_as_the_page_does(tmp_p
     for snippet in re.findall(r"^```python\n(.*?)^```", OWN_NETWORK.read_text(), re.M | re.S):
         exec(snippet, names)
     assert names["smaller"].report.flops[1] <= 0.5 * names["smaller"].report.flops[0]
-    torch.testing.assert_close(names["network"](images), names["smaller"](images))
+    torch.testing.assert_close(names["restored"](images), names["smaller"](images))
 
 
 def test_any_network_is_exported_quantised_and_timed_as_the_page_does(tmp_path, monkeypatch, capsys):
