@@ -16,6 +16,7 @@ import main_cascade
 import main_prune
 import main_rl_prune
 import main_sp
+from benchmarks import architectures
 from benchmarks.common import read_lines
 from benchmarks.study import rows, seeds_table
 from benchmarks.torchvision_models import table
@@ -173,6 +174,7 @@ def missing_rows() -> list[str]:
     wanted += [row for path in RESULTS.rglob("seeds.json") for row in seeds_table(json.loads(path.read_text()))[2:]]
     wanted += [f"| {' | '.join([record['method'], *cells(record)])} |" for record in chains]
     wanted += table(read_lines(RESULTS / "torchvision.jsonl"), share=0.7).splitlines()
+    wanted += architectures.table(read_lines(RESULTS / "architectures.jsonl")).splitlines()
     return [row for row in wanted if row not in page]
 
 
